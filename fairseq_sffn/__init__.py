@@ -1,0 +1,1 @@
+"""Sparse feed-forward networks for language models."""

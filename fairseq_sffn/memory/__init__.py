@@ -1,0 +1,20 @@
+"""Sparse neural memories in plain PyTorch: large key and value tables of which a token uses a few
+blocks (Liu et al. 2023, arXiv 2305.13999). Nothing here needs fairseq."""
+
+from . import selectors
+from .config import ConfigError, MemoryConfig
+from .selection import Selection, Selector, SelectorConfig
+from .sparse_memory import MemoryOutput, SparseMemory
+from .usage import Usage
+
+__all__ = [
+    "ConfigError",
+    "MemoryConfig",
+    "MemoryOutput",
+    "Selection",
+    "Selector",
+    "SelectorConfig",
+    "SparseMemory",
+    "Usage",
+    "selectors",
+]

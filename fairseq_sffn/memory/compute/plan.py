@@ -1,0 +1,90 @@
+"""The order in which (token, block) pairs are computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive pairs that are multiplied at once, and the consecutive blocks they belong to.
+
+    Attributes:
+        pairs: slice of the sorted pairs.
+        blocks: slice of the blocks.
+        ends: (blocks in the chunk,) int32, for each block the end of its pairs, counted from the
+            start of the chunk.
+    """
+
+    pairs: slice
+    blocks: slice
+    ends: Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Pairs sorted by block.
+
+    Attributes:
+        order: (P,) index n * A + a of each sorted pair.
+        tokens: (P,) token n of each sorted pair.
+        blocks: (P,) block of each sorted pair.
+        chunks: cover all pairs in order.
+    """
+
+    order: Tensor
+    tokens: Tensor
+    blocks: Tensor
+    chunks: list[Chunk]
+
+
+def make_plan(
+    blocks_NA: Tensor, num_blocks: int, chunk_pairs: int | None, kept_NA: Tensor | None = None
+) -> Plan:
+    """Sort pairs by block and cut them into chunks.
+
+    Args:
+        blocks_NA: selected blocks.
+        num_blocks: B.
+        chunk_pairs: the most pairs in a chunk, so that gathered rows stay in a processor's cache;
+            ``None``: one chunk, and nothing is read back from the device.
+        kept_NA: pairs to leave out are ``False``.
+    """
+    blocks_P = blocks_NA.flatten()
+    # 16-bit keys sort several times faster than 64-bit ones.
+    narrow = torch.int16 if num_blocks < 2**15 else torch.int32
+    sorted_P, order_P = blocks_P.to(narrow).sort(stable=True)
+    if kept_NA is not None:
+        kept_P = kept_NA.flatten()[order_P]
+        sorted_P, order_P = sorted_P[kept_P], order_P[kept_P]
+    all_blocks = torch.arange(num_blocks, device=sorted_P.device, dtype=narrow)
+    ends_B = torch.searchsorted(sorted_P, all_blocks, right=True).int()
+    return Plan(
+        order=order_P,
+        tokens=order_P.div(max(blocks_NA.shape[1], 1), rounding_mode="floor"),
+        blocks=sorted_P.long(),
+        chunks=_chunks(ends_B, len(order_P), chunk_pairs),
+    )
+
+
+def _chunks(ends_B: Tensor, num_pairs: int, chunk_pairs: int | None) -> list[Chunk]:
+    if num_pairs == 0:
+        return []
+    if chunk_pairs is None or num_pairs <= chunk_pairs:
+        return [Chunk(slice(0, num_pairs), slice(0, len(ends_B)), ends_B)]
+    starts = torch.arange(0, num_pairs, chunk_pairs)
+    stops = (starts + chunk_pairs).clamp(max=num_pairs)
+    ends_B = ends_B.cpu()
+    # A block that is longer than a chunk spreads over several: its first and last pairs differ.
+    firsts = torch.searchsorted(ends_B, starts.int(), right=True)
+    lasts = torch.searchsorted(ends_B, stops.int())
+    chunks = []
+    for start, stop, first, last in zip(
+        starts.tolist(), stops.tolist(), firsts.tolist(), lasts.tolist(), strict=True
+    ):
+        ends = ends_B[first : last + 1].clamp(max=stop) - start
+        chunks.append(Chunk(slice(start, stop), slice(first, last + 1), ends))
+    return chunks

@@ -1,0 +1,171 @@
+"""Sizes and choices of one sparse neural memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .compute import ENGINES
+from .gate import GATES
+from .selection import Selector, SelectorConfig
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": F.tanh,
+}
+
+
+class ConfigError(ValueError):
+    """A field of :class:`MemoryConfig` (or of a selector's options) that cannot be honoured.
+
+    Attributes: ``field`` (its name), ``value`` and ``reason``; the message is the three in a line.
+    """
+
+    def __init__(self, field: str, value: object, reason: str):
+        super().__init__(f"{field} {value}: {reason}")
+        self.field, self.value, self.reason = field, value, reason
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Everything that defines a :class:`~fairseq_sffn.memory.SparseMemory`.
+
+    The memory has ``num_cells`` key-value pairs in ``num_cells / block_size`` blocks, of which a
+    token uses ``active_blocks`` (Liu et al. 2023, arXiv 2305.13999, section 2).
+
+    Args:
+        embed_dim: model width d.
+        num_cells: rows d_m of the key and value tables.
+        block_size: cells g per block; divides ``num_cells``.
+        active_blocks: blocks b that a token uses; at most ``num_blocks``.
+        selector: name of a selector with its default options, or the selector's own options,
+            such as ``HashLayer.Config(table="balanced")``.
+        gate: weight of a selected block: ``none``, ``softmax``, ``renormalized`` or ``sigmoid``
+            (see :mod:`.gate`); ``None`` takes the selector's own default.
+        activation: ``relu``, ``gelu``, ``silu``, ``tanh``, or any elementwise function of a tensor.
+        bias: whether keys have a bias per cell and the output one bias per feature.
+        vocab_size: number of token ids, for selectors that look at token ids.
+        token_counts: how often each token id occurs in the training data, for balanced tables.
+        activation_dropout: probability of dropping an activation f(x . k + c) in training.
+        capacity_factor: in training a block takes at most this many times its fair share of the
+            (token, block) assignments, the rest are dropped; 0 drops nothing.
+        eval_capacity_factor: the same in evaluation.
+        init_scale: multiplies the initial tables. They are uniform in +-1/sqrt(d) (keys and key
+            bias) and +-1/sqrt(k) (values and value bias), k the active cells: the initialisation
+            of a dense FFN with k hidden units, whatever ``num_cells``.
+        engine: how selected blocks are multiplied (see :mod:`.compute`); ``None`` chooses by size.
+
+    Raises:
+        ConfigError: a field is out of range or contradicts another one.
+    """
+
+    embed_dim: int
+    num_cells: int
+    block_size: int
+    active_blocks: int
+    selector: str | SelectorConfig = "avgk"
+    gate: str | None = None
+    activation: str | Callable[[Tensor], Tensor] = "relu"
+    bias: bool = True
+    vocab_size: int | None = None
+    token_counts: Sequence[int] | None = field(default=None, repr=False, compare=False)
+    activation_dropout: float = 0.0
+    capacity_factor: float = 0.0
+    eval_capacity_factor: float = 0.0
+    init_scale: float = 1.0
+    engine: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("embed_dim", "num_cells", "block_size", "active_blocks"):
+            if getattr(self, name) < 1:
+                raise ConfigError(name, getattr(self, name), "must be at least 1")
+        if self.num_cells % self.block_size:
+            reason = f"does not divide the {self.num_cells} cells of the memory"
+            raise ConfigError("block_size", self.block_size, reason)
+        if self.active_blocks > self.num_blocks:
+            reason = (
+                f"is more than the {self.num_blocks} blocks that "
+                f"{self.num_cells} cells in blocks of {self.block_size} make"
+            )
+            raise ConfigError("active_blocks", self.active_blocks, reason)
+        if isinstance(self.selector, str) and self.selector not in Selector.registry:
+            known = ", ".join(sorted(Selector.registry))
+            raise ConfigError("selector", self.selector, f"is none of {known}")
+        if self.gate is not None and self.gate not in GATES:
+            raise ConfigError("gate", self.gate, f"is none of {', '.join(GATES)}")
+        if self.gate_name != "none" and not self.selector_class.scores_blocks:
+            reason = f"{self.selector_class.name} gives blocks no score to weigh them by; use none"
+            raise ConfigError("gate", self.gate, reason)
+        if isinstance(self.activation, str) and self.activation not in ACTIVATIONS:
+            raise ConfigError("activation", self.activation, f"is none of {', '.join(ACTIVATIONS)}")
+        if self.selector_class.context_tokens and self.vocab_size is None:
+            reason = f"{self.selector_class.name} looks at token ids and needs to know how many"
+            raise ConfigError("vocab_size", None, reason)
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            if getattr(self, name) < 0:
+                raise ConfigError(name, getattr(self, name), "must be positive, or 0 for dropless")
+        if not 0 <= self.activation_dropout < 1:
+            raise ConfigError("activation_dropout", self.activation_dropout, "is not in [0, 1)")
+        if self.engine is not None and self.engine not in ENGINES:
+            raise ConfigError("engine", self.engine, f"is none of {', '.join(ENGINES)}")
+        if self.init_scale <= 0:
+            raise ConfigError("init_scale", self.init_scale, "must be positive")
+        self.selector_class.validate(self)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_cells // self.block_size
+
+    @property
+    def active_cells(self) -> int:
+        """Cells k that a token uses."""
+        return self.active_blocks * self.block_size
+
+    @property
+    def selector_options(self) -> SelectorConfig:
+        if isinstance(self.selector, str):
+            return Selector.registry[self.selector].Config()
+        return self.selector
+
+    @property
+    def selector_class(self) -> type[Selector]:
+        return self.selector_options.selector_class
+
+    @property
+    def gate_name(self) -> str:
+        return self.gate or self.selector_class.default_gate
+
+    @property
+    def activation_fn(self) -> Callable[[Tensor], Tensor]:
+        return ACTIVATIONS[self.activation] if isinstance(self.activation, str) else self.activation
+
+    def num_params(self) -> int:
+        """Trained parameters of the memory, its selector's included."""
+        tables = 2 if self.selector_class.key_table == "full" else 1
+        params = tables * self.num_cells * self.embed_dim
+        if self.bias:
+            params += (tables - 1) * self.num_cells + self.embed_dim
+        return params + self.selector_class.num_params(self)
+
+    def active_params(self) -> int:
+        """Parameters that one token touches, its selector's included."""
+        inactive = self.num_cells - self.active_cells
+        tables = 2 if self.selector_class.key_table == "full" else 1
+        bias = (tables - 1) * inactive if self.bias else 0
+        return self.num_params() - tables * inactive * self.embed_dim - bias
+
+    def flops_per_token(self) -> int:
+        """Forward FLOPs of a token, a multiply-add counted as 2: selection and the active cells.
+
+        Forming Avg-K's mean keys is a cost per update, not per token, and is left out.
+        """
+        return self.selection_flops_per_token() + 4 * self.active_cells * self.embed_dim
+
+    def selection_flops_per_token(self) -> int:
+        """The share of :meth:`flops_per_token` that choosing the blocks takes."""
+        return self.selector_class.flops_per_token(self)

@@ -1,0 +1,118 @@
+"""What a selector is and what it returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .config import MemoryConfig
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The blocks that each token uses, and what the selector already knows about them.
+
+    Attributes:
+        blocks: (N, A) int64, the selected blocks of each token.
+        scores: (N, B) what each block was chosen by, higher is better, as logits; ``None`` where
+            a selector does not score blocks. Gates and the balance loss read them.
+        weights: (N, A) gate values, or ``None`` where every selected block counts fully.
+        kept: (N, A) bool, ``False`` where a full block had to drop the token; ``None``: all kept.
+        pre_activations: (N, A, G) x . k + c of the selected cells, from a selector that had to
+            compute them anyway; they are not computed again.
+        coefficients: (N, A) what multiplies the values, from a selector with its own keys and
+            blocks of one cell; keys and activation are passed by.
+    """
+
+    blocks: Tensor
+    scores: Tensor | None = None
+    weights: Tensor | None = None
+    kept: Tensor | None = None
+    pre_activations: Tensor | None = None
+    coefficients: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SelectorConfig:
+    """Options of a selector. Each field is also a command-line flag, so it has a plain type
+    (``int``, ``float``, ``bool`` or ``Literal`` strings), a default, and metadata ``help``."""
+
+    selector_class: ClassVar[type[Selector]]
+
+
+class Selector(nn.Module):
+    """Chooses ``active_blocks`` of ``num_blocks`` blocks for each token.
+
+    A new method is a subclass in ``selectors/`` with a ``name``; it is registered by being
+    defined. What a method needs beyond :meth:`forward` it declares in class attributes.
+
+    Args:
+        config: the memory's sizes; ``config.selector_options`` are the selector's own options.
+    """
+
+    registry: ClassVar[dict[str, type[Selector]]] = {}
+    Config: ClassVar[type[SelectorConfig]] = SelectorConfig
+
+    name: ClassVar[str]
+    """Name in ``MemoryConfig.selector`` and ``--sffn-selector``."""
+    flag_prefix: ClassVar[str]
+    """Options become flags ``--{flag_prefix}-{field}``; by default the name, with dashes."""
+    key_table: ClassVar[Literal["full", "own", "none"]] = "full"
+    """``full``: uses the memory's key table. ``own``: has keys of its own and returns
+    ``coefficients``. ``none``: returns ``coefficients`` without keys."""
+    scores_blocks: ClassVar[bool] = True
+    """Whether :meth:`forward` returns scores; gates and balance loss need them."""
+    context_tokens: ClassVar[int] = 0
+    """How many trailing token ids it looks at, the current one included."""
+    default_gate: ClassVar[str] = "none"
+    default_block_size: ClassVar[int | None] = None
+    """Cells per block where nothing is asked for; ``None``: as many as a dense FFN has units."""
+    default_balance_weight: ClassVar[float] = 0.0
+    """Weight of the balance loss where nothing is asked for."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" not in cls.__dict__:  # an abstract helper between Selector and its methods
+            return
+        if "flag_prefix" not in cls.__dict__:
+            cls.flag_prefix = cls.name.replace("_", "-")
+        if "Config" not in cls.__dict__:
+            cls.Config = dataclass(frozen=True)(type("Config", (SelectorConfig,), {}))
+        cls.Config.selector_class = cls
+        cls.registry[cls.name] = cls
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+
+    @classmethod
+    def validate(cls, config: MemoryConfig) -> None:
+        """Raises ConfigError where the method cannot honour the sizes or its options."""
+
+    @classmethod
+    def num_params(cls, config: MemoryConfig) -> int:
+        """Trained parameters of the selector itself."""
+        return 0
+
+    @classmethod
+    def flops_per_token(cls, config: MemoryConfig) -> int:
+        """Forward FLOPs to choose the blocks of a token, beyond those of the active cells."""
+        return 0
+
+    def forward(
+        self,
+        x_ND: Tensor,
+        keys_CD: Tensor | None,
+        key_bias_C: Tensor | None,
+        token_ids_NT: Tensor | None,
+    ) -> Selection:
+        """Select blocks.
+
+        Args:
+            x_ND: (N, D) hidden states.
+            keys_CD, key_bias_C: the memory's key table, where ``key_table`` is ``full``.
+            token_ids_NT: (N, context_tokens) trailing token ids, the current one last.
+        """
+        raise NotImplementedError

@@ -1,0 +1,101 @@
+"""Hash layers: the token id alone decides."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..config import ConfigError, MemoryConfig
+from ..selection import Selection, Selector, SelectorConfig
+
+
+class HashLayer(Selector):
+    """Each token id belongs to one block, by a fixed table (Roller et al. 2021, arXiv 2106.04426).
+
+    The table is a buffer, so that it is stored with the model: token ids keep their block.
+    """
+
+    name = "hash_layer"
+    flag_prefix = "hash"
+    scores_blocks = False
+    context_tokens = 1
+
+    @dataclass(frozen=True)
+    class Config(SelectorConfig):
+        table: Literal["random", "balanced"] = field(
+            default="random",
+            metadata={
+                "help": "how token ids are spread over the blocks: 'random', or 'balanced' by how "
+                "often each occurs (by the counts in the dictionary)"
+            },
+        )
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__(config)
+        options = config.selector_options
+        assert isinstance(options, HashLayer.Config) and config.vocab_size is not None
+        if options.table == "balanced":
+            assert config.token_counts is not None
+            table_V = balanced_table(config.token_counts, config.num_blocks)
+        else:
+            table_V = torch.randint(config.num_blocks, (config.vocab_size,))
+        self.table: Tensor
+        self.register_buffer("table", table_V)
+
+    @classmethod
+    def validate(cls, config: MemoryConfig) -> None:
+        options = config.selector_options
+        assert isinstance(options, HashLayer.Config)
+        if config.active_blocks != 1:
+            raise ConfigError("active_blocks", config.active_blocks, "hash_layer uses one block")
+        if options.table not in ("random", "balanced"):
+            raise ConfigError("table", options.table, "is none of random, balanced")
+        if options.table == "balanced":
+            if config.token_counts is None:
+                raise ConfigError("table", "balanced", "needs the counts of the tokens")
+            if len(config.token_counts) != config.vocab_size:
+                reason = f"there are {len(config.token_counts)} token counts"
+                raise ConfigError("vocab_size", config.vocab_size, reason)
+
+    def forward(
+        self,
+        x_ND: Tensor,
+        keys_CD: Tensor | None,
+        key_bias_C: Tensor | None,
+        token_ids_NT: Tensor | None,
+    ) -> Selection:
+        assert token_ids_NT is not None
+        if token_ids_NT.device.type == "cpu" and token_ids_NT.numel():
+            # An accelerator checks indices by itself, and asking it would stall it.
+            low, high = token_ids_NT.aminmax()
+            if low < 0 or high >= len(self.table):
+                bad = int(low if low < 0 else high)
+                raise ConfigError("vocab_size", len(self.table), f"got the token id {bad}")
+        return Selection(self.table[token_ids_NT])
+
+
+def balanced_table(counts: Sequence[int], num_blocks: int) -> Tensor:
+    """Spread token ids so that the blocks get about equally many tokens of the training data.
+
+    Greedy: the most frequent id goes to the block with the least so far (Roller et al. 2021,
+    section 3.1, balanced assignment). Among blocks of equal load the one with the fewest ids
+    takes it, so that ids which never occur are spread as well.
+
+    Args:
+        counts: (V,) how often each token id occurs.
+
+    Returns:
+        (V,) int64, the block of each token id.
+    """
+    table_V = torch.empty(len(counts), dtype=torch.int64)
+    loads = [(0, 0, block) for block in range(num_blocks)]
+    for token in sorted(range(len(counts)), key=lambda token: -counts[token]):
+        load, ids, block = heapq.heappop(loads)
+        table_V[token] = block
+        heapq.heappush(loads, (load + counts[token], ids + 1, block))
+    return table_V

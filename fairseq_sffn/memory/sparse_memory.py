@@ -1,0 +1,180 @@
+"""The sparse neural memory: select -> compute -> combine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from .balance import assignment_counts, balance_loss, z_loss
+from .capacity import keep_within_capacity
+from .compute import ENGINES, choose_engine, combine, make_plan, score
+from .config import ConfigError, MemoryConfig
+from .gate import GATES
+from .selection import Selection
+from .usage import Usage
+
+
+@dataclass(frozen=True)
+class MemoryOutput:
+    """What one pass through a memory gives.
+
+    Attributes:
+        output: (..., D), the shape of x.
+        selection: blocks and weights of the N tokens, in the order of x flattened.
+        balance_loss: () 1.0 at perfect balance; ``None`` if the selector scores no blocks.
+        z_loss: () mean squared log-partition of the scores; ``None`` likewise.
+        usage: assignments per block and dropped ones, padding excluded.
+    """
+
+    output: Tensor
+    selection: Selection
+    balance_loss: Tensor | None
+    z_loss: Tensor | None
+    usage: Usage
+
+
+class SparseMemory(nn.Module):
+    """y = sum over selected blocks i of w_i * f(x K_i^T + c_i) V_i + output bias.
+
+    Liu et al. 2023 (arXiv 2305.13999), section 2. With every block active and no gate it is a
+    dense FFN of ``num_cells`` hidden units.
+
+    Args:
+        config: sizes and choices.
+
+    Attributes:
+        keys: (C, D) key table, or ``None`` where the selector has its own keys or needs none.
+        values: (C, D) value table.
+        key_bias, value_bias: (C,) and (D,), or ``None`` without ``config.bias``.
+        selector: the module that chooses blocks.
+        dropout: applied to the activations; any module that keeps the shape of its input.
+    """
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        self.config = config
+        cells, width = config.num_cells, config.embed_dim
+        has_keys = config.selector_class.key_table == "full"
+        self.keys = nn.Parameter(torch.empty(cells, width)) if has_keys else None
+        self.key_bias = nn.Parameter(torch.empty(cells)) if has_keys and config.bias else None
+        self.values = nn.Parameter(torch.empty(cells, width))
+        self.value_bias = nn.Parameter(torch.empty(width)) if config.bias else None
+        self.selector = config.selector_class(config)
+        self.dropout: nn.Module = nn.Dropout(config.activation_dropout)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the tables as a dense FFN of the active size draws its weights (see
+        ``MemoryConfig.init_scale``)."""
+        by_key = self.config.init_scale * self.config.embed_dim**-0.5
+        by_value = self.config.init_scale * self.config.active_cells**-0.5
+        bounds = {"keys": by_key, "key_bias": by_key, "values": by_value, "value_bias": by_value}
+        for name, bound in bounds.items():
+            if (parameter := getattr(self, name)) is not None:
+                nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(
+        self, x: Tensor, token_ids: Tensor | None = None, *, padding_mask: Tensor | None = None
+    ) -> MemoryOutput:
+        """Look up every token.
+
+        Args:
+            x: (..., D) hidden states.
+            token_ids: (..., context_tokens), the trailing token ids of each position, the current
+                one last, or (...,) the current ones; needed by selectors that look at token ids.
+            padding_mask: (...,) bool, ``True`` at padding, which is computed but counts neither
+                in the losses nor in the usage, and takes no capacity.
+
+        Raises:
+            ValueError: a shape does not fit, token ids are missing or out of range, or the forced
+                engine cannot multiply these tables.
+        """
+        x_ND = x.reshape(-1, self.config.embed_dim)
+        valid_N = None if padding_mask is None else ~padding_mask.reshape(-1)
+        token_ids_NT = self._flatten_token_ids(token_ids, x)
+        selection = self.selector(x_ND, self.keys, self.key_bias, token_ids_NT)
+        if (gate := GATES[self.config.gate_name]) is not None:
+            selection = replace(selection, weights=gate(selection.scores, selection.blocks))
+
+        counts_B = assignment_counts(selection.blocks, self.config.num_blocks, valid_N)
+        dropped = counts_B.new_zeros(())
+        factor = self.config.capacity_factor if self.training else self.config.eval_capacity_factor
+        if factor:
+            kept_NA = keep_within_capacity(
+                selection.blocks, self.config.num_blocks, factor, valid_N
+            )
+            selection = replace(selection, kept=kept_NA)
+            dropped_NA = ~kept_NA if valid_N is None else ~kept_NA & valid_N.unsqueeze(1)
+            dropped = dropped_NA.sum()
+
+        balance = z = None
+        if selection.scores is not None:
+            balance = balance_loss(selection.scores, counts_B, valid_N)
+            z = z_loss(selection.scores, valid_N)
+        output = self._compute(x_ND, selection).view(x.shape)
+        return MemoryOutput(output, selection, balance, z, Usage(counts_B, dropped))
+
+    def _flatten_token_ids(self, token_ids: Tensor | None, x: Tensor) -> Tensor | None:
+        context = self.config.selector_class.context_tokens
+        if not context:
+            return None
+        if token_ids is None:
+            raise ValueError(f"{self.config.selector_class.name} selects by token ids: give them")
+        if token_ids.shape == x.shape[:-1]:
+            token_ids = token_ids.unsqueeze(-1)
+        if token_ids.shape[:-1] != x.shape[:-1] or token_ids.shape[-1] < context:
+            shape, wanted = tuple(token_ids.shape), (*x.shape[:-1], context)
+            raise ValueError(f"token_ids of shape {shape} do not fit: expected {wanted}")
+        return token_ids[..., -context:].reshape(-1, context)
+
+    def _compute(self, x_ND: Tensor, selection: Selection) -> Tensor:
+        config = self.config
+        device = x_ND.device
+        # Under autocast the tables are cast here, as inside any autocast matrix product.
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.values.dtype
+        sizes = (dtype, device, config.embed_dim, config.block_size)
+        if config.engine is None:
+            engine = choose_engine(selection.blocks.numel(), *sizes)
+        elif (engine := ENGINES[config.engine]) and not engine.supports(*sizes):
+            reason = f"cannot multiply {dtype} blocks of {config.block_size} x {config.embed_dim}"
+            raise ConfigError("engine", config.engine, reason)
+        plan = make_plan(
+            selection.blocks,
+            config.num_blocks,
+            engine.chunk_pairs(device, config.embed_dim, config.block_size),
+            selection.kept,
+        )
+
+        def in_blocks(table: Tensor) -> Tensor:
+            return table.to(dtype).unflatten(0, (config.num_blocks, config.block_size))
+
+        with torch.autocast(device.type, enabled=False):
+            if selection.coefficients is not None:
+                hidden_PG = selection.coefficients.flatten()[plan.order].unsqueeze(1)
+            else:
+                if selection.pre_activations is not None:
+                    pre_PG = selection.pre_activations.flatten(0, 1)[plan.order]
+                else:
+                    assert self.keys is not None
+                    bias_BG = None if self.key_bias is None else in_blocks(self.key_bias)
+                    pre_PG = score(x_ND.to(dtype), in_blocks(self.keys), bias_BG, plan, engine)
+                hidden_PG = config.activation_fn(pre_PG)
+            hidden_PG = self.dropout(hidden_PG).to(dtype)
+            weights_P = None
+            if selection.weights is not None:
+                weights_P = selection.weights.flatten()[plan.order].to(dtype)
+            output_ND = combine(
+                hidden_PG, weights_P, in_blocks(self.values), plan, len(x_ND), engine
+            )
+            return output_ND if self.value_bias is None else output_ND + self.value_bias.to(dtype)
+
+    def extra_repr(self) -> str:
+        config = self.config
+        return (
+            f"cells={config.num_cells}, blocks={config.num_blocks} x {config.block_size}, "
+            f"active={config.active_blocks}, selector={config.selector_class.name}, "
+            f"gate={config.gate_name}"
+        )
