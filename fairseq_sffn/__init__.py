@@ -1,1 +1,13 @@
-"""Sparse feed-forward networks for language models."""
+"""Sparse feed-forward networks for fairseq: what ``--user-dir fairseq_sffn`` loads.
+
+fairseq imports ``models`` and ``tasks`` of a plugin only if the plugin was not imported before, so
+everything that registers itself is imported here by name.
+"""
+
+from . import compat
+
+compat.apply()
+
+from . import criterions, models, tasks  # noqa: E402
+
+__all__ = ["compat", "criterions", "models", "tasks"]

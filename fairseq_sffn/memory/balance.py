@@ -22,15 +22,19 @@ def balance_loss(scores_NB: Tensor, counts_B: Tensor, valid_N: Tensor | None) ->
     whatever the number of blocks. (fairscale's is this over B^2; transformers' is this times the
     number of active blocks; Tutel's and the fairseq MoE branch's is the same.)
     """
-    probs_NB = torch.softmax(scores_NB.float(), dim=-1)
+    probs_NB = torch.softmax(_at_least_fp32(scores_NB), dim=-1)
     shares_B = counts_B / counts_B.sum().clamp(min=1)
     return len(counts_B) * (_mean_over_tokens(probs_NB, valid_N) * shares_B).sum()
 
 
 def z_loss(scores_NB: Tensor, valid_N: Tensor | None) -> Tensor:
-    """Mean squared log-partition of the scores, which keeps them small (Zoph et al. 2022, eq. 5)."""
-    squares_N1 = torch.logsumexp(scores_NB.float(), dim=-1, keepdim=True).square()
+    """Mean squared log-partition of the scores, to keep them small (Zoph et al. 2022, eq. 5)."""
+    squares_N1 = torch.logsumexp(_at_least_fp32(scores_NB), dim=-1, keepdim=True).square()
     return _mean_over_tokens(squares_N1, valid_N).sum()
+
+
+def _at_least_fp32(scores_NB: Tensor) -> Tensor:
+    return scores_NB.to(torch.promote_types(scores_NB.dtype, torch.float32))
 
 
 def _mean_over_tokens(values_NX: Tensor, valid_N: Tensor | None) -> Tensor:

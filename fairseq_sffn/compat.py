@@ -1,0 +1,119 @@
+"""Repairs of fairseq (``ve-fairseq`` 0.12.3) for today's Python, NumPy and PyTorch.
+
+Each function is one repair: what breaks, and when it can go. All are safe to apply twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pickle
+import shutil
+import types
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from fairseq import checkpoint_utils
+from fairseq.file_io import PathManager
+from fairseq.trainer import Trainer
+
+from .errors import UsageError
+
+
+def apply() -> None:
+    """Apply every repair."""
+    restore_numpy_compat()
+    copy_checkpoints_atomically()
+    refuse_code_in_checkpoints()
+    refuse_half_precision_on_cpu()
+
+
+def restore_numpy_compat() -> None:
+    """``np.compat.long`` left NumPy in 2.0, but TokenBlockDataset uses it (``--sample-break-mode
+    eos``, generation). Can go when fairseq no longer does."""
+    if not hasattr(np, "compat"):
+        np.compat = types.SimpleNamespace(long=int)  # type: ignore[attr-defined]
+
+
+def copy_checkpoints_atomically() -> None:
+    """fairseq writes ``checkpoint1.pt`` atomically but copies it over ``checkpoint_last.pt`` in
+    place: killed meanwhile, it leaves no checkpoint to resume from. Can go when
+    ``PathManager.copy`` is atomic."""
+
+    def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
+        if PathManager.path_requires_pathmanager(dst_path):
+            return original(src_path, dst_path, overwrite)
+        partial = f"{dst_path}.tmp"
+        shutil.copyfile(src_path, partial)
+        os.replace(partial, dst_path)
+        return True
+
+    original = PathManager.copy
+    _replace_once(PathManager, "copy", copy, staticmethod)
+
+
+def refuse_code_in_checkpoints() -> None:
+    """PyTorch refuses pickled code by default, but ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD`` turns that
+    off for fairseq, which does not ask for it; and the refusal fills a page. Can go when fairseq
+    passes ``weights_only=True``."""
+
+    @functools.wraps(checkpoint_utils.load_checkpoint_to_cpu)
+    def load_checkpoint_to_cpu(path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        check_checkpoint(PathManager.get_local_path(path))
+        return original(path, *args, **kwargs)
+
+    original = checkpoint_utils.load_checkpoint_to_cpu
+    _replace_once(checkpoint_utils, "load_checkpoint_to_cpu", load_checkpoint_to_cpu)
+
+
+def check_checkpoint(path: str) -> None:
+    """Read a checkpoint without running anything in it.
+
+    Raises:
+        UsageError: the file is missing, no checkpoint, truncated, or holds more than tensors and
+            plain containers.
+    """
+    try:
+        # Mapped, so that the tensors are not read twice.
+        torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError as error:
+        raise UsageError(f"checkpoint {path}: {error.strerror}") from error
+    except pickle.UnpicklingError as error:
+        raise UsageError(
+            f"checkpoint {path}: refused, it is damaged or holds code; only tensors and plain "
+            "containers are loaded"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UsageError(f"checkpoint {path}: truncated, or not a checkpoint") from error
+
+
+def refuse_half_precision_on_cpu() -> None:
+    """On a CPU ``--fp16`` fails inside the optimizer and ``--bf16`` is taken for a TPU. Can go when
+    fairseq says so itself."""
+
+    @functools.wraps(Trainer.__init__)
+    def __init__(self: Trainer, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        check_precision(cfg.common)
+        original(self, cfg, *args, **kwargs)
+
+    original = Trainer.__init__
+    _replace_once(Trainer, "__init__", __init__)
+
+
+def check_precision(common: Any) -> None:
+    """Raises UsageError where half precision is asked for without a GPU to compute it."""
+    if common.cpu or not torch.cuda.is_available():
+        for flag in ("fp16", "bf16", "amp"):
+            if getattr(common, flag):
+                raise UsageError(f"--{flag}: needs a GPU, and this command runs on the CPU")
+
+
+def _replace_once(
+    owner: Any, name: str, function: Callable[..., Any], wrap: Callable[..., Any] = lambda f: f
+) -> None:
+    if not getattr(getattr(owner, name), "_fairseq_sffn", False):
+        function._fairseq_sffn = True  # type: ignore[attr-defined]
+        setattr(owner, name, wrap(function))

@@ -1,0 +1,5 @@
+"""Training losses."""
+
+from . import sffn_cross_entropy
+
+__all__ = ["sffn_cross_entropy"]

@@ -1,0 +1,199 @@
+"""The configuration of a sparse Transformer language model, and the memory that it asks for."""
+
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Any, Optional
+
+from fairseq import utils
+from fairseq.dataclass import ChoiceEnum
+from fairseq.models.transformer_lm import TransformerLanguageModelConfig
+from omegaconf import II
+
+from ..errors import UsageError
+from ..memory import ConfigError, MemoryConfig, Selector
+from ..memory.compute import ENGINES
+from ..memory.gate import GATES
+
+
+@dataclass
+class DenseConfig(TransformerLanguageModelConfig):
+    """fairseq's Transformer language model, with widths that follow ``decoder_embed_dim`` and
+    pre-norm layers, as fairseq's own architectures set them."""
+
+    decoder_input_dim: int = II("model.decoder_embed_dim")
+    decoder_output_dim: int = II("model.decoder_embed_dim")
+    decoder_normalize_before: bool = field(
+        default=True, metadata={"help": "apply layernorm before each decoder block"}
+    )
+
+
+@dataclass
+class SparseConfig(DenseConfig):
+    """Flags that define the sparse layers; ``None`` leaves the choice to the selector."""
+
+    sffn_selector: Optional[ChoiceEnum(sorted(Selector.registry))] = field(
+        default=None, metadata={"help": "how the blocks of a token are selected"}
+    )
+    sffn_gate: Optional[ChoiceEnum(list(GATES))] = field(
+        default=None,
+        metadata={"help": "weight of a selected block (default: the selector's own)"},
+    )
+    sffn_expansion: int = field(
+        default=16,
+        metadata={"help": "memory cells of a sparse layer, in multiples of the FFN width"},
+    )
+    sffn_block_size: Optional[int] = field(
+        default=None,
+        metadata={"help": "memory cells per block (default: the selector's own)"},
+    )
+    sffn_active_blocks: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "blocks that a token uses (default: FFN width / block size, so that a sparse "
+            "layer costs what a dense one costs)"
+        },
+    )
+    sffn_freq: int = field(
+        default=2, metadata={"help": "layer i is sparse if (i + 1) is a multiple of this"}
+    )
+    sffn_capacity_factor: float = field(
+        default=0.0,
+        metadata={
+            "help": "in training, a block takes at most this many times its fair share of tokens "
+            "and drops the rest (default: 0, nothing is dropped)"
+        },
+    )
+    sffn_eval_capacity_factor: float = field(
+        default=0.0, metadata={"help": "the same in evaluation (default: 0, nothing is dropped)"}
+    )
+    sffn_init_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "multiplies the initial tables, which are scaled as a dense FFN of the active "
+            "size: by the fan-in of the active cells, not of all cells"
+        },
+    )
+    sffn_engine: Optional[ChoiceEnum(list(ENGINES))] = field(
+        default=None,
+        metadata={"help": "for debugging: force how blocks are multiplied (same results)"},
+    )
+
+
+def selector_flags(selector: type[Selector]) -> dict[str, str]:
+    """Name of the model option -> name of the selector's own option."""
+    prefix = selector.flag_prefix.replace("-", "_")
+    return {f"{prefix}_{option.name}": option.name for option in fields(selector.Config)}
+
+
+def flag(name: str) -> str:
+    """The command-line flag of an option."""
+    return "--" + name.replace("_", "-")
+
+
+def with_selector_flags(name: str, base: type[SparseConfig]) -> type[SparseConfig]:
+    """``base`` with every selector's options, each ``None``: not asked for."""
+    options: list[tuple[str, Any, Any]] = []
+    for _, selector in sorted(Selector.registry.items()):
+        types = typing.get_type_hints(selector.Config)
+        metadata = {option.name: option.metadata for option in fields(selector.Config)}
+        for option, own in selector_flags(selector).items():
+            kind = types[own]
+            if typing.get_origin(kind) is typing.Literal:
+                kind = ChoiceEnum(list(typing.get_args(kind)))
+            help = f"{selector.name}: {metadata[own]['help']}"
+            options.append((option, Optional[kind], field(default=None, metadata={"help": help})))
+    return make_dataclass(name, options, bases=(base,))
+
+
+def check_supported(args: Any) -> None:
+    """Refuse options of fairseq's layer that a sparse FFN cannot honour."""
+    refused = {
+        "scale_fc": "normalises the hidden units of a dense FFN, of which a sparse one has none",
+        "quant_noise_pq": "quantization noise does not reach the tables of a sparse FFN",
+        "quant_noise_scalar": "quantization noise does not reach the tables of a sparse FFN",
+        "base_layers": "fairseq's BASE layers cannot be mixed with sparse FFNs",
+    }
+    for name, reason in refused.items():
+        if value := getattr(args, name, None):
+            shown = flag(name) if value is True else f"{flag(name)} {value}"
+            raise UsageError(f"{shown}: {reason}")
+    if args.sffn_freq < 1:
+        raise UsageError(f"--sffn-freq {args.sffn_freq}: must be at least 1")
+
+
+def build_memory_config(
+    args: Any, vocab_size: int, token_counts: Sequence[int] | None
+) -> MemoryConfig:
+    """The memory of one sparse layer.
+
+    Args:
+        args: a :class:`SparseConfig` with ``sffn_selector`` set.
+        vocab_size: token ids in the dictionary.
+        token_counts: how often each occurs in the training data.
+
+    Raises:
+        UsageError: names the flag and the value that cannot be honoured.
+    """
+    selector = Selector.registry[str(args.sffn_selector)]
+    width = args.decoder_ffn_embed_dim
+    if args.sffn_expansion < 1:
+        raise UsageError(f"--sffn-expansion {args.sffn_expansion}: must be at least 1")
+    block_size = args.sffn_block_size
+    if block_size is None:
+        block_size = selector.default_block_size or width
+    if block_size < 1:
+        raise UsageError(f"--sffn-block-size {block_size}: must be at least 1")
+    active_blocks = args.sffn_active_blocks
+    if active_blocks is None:
+        active_blocks, remainder = divmod(width, block_size)
+        if remainder or not active_blocks:
+            raise UsageError(
+                f"--sffn-block-size {block_size}: does not divide --decoder-ffn-embed-dim {width}; "
+                "choose one that does, or set --sffn-active-blocks"
+            )
+
+    names = {"block_size": "sffn_block_size", "active_blocks": "sffn_active_blocks"}
+    names |= {"gate": "sffn_gate", "engine": "sffn_engine", "init_scale": "sffn_init_scale"}
+    names |= {"capacity_factor": "sffn_capacity_factor"}
+    names |= {"eval_capacity_factor": "sffn_eval_capacity_factor"}
+    names |= {own: option for option, own in selector_flags(selector).items()}
+    dropout = args.activation_dropout or args.relu_dropout or 0.0
+    try:
+        return MemoryConfig(
+            embed_dim=args.decoder_embed_dim,
+            num_cells=args.sffn_expansion * width,
+            block_size=block_size,
+            active_blocks=active_blocks,
+            selector=_selector_options(args, selector),
+            gate=None if args.sffn_gate is None else str(args.sffn_gate),
+            activation=utils.get_activation_fn(str(args.activation_fn)),
+            vocab_size=vocab_size,
+            token_counts=token_counts,
+            activation_dropout=dropout,
+            capacity_factor=args.sffn_capacity_factor,
+            eval_capacity_factor=args.sffn_eval_capacity_factor,
+            init_scale=args.sffn_init_scale,
+            engine=None if args.sffn_engine is None else str(args.sffn_engine),
+        )
+    except ConfigError as error:
+        name = flag(names.get(error.field, error.field))
+        raise UsageError(f"{name} {error.value}: {error.reason}") from error
+
+
+def _selector_options(args: Any, selector: type[Selector]) -> Any:
+    options = {}
+    for other in Selector.registry.values():
+        for option, own in selector_flags(other).items():
+            value = getattr(args, option, None)
+            if value is None:
+                continue
+            if other is not selector:
+                raise UsageError(
+                    f"{flag(option)} {value}: is for the selector {other.name}, "
+                    f"but this model selects by {selector.name}"
+                )
+            # fairseq's choices are enums; the memory knows plain strings.
+            plain = isinstance(value, (bool, int, float))
+            options[own] = value if plain else str(value)
+    return selector.Config(**options)

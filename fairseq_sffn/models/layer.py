@@ -1,0 +1,118 @@
+"""A Transformer decoder layer whose feed-forward network is a sparse memory."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from fairseq.modules import transformer_layer
+from torch import Tensor, nn
+
+from ..memory import MemoryConfig, MemoryOutput, SparseMemory
+
+
+class LayerRouting(NamedTuple):
+    """What a sparse layer gives besides its output; see ``MemoryOutput``. All are tensors, so that
+    they pass through activation checkpointing, whose first forward runs without gradients.
+
+    Attributes:
+        balance_loss, z_loss: (), 0 for a selector without scores.
+        counts: (B,) assignments per block.
+        dropped: () dropped assignments.
+    """
+
+    balance_loss: Tensor
+    z_loss: Tensor
+    counts: Tensor
+    dropped: Tensor
+
+    @classmethod
+    def empty(cls, num_blocks: int, like: Tensor) -> LayerRouting:
+        """The routing of a layer that was skipped (LayerDrop)."""
+        zero = like.new_zeros((), dtype=torch.float32)
+        count = like.new_zeros((), dtype=torch.int64)
+        return cls(zero, zero, count.new_zeros(num_blocks), count)
+
+
+class SparseFFN(nn.Module):
+    """Stands where a layer has its first linear map, and is the whole feed-forward network.
+
+    fairseq's layer hands it the hidden states alone, so the layer lends it the rest in ``tokens``
+    for the time of one forward, and collects ``result``.
+    """
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        self.memory = SparseMemory(config)
+        self.tokens: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.result: MemoryOutput | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        token_ids, padding_mask = self.tokens
+        self.result = self.memory(x, token_ids, padding_mask=padding_mask)
+        return self.result.output
+
+
+class SparseDecoderLayer(transformer_layer.TransformerDecoderLayerBase):
+    """fairseq's decoder layer with a sparse feed-forward network.
+
+    Args:
+        cfg: fairseq's ``TransformerConfig``.
+        memory_config: sizes and choices of the memory.
+    """
+
+    fc1: SparseFFN
+
+    def __init__(
+        self, cfg: Any, memory_config: MemoryConfig, no_encoder_attn: bool = False
+    ) -> None:
+        self.memory_config = memory_config
+        super().__init__(cfg, no_encoder_attn)
+        # The memory applies activation and dropout itself, between its two halves.
+        self.fc1.memory.dropout = self.activation_dropout_module
+        self.activation_dropout_module = nn.Identity()
+        self.activation_fn = _identity
+
+    def build_fc1(self, *args: Any) -> SparseFFN:
+        return SparseFFN(self.memory_config)
+
+    def build_fc2(self, *args: Any) -> nn.Module:
+        return nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        *args: Any,
+        token_ids: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        """fairseq's forward, with the tokens to route by.
+
+        Args:
+            x: (T, B, D).
+            token_ids: (T, B, context_tokens) trailing token ids.
+            padding_mask: (T, B), ``True`` at padding.
+
+        Returns:
+            fairseq's three outputs, then the fields of :class:`LayerRouting`.
+        """
+        self.fc1.tokens = (token_ids, padding_mask)
+        try:
+            outputs = super().forward(x, *args, **kwargs)
+            result = self.fc1.result
+        finally:
+            self.fc1.tokens, self.fc1.result = (None, None), None
+        assert result is not None
+        empty = LayerRouting.empty(self.memory_config.num_blocks, like=x)
+        routing = LayerRouting(
+            empty.balance_loss if result.balance_loss is None else result.balance_loss,
+            empty.z_loss if result.z_loss is None else result.z_loss,
+            result.usage.counts,
+            result.usage.dropped,
+        )
+        return (*outputs, *routing)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x

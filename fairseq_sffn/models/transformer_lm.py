@@ -1,0 +1,229 @@
+"""The registered language models: every method in every size.
+
+Each is a registered *model*, so that ``fairseq-train --arch NAME`` and ``model._name: NAME`` of
+``fairseq-hydra-train`` take their defaults from the same dataclass.
+"""
+
+import copy
+from dataclasses import dataclass, field, make_dataclass
+from typing import Any, ClassVar, Optional
+
+from fairseq.dataclass import FairseqDataclass
+from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.models import register_model
+from fairseq.models.transformer_lm import TransformerLanguageModel
+
+from ..compat import check_precision
+from ..errors import UsageError
+from .config import (
+    DenseConfig,
+    SparseConfig,
+    build_memory_config,
+    check_supported,
+    flag,
+    with_selector_flags,
+)
+from .decoder import SparseTransformerDecoder
+
+
+class DenseTransformerLM(TransformerLanguageModel):
+    """fairseq's unmodified model, as the baseline of every size."""
+
+    config_class: ClassVar[type[DenseConfig]] = DenseConfig
+
+    @classmethod
+    def add_args(cls, parser: Any) -> None:
+        """Like fairseq's, but a flag always does what its name says: fairseq would make
+        ``--share-decoder-input-output-embed`` untie the embeddings where tied is the default."""
+        defaults = cls.config_class()
+        switches = [name for name, value in vars(defaults).items() if value is True]
+        for name in switches:
+            setattr(defaults, name, False)
+        gen_parser_from_dataclass(parser, defaults, delete_default=True)
+        for name in switches:
+            parser.add_argument(
+                flag(f"no_{name}"), dest=name, action="store_false", help=f"turns off {flag(name)}"
+            )
+
+    def prepare_for_inference_(self, cfg: Any) -> None:
+        check_precision(cfg.common)
+        super().prepare_for_inference_(cfg)
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """Like fairseq's.
+
+        Raises:
+            UsageError: the parameters are of another shape than this model's.
+        """
+        self.check_shapes(state_dict)
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def check_shapes(self, state_dict: dict[str, Any]) -> None:
+        for name, own in self.state_dict().items():
+            if name in state_dict and state_dict[name].shape != own.shape:
+                saved, wanted = tuple(state_dict[name].shape), tuple(own.shape)
+                raise UsageError(
+                    f"the checkpoint does not fit this model: {name} is {saved} there and {wanted} "
+                    f"here; {self.shape_hint(name, saved, wanted)}"
+                )
+
+    def shape_hint(self, name: str, saved: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+        if "embed_tokens" in name and saved[1:] == wanted[1:]:
+            return f"it was trained with another dictionary, of {saved[0]} types"
+        return "train with the same --arch and model flags, or into another --save-dir"
+
+
+class SparseTransformerLM(DenseTransformerLM):
+    """A Transformer language model in which every ``--sffn-freq``-th layer is sparse."""
+
+    config_class: ClassVar[type[DenseConfig]] = SparseConfig
+    selector: ClassVar[Optional[str]]
+    """The selector that the model's name promises; ``None``: any."""
+
+    @classmethod
+    def build_model(cls, args: Any, task: Any) -> "SparseTransformerLM":
+        check_supported(args)
+        if args.sffn_selector is None:
+            raise UsageError("--sffn-selector: is required by this model")
+        if cls.selector not in (None, str(args.sffn_selector)):
+            raise UsageError(
+                f"--sffn-selector {args.sffn_selector}: this model selects by {cls.selector}; "
+                "use --arch transformer_lm_sffn to choose"
+            )
+        # fairseq builds embeddings (adaptive, character, ...) and decoder in one function; with no
+        # layers it makes the embeddings at the price of a shell that is thrown away.
+        shell_args = copy.deepcopy(args)
+        shell_args.decoder_layers, shell_args.decoder_layers_to_keep = 0, None
+        shell = super().build_model(shell_args, task)
+        args.max_target_positions = shell_args.max_target_positions
+        if args.decoder_layers_to_keep:
+            args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
+        dictionary = task.source_dictionary
+        counts = task.token_counts() if hasattr(task, "token_counts") else dictionary.count
+        memory_config = build_memory_config(args, len(dictionary), counts)
+        decoder = SparseTransformerDecoder(
+            args,
+            task.target_dictionary,
+            shell.decoder.embed_tokens,
+            memory_config,
+            no_encoder_attn=True,
+        )
+        return cls(decoder)
+
+    @property
+    def memory_config(self) -> Any:
+        """The memory of each sparse layer."""
+        return self.decoder.memory_config
+
+    def check_shapes(self, state_dict: dict[str, Any]) -> None:
+        """Also whether the same layers are sparse."""
+        for name in self.state_dict():
+            layer, _, rest = name.partition(".fc1.")
+            if rest == "memory.values" and f"{layer}.fc1.weight" in state_dict:
+                raise UsageError(
+                    f"the checkpoint does not fit this model: {layer} is dense there and sparse "
+                    "here; train with the same --arch and --sffn-freq, or into another --save-dir"
+                )
+            if rest == "weight" and f"{layer}.fc1.memory.values" in state_dict:
+                raise UsageError(
+                    f"the checkpoint does not fit this model: {layer} is sparse there and dense "
+                    "here; train with the same --arch and --sffn-freq, or into another --save-dir"
+                )
+        super().check_shapes(state_dict)
+
+    def shape_hint(self, name: str, saved: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+        if name.endswith("memory.values") and saved[1:] == wanted[1:]:
+            return "the number of cells is --sffn-expansion times --decoder-ffn-embed-dim"
+        if ".selector." in name:
+            return "see --sffn-selector, --sffn-expansion and --sffn-block-size"
+        return super().shape_hint(name, saved, wanted)
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "": {},
+    "_tiny": {
+        "decoder_layers": 4,
+        "decoder_embed_dim": 128,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_embed_dim": 512,
+        "share_decoder_input_output_embed": True,
+    },
+    # Liu et al. 2023: fairseq's 355M configuration.
+    "_gpt3_medium": {
+        "activation_fn": "gelu",
+        "dropout": 0.0,
+        "decoder_layers": 24,
+        "decoder_embed_dim": 1024,
+        "decoder_attention_heads": 16,
+        "decoder_ffn_embed_dim": 4096,
+        "share_decoder_input_output_embed": True,
+    },
+}
+"""Suffix of a model's name -> the defaults that differ from fairseq's."""
+
+SPARSE_SIZES: dict[str, dict[str, Any]] = {
+    "": {},
+    "_tiny": {"sffn_freq": 2, "sffn_expansion": 16},
+    "_gpt3_medium": {"sffn_freq": 6, "sffn_expansion": 16},
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table of models.
+
+    Attributes:
+        name: the model is ``transformer_lm_{name}``, in every size.
+        selector: its selector; ``None``: chosen by ``--sffn-selector``.
+        defaults: other options that the method sets.
+    """
+
+    name: str
+    selector: Optional[str]
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+METHODS = (
+    Method("sffn", selector=None),
+    Method("avgk", selector="avgk"),
+    Method("switch", selector="switch"),
+    Method("hash_layer", selector="hash_layer"),
+)
+
+
+def _register(
+    name: str, base: type[DenseTransformerLM], defaults: dict[str, Any], **attributes: Any
+) -> None:
+    inherited = {f.name: f for f in base.config_class.__dataclass_fields__.values()}
+    options = [
+        (option, inherited[option].type, field(default=value, metadata=inherited[option].metadata))
+        for option, value in defaults.items()
+    ]
+    config = make_dataclass(f"{name}_config", options, bases=(base.config_class,))
+    assert issubclass(config, FairseqDataclass)
+    model = type(base)(name, (base,), {"config_class": config, **attributes})
+    register_model(name, dataclass=config)(model)
+
+
+def _register_all() -> None:
+    config = with_selector_flags("SparseLMConfig", SparseConfig)
+    sparse_model = type(SparseTransformerLM)(
+        "SparseLM", (SparseTransformerLM,), {"config_class": config}
+    )
+    for size, defaults in SIZES.items():
+        _register(f"transformer_lm_dense{size}", DenseTransformerLM, defaults)
+        for method in METHODS:
+            _register(
+                f"transformer_lm_{method.name}{size}",
+                sparse_model,
+                {
+                    **defaults,
+                    **SPARSE_SIZES[size],
+                    **({"sffn_selector": method.selector} if method.selector else {}),
+                    **method.defaults,
+                },
+                selector=method.selector,
+            )
+
+
+_register_all()

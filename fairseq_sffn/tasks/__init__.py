@@ -1,0 +1,5 @@
+"""Tasks."""
+
+from . import sffn_language_modeling
+
+__all__ = ["sffn_language_modeling"]

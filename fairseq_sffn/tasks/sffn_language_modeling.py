@@ -1,0 +1,96 @@
+"""Language modelling with options for sparse layers."""
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import numpy as np
+from fairseq.data.indexed_dataset import MMapIndexedDataset, data_file_path, index_file_path
+from fairseq.dataclass import ChoiceEnum
+from fairseq.tasks import register_task
+from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
+from fairseq.utils import split_paths
+from omegaconf import open_dict
+
+from ..errors import UsageError
+
+CHECKED_TOKENS = 2**27
+"""Tokens at the start of a split that are checked before training: enough to find data of another
+dictionary, and a fraction of a second to read."""
+
+
+@dataclass
+class SFFNLanguageModelingConfig(LanguageModelingConfig):
+    hash_counts: ChoiceEnum(["dictionary", "train"]) = field(
+        default="dictionary",
+        metadata={
+            "help": "where balanced hash tables take the counts of the tokens from: dict.txt, or "
+            "the training split itself (for a dict.txt without true counts)"
+        },
+    )
+    eval_capacity_factor: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "when a trained model is loaded: replaces its --sffn-eval-capacity-factor"
+        },
+    )
+
+
+@register_task("sffn_language_modeling", dataclass=SFFNLanguageModelingConfig)
+class SFFNLanguageModelingTask(LanguageModelingTask):
+    """fairseq's ``language_modeling`` with a choice of token counts for hash tables, the capacity
+    at evaluation, and a check of the data against the dictionary before training.
+
+    Sparse models also run under ``language_modeling``, with the dictionary's counts and the
+    capacity that they were trained with.
+    """
+
+    def token_counts(self) -> Sequence[int]:
+        """How often each token id occurs in the training data: (V,)."""
+        if str(self.args.hash_counts) == "dictionary":
+            return self.dictionary.count
+        counts = np.zeros(len(self.dictionary), dtype=np.int64)
+        for tokens in self._binarised("train"):
+            for piece in np.array_split(tokens, len(tokens) // CHECKED_TOKENS + 1):
+                counts += np.bincount(piece, minlength=len(counts))[: len(counts)]
+        if not counts.any():
+            raise UsageError("--hash-counts train: there is no training split in mmap format")
+        return counts.tolist()
+
+    def build_model(self, args: Any, from_checkpoint: bool = False) -> Any:
+        if from_checkpoint:
+            # The model's own tables are loaded over those that would be made from counts.
+            self.args.hash_counts = "dictionary"
+            if (factor := self.args.eval_capacity_factor) is not None:
+                if "sffn_eval_capacity_factor" not in args:
+                    raise UsageError(
+                        f"--eval-capacity-factor {factor}: the model has no sparse layers"
+                    )
+                with open_dict(args):
+                    args.sffn_eval_capacity_factor = factor
+        return super().build_model(args, from_checkpoint)
+
+    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> Any:
+        super().load_dataset(split, epoch, combine, **kwargs)
+        types = len(self.dictionary)
+        for tokens in self._binarised(split, epoch):
+            highest = int(tokens[:CHECKED_TOKENS].max(initial=0))
+            if highest >= types:
+                raise UsageError(
+                    f"token id {highest} in split {split} of {self.args.data}: outside the "
+                    f"dictionary of {types} types; the data was binarised with another dict.txt"
+                )
+
+    def _binarised(self, split: str, epoch: int = 1) -> Iterator[Any]:
+        """The token ids of each part (train, train1, ...) of a split, mapped, not read."""
+        paths = split_paths(self.args.data)
+        folder = paths[(epoch - 1) % len(paths)]
+        for part in itertools.count():
+            prefix = os.path.join(folder, f"{split}{part or ''}")
+            if not MMapIndexedDataset.exists(prefix):
+                return
+            index = MMapIndexedDataset.Index(index_file_path(prefix))
+            if os.path.getsize(data_file_path(prefix)):
+                yield np.memmap(data_file_path(prefix), dtype=index.dtype, mode="r")
