@@ -6,6 +6,7 @@ Each function is one repair: what breaks, and when it can go. All are safe to ap
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import pickle
 import shutil
@@ -18,9 +19,12 @@ import numpy as np
 import torch
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
+from fairseq.tasks.language_modeling import LanguageModelingTask
 from fairseq.trainer import Trainer
 
 from .errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 
 def apply() -> None:
@@ -29,6 +33,7 @@ def apply() -> None:
     copy_checkpoints_atomically()
     refuse_code_in_checkpoints()
     refuse_half_precision_on_cpu()
+    evaluate_at_the_model_context()
 
 
 def restore_numpy_compat() -> None:
@@ -76,18 +81,20 @@ def check_checkpoint(path: str) -> None:
         UsageError: the file is missing, no checkpoint, truncated, or holds more than tensors and
             plain containers.
     """
+    if not os.path.isfile(path):
+        raise UsageError(f"checkpoint {path}: there is no such file")
+    if not zipfile.is_zipfile(path):
+        raise UsageError(f"checkpoint {path}: truncated, or not a checkpoint")
     try:
         # Mapped, so that the tensors are not read twice.
-        torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError as error:
-        raise UsageError(f"checkpoint {path}: {error.strerror}") from error
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise UsageError(
-            f"checkpoint {path}: refused, it is damaged or holds code; only tensors and plain "
-            "containers are loaded"
+            f"checkpoint {path}: refused, it holds more than tensors and plain containers, "
+            "and could run code"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UsageError(f"checkpoint {path}: truncated, or not a checkpoint") from error
+    except RuntimeError as error:
+        raise UsageError(f"checkpoint {path}: damaged, or not a checkpoint") from error
 
 
 def refuse_half_precision_on_cpu() -> None:
@@ -109,6 +116,42 @@ def check_precision(common: Any) -> None:
         for flag in ("fp16", "bf16", "amp"):
             if getattr(common, flag):
                 raise UsageError(f"--{flag}: needs a GPU, and this command runs on the CPU")
+
+
+def evaluate_at_the_model_context() -> None:
+    """``fairseq-eval-lm`` leaves out every sample that is longer than the model's positions: with
+    its default ``--tokens-per-sample 1024`` that is the whole text for a model trained on less, and
+    it prints a perplexity of 1.00. Can go when fairseq evaluates or refuses."""
+
+    @functools.wraps(LanguageModelingTask.eval_lm_dataloader)
+    def eval_lm_dataloader(
+        self: Any,
+        dataset: Any,
+        *,
+        max_positions: Any = None,
+        context_window: int = 0,
+        **kwargs: Any,
+    ) -> Any:
+        asked = self.args.tokens_per_sample
+        if max_positions is not None and asked + context_window > max_positions:
+            if context_window >= max_positions:
+                raise UsageError(
+                    f"--context-window {context_window}: the model has {max_positions} positions"
+                )
+            self.args.tokens_per_sample = max_positions - context_window
+            logger.warning(
+                f"--tokens-per-sample {asked + context_window}: the model has {max_positions} "
+                f"positions; evaluating at {max_positions}"
+            )
+            split = next(name for name, loaded in self.datasets.items() if loaded is dataset)
+            self.load_dataset(split)
+            dataset = self.dataset(split)
+        return original(
+            self, dataset, max_positions=max_positions, context_window=context_window, **kwargs
+        )
+
+    original = LanguageModelingTask.eval_lm_dataloader
+    _replace_once(LanguageModelingTask, "eval_lm_dataloader", eval_lm_dataloader)
 
 
 def _replace_once(

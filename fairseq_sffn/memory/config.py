@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -111,8 +112,12 @@ class MemoryConfig:
                 raise ConfigError(name, getattr(self, name), "must be positive, or 0 for dropless")
         if not 0 <= self.activation_dropout < 1:
             raise ConfigError("activation_dropout", self.activation_dropout, "is not in [0, 1)")
-        if self.engine is not None and self.engine not in ENGINES:
-            raise ConfigError("engine", self.engine, f"is none of {', '.join(ENGINES)}")
+        if self.engine is not None:
+            if self.engine not in ENGINES:
+                raise ConfigError("engine", self.engine, f"is none of {', '.join(ENGINES)}")
+            if not ENGINES[self.engine].supports(torch.float32, self.embed_dim, self.block_size):
+                reason = f"cannot multiply blocks of {self.block_size} x {self.embed_dim}"
+                raise ConfigError("engine", self.engine, reason)
         if self.init_scale <= 0:
             raise ConfigError("init_scale", self.init_scale, "must be positive")
         self.selector_class.validate(self)

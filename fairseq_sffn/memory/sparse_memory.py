@@ -135,7 +135,7 @@ class SparseMemory(nn.Module):
         # Under autocast the tables are cast here, as inside any autocast matrix product.
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.values.dtype
-        sizes = (dtype, device, config.embed_dim, config.block_size)
+        sizes = (dtype, config.embed_dim, config.block_size)
         if config.engine is None:
             engine = choose_engine(selection.blocks.numel(), *sizes)
         elif (engine := ENGINES[config.engine]) and not engine.supports(*sizes):
@@ -144,7 +144,7 @@ class SparseMemory(nn.Module):
         plan = make_plan(
             selection.blocks,
             config.num_blocks,
-            engine.chunk_pairs(device, config.embed_dim, config.block_size),
+            engine.chunk_pairs(device, config.block_size),
             selection.kept,
         )
 

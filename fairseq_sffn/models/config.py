@@ -118,8 +118,10 @@ def check_supported(args: Any) -> None:
         if value := getattr(args, name, None):
             shown = flag(name) if value is True else f"{flag(name)} {value}"
             raise UsageError(f"{shown}: {reason}")
-    if args.sffn_freq < 1:
-        raise UsageError(f"--sffn-freq {args.sffn_freq}: must be at least 1")
+    if not 1 <= args.sffn_freq <= args.decoder_layers:
+        raise UsageError(
+            f"--sffn-freq {args.sffn_freq}: must be 1 to --decoder-layers {args.decoder_layers}"
+        )
 
 
 def build_memory_config(

@@ -5,6 +5,7 @@ Each is a registered *model*, so that ``fairseq-train --arch NAME`` and ``model.
 """
 
 import copy
+import re
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any, ClassVar, Optional
 
@@ -49,28 +50,21 @@ class DenseTransformerLM(TransformerLanguageModel):
         check_precision(cfg.common)
         super().prepare_for_inference_(cfg)
 
-    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Like fairseq's.
 
         Raises:
-            UsageError: the parameters are of another shape than this model's.
+            UsageError: the parameters are not those of this model.
         """
-        self.check_shapes(state_dict)
-        return super().load_state_dict(state_dict, *args, **kwargs)
-
-    def check_shapes(self, state_dict: dict[str, Any]) -> None:
-        for name, own in self.state_dict().items():
-            if name in state_dict and state_dict[name].shape != own.shape:
-                saved, wanted = tuple(state_dict[name].shape), tuple(own.shape)
-                raise UsageError(
-                    f"the checkpoint does not fit this model: {name} is {saved} there and {wanted} "
-                    f"here; {self.shape_hint(name, saved, wanted)}"
-                )
-
-    def shape_hint(self, name: str, saved: tuple[int, ...], wanted: tuple[int, ...]) -> str:
-        if "embed_tokens" in name and saved[1:] == wanted[1:]:
-            return f"it was trained with another dictionary, of {saved[0]} types"
-        return "train with the same --arch and model flags, or into another --save-dir"
+        try:
+            return super().load_state_dict(*args, **kwargs)
+        except RuntimeError as error:
+            # PyTorch lists every difference; the first one tells which flag differs.
+            difference = str(error).split("\n")[1].strip()
+            raise UsageError(
+                f"the checkpoint does not fit this model: {shorten_mismatch(difference)}; "
+                "train with the same --arch and model flags, or into another --save-dir"
+            ) from error
 
 
 class SparseTransformerLM(DenseTransformerLM):
@@ -115,28 +109,30 @@ class SparseTransformerLM(DenseTransformerLM):
         """The memory of each sparse layer."""
         return self.decoder.memory_config
 
-    def check_shapes(self, state_dict: dict[str, Any]) -> None:
-        """Also whether the same layers are sparse."""
-        for name in self.state_dict():
-            layer, _, rest = name.partition(".fc1.")
-            if rest == "memory.values" and f"{layer}.fc1.weight" in state_dict:
-                raise UsageError(
-                    f"the checkpoint does not fit this model: {layer} is dense there and sparse "
-                    "here; train with the same --arch and --sffn-freq, or into another --save-dir"
-                )
-            if rest == "weight" and f"{layer}.fc1.memory.values" in state_dict:
-                raise UsageError(
-                    f"the checkpoint does not fit this model: {layer} is sparse there and dense "
-                    "here; train with the same --arch and --sffn-freq, or into another --save-dir"
-                )
-        super().check_shapes(state_dict)
 
-    def shape_hint(self, name: str, saved: tuple[int, ...], wanted: tuple[int, ...]) -> str:
-        if name.endswith("memory.values") and saved[1:] == wanted[1:]:
-            return "the number of cells is --sffn-expansion times --decoder-ffn-embed-dim"
-        if ".selector." in name:
-            return "see --sffn-selector, --sffn-expansion and --sffn-block-size"
-        return super().shape_hint(name, saved, wanted)
+def shorten_mismatch(difference: str) -> str:
+    """One of PyTorch's lines on a state dict that does not fit, in a few words, with the flags that
+    decide what differs."""
+    if match := re.match(r"size mismatch for (\S+):.*?Size\((.*?)\).*?Size\((.*?)\)", difference):
+        name, saved, wanted = match.groups()
+        text = f"{name} is {saved} in the checkpoint and {wanted} in the model"
+    else:
+        kind, name = re.match(r'(\w+) key\(s\) in state_dict: "(.*?)"', difference).groups()
+        where = "model" if kind == "Missing" else "checkpoint"
+        text = f"only the {where} has {name}"
+    return f"{text} (see {', '.join(_flags_that_decide(name))})"
+
+
+def _flags_that_decide(name: str) -> list[str]:
+    if "embed_tokens" in name or "output_projection" in name:
+        return ["dict.txt of the data", "--decoder-embed-dim"]
+    if ".memory.selector." in name:
+        return ["--sffn-selector", "--sffn-expansion", "--sffn-block-size"]
+    if ".memory." in name:
+        return ["--sffn-freq", "--sffn-expansion", "--decoder-ffn-embed-dim", "--decoder-embed-dim"]
+    if ".fc1." in name or ".fc2." in name:
+        return ["--arch", "--sffn-freq", "--decoder-ffn-embed-dim", "--decoder-embed-dim"]
+    return ["--arch", "--decoder-layers", "--decoder-embed-dim"]
 
 
 SIZES: dict[str, dict[str, Any]] = {

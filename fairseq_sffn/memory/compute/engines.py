@@ -16,12 +16,10 @@ faults that outweigh the products."""
 class Engine(Protocol):
     """Grouped matrix products. P rows are sorted into groups; group i ends at row ``ends_B[i]``."""
 
-    def supports(
-        self, dtype: torch.dtype, device: torch.device, embed_dim: int, block_size: int
-    ) -> bool:
+    def supports(self, dtype: torch.dtype, embed_dim: int, block_size: int) -> bool:
         """Whether the engine can multiply tables of this kind."""
 
-    def chunk_pairs(self, device: torch.device, embed_dim: int, block_size: int) -> int | None:
+    def chunk_pairs(self, device: torch.device, block_size: int) -> int | None:
         """The most rows to hand over at once; ``None``: no limit."""
 
     def rows_by_matrices(self, rows_PX: Tensor, matrices_BXY: Tensor, ends_B: Tensor) -> Tensor:
@@ -34,16 +32,14 @@ class Engine(Protocol):
 class Grouped:
     """``torch.nn.functional.grouped_mm``: one call for all groups."""
 
-    def supports(
-        self, dtype: torch.dtype, device: torch.device, embed_dim: int, block_size: int
-    ) -> bool:
+    def supports(self, dtype: torch.dtype, embed_dim: int, block_size: int) -> bool:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return False
         # grouped_mm wants every row of its operands to start at a multiple of 16 bytes.
         aligned = 16 // dtype.itemsize
         return embed_dim % aligned == 0 and block_size % aligned == 0
 
-    def chunk_pairs(self, device: torch.device, embed_dim: int, block_size: int) -> int | None:
+    def chunk_pairs(self, device: torch.device, block_size: int) -> int | None:
         return CACHED_PAIRS if device.type == "cpu" else None
 
     def rows_by_matrices(self, rows_PX: Tensor, matrices_BXY: Tensor, ends_B: Tensor) -> Tensor:
@@ -56,12 +52,10 @@ class Grouped:
 class Loop:
     """One ``torch.mm`` a group: any dtype and shape, the reference for the other engines."""
 
-    def supports(
-        self, dtype: torch.dtype, device: torch.device, embed_dim: int, block_size: int
-    ) -> bool:
+    def supports(self, dtype: torch.dtype, embed_dim: int, block_size: int) -> bool:
         return True
 
-    def chunk_pairs(self, device: torch.device, embed_dim: int, block_size: int) -> int | None:
+    def chunk_pairs(self, device: torch.device, block_size: int) -> int | None:
         return CACHED_PAIRS
 
     def rows_by_matrices(self, rows_PX: Tensor, matrices_BXY: Tensor, ends_B: Tensor) -> Tensor:
@@ -87,12 +81,10 @@ class Gathered:
     """Gathers the matrix of each row and multiplies as a batch: for a few tokens, which then touch
     their own blocks only."""
 
-    def supports(
-        self, dtype: torch.dtype, device: torch.device, embed_dim: int, block_size: int
-    ) -> bool:
+    def supports(self, dtype: torch.dtype, embed_dim: int, block_size: int) -> bool:
         return True
 
-    def chunk_pairs(self, device: torch.device, embed_dim: int, block_size: int) -> int | None:
+    def chunk_pairs(self, device: torch.device, block_size: int) -> int | None:
         return max(1, CACHED_PAIRS // block_size)
 
     def rows_by_matrices(self, rows_PX: Tensor, matrices_BXY: Tensor, ends_B: Tensor) -> Tensor:
@@ -113,17 +105,15 @@ def _group_of_row(num_rows: int, ends_B: Tensor) -> Tensor:
 ENGINES: dict[str, Engine] = {"grouped": Grouped(), "loop": Loop(), "gathered": Gathered()}
 
 
-def choose_engine(
-    num_pairs: int, dtype: torch.dtype, device: torch.device, embed_dim: int, block_size: int
-) -> Engine:
+def choose_engine(num_pairs: int, dtype: torch.dtype, embed_dim: int, block_size: int) -> Engine:
     """The engine that is fastest for these sizes among those that support them.
 
     Args:
         num_pairs: (token, block) pairs to compute.
-        dtype, device, embed_dim, block_size: of the tables.
+        dtype, embed_dim, block_size: of the tables.
     """
     if num_pairs * block_size <= CACHED_PAIRS:
         return ENGINES["gathered"]
-    if ENGINES["grouped"].supports(dtype, device, embed_dim, block_size):
+    if ENGINES["grouped"].supports(dtype, embed_dim, block_size):
         return ENGINES["grouped"]
     return ENGINES["loop"]
