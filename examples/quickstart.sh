@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# Trains a dense language model and three sparse ones (HashLayer, Switch, Avg-K) of the same active
+# size on the State of the Union addresses, and compares them. Under 20 minutes on 2 cores.
+#
+#   bash examples/quickstart.sh                          everything
+#   QUICKSTART_UPDATES=100 bash examples/quickstart.sh   shorter training
+#
+# Results are in runs/quickstart. A second run reuses what was made with the same settings and code.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. examples/venv.sh
+
+UPDATES=${QUICKSTART_UPDATES:-700}
+[[ $UPDATES =~ ^[1-9][0-9]*$ ]] ||
+    { echo "QUICKSTART_UPDATES=$UPDATES: must be a positive whole number" >&2; exit 1; }
+SEED=1
+RUNS=runs/quickstart
+DATA=$RUNS/data/bin
+CODE=$(find fairseq_sffn -name '*.py' | sort | xargs cat examples/requirements.txt | sha256sum)
+
+# fresh DIRECTORY SETTINGS: empties the directory unless it was made with the same settings.
+fresh() {
+    if [ "$(cat "$1/settings.txt" 2>/dev/null)" != "$2" ]; then
+        rm -rf "$1"
+        mkdir -p "$1"
+        echo "$2" >"$1/settings.txt"
+    fi
+}
+
+# once FILE COMMAND...: runs the command unless it completed before, which the file tells.
+once() {
+    local marker=$1
+    shift
+    if [ -e "$marker" ]; then return; fi
+    "$@"
+    touch "$marker"
+}
+
+prepare() {
+    python examples/quickstart/prepare.py --input examples/data/state_of_the_union.txt.xz \
+        --output $RUNS/data --vocab-size 4096 --seed $SEED
+    fairseq-preprocess --only-source --srcdict $RUNS/data/dict.txt --workers 2 --destdir $DATA \
+        --trainpref $RUNS/data/train.bpe --validpref $RUNS/data/valid.bpe \
+        --testpref $RUNS/data/test.bpe >$RUNS/data/preprocess.log 2>&1 ||
+        { tail -n 3 $RUNS/data/preprocess.log >&2; return 1; }
+}
+
+# The recipe, the same for all models: 16 x 128 tokens an update, dropout 0.1 (fairseq's default).
+train_command() {
+    echo fairseq-train $DATA --user-dir fairseq_sffn --task sffn_language_modeling \
+        --arch "transformer_lm_$1_tiny" --criterion sffn_cross_entropy \
+        --tokens-per-sample 128 --batch-size 16 --max-update "$UPDATES" \
+        --optimizer adam --adam-betas "0.9,0.98" --clip-norm 1.0 --lr 2e-3 \
+        --lr-scheduler polynomial_decay --warmup-updates $((UPDATES / 10)) \
+        --total-num-update "$UPDATES" --seed $SEED --cpu --num-workers 0 \
+        --save-dir "$RUNS/$1/checkpoints" --no-epoch-checkpoints \
+        --save-interval-updates $(((UPDATES + 7) / 8)) --keep-interval-updates 1 \
+        --log-format json --log-interval $(((UPDATES + 29) / 30))
+}
+
+train() {
+    local log=$RUNS/$1/train.log
+    $(train_command "$1") 2>&1 |
+        python examples/quickstart/progress.py --log "$log" --name "$1" --updates "$UPDATES" ||
+        { tail -n 1 "$log" >&2; return 1; }
+}
+
+evaluate() {
+    for split in valid test; do
+        fairseq-eval-lm $DATA --user-dir fairseq_sffn --gen-subset $split --cpu \
+            --path "$RUNS/$1/checkpoints/checkpoint_best.pt" --num-workers 0 \
+            --tokens-per-sample 128 --batch-size 32 >"$RUNS/$1/eval_$split.log" 2>&1 ||
+            { tail -n 1 "$RUNS/$1/eval_$split.log" >&2; return 1; }
+    done
+}
+
+fresh $RUNS/data "$(declare -f prepare) $(sha256sum examples/quickstart/prepare.py) $SEED"
+echo "== data"
+once $RUNS/data/prepared prepare
+
+for model in dense hash_layer switch avgk; do
+    fresh $RUNS/$model "$(train_command $model) $(declare -f evaluate) $CODE $(cat $RUNS/data/settings.txt)"
+    train_command $model >$RUNS/$model/command.txt
+    echo "== $model"
+    once $RUNS/$model/trained train $model
+    once $RUNS/$model/evaluated evaluate $model
+done
+
+echo "== results: $RUNS/results.json, $RUNS/perplexity.png"
+python -W ignore examples/quickstart/report.py --runs $RUNS --data $DATA

@@ -1,0 +1,33 @@
+# Sourced by quickstart.sh and tests/run.sh with the project root as the working directory: makes
+# .venv if it is not there or its requirements changed, and activates it.
+
+python_for_venv() {
+    for candidate in python3.11 python3; do
+        if command -v "$candidate" >/dev/null &&
+            "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "no Python 3.11 on PATH: the version that this project is tested with" >&2
+    return 1
+}
+
+make_venv() {
+    if cmp -s examples/requirements.txt .venv/requirements.txt; then return; fi
+    echo "making .venv (two minutes, once)"
+    local python
+    python=$(python_for_venv)
+    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    # One by one, in order: see requirements.txt.
+    grep -v '^#' examples/requirements.txt | while read -r requirement; do
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check "$requirement"
+    done
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+        --no-build-isolation --editable .
+    # Last, so that an interrupted installation is taken up again.
+    cp examples/requirements.txt .venv/requirements.txt
+}
+
+make_venv
+. .venv/bin/activate

@@ -1,0 +1,26 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="fairseq-sffn",
+    version="0.1.0",
+    description="Language models with sparse feed-forward networks, as a fairseq plugin",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["fairseq_sffn", "fairseq_sffn.*"]),
+    python_requires=">=3.11,<3.12",
+    install_requires=[
+        "torch==2.13.*",
+        "ve-fairseq==0.12.3",
+        "fairscale==0.4.13",
+        "sentencepiece",
+    ],
+    extras_require={
+        "plots": ["matplotlib"],
+        "tests": ["pytest", "ruff", "mypy", "tensorboardX"],
+    },
+    classifiers=["Programming Language :: Python :: 3.11"],
+)

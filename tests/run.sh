@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Every check there is: format, lint, types, tests. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. examples/venv.sh
+
+ruff format --check .
+ruff check .
+mypy
+OMP_NUM_THREADS=1 python -m pytest "$@"
