@@ -1,0 +1,129 @@
+"""Runs fairseq's commands inside the test process, on a small corpus."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import random
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fairseq import checkpoint_utils
+from fairseq.logging import metrics
+
+USER_DIR = str(Path(__file__).parents[1] / "fairseq_sffn")
+MODELS = ("dense", "avgk", "switch", "hash_layer")
+SMALL = (
+    *("--decoder-layers", "2", "--decoder-embed-dim", "16", "--decoder-ffn-embed-dim", "32"),
+    *("--decoder-attention-heads", "2"),
+)
+"""Makes a ``_tiny`` model smaller still."""
+
+
+def small_flags(model: str) -> tuple[str, ...]:
+    """``SMALL``, with blocks that fit it."""
+    return (*SMALL, "--sffn-block-size", "8") if model == "avgk" else SMALL
+
+
+def write_corpus(folder: Path) -> None:
+    """Train, valid and test text of a small grammar, so that a model has something to learn."""
+    rng = random.Random(0)
+    words = {kind: [f"{kind}{i}" for i in range(count)] for kind, count in (("n", 30), ("v", 20))}
+    for split, lines in (("train", 400), ("valid", 40), ("test", 40)):
+        sentences = []
+        for _ in range(lines):
+            subject, verb = rng.choice(words["n"]), rng.choice(words["v"])
+            sentences.append(f"the {subject} {verb} the {rng.choice(words['n'])} of {subject} .")
+        (folder / split).write_text("\n".join(sentences) + "\n")
+
+
+def run(command: str, *arguments: str, stdin: str = "") -> str:
+    """Runs ``fairseq-{command}`` as its script would, and returns what it printed and logged.
+
+    Raises:
+        SystemExit: as the command does.
+    """
+    from importlib import import_module
+
+    module = import_module("fairseq_cli." + command.replace("-", "_"))
+    output = io.StringIO()
+    with _fresh_process_state(), _captured(output):
+        old_argv, old_stdin = sys.argv, sys.stdin
+        sys.argv = [f"fairseq-{command}", *map(str, arguments)]
+        sys.stdin = io.StringIO(stdin)
+        try:
+            module.cli_main()
+        finally:
+            sys.argv, sys.stdin = old_argv, old_stdin
+    return output.getvalue()
+
+
+def preprocess(folder: Path) -> Path:
+    """The corpus in ``folder``, binarised."""
+    write_corpus(folder)
+    run(
+        *("preprocess", "--only-source", "--workers", "1", "--destdir", folder / "bin"),
+        *("--trainpref", folder / "train", "--validpref", folder / "valid"),
+        *("--testpref", folder / "test"),
+    )
+    return folder / "bin"
+
+
+def train(data: Path, save_dir: Path, model: str, *flags: str) -> str:
+    """Trains a small model for 6 updates unless flags say otherwise; later flags win."""
+    return run(
+        *("train", data, "--user-dir", USER_DIR, "--task", "language_modeling"),
+        *("--arch", f"transformer_lm_{model}_tiny", *small_flags(model)),
+        *("--criterion", "sffn_cross_entropy", "--optimizer", "adam", "--lr", "1e-2"),
+        *("--tokens-per-sample", "16", "--batch-size", "8", "--max-update", "6", "--cpu"),
+        *("--save-dir", save_dir, "--num-workers", "0", "--log-format", "json"),
+        *("--log-interval", "1", "--no-progress-bar", *flags),
+    )
+
+
+def records(log: str, tag: str = "train_inner") -> list[dict[str, Any]]:
+    """The JSON records of a log."""
+    return [json.loads(match) for match in re.findall(rf"\| {tag} \| (\{{.*\}})", log)]
+
+
+def losses(log: str) -> dict[int, str]:
+    """Update -> training loss, as logged."""
+    return {int(record["num_updates"]): record["loss"] for record in records(log)}
+
+
+def perplexity(log: str) -> float:
+    """What fairseq-eval-lm found."""
+    match = re.search(r"Perplexity: ([\d.]+)", log)
+    assert match, log[-2000:]
+    return float(match[1])
+
+
+@contextlib.contextmanager
+def _fresh_process_state() -> Iterator[None]:
+    """fairseq keeps state between runs in attributes of functions; a process starts without."""
+    for name in ("best",):
+        if hasattr(checkpoint_utils.save_checkpoint, name):
+            delattr(checkpoint_utils.save_checkpoint, name)
+    metrics.reset()
+    yield
+
+
+@contextlib.contextmanager
+def _captured(output: io.StringIO) -> Iterator[None]:
+    handler = logging.StreamHandler(output)
+    handler.setFormatter(logging.Formatter("| %(levelname)s | %(name)s | %(message)s"))
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.INFO)
+    root.addHandler(handler)
+    try:
+        with contextlib.redirect_stdout(output):
+            yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
