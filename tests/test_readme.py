@@ -1,0 +1,51 @@
+"""The README's examples do what it says."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import commands
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+def test_added_selection_method_trains(tmp_path: Path, data_bin: Path) -> None:
+    selector, row, _ = BLOCKS
+    package = shutil.copytree(ROOT / "fairseq_sffn", tmp_path / "fairseq_sffn")
+    (package / "memory" / "selectors" / "cosine_k.py").write_text(selector)
+    table = package / "models" / "transformer_lm.py"
+    marker = "METHODS = (\n"
+    assert marker in table.read_text()
+    table.write_text(table.read_text().replace(marker, marker + row))
+
+    result = subprocess.run(
+        [
+            *(Path(sys.executable).parent / "fairseq-train", data_bin, "--user-dir", package),
+            *("--arch", "transformer_lm_cosine_k_tiny", "--task", "language_modeling"),
+            *(*commands.SMALL, "--sffn-block-size", "8", "--cosine-k-temperature", "0.5"),
+            *("--sffn-gate", "softmax", "--sffn-capacity-factor", "1.0"),
+            *("--criterion", "sffn_cross_entropy", "--balance-loss-weight", "0.01"),
+            *("--optimizer", "adam", "--lr", "1e-2", "--tokens-per-sample", "16"),
+            *("--batch-size", "8", "--max-update", "4", "--cpu", "--num-workers", "0"),
+            *("--save-dir", tmp_path / "checkpoints", "--log-format", "json"),
+            *("--log-interval", "1"),
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    records = commands.records(result.stderr + result.stdout)
+    assert [int(record["num_updates"]) for record in records] == [1, 2, 3, 4]
+    assert {"balance_loss", "load_max", "dropped_share"} <= records[-1].keys()
+
+
+def test_memory_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(BLOCKS[2], {})
+    assert "torch.Size([8, 128, 256]) torch.Size([1024, 16])" in capsys.readouterr().out
