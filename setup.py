@@ -13,7 +13,7 @@ setup(
     packages=find_packages(include=["fairseq_sffn", "fairseq_sffn.*"]),
     python_requires=">=3.11,<3.12",
     install_requires=[
-        "torch==2.13.*",
+        "torch==2.13.0",
         "ve-fairseq==0.12.3",
         "fairscale==0.4.13",
         "sentencepiece",

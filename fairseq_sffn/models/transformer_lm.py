@@ -6,10 +6,9 @@ Each is a registered *model*, so that ``fairseq-train --arch NAME`` and ``model.
 
 import copy
 import re
-from dataclasses import dataclass, field, make_dataclass
-from typing import Any, ClassVar, Optional
+from dataclasses import field, make_dataclass
+from typing import Any, ClassVar, NamedTuple, Optional
 
-from fairseq.dataclass import FairseqDataclass
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import register_model
 from fairseq.models.transformer_lm import TransformerLanguageModel
@@ -70,8 +69,8 @@ class DenseTransformerLM(TransformerLanguageModel):
 class SparseTransformerLM(DenseTransformerLM):
     """A Transformer language model in which every ``--sffn-freq``-th layer is sparse."""
 
-    config_class: ClassVar[type[DenseConfig]] = SparseConfig
-    selector: ClassVar[Optional[str]]
+    config_class: ClassVar[type[DenseConfig]] = with_selector_flags("SparseLMConfig", SparseConfig)
+    selector: ClassVar[Optional[str]] = None
     """The selector that the model's name promises; ``None``: any."""
 
     @classmethod
@@ -84,6 +83,9 @@ class SparseTransformerLM(DenseTransformerLM):
                 f"--sffn-selector {args.sffn_selector}: this model selects by {cls.selector}; "
                 "use --arch transformer_lm_sffn to choose"
             )
+        dictionary = task.source_dictionary
+        counts = task.token_counts() if hasattr(task, "token_counts") else dictionary.count
+        memory_config = build_memory_config(args, len(dictionary), counts)
         # fairseq builds embeddings (adaptive, character, ...) and decoder in one function; with no
         # layers it makes the embeddings at the price of a shell that is thrown away.
         shell_args = copy.deepcopy(args)
@@ -92,9 +94,6 @@ class SparseTransformerLM(DenseTransformerLM):
         args.max_target_positions = shell_args.max_target_positions
         if args.decoder_layers_to_keep:
             args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
-        dictionary = task.source_dictionary
-        counts = task.token_counts() if hasattr(task, "token_counts") else dictionary.count
-        memory_config = build_memory_config(args, len(dictionary), counts)
         decoder = SparseTransformerDecoder(
             args,
             task.target_dictionary,
@@ -164,19 +163,16 @@ SPARSE_SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """A row of the table of models.
 
     Attributes:
         name: the model is ``transformer_lm_{name}``, in every size.
         selector: its selector; ``None``: chosen by ``--sffn-selector``.
-        defaults: other options that the method sets.
     """
 
     name: str
     selector: Optional[str]
-    defaults: dict[str, Any] = field(default_factory=dict)
 
 
 METHODS = (
@@ -190,36 +186,26 @@ METHODS = (
 def _register(
     name: str, base: type[DenseTransformerLM], defaults: dict[str, Any], **attributes: Any
 ) -> None:
-    inherited = {f.name: f for f in base.config_class.__dataclass_fields__.values()}
+    """Registers a subclass of ``base`` whose options have other defaults."""
+    inherited = base.config_class.__dataclass_fields__
     options = [
         (option, inherited[option].type, field(default=value, metadata=inherited[option].metadata))
         for option, value in defaults.items()
     ]
     config = make_dataclass(f"{name}_config", options, bases=(base.config_class,))
-    assert issubclass(config, FairseqDataclass)
-    model = type(base)(name, (base,), {"config_class": config, **attributes})
+    model = type(name, (base,), {"config_class": config, **attributes})
     register_model(name, dataclass=config)(model)
 
 
-def _register_all() -> None:
-    config = with_selector_flags("SparseLMConfig", SparseConfig)
-    sparse_model = type(SparseTransformerLM)(
-        "SparseLM", (SparseTransformerLM,), {"config_class": config}
-    )
-    for size, defaults in SIZES.items():
-        _register(f"transformer_lm_dense{size}", DenseTransformerLM, defaults)
-        for method in METHODS:
-            _register(
-                f"transformer_lm_{method.name}{size}",
-                sparse_model,
-                {
-                    **defaults,
-                    **SPARSE_SIZES[size],
-                    **({"sffn_selector": method.selector} if method.selector else {}),
-                    **method.defaults,
-                },
-                selector=method.selector,
-            )
-
-
-_register_all()
+for _size in SIZES:
+    _register(f"transformer_lm_dense{_size}", DenseTransformerLM, SIZES[_size])
+    for _method in METHODS:
+        _defaults = SIZES[_size] | SPARSE_SIZES[_size]
+        if _method.selector:
+            _defaults["sffn_selector"] = _method.selector
+        _register(
+            f"transformer_lm_{_method.name}{_size}",
+            SparseTransformerLM,
+            _defaults,
+            selector=_method.selector,
+        )
