@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/venv.sh
 
-UPDATES=${QUICKSTART_UPDATES:-700}
+UPDATES=${QUICKSTART_UPDATES:-500}
 [[ $UPDATES =~ ^[1-9][0-9]*$ ]] ||
     { echo "QUICKSTART_UPDATES=$UPDATES: must be a positive whole number" >&2; exit 1; }
 SEED=1
@@ -54,7 +54,7 @@ train_command() {
         --lr-scheduler polynomial_decay --warmup-updates $((UPDATES / 10)) \
         --total-num-update "$UPDATES" --seed $SEED --cpu --num-workers 0 \
         --save-dir "$RUNS/$1/checkpoints" --no-epoch-checkpoints \
-        --save-interval-updates $(((UPDATES + 7) / 8)) --keep-interval-updates 1 \
+        --save-interval-updates $(((UPDATES + 5) / 6)) --keep-interval-updates 1 \
         --log-format json --log-interval $(((UPDATES + 29) / 30))
 }
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import sentencepiece
 
 SPLITS = ("train", "valid", "test")
-HELD_OUT_SHARE = 0.05  # of all characters, for valid and for test each
+HELD_OUT_SHARE = 0.03  # of all characters, for valid and for test each
 MAX_LINE_LENGTH = 2000  # characters
 FAIRSEQ_SPECIALS = 4  # <s> <pad> </s> <unk>, which are in every fairseq dictionary
 
@@ -49,7 +49,7 @@ def read_documents(path: Path) -> tuple[list[str], int]:
 
 
 def split_documents(documents: list[str], seed: int) -> dict[str, list[str]]:
-    """Deals whole documents to valid and test, 5% of all characters each, and the rest to train.
+    """Deals whole documents to valid and test, 3% of all characters each, and the rest to train.
 
     The documents are drawn at random from the whole collection, so that the held-out ones are of
     all periods; within a split they keep their order. The same seed gives the same splits.
