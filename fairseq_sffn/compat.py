@@ -21,6 +21,7 @@ from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 from fairseq.tasks.language_modeling import LanguageModelingTask
 from fairseq.trainer import Trainer
+from fairseq_cli import train as train_command
 
 from .errors import UsageError
 
@@ -34,6 +35,7 @@ def apply() -> None:
     refuse_code_in_checkpoints()
     refuse_half_precision_on_cpu()
     evaluate_at_the_model_context()
+    leave_finished_runs_alone()
 
 
 def restore_numpy_compat() -> None:
@@ -152,6 +154,22 @@ def evaluate_at_the_model_context() -> None:
 
     original = LanguageModelingTask.eval_lm_dataloader
     _replace_once(LanguageModelingTask, "eval_lm_dataloader", eval_lm_dataloader)
+
+
+def leave_finished_runs_alone() -> None:
+    """``fairseq-train``, run again when ``--max-update`` is reached, trains one update more, and
+    stores it. Can go when fairseq looks before it trains."""
+
+    @functools.wraps(train_command.train)
+    def train(cfg: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> tuple[list[None], bool]:
+        updates, max_update = trainer.get_num_updates(), cfg.optimization.max_update
+        if max_update and updates >= max_update:
+            logger.info(f"nothing to train: at update {updates} of --max-update {max_update}")
+            return [None], True
+        return original(cfg, trainer, *args, **kwargs)
+
+    original = train_command.train
+    _replace_once(train_command, "train", train)
 
 
 def _replace_once(
