@@ -115,22 +115,32 @@ class SFFNCrossEntropyCriterion(CrossEntropyCriterion):
             "nsentences": sample["target"].size(0),
             "sample_size": sample_size,
         }
-        routing = net_output[1].get("routing", {})
-        if routing:
+        extra = net_output[1]  # not every model of fairseq gives a dictionary
+        if routing := extra.get("routing") if isinstance(extra, dict) else None:
             selector = model.memory_config.selector_class
             loss = loss + self.extra_loss(selector, routing) * sample_size
             logging_output |= self.routing_logs(selector, routing, sample_size)
         return loss, sample_size, logging_output
 
-    def extra_loss(self, selector: type[Selector], routing: dict[int, LayerRouting]) -> Tensor:
+    def extra_loss(
+        self, selector: type[Selector], routing: dict[int, LayerRouting]
+    ) -> Tensor | float:
         """Weighted balance and z losses of all layers."""
-        weight = self.cfg.balance_loss_weight
-        if weight is None:
-            weight = selector.default_balance_weight
+        balance_weight = self.cfg.balance_loss_weight
+        if balance_weight is None:
+            balance_weight = selector.default_balance_weight
+        weights = {"balance_loss": balance_weight, "z_loss": self.cfg.z_loss_weight}
         reduce = torch.mean if str(self.cfg.balance_loss_reduce) == "mean" else torch.sum
-        balance = reduce(torch.stack([layer.balance_loss for layer in routing.values()]))
-        z = reduce(torch.stack([layer.z_loss for layer in routing.values()]))
-        return weight * balance + self.cfg.z_loss_weight * z
+        total: Tensor | float = 0.0
+        # A weight of 0 leaves the loss out, rather than send zeros back through the scores.
+        for name, weight in weights.items():
+            if weight and not selector.scores_blocks:
+                option = f"--{name.replace('_', '-')}-weight {weight}"
+                raise UsageError(f"{option}: {selector.name} gives blocks no score to act on")
+            if weight:
+                losses = [getattr(layer, name) for layer in routing.values()]
+                total = total + weight * reduce(torch.stack(losses))
+        return total
 
     def routing_logs(
         self, selector: type[Selector], routing: dict[int, LayerRouting], sample_size: Any
@@ -147,7 +157,7 @@ class SFFNCrossEntropyCriterion(CrossEntropyCriterion):
     def compute_loss(
         self, model: Any, net_output: Any, sample: Any, reduce: bool = True
     ) -> tuple[Tensor, Tensor]:
-        adaptive_softmax = getattr(model.decoder, "adaptive_softmax", None)
+        adaptive_softmax = getattr(getattr(model, "decoder", None), "adaptive_softmax", None)
         if adaptive_softmax is None or not reduce:
             return super().compute_loss(model, net_output, sample, reduce)
         distributed = self.cfg.distributed_world_size > 1
