@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
+from fairseq.models.ema.ema import EMA
 from fairseq.tasks.language_modeling import LanguageModelingTask
 from fairseq.trainer import Trainer
 from fairseq_cli import train as train_command
@@ -36,6 +37,7 @@ def apply() -> None:
     refuse_half_precision_on_cpu()
     evaluate_at_the_model_context()
     leave_finished_runs_alone()
+    copy_integers_into_moving_averages()
 
 
 def restore_numpy_compat() -> None:
@@ -170,6 +172,20 @@ def leave_finished_runs_alone() -> None:
 
     original = train_command.train
     _replace_once(train_command, "train", train)
+
+
+def copy_integers_into_moving_averages() -> None:
+    """``--store-ema`` averages buffers too, and fails on whole numbers, such as hash tables. Can go
+    when fairseq copies them."""
+
+    @functools.wraps(EMA.__init__)
+    def __init__(self: EMA, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        original(self, model, *args, **kwargs)
+        state = model.state_dict()
+        self.skip_keys = {*self.skip_keys, *(k for k in state if not state[k].is_floating_point())}
+
+    original = EMA.__init__
+    _replace_once(EMA, "__init__", __init__)
 
 
 def _replace_once(

@@ -168,9 +168,12 @@ class SFFNCrossEntropyCriterion(CrossEntropyCriterion):
             )
         target = model.get_targets(sample, net_output)
         outputs, targets = adaptive_softmax(net_output[0], target.view(-1))
+        # Padding is in the first cluster; in the others its index is that of a word, which
+        # fairseq's adaptive_loss leaves out.
+        ignored = [self.padding_idx] + [-100] * (len(outputs) - 1)
         losses = [
-            F.cross_entropy(output, target, ignore_index=self.padding_idx, reduction="sum")
-            for output, target in zip(outputs, targets, strict=True)
+            F.cross_entropy(output, target, ignore_index=index, reduction="sum")
+            for output, target, index in zip(outputs, targets, ignored, strict=True)
             if target is not None
         ]
         loss = torch.stack(losses).sum()

@@ -23,7 +23,7 @@ def balance_loss(scores_NB: Tensor, counts_B: Tensor, valid_N: Tensor | None) ->
     number of active blocks; Tutel's and the fairseq MoE branch's is the same.)
     """
     probs_NB = torch.softmax(_at_least_fp32(scores_NB), dim=-1)
-    shares_B = counts_B / counts_B.sum().clamp(min=1)
+    shares_B = counts_B.to(probs_NB.dtype) / counts_B.sum().clamp(min=1)
     return len(counts_B) * (_mean_over_tokens(probs_NB, valid_N) * shares_B).sum()
 
 
@@ -40,5 +40,5 @@ def _at_least_fp32(scores_NB: Tensor) -> Tensor:
 def _mean_over_tokens(values_NX: Tensor, valid_N: Tensor | None) -> Tensor:
     if valid_N is None:
         return values_NX.sum(dim=0) / max(len(values_NX), 1)
-    weights_N = valid_N / valid_N.sum().clamp(min=1)
-    return weights_N.to(values_NX.dtype) @ values_NX
+    weights_N = valid_N.to(values_NX.dtype) / valid_N.sum().clamp(min=1)
+    return weights_N @ values_NX

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -107,8 +108,10 @@ class MemoryConfig:
         if self.selector_class.context_tokens and self.vocab_size is None:
             reason = f"{self.selector_class.name} looks at token ids and needs to know how many"
             raise ConfigError("vocab_size", None, reason)
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ConfigError("vocab_size", self.vocab_size, "must be at least 1")
         for name in ("capacity_factor", "eval_capacity_factor"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(name, getattr(self, name), "must be positive, or 0 for dropless")
         if not 0 <= self.activation_dropout < 1:
             raise ConfigError("activation_dropout", self.activation_dropout, "is not in [0, 1)")
@@ -118,7 +121,7 @@ class MemoryConfig:
             if not ENGINES[self.engine].supports(torch.float32, self.embed_dim, self.block_size):
                 reason = f"cannot multiply blocks of {self.block_size} x {self.embed_dim}"
                 raise ConfigError("engine", self.engine, reason)
-        if self.init_scale <= 0:
+        if not 0 < self.init_scale < math.inf:
             raise ConfigError("init_scale", self.init_scale, "must be positive")
         self.selector_class.validate(self)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from .config import MemoryConfig
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """The blocks that each token uses, and what the selector already knows about them.
 
     Attributes:

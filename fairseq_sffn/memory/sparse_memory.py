@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,7 @@ from .selection import Selection
 from .usage import Usage
 
 
-@dataclass(frozen=True)
-class MemoryOutput:
+class MemoryOutput(NamedTuple):
     """What one pass through a memory gives.
 
     Attributes:
@@ -96,7 +95,7 @@ class SparseMemory(nn.Module):
         token_ids_NT = self._flatten_token_ids(token_ids, x)
         selection = self.selector(x_ND, self.keys, self.key_bias, token_ids_NT)
         if (gate := GATES[self.config.gate_name]) is not None:
-            selection = replace(selection, weights=gate(selection.scores, selection.blocks))
+            selection = selection._replace(weights=gate(selection.scores, selection.blocks))
 
         counts_B = assignment_counts(selection.blocks, self.config.num_blocks, valid_N)
         dropped = counts_B.new_zeros(())
@@ -105,7 +104,7 @@ class SparseMemory(nn.Module):
             kept_NA = keep_within_capacity(
                 selection.blocks, self.config.num_blocks, factor, valid_N
             )
-            selection = replace(selection, kept=kept_NA)
+            selection = selection._replace(kept=kept_NA)
             dropped_NA = ~kept_NA if valid_N is None else ~kept_NA & valid_N.unsqueeze(1)
             dropped = dropped_NA.sum()
 

@@ -3,14 +3,13 @@ ratios that follow from the sums."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Usage:
+class Usage(NamedTuple):
     """What one pass sent where.
 
     Attributes:

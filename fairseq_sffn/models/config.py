@@ -21,8 +21,14 @@ class DenseConfig(TransformerLanguageModelConfig):
     """fairseq's Transformer language model, with widths that follow ``decoder_embed_dim`` and
     pre-norm layers, as fairseq's own architectures set them."""
 
-    decoder_input_dim: int = II("model.decoder_embed_dim")
-    decoder_output_dim: int = II("model.decoder_embed_dim")
+    decoder_input_dim: int = field(
+        default=II("model.decoder_embed_dim"),
+        metadata={"help": "decoder input dimension (default: --decoder-embed-dim)"},
+    )
+    decoder_output_dim: int = field(
+        default=II("model.decoder_embed_dim"),
+        metadata={"help": "decoder output dimension (default: --decoder-embed-dim)"},
+    )
     decoder_normalize_before: bool = field(
         default=True, metadata={"help": "apply layernorm before each decoder block"}
     )
@@ -160,7 +166,9 @@ def build_memory_config(
     names |= {"capacity_factor": "sffn_capacity_factor"}
     names |= {"eval_capacity_factor": "sffn_eval_capacity_factor"}
     names |= {own: option for option, own in selector_flags(selector).items()}
-    dropout = args.activation_dropout or args.relu_dropout or 0.0
+    # fairseq's older name of the option is its fallback.
+    dropout = "activation_dropout" if args.activation_dropout else "relu_dropout"
+    names["activation_dropout"] = dropout
     try:
         return MemoryConfig(
             embed_dim=args.decoder_embed_dim,
@@ -172,7 +180,7 @@ def build_memory_config(
             activation=utils.get_activation_fn(str(args.activation_fn)),
             vocab_size=vocab_size,
             token_counts=token_counts,
-            activation_dropout=dropout,
+            activation_dropout=getattr(args, dropout) or 0.0,
             capacity_factor=args.sffn_capacity_factor,
             eval_capacity_factor=args.sffn_eval_capacity_factor,
             init_scale=args.sffn_init_scale,

@@ -91,7 +91,7 @@ class SparseTransformerDecoder(TransformerDecoder):
     def _check_tokens(self, tokens: Tensor) -> None:
         # An accelerator checks indices by itself, and asking it would stall it.
         if tokens.device.type == "cpu" and tokens.numel():
-            types, highest = len(self.dictionary), int(tokens.max())
+            types, highest = self.memory_config.vocab_size, int(tokens.max())
             if highest >= types:
                 raise UsageError(
                     f"token id {highest}: outside the dictionary of {types} types; "

@@ -115,10 +115,12 @@ def shorten_mismatch(difference: str) -> str:
     if match := re.match(r"size mismatch for (\S+):.*?Size\((.*?)\).*?Size\((.*?)\)", difference):
         name, saved, wanted = match.groups()
         text = f"{name} is {saved} in the checkpoint and {wanted} in the model"
-    else:
-        kind, name = re.match(r'(\w+) key\(s\) in state_dict: "(.*?)"', difference).groups()
+    elif match := re.match(r'(\w+) key\(s\) in state_dict: "(.*?)"', difference):
+        kind, name = match.groups()
         where = "model" if kind == "Missing" else "checkpoint"
         text = f"only the {where} has {name}"
+    else:
+        return difference
     return f"{text} (see {', '.join(_flags_that_decide(name))})"
 
 

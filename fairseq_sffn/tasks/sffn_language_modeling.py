@@ -52,7 +52,8 @@ class SFFNLanguageModelingTask(LanguageModelingTask):
         if str(self.args.hash_counts) == "dictionary":
             return self.dictionary.count
         counts = np.zeros(len(self.dictionary), dtype=np.int64)
-        for tokens in self._binarised("train"):
+        folders = range(1, len(split_paths(self.args.data)) + 1)
+        for tokens in itertools.chain.from_iterable(self._binarised("train", n) for n in folders):
             for piece in np.array_split(tokens, len(tokens) // CHECKED_TOKENS + 1):
                 counts += np.bincount(piece, minlength=len(counts))[: len(counts)]
         if not counts.any():
@@ -84,7 +85,7 @@ class SFFNLanguageModelingTask(LanguageModelingTask):
                 )
 
     def _binarised(self, split: str, epoch: int = 1) -> Iterator[Any]:
-        """The token ids of each part (train, train1, ...) of a split, mapped, not read."""
+        """The token ids of each part (train, train1, ...) of an epoch's split, mapped, not read."""
         paths = split_paths(self.args.data)
         folder = paths[(epoch - 1) % len(paths)]
         for part in itertools.count():
