@@ -20,8 +20,10 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 from fairseq.models.ema.ema import EMA
+from fairseq.tasks import FairseqTask
 from fairseq.tasks.language_modeling import LanguageModelingTask
 from fairseq.trainer import Trainer
+from fairseq_cli import eval_lm as eval_command
 from fairseq_cli import train as train_command
 
 from .errors import UsageError
@@ -38,6 +40,7 @@ def apply() -> None:
     evaluate_at_the_model_context()
     leave_finished_runs_alone()
     copy_integers_into_moving_averages()
+    deal_the_same_batches_when_resumed()
 
 
 def restore_numpy_compat() -> None:
@@ -154,6 +157,17 @@ def evaluate_at_the_model_context() -> None:
             self, dataset, max_positions=max_positions, context_window=context_window, **kwargs
         )
 
+    @functools.wraps(eval_command.main)
+    def main(cfg: Any, **kwargs: Any) -> Any:
+        window, length = cfg.eval_lm.context_window, cfg.task.tokens_per_sample
+        if window >= length:
+            raise UsageError(
+                f"--context-window {window}: leaves nothing of --tokens-per-sample {length}"
+            )
+        return original_main(cfg, **kwargs)
+
+    original_main = eval_command.main
+    _replace_once(eval_command, "main", main)
     original = LanguageModelingTask.eval_lm_dataloader
     _replace_once(LanguageModelingTask, "eval_lm_dataloader", eval_lm_dataloader)
 
@@ -186,6 +200,32 @@ def copy_integers_into_moving_averages() -> None:
 
     original = EMA.__init__
     _replace_once(EMA, "__init__", __init__)
+
+
+def deal_the_same_batches_when_resumed() -> None:
+    """fairseq deals sentences to batches by the seed and the epoch that a command starts in, and
+    keeps the batches for later epochs: resumed in a later one, it would deal others. Deals by the
+    first epoch wherever batches are kept. Can go when fairseq does."""
+
+    @functools.wraps(FairseqTask.get_batch_iterator)
+    def get_batch_iterator(
+        self: FairseqTask, dataset: Any, *args: Any, epoch: int = 1, **kwargs: Any
+    ) -> Any:
+        kept = (
+            self.can_reuse_epoch_itr(dataset)
+            and not kwargs.get("disable_iterator_cache")
+            and not kwargs.get("update_epoch_batch_itr")
+            and not getattr(self.cfg, "rebuild_batches", False)
+        )
+        if not kept or dataset in self.dataset_to_epoch_iter:
+            return original(self, dataset, *args, epoch=epoch, **kwargs)
+        iterator = original(self, dataset, *args, epoch=1, **kwargs)
+        iterator.epoch = epoch
+        dataset.set_epoch(epoch)
+        return iterator
+
+    original = FairseqTask.get_batch_iterator
+    _replace_once(FairseqTask, "get_batch_iterator", get_batch_iterator)
 
 
 def _replace_once(

@@ -1,5 +1,6 @@
 """Cross entropy plus the losses that keep the blocks of sparse layers evenly used."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -100,8 +101,8 @@ class SFFNCrossEntropyCriterion(CrossEntropyCriterion):
     def __init__(self, cfg: SFFNCrossEntropyConfig, task: Any) -> None:
         super().__init__(task, cfg.sentence_avg)
         for name in ("balance_loss_weight", "z_loss_weight"):
-            if (value := getattr(cfg, name)) is not None and value < 0:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must not be negative")
+            if (value := getattr(cfg, name)) is not None and not 0 <= value < math.inf:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be 0 or positive")
         self.cfg = cfg
         self.log_layers = str(cfg.log_format) == "json" or bool(cfg.tensorboard_logdir)
 

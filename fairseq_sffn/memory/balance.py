@@ -41,4 +41,5 @@ def _mean_over_tokens(values_NX: Tensor, valid_N: Tensor | None) -> Tensor:
     if valid_N is None:
         return values_NX.sum(dim=0) / max(len(values_NX), 1)
     weights_N = valid_N.to(values_NX.dtype) / valid_N.sum().clamp(min=1)
-    return weights_N @ values_NX
+    with torch.autocast(values_NX.device.type, enabled=False):
+        return weights_N @ values_NX

@@ -20,7 +20,8 @@ def keep_within_capacity(
     """
     num_tokens, active = blocks_NA.shape
     tokens = torch.tensor(num_tokens) if valid_N is None else valid_N.sum()
-    capacity = (factor * torch.ceil(tokens * active / num_blocks)).long().clamp(min=1)
+    capacity = factor * torch.ceil(tokens * active / num_blocks)
+    capacity = capacity.clamp(max=blocks_NA.numel()).long().clamp(min=1)
 
     # Queue the pairs by choice, then by token; padding goes to a queue of its own.
     queue_P = blocks_NA.t().flatten()

@@ -79,7 +79,8 @@ class Selector(nn.Module):
         if "flag_prefix" not in cls.__dict__:
             cls.flag_prefix = cls.name.replace("_", "-")
         if "Config" not in cls.__dict__:
-            cls.Config = dataclass(frozen=True)(type("Config", (SelectorConfig,), {}))
+            names = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Config"}
+            cls.Config = dataclass(frozen=True)(type("Config", (SelectorConfig,), names))
         cls.Config.selector_class = cls
         cls.registry[cls.name] = cls
 

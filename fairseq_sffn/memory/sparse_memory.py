@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,9 @@ class SparseMemory(nn.Module):
         self.values = nn.Parameter(torch.empty(cells, width))
         self.value_bias = nn.Parameter(torch.empty(width)) if config.bias else None
         self.selector = config.selector_class(config)
+        # Stored, since a table does not tell into which blocks it is divided.
+        self.block_size: Tensor
+        self.register_buffer("block_size", torch.tensor(config.block_size))
         self.dropout: nn.Module = nn.Dropout(config.activation_dropout)
         self.reset_parameters()
 
@@ -90,6 +93,15 @@ class SparseMemory(nn.Module):
             ValueError: a shape does not fit, token ids are missing or out of range, or the forced
                 engine cannot multiply these tables.
         """
+        if x.shape[-1:] != (self.config.embed_dim,):
+            raise ValueError(f"x of shape {tuple(x.shape)} is not (..., {self.config.embed_dim})")
+        if padding_mask is not None:
+            shape, wanted = tuple(padding_mask.shape), tuple(x.shape[:-1])
+            if shape != wanted or padding_mask.dtype != torch.bool:
+                raise ValueError(
+                    f"padding_mask of shape {shape} and {padding_mask.dtype} does not fit: "
+                    f"expected {wanted} and torch.bool"
+                )
         x_ND = x.reshape(-1, self.config.embed_dim)
         valid_N = None if padding_mask is None else ~padding_mask.reshape(-1)
         token_ids_NT = self._flatten_token_ids(token_ids, x)
@@ -169,6 +181,17 @@ class SparseMemory(nn.Module):
                 hidden_PG, weights_P, in_blocks(self.values), plan, len(x_ND), engine
             )
             return output_ND if self.value_bias is None else output_ND + self.value_bias.to(dtype)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        saved, own = state_dict.get(f"{prefix}block_size"), self.config.block_size
+        if saved is not None and int(saved) != own:
+            error_msgs: list[str] = args[-1]
+            error_msgs.append(
+                f"{prefix}block_size is {int(saved)} in the checkpoint and {own} in the model"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         config = self.config

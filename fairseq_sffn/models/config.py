@@ -1,5 +1,6 @@
 """The configuration of a sparse Transformer language model, and the memory that it asks for."""
 
+import re
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
@@ -124,6 +125,9 @@ def check_supported(args: Any) -> None:
         if value := getattr(args, name, None):
             shown = flag(name) if value is True else f"{flag(name)} {value}"
             raise UsageError(f"{shown}: {reason}")
+    kept = args.decoder_layers_to_keep or ""
+    if not re.fullmatch(r"(\d+(,\d+)*)?", kept):
+        raise UsageError(f"--decoder-layers-to-keep {kept}: is not a list of layers such as 0,2,4")
     if not 1 <= args.sffn_freq <= args.decoder_layers:
         raise UsageError(
             f"--sffn-freq {args.sffn_freq}: must be 1 to --decoder-layers {args.decoder_layers}"
@@ -163,6 +167,7 @@ def build_memory_config(
 
     names = {"block_size": "sffn_block_size", "active_blocks": "sffn_active_blocks"}
     names |= {"gate": "sffn_gate", "engine": "sffn_engine", "init_scale": "sffn_init_scale"}
+    names |= {"embed_dim": "decoder_embed_dim"}
     names |= {"capacity_factor": "sffn_capacity_factor"}
     names |= {"eval_capacity_factor": "sffn_eval_capacity_factor"}
     names |= {own: option for option, own in selector_flags(selector).items()}

@@ -45,6 +45,17 @@ class DenseTransformerLM(TransformerLanguageModel):
                 flag(f"no_{name}"), dest=name, action="store_false", help=f"turns off {flag(name)}"
             )
 
+    @classmethod
+    def build_model(cls, args: Any, task: Any) -> Any:
+        for name in ("character_embeddings", "adaptive_input"):
+            tied = args.share_decoder_input_output_embed and args.adaptive_softmax_cutoff is None
+            if tied and getattr(args, name):
+                raise UsageError(
+                    f"{flag(name)}: these embeddings cannot be the output projection as well; "
+                    "add --no-share-decoder-input-output-embed"
+                )
+        return super().build_model(args, task)
+
     def prepare_for_inference_(self, cfg: Any) -> None:
         check_precision(cfg.common)
         super().prepare_for_inference_(cfg)
@@ -120,13 +131,15 @@ def shorten_mismatch(difference: str) -> str:
         where = "model" if kind == "Missing" else "checkpoint"
         text = f"only the {where} has {name}"
     else:
-        return difference
+        name, text = difference.split()[0], difference
     return f"{text} (see {', '.join(_flags_that_decide(name))})"
 
 
 def _flags_that_decide(name: str) -> list[str]:
     if "embed_tokens" in name or "output_projection" in name:
         return ["dict.txt of the data", "--decoder-embed-dim"]
+    if name.endswith(".memory.block_size"):
+        return ["--sffn-block-size"]
     if ".memory.selector." in name:
         return ["--sffn-selector", "--sffn-expansion", "--sffn-block-size"]
     if ".memory." in name:

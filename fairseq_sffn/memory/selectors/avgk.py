@@ -61,6 +61,7 @@ class AvgK(Selector):
     def mean_keys(self, keys_CD: Tensor, key_bias_C: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Mean key (B, D) and mean key bias (B,) of each block."""
         if self.training or torch.is_grad_enabled():
+            self._cache = None
             return self._mean_keys(keys_CD, key_bias_C)
         if self._cache is None:
             self._cache = self._mean_keys(keys_CD, key_bias_C)

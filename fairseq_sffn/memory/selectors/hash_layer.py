@@ -83,8 +83,7 @@ def balanced_table(counts: Sequence[int], num_blocks: int) -> Tensor:
     """Spread token ids so that the blocks get about equally many tokens of the training data.
 
     Greedy: the most frequent id goes to the block with the least so far (Roller et al. 2021,
-    section 3.1, balanced assignment). Among blocks of equal load the one with the fewest ids
-    takes it, so that ids which never occur are spread as well.
+    section 3.1, balanced assignment). Ids that never occur go to the block with the fewest ids.
 
     Args:
         counts: (V,) how often each token id occurs.
@@ -93,9 +92,17 @@ def balanced_table(counts: Sequence[int], num_blocks: int) -> Tensor:
         (V,) int64, the block of each token id.
     """
     table_V = torch.empty(len(counts), dtype=torch.int64)
-    loads = [(0, 0, block) for block in range(num_blocks)]
-    for token in sorted(range(len(counts)), key=lambda token: -counts[token]):
-        load, ids, block = heapq.heappop(loads)
+    by_frequency = sorted(range(len(counts)), key=lambda token: -counts[token])
+    occurring = [token for token in by_frequency if counts[token]]
+    loads = [(0, block) for block in range(num_blocks)]
+    for token in occurring:
+        load, block = loads[0]
         table_V[token] = block
-        heapq.heappush(loads, (load + counts[token], ids + 1, block))
+        heapq.heapreplace(loads, (load + counts[token], block))
+    ids = torch.bincount(table_V[occurring], minlength=num_blocks).tolist()
+    sizes = sorted((size, block) for block, size in enumerate(ids))
+    for token in by_frequency[len(occurring) :]:
+        size, block = sizes[0]
+        table_V[token] = block
+        heapq.heapreplace(sizes, (size + 1, block))
     return table_V
