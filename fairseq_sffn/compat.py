@@ -5,6 +5,7 @@ Each function is one repair: what breaks, and when it can go. All are safe to ap
 
 from __future__ import annotations
 
+import argparse
 import functools
 import logging
 import os
@@ -70,15 +71,33 @@ def copy_checkpoints_atomically() -> None:
 def refuse_code_in_checkpoints() -> None:
     """PyTorch refuses pickled code by default, but ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD`` turns that
     off for fairseq, which does not ask for it; and the refusal fills a page. Can go when fairseq
-    passes ``weights_only=True``."""
+    passes ``weights_only=True``.
 
-    @functools.wraps(checkpoint_utils.load_checkpoint_to_cpu)
-    def load_checkpoint_to_cpu(path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        check_checkpoint(PathManager.get_local_path(path))
-        return original(path, *args, **kwargs)
+    The configuration of older optimizers is an ``argparse.Namespace``: a plain container, allowed.
+    """
+    torch.serialization.add_safe_globals([argparse.Namespace])
 
-    original = checkpoint_utils.load_checkpoint_to_cpu
-    _replace_once(checkpoint_utils, "load_checkpoint_to_cpu", load_checkpoint_to_cpu)
+    def checked(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def load(path: str, *args: Any, **kwargs: Any) -> Any:
+            check_checkpoint(PathManager.get_local_path(path))
+            return original(path, *args, **kwargs)
+
+        return load
+
+    for name in ("load_checkpoint_to_cpu", "load_ema_from_checkpoint"):
+        _replace_once(checkpoint_utils, name, checked(getattr(checkpoint_utils, name)))
+
+    @functools.wraps(checkpoint_utils.load_model_ensemble_and_task)
+    def load_model_ensemble_and_task(filenames: list[str], *args: Any, **kwargs: Any) -> Any:
+        # fairseq would say so in a traceback; a suffix or shards make other names of these.
+        if not kwargs.get("suffix") and kwargs.get("num_shards", 1) == 1:
+            for path in filenames:
+                check_checkpoint(PathManager.get_local_path(path))
+        return original(filenames, *args, **kwargs)
+
+    original = checkpoint_utils.load_model_ensemble_and_task
+    _replace_once(checkpoint_utils, "load_model_ensemble_and_task", load_model_ensemble_and_task)
 
 
 def check_checkpoint(path: str) -> None:

@@ -9,25 +9,36 @@ import logging
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from fairseq import checkpoint_utils
-from fairseq.logging import metrics
+from fairseq.dataclass.initialize import hydra_init
+from fairseq.logging import metrics, progress_bar
+from fairseq_cli import hydra_train as hydra_command
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
-USER_DIR = str(Path(__file__).parents[1] / "fairseq_sffn")
+ROOT = Path(__file__).parents[1]
+USER_DIR = str(ROOT / "fairseq_sffn")
+EXAMPLES = ROOT / "examples"
 MODELS = ("dense", "avgk", "switch", "hash_layer")
 SMALL = (
     *("--decoder-layers", "2", "--decoder-embed-dim", "16", "--decoder-ffn-embed-dim", "32"),
     *("--decoder-attention-heads", "2"),
 )
 """Makes a ``_tiny`` model smaller still."""
+OF_MODEL = {
+    "avgk": ("--sffn-block-size", "8"),
+    "sffn": ("--sffn-selector", "avgk", "--sffn-block-size", "8", "--sffn-gate", "sigmoid"),
+}
+"""What a model needs besides."""
 
 
 def small_flags(model: str) -> tuple[str, ...]:
     """``SMALL``, with blocks that fit it."""
-    return (*SMALL, "--sffn-block-size", "8") if model == "avgk" else SMALL
+    return (*SMALL, *OF_MODEL.get(model, ()))
 
 
 def write_corpus(folder: Path) -> None:
@@ -51,15 +62,20 @@ def run(command: str, *arguments: str, stdin: str = "") -> str:
     from importlib import import_module
 
     module = import_module("fairseq_cli." + command.replace("-", "_"))
+    old_argv, old_stdin = sys.argv, sys.stdin
+    sys.argv = [f"fairseq-{command}", *map(str, arguments)]
+    sys.stdin = io.StringIO(stdin)
+    try:
+        return capture(module.cli_main)
+    finally:
+        sys.argv, sys.stdin = old_argv, old_stdin
+
+
+def capture(command: Callable[[], Any]) -> str:
+    """What a command printed and logged, run as in a process of its own."""
     output = io.StringIO()
     with _fresh_process_state(), _captured(output):
-        old_argv, old_stdin = sys.argv, sys.stdin
-        sys.argv = [f"fairseq-{command}", *map(str, arguments)]
-        sys.stdin = io.StringIO(stdin)
-        try:
-            module.cli_main()
-        finally:
-            sys.argv, sys.stdin = old_argv, old_stdin
+        command()
     return output.getvalue()
 
 
@@ -86,9 +102,41 @@ def train(data: Path, save_dir: Path, model: str, *flags: str) -> str:
     )
 
 
+def hydra_config(*overrides: str) -> Any:
+    """What fairseq-hydra-train composes from the example."""
+    hydra_init("avgk_tiny")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(EXAMPLES / "config"), version_base="1.1"):
+        return compose("avgk_tiny", overrides=list(overrides))
+
+
+def hydra_train(data: Path, save_dir: Path, *overrides: str) -> str:
+    """Trains the example with fairseq-hydra-train."""
+    where = (f"task.data={data}", f"checkpoint.save_dir={save_dir}", f"common.user_dir={USER_DIR}")
+    config = hydra_config(*where, *overrides)
+    return capture(lambda: hydra_command._hydra_main(config))
+
+
+def apply(command: str, data: Path, checkpoint: Path, *flags: str, stdin: str = "") -> str:
+    """Runs a command on a trained model. It has no worker processes: forked from a process with
+    threads they hang for seconds."""
+    return run(
+        *(command, data, "--user-dir", USER_DIR, "--cpu", "--num-workers", "0"),
+        *("--path", checkpoint, *flags),
+        stdin=stdin,
+    )
+
+
+def evaluate(data: Path, checkpoint: Path, *flags: str) -> float:
+    """Perplexity of a trained model on the validation split."""
+    flags = ("--gen-subset", "valid", "--tokens-per-sample", "16", *flags)
+    return perplexity(apply("eval-lm", data, checkpoint, *flags))
+
+
 def records(log: str, tag: str = "train_inner") -> list[dict[str, Any]]:
-    """The JSON records of a log."""
-    return [json.loads(match) for match in re.findall(rf"\| {tag} \| (\{{.*\}})", log)]
+    """The JSON records of a log, in the format of fairseq's commands or of hydra."""
+    pattern = rf"[|\[] ?{tag}[ \]].*?(\{{.*\}})"
+    return [json.loads(match) for match in re.findall(pattern, log)]
 
 
 def losses(log: str) -> dict[int, str]:
@@ -111,6 +159,9 @@ def _fresh_process_state() -> Iterator[None]:
             delattr(checkpoint_utils.save_checkpoint, name)
     metrics.reset()
     yield
+    for writer in (progress_bar._tensorboard_writers or {}).values():
+        writer.close()
+    progress_bar._tensorboard_writers.clear()
 
 
 @contextlib.contextmanager

@@ -102,7 +102,9 @@ class SFFNCrossEntropyCriterion(CrossEntropyCriterion):
         super().__init__(task, cfg.sentence_avg)
         for name in ("balance_loss_weight", "z_loss_weight"):
             if (value := getattr(cfg, name)) is not None and not 0 <= value < math.inf:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must be 0 or positive")
+                raise UsageError(
+                    f"--{name.replace('_', '-')} {value}: must not be negative, infinite or NaN"
+                )
         self.cfg = cfg
         self.log_layers = str(cfg.log_format) == "json" or bool(cfg.tensorboard_logdir)
 

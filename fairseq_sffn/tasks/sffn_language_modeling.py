@@ -1,6 +1,7 @@
 """Language modelling with options for sparse layers."""
 
 import itertools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,14 @@ class SFFNLanguageModelingTask(LanguageModelingTask):
     Sparse models also run under ``language_modeling``, with the dictionary's counts and the
     capacity that they were trained with.
     """
+
+    def __init__(self, args: Any, *arguments: Any, **kwargs: Any) -> None:
+        super().__init__(args, *arguments, **kwargs)
+        factor = args.eval_capacity_factor
+        if factor is not None and not 0 <= factor < math.inf:
+            raise UsageError(
+                f"--eval-capacity-factor {factor}: must be positive, or 0 for dropless"
+            )
 
     def token_counts(self) -> Sequence[int]:
         """How often each token id occurs in the training data: (V,)."""

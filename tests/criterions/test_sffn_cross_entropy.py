@@ -1,0 +1,392 @@
+"""The loss, and what is logged beside it."""
+
+from __future__ import annotations
+
+import io
+import math
+from argparse import Namespace
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fairseq.criterions.adaptive_loss import AdaptiveLoss
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion
+from fairseq.distributed import utils as distributed_utils
+from fairseq.logging import metrics
+from fairseq.logging.meters import MetersDict
+from fairseq.models import lstm_lm
+from fairseq.trainer import Trainer
+from models.small_lm import PAD, language_modeling, pad, random_tokens, small_lm
+from torch import Tensor, nn
+
+from fairseq_sffn.criterions.sffn_cross_entropy import (
+    SFFNCrossEntropyConfig,
+    SFFNCrossEntropyCriterion,
+)
+from fairseq_sffn.errors import UsageError
+from fairseq_sffn.memory import usage
+from fairseq_sffn.memory.selectors.avgk import AvgK
+from fairseq_sffn.models.layer import LayerRouting
+
+SPARSE = ("avgk", "switch", "hash_layer")
+TASK = language_modeling()
+
+
+def criterion(**options: Any) -> SFFNCrossEntropyCriterion:
+    plain = dict(
+        sentence_avg=False,
+        distributed_world_size=1,
+        ddp_backend="legacy_ddp",
+        log_format="simple",
+        tensorboard_logdir="",
+    )
+    return SFFNCrossEntropyCriterion(SFFNCrossEntropyConfig(**{**plain, **options}), TASK)
+
+
+def sample(*lengths: int) -> dict[str, Any]:
+    """Sentences of random tokens, padded to the longest."""
+    rows = [random_tokens(length + 1) for length in lengths]
+    target = pad([row[1:] for row in rows])
+    return {
+        "id": torch.arange(len(rows)),
+        "net_input": {
+            "src_tokens": pad([row[:-1] for row in rows]),
+            "src_lengths": torch.tensor(lengths),
+        },
+        "target": target,
+        "ntokens": int((target != PAD).sum()),
+        "nsentences": len(rows),
+    }
+
+
+def two_layers(method: str, **options: Any) -> nn.Module:
+    """A model with two sparse layers; evaluated, so that passes agree."""
+    return small_lm(method, sffn_freq=1, **options).eval()
+
+
+def routing(model: nn.Module, batch: dict[str, Any]) -> dict[int, Any]:
+    return model(**batch["net_input"])[1]["routing"]
+
+
+def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
+    assert float(actual) == pytest.approx(float(expected), rel=tolerance, abs=tolerance)
+
+
+# The loss
+
+
+@pytest.mark.parametrize("sentence_avg", [False, True])
+@pytest.mark.parametrize(
+    ("method", "options", "balance_weight", "z_weight"),
+    [
+        ("switch", {}, 0.01, 0),
+        ("avgk", {}, 0, 0),
+        ("hash_layer", {}, 0, 0),
+        ("switch", dict(balance_loss_weight=0.0), 0, 0),
+        ("switch", dict(balance_loss_weight=0.5), 0.5, 0),
+        ("avgk", dict(balance_loss_weight=0.5), 0.5, 0),
+        ("switch", dict(balance_loss_weight=0.5, balance_loss_reduce="mean"), 0.25, 0),
+        ("switch", dict(z_loss_weight=0.1), 0.01, 0.1),
+        ("avgk", dict(z_loss_weight=0.1, balance_loss_reduce="mean"), 0, 0.05),
+    ],
+)
+def test_loss(method, options, balance_weight, z_weight, sentence_avg):
+    """``balance_weight`` and ``z_weight``: of the sums over the two sparse layers."""
+    model, batch = two_layers(method), sample(5, 3, 1)
+    base = CrossEntropyCriterion(TASK, sentence_avg)
+    plain, plain_size, plain_log = base(model, batch)
+    loss, size, log = criterion(sentence_avg=sentence_avg, **options)(model, batch)
+    assert size == plain_size == (3 if sentence_avg else 9)
+    layers = routing(model, batch).values()
+    balance = sum(layer.balance_loss for layer in layers)
+    z = sum(layer.z_loss for layer in layers)
+    assert (balance > 1.5) == (z > 1.5) == (method != "hash_layer")
+    close(loss, plain + size * (balance_weight * balance + z_weight * z))
+    # What is logged is the language model's alone.
+    assert {key: log[key] for key in plain_log} == plain_log
+
+
+def test_gradients_of_the_balance_loss_reach_the_router():
+    model, batch = two_layers("switch"), sample(5, 3)
+    router = model.decoder.layers[0].fc1.memory.selector.router
+    grads = []
+    for weight in (0.0, 1.0):
+        loss, size, _ = criterion(balance_loss_weight=weight)(model, batch)
+        grads.append(torch.autograd.grad(loss, router)[0])
+    balance = sum(layer.balance_loss for layer in routing(model, batch).values())
+    (expected,) = torch.autograd.grad(balance * size, router)
+    assert expected.any()
+    torch.testing.assert_close(grads[1] - grads[0], expected, rtol=0, atol=1e-10)
+
+
+def test_a_weight_of_0_leaves_the_losses_out():
+    nothing = torch.tensor(math.nan)
+    layers = {0: LayerRouting(nothing, nothing, torch.zeros(1), torch.zeros(()))}
+    assert criterion().extra_loss(AvgK, layers) == 0
+    assert math.isnan(criterion(z_loss_weight=1.0).extra_loss(AvgK, layers))
+
+
+@pytest.mark.parametrize("value", [-0.1, math.inf, math.nan])
+@pytest.mark.parametrize("name", ["balance_loss_weight", "z_loss_weight"])
+def test_weights_out_of_range_are_refused(name, value):
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(UsageError, match=f"^{flag} {value}: [^\n]+$"):
+        criterion(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["balance_loss_weight", "z_loss_weight"])
+def test_weights_are_refused_where_no_block_is_scored(name):
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(UsageError, match=f"^{flag} 0.1: hash_layer [^\n]+$"):
+        criterion(**{name: 0.1})(two_layers("hash_layer"), sample(5, 3, 1))
+
+
+def test_a_dense_model_has_plain_cross_entropy():
+    model, batch = small_lm("dense").eval(), sample(5, 3)
+    loss, size, log = criterion(balance_loss_weight=1.0, log_format="json")(model, batch)
+    plain, plain_size, plain_log = CrossEntropyCriterion(TASK, False)(model, batch)
+    assert (loss, size, log) == (plain, plain_size, plain_log)
+    assert reduced([log]).keys() == {"loss", "ppl"}
+
+
+def test_a_model_without_extra_outputs_has_plain_cross_entropy():
+    args = Namespace(tokens_per_sample=16, decoder_embed_dim=8, criterion="sffn_cross_entropy")
+    lstm_lm.base_architecture(args)
+    model, batch = lstm_lm.LSTMLanguageModel.build_model(args, TASK).eval(), sample(5, 3)
+    close(criterion()(model, batch)[0], CrossEntropyCriterion(TASK, False)(model, batch)[0])
+
+
+# Adaptive softmax
+
+ADAPTIVE = dict(share_decoder_input_output_embed=False, adaptive_softmax_cutoff="8,14")
+
+
+def adaptive_sample() -> dict[str, Any]:
+    """Targets of every cluster."""
+    batch = sample(5, 3)
+    batch["target"][batch["target"] != PAD] = torch.tensor([4, 7, 8, 10, 13, 14, 16, 19])
+    return batch
+
+
+@pytest.mark.parametrize("sentence_avg", [False, True])
+@pytest.mark.parametrize("method", ["dense", "avgk"])
+def test_adaptive_softmax_is_fairseqs_adaptive_loss(method, sentence_avg):
+    model, batch = small_lm(method, **ADAPTIVE).eval(), adaptive_sample()
+    expected, expected_size, expected_log = AdaptiveLoss(TASK, sentence_avg)(model, batch)
+    loss, size, log = criterion(sentence_avg=sentence_avg)(model, batch)
+    close(loss, expected)
+    assert size == expected_size
+    close(log.pop("loss"), expected_log.pop("loss"))
+    assert {key: log[key] for key in expected_log} == expected_log
+    # What fairseq-eval-lm finds.
+    close(loss, CrossEntropyCriterion(TASK, sentence_avg)(model, batch)[0])
+
+
+@pytest.mark.parametrize("token", [9, 15])
+def test_adaptive_softmax_counts_every_token(token):
+    """fairseq takes these, 1 from the start of their clusters, for padding."""
+    model, batch = small_lm("avgk", **ADAPTIVE).eval(), sample(3)
+    batch["target"].fill_(token)
+    loss, *_ = criterion()(model, batch)
+    close(loss, CrossEntropyCriterion(TASK, False)(model, batch)[0])
+
+
+def test_adaptive_softmax_adds_the_balance_loss():
+    model, batch = small_lm("switch", **ADAPTIVE).eval(), adaptive_sample()
+    expected, size, _ = AdaptiveLoss(TASK, False)(model, batch)
+    balance = routing(model, batch)[1].balance_loss
+    close(criterion(balance_loss_weight=0.5)(model, batch)[0], expected + 0.5 * size * balance)
+
+
+def test_adaptive_softmax_copes_with_clusters_that_no_token_is_in():
+    model, batch = small_lm("avgk", **ADAPTIVE).eval(), adaptive_sample()
+    batch["target"].clamp_(max=7)
+    close(criterion()(model, batch)[0], AdaptiveLoss(TASK, False)(model, batch)[0])
+
+
+@pytest.mark.parametrize(
+    ("world_size", "backend", "refused"),
+    [(2, "pytorch_ddp", True), (2, "c10d", True), (2, "legacy_ddp", False), (1, "c10d", False)],
+)
+def test_adaptive_softmax_is_refused_where_unused_clusters_would_hang(world_size, backend, refused):
+    model, batch = small_lm("avgk", **ADAPTIVE).eval(), sample(5)
+    ours = criterion(distributed_world_size=world_size, ddp_backend=backend)
+    if not refused:
+        ours(model, batch)
+        return
+    with pytest.raises(UsageError, match=f"^--ddp-backend {backend}: [^\n]+legacy_ddp$"):
+        ours(model, batch)
+
+
+# Logging
+
+
+def reduced(logs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What would be logged."""
+    with metrics.aggregate(new_root=True) as meters:
+        SFFNCrossEntropyCriterion.reduce_metrics(logs)
+    return dict(meters.get_smoothed_values())
+
+
+def logs_of(
+    model: nn.Module, batches: Iterable[dict[str, Any]], **options: Any
+) -> list[dict[str, Any]]:
+    return [criterion(**options)(model, batch)[2] for batch in batches]
+
+
+def concatenated(batches: list[dict[str, Any]]) -> dict[str, Any]:
+    def rows(tokens: Iterable[Tensor]) -> Tensor:
+        return pad([row[row != PAD] for batch in tokens for row in batch])
+
+    target = rows(batch["target"] for batch in batches)
+    src_tokens = rows(batch["net_input"]["src_tokens"] for batch in batches)
+    return {
+        "net_input": {"src_tokens": src_tokens, "src_lengths": (src_tokens != PAD).sum(1)},
+        "target": target,
+        "ntokens": sum(batch["ntokens"] for batch in batches),
+    }
+
+
+def batches() -> list[dict[str, Any]]:
+    return [sample(5, 3, 2), sample(1), sample(4, 4)]
+
+
+RATIOS = ["load_entropy", "load_max", "unused_blocks", "dropped_share"]
+
+
+@pytest.mark.parametrize("method", SPARSE)
+def test_ratios_of_several_batches_are_those_of_one(method):
+    model, parts = two_layers(method), batches()
+    logs = logs_of(model, parts, log_format="json")
+    actual = reduced(logs)
+    expected = reduced(logs_of(model, [concatenated(parts)], log_format="json"))
+    assert actual.keys() == expected.keys()
+    for name in RATIOS:
+        for key in (name, f"{name}_layer0", f"{name}_layer1"):
+            assert actual[key] == expected[key]
+    close(actual["loss"], expected["loss"], 1e-3)
+    # Which none of the parts has by itself.
+    assert actual["load_entropy"] not in [reduced([log])["load_entropy"] for log in logs]
+
+
+@pytest.mark.parametrize("method", SPARSE)
+def test_logged_values(method):
+    model, parts = two_layers(method, sffn_eval_capacity_factor=1.0), batches()
+    actual = reduced(logs_of(model, parts, log_format="json"))
+    layers = [routing(model, batch) for batch in parts]
+    sizes = [batch["ntokens"] for batch in parts]
+    means = dict.fromkeys([*RATIOS, "balance_loss"], 0.0)
+    for number in (0, 1):
+        counts = sum(part[number].counts for part in layers)
+        dropped = sum(part[number].dropped for part in layers)
+        losses = [part[number].balance_loss.item() for part in layers]
+        assert counts.sum() == sum(sizes) * model.memory_config.active_blocks and dropped > 0
+        expected = {
+            "load_entropy": usage.load_entropy(counts),
+            "load_max": usage.load_max(counts),
+            "unused_blocks": (counts == 0).sum().item(),
+            "dropped_share": dropped.item() / counts.sum().item(),
+            "balance_loss": sum(map(math.prod, zip(losses, sizes, strict=True))) / sum(sizes),
+        }
+        if method == "hash_layer":
+            del expected["balance_loss"]
+        for name, value in expected.items():
+            assert actual[f"{name}_layer{number}"] == pytest.approx(value, abs=6e-5), name
+            means[name] += value / 2
+    for name in expected:
+        assert actual[name] == pytest.approx(means[name], abs=6e-5), name
+    assert ("balance_loss" in actual) == (method != "hash_layer")
+
+
+@pytest.mark.parametrize(
+    ("options", "per_layer"),
+    [
+        ({}, False),
+        (dict(log_format="json"), True),
+        (dict(log_format="tqdm"), False),
+        (dict(tensorboard_logdir="runs"), True),
+        (dict(log_format=None, tensorboard_logdir=None), False),
+    ],
+)
+def test_layers_are_logged_one_by_one_for_programs_only(options, per_layer):
+    keys = reduced(logs_of(two_layers("switch"), [sample(5)], **options)).keys()
+    expected = {"loss", "ppl", "balance_loss", *RATIOS}
+    if per_layer:
+        names = [*RATIOS, "balance_loss"]
+        expected |= {f"{name}_layer{number}" for name in names for number in (0, 1)}
+    assert keys == expected
+
+
+def test_perplexity_is_fairseqs():
+    logs = logs_of(two_layers("switch"), batches(), balance_loss_weight=10.0)
+    actual = reduced(logs)
+    with metrics.aggregate(new_root=True) as meters:
+        CrossEntropyCriterion.reduce_metrics(logs)
+    expected = meters.get_smoothed_values()
+    assert {key: actual[key] for key in expected} == expected
+
+
+def test_skipped_layers_are_logged():
+    """LayerDrop: the first batch skips a layer, the second does not."""
+    model, parts = small_lm("switch", sffn_freq=1, decoder_layerdrop=1.0), batches()[:2]
+    skipped = logs_of(model.train(), parts[:1], log_format="json")
+    ran = logs_of(model.eval(), parts[1:], log_format="json")
+    assert reduced(skipped)["unused_blocks"] == 16
+    assert reduced(skipped + ran)["load_max_layer1"] == reduced(ran)["load_max_layer1"]
+
+
+def test_meters_add_up_over_a_log_interval():
+    logs = logs_of(two_layers("switch", sffn_eval_capacity_factor=1.0), batches())
+    with metrics.aggregate(new_root=True) as meters:
+        for log in logs:
+            SFFNCrossEntropyCriterion.reduce_metrics([log])
+    actual, expected = meters.get_smoothed_values(), reduced(logs)
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        assert actual[key] == pytest.approx(value, rel=1e-3), key
+
+
+@pytest.mark.parametrize("method", SPARSE)
+def test_meters_survive_a_checkpoint(method):
+    logs = logs_of(two_layers(method), batches(), log_format="json")
+    with metrics.aggregate(new_root=True) as whole:
+        for log in logs:
+            SFFNCrossEntropyCriterion.reduce_metrics([log])
+    with metrics.aggregate(new_root=True) as first:
+        SFFNCrossEntropyCriterion.reduce_metrics(logs[:1])
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    resumed = MetersDict()
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    with metrics.aggregate(new_root=True):
+        metrics._active_aggregators["resumed"] = resumed
+        for log in logs[1:]:
+            SFFNCrossEntropyCriterion.reduce_metrics([log])
+    assert resumed.get_smoothed_values() == whole.get_smoothed_values()
+
+
+@pytest.mark.parametrize("method", SPARSE)
+def test_fairseq_can_sum_what_workers_log(method, monkeypatch):
+    """Two workers, of which one has two micro-batches and the other one."""
+    assert SFFNCrossEntropyCriterion.logging_outputs_can_be_summed()
+    model = two_layers(method, sffn_eval_capacity_factor=1.0)
+    logs = logs_of(model, batches(), log_format="json")
+    for log in logs:
+        assert all(torch.is_tensor(value) or type(value) in (int, float) for value in log.values())
+    worker = SimpleNamespace(device=torch.device("cpu"), data_parallel_process_group=None)
+
+    def sync(logs: list[dict[str, Any]], reduce: Any, ignore: bool = False) -> dict[str, Any]:
+        monkeypatch.setattr(distributed_utils, "all_reduce", reduce)
+        (log,), _ = Trainer._fast_stat_sync_sum(worker, logs, 0, ignore=ignore)
+        return log
+
+    for other, ignore, counted in ((logs[2:], False, logs), (logs[2:], True, logs[:2])):
+        sent: list[Tensor] = []
+        sync(other, lambda buffer, group, sent=sent: sent.append(buffer.clone()), ignore)
+        log = sync(logs[:2], lambda buffer, group, sent=sent: buffer.add_(sent.pop(0)))
+        expected = reduced(counted)
+        # A flag that is a sum of flags.
+        assert reduced([log]) == pytest.approx(expected, rel=1e-6)

@@ -1,0 +1,168 @@
+import copy
+
+import pytest
+import torch
+from oracle import assert_matches, build, close, tokens
+
+from fairseq_sffn.memory.selectors.avgk import AvgK
+
+
+def right_scores(memory, x):
+    """Mean pre-activation of each block."""
+    pre_NC = x.to(memory.keys.dtype) @ memory.keys.t() + memory.key_bias
+    return pre_NC.unflatten(1, (-1, memory.config.block_size)).mean(dim=2)
+
+
+def scores_of(memory, x):
+    with torch.no_grad():
+        return memory(x.to(memory.keys.dtype)).selection.scores
+
+
+def test_a_score_is_the_mean_pre_activation():
+    memory, (x, _) = build(), tokens(8)
+    close(scores_of(memory, x), right_scores(memory, x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_exclude_bias(bias):
+    memory, (x, _) = build(selector=AvgK.Config(exclude_bias=True), bias=bias), tokens(8)
+    keys = memory.keys.unflatten(0, (8, 4)).mean(dim=1)
+    selection = memory(x).selection
+    close(selection.scores, x @ keys.t())
+    assert torch.equal(selection.blocks, (x @ keys.t()).topk(4).indices)
+
+
+def test_the_bias_counts_by_default():
+    memory = build()
+    with torch.no_grad():
+        memory.key_bias[8:12] = 1e3
+    assert (memory(tokens(8)[0]).selection.blocks[:, 0] == 2).all()
+
+
+def test_the_keys_learn_from_gate_and_losses():
+    memory = build(gate="softmax")
+    out = memory(tokens(8)[0])
+    for loss in (out.selection.weights[:, 0].sum(), out.balance_loss, out.z_loss):
+        for parameter in (memory.keys, memory.key_bias):
+            (grad,) = torch.autograd.grad(loss, parameter, retain_graph=True)
+            blocks = grad.reshape(8, 4, -1)
+            assert (blocks != 0).any(dim=2).all()
+            close(blocks, blocks[:, :1].expand_as(blocks), tolerance=1e-14)  # a mean spreads evenly
+
+
+# The mean keys kept in evaluation
+
+
+def update_behind_its_back(memory):
+    """As optimizers do, without a trace in the version counter."""
+    memory.keys.data.neg_()
+    memory.key_bias.data.add_(torch.randn_like(memory.key_bias))
+
+
+def other_state(memory):
+    return {
+        name: torch.randn_like(tensor) if tensor.is_floating_point() else tensor
+        for name, tensor in memory.state_dict().items()
+    }
+
+
+CHANGES = {
+    "train, eval": lambda m: (update_behind_its_back(m), m.train(), m.eval()),
+    "eval": lambda m: (update_behind_its_back(m), m.eval()),
+    "train": lambda m: (update_behind_its_back(m), m.train()),
+    "selector.eval": lambda m: (update_behind_its_back(m), m.selector.eval()),
+    "load": lambda m: m.load_state_dict(other_state(m)),
+    "load, assigned": lambda m: m.load_state_dict(other_state(m), assign=True),
+    "load, not strict": lambda m: m.load_state_dict(
+        {"keys": torch.randn_like(m.keys)}, strict=False
+    ),
+    "double": lambda m: m.double(),
+    "bfloat16": lambda m: m.bfloat16(),
+    "to": lambda m: m.to(torch.float64),
+    "to the same": lambda m: (update_behind_its_back(m), m.to(m.keys.device)),
+    "apply": lambda m: (update_behind_its_back(m), m.double(), m.float()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_mean_keys_are_formed_again_after(change):
+    memory, (x, _) = build(dtype=torch.float32).eval(), tokens(8)
+    scores_of(memory, x)  # keeps the mean keys
+    CHANGES[change](memory)
+    scores, wanted = scores_of(memory, x), right_scores(memory, x)
+    assert scores.dtype == memory.keys.dtype
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 0.1}[scores.dtype]
+    close(scores, wanted, tolerance=tolerance)
+
+
+def test_mean_keys_are_formed_again_when_a_model_around_it_loads_or_moves():
+    model, (x, _) = torch.nn.Sequential(build(dtype=torch.float32)).eval(), tokens(8)
+    for change in (
+        lambda: model.load_state_dict(
+            {k: 2 * v for k, v in model.state_dict().items() if v.is_floating_point()}, strict=False
+        ),
+        lambda: (update_behind_its_back(model[0]), model.train(), model.eval()),
+        lambda: model.double(),
+    ):
+        scores_of(model[0], x)
+        change()
+        close(scores_of(model[0], x), right_scores(model[0], x), tolerance=1e-5)
+
+
+def test_mean_keys_are_kept_between_passes_in_evaluation():
+    memory, (x, _) = build().eval(), tokens(8)
+    before = scores_of(memory, x)
+    update_behind_its_back(memory)
+    assert torch.equal(scores_of(memory, x), before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mean_keys_are_not_kept_where_gradients_are_on(training):
+    memory, (x, _) = build(gate="sigmoid").train(training), tokens(8)
+    scores_of(memory, x)
+    update_behind_its_back(memory)
+    out = memory(x)
+    close(out.selection.scores, right_scores(memory, x))
+    assert out.selection.scores.requires_grad
+    assert_matches(memory, x)
+
+
+def test_mean_keys_are_not_kept_in_training():
+    memory, (x, _) = build(), tokens(8)
+    scores_of(memory, x)
+    update_behind_its_back(memory)
+    close(scores_of(memory, x), right_scores(memory, x))
+
+
+def test_gradients_never_leave_a_graph_in_what_is_kept():
+    memory, (x, _) = build().eval(), tokens(8)
+    memory(x)
+    assert not scores_of(memory, x).requires_grad
+    memory(x).output.sum().backward()
+    memory(x).output.sum().backward()
+
+
+def test_inference_mode_then_training():
+    memory, (x, _) = build().eval(), tokens(8)
+    with torch.inference_mode():
+        memory(x)
+    scores_of(memory, x)
+    assert_matches(memory, x)
+    assert_matches(memory.train(), x)
+
+
+def test_what_is_kept_is_not_stored_and_copies_are_independent():
+    memory, (x, _) = build().eval(), tokens(8)
+    names = set(memory.state_dict())
+    scores_of(memory, x)
+    assert set(memory.state_dict()) == names
+    copied = copy.deepcopy(memory)
+    copied.load_state_dict(other_state(memory))
+    close(scores_of(copied, x), right_scores(copied, x))
+    close(scores_of(memory, x), right_scores(memory, x))
+
+
+def test_defaults():
+    assert (AvgK.default_gate, AvgK.default_block_size) == ("none", 64)
+    assert AvgK.default_balance_weight == 0.0
+    assert list(AvgK(build().config).parameters()) == []

@@ -1,0 +1,480 @@
+import pytest
+import torch
+from oracle import CASE_GATES, CASES, assert_matches, build, close, tokens
+from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from fairseq_sffn.memory import ConfigError
+
+# Against the loops
+
+
+@pytest.mark.parametrize("capacity_factor", [0.0, 1.0])
+@pytest.mark.parametrize(("activation", "bias"), [("relu", True), ("relu", False), ("gelu", True)])
+@pytest.mark.parametrize(("case", "gate"), CASE_GATES)
+def test_equals_the_loops(case, gate, activation, bias, capacity_factor):
+    memory = build(
+        case, gate=gate, activation=activation, bias=bias, capacity_factor=capacity_factor
+    )
+    assert_matches(memory, *tokens(7))
+
+
+@pytest.mark.parametrize("capacity_factor", [0.0, 1.0])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_loops_with_padding(case, capacity_factor):
+    memory = build(case, capacity_factor=capacity_factor)
+    padding_mask = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 1], [0, 1, 1, 1]], dtype=torch.bool)
+    assert_matches(memory, *tokens(3, 4), padding_mask)
+
+
+@pytest.mark.parametrize("case", ["avgk-g1", "avgk-g4", "switch-top2", "hash_layer"])
+def test_equals_the_loops_in_evaluation(case):
+    memory = build(case, capacity_factor=1.0, activation_dropout=0.5).eval()
+    out = assert_matches(memory, *tokens(8))
+    assert out.selection.kept is None
+
+
+@pytest.mark.parametrize("case", ["avgk-g4", "switch-top1", "switch-top2", "hash_layer"])
+def test_gradcheck(case):
+    memory = build(case, activation="gelu", gate=None if case == "hash_layer" else "softmax")
+    x, token_ids = tokens(3)
+    names, parameters = zip(*memory.named_parameters(), strict=True)
+
+    def call(x, *parameters):
+        out = functional_call(memory, dict(zip(names, parameters, strict=True)), (x, token_ids))
+        return [t for t in (out.output, out.balance_loss, out.z_loss) if t is not None]
+
+    inputs = [t.detach().clone().requires_grad_() for t in (x, *parameters)]
+    assert torch.autograd.gradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("gate", ["none", "softmax"])
+@pytest.mark.parametrize("alone", ["x", "keys", "key_bias", "values", "value_bias"])
+def test_the_gradient_of_one_tensor_needs_none_of_the_others(alone, gate):
+    memory, (x, _) = build(gate=gate), tokens(8)
+    tensors = {"x": x.requires_grad_(), **dict(memory.named_parameters())}
+    (wanted,) = torch.autograd.grad(memory(x).output.square().sum(), tensors[alone])
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name == alone)
+    memory(x).output.square().sum().backward()
+    close(tensors[alone].grad, wanted)
+    assert [name for name, tensor in tensors.items() if tensor.grad is not None] == [alone]
+
+
+# Against a dense FFN
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "tanh"])
+@pytest.mark.parametrize(
+    ("block_size", "gate"),
+    [(1, "none"), (4, "none"), (16, "none"), (48, "none"), (48, "renormalized")],
+)
+@pytest.mark.parametrize("selector", ["avgk", "switch"])
+def test_all_blocks_active_is_a_dense_ffn(selector, block_size, gate, activation, bias):
+    memory = build(
+        selector=selector,
+        num_cells=48,
+        block_size=block_size,
+        active_blocks=48 // block_size,
+        gate=gate,
+        activation=activation,
+        bias=bias,
+    )
+    first = nn.Linear(8, 48, bias=bias, dtype=torch.float64)
+    second = nn.Linear(48, 8, bias=bias, dtype=torch.float64)
+    with torch.no_grad():
+        memory.keys.copy_(first.weight)
+        memory.values.copy_(second.weight.t())
+        if bias:
+            memory.key_bias.copy_(first.bias)
+            memory.value_bias.copy_(second.bias)
+    x = tokens(2, 5)[0].requires_grad_()
+    y = memory(x).output
+    dense_y = second(memory.config.activation_fn(first(x)))
+    close(y, dense_y, "output", 1e-12)
+
+    pairs = [(memory.keys, first.weight), (memory.values, second.weight), (x, x)]
+    if bias:
+        pairs += [(memory.key_bias, first.bias), (memory.value_bias, second.bias)]
+    ours, theirs = zip(*pairs, strict=True)
+    cotangent = torch.randn_like(y)
+    for parameter, grad, wanted in zip(
+        ours,
+        torch.autograd.grad(y, ours, cotangent),
+        torch.autograd.grad(dense_y, theirs, cotangent),
+        strict=True,
+    ):
+        close(grad.t() if parameter is memory.values else grad, wanted, "gradient", 1e-12)
+
+
+def test_one_active_block_renormalized_weighs_nothing():
+    plain, gated = build(active_blocks=1), build(active_blocks=1, gate="renormalized")
+    gated.load_state_dict(plain.state_dict())
+    x, _ = tokens(8)
+    close(gated(x).output, plain(x).output, tolerance=1e-12)
+
+
+# Shapes and dtypes
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (2, 3), (3, 1, 2)])
+@pytest.mark.parametrize("case", ["avgk-g4", "switch-top2", "hash_layer"])
+def test_any_leading_shape(case, shape, training):
+    memory = build(case).train(training)
+    x, token_ids = tokens(*shape)
+    out = memory(x, token_ids)
+    flat = memory(x.reshape(-1, 8), token_ids.reshape(-1))
+    assert out.output.shape == x.shape
+    close(out.output.reshape(-1, 8), flat.output, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("engine", ["loop", "gathered", None])
+@pytest.mark.parametrize("capacity_factor", [0.0, 1.0])
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
+@pytest.mark.parametrize("case", ["avgk-g4", "switch-top2", "hash_layer"])
+def test_zero_tokens(case, shape, capacity_factor, engine):
+    memory = build(case, capacity_factor=capacity_factor, engine=engine)
+    x, token_ids = tokens(*shape)
+    x.requires_grad_()
+    out = memory(x, token_ids, padding_mask=torch.zeros(shape, dtype=torch.bool))
+    assert out.output.shape == x.shape
+    assert out.usage.counts.sum() == out.usage.dropped == 0
+    losses = [t for t in (out.balance_loss, out.z_loss) if t is not None]
+    assert all(loss == 0 for loss in losses)
+    (out.output.sum() + sum(losses)).backward()
+    assert all((p.grad == 0).all() for p in memory.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("case", ["avgk-g4", "switch-top2", "hash_layer"])
+def test_all_padding(case):
+    out = build(case, capacity_factor=1.0)(*tokens(4), padding_mask=torch.ones(4, dtype=torch.bool))
+    assert out.usage.counts.sum() == out.usage.dropped == 0
+    assert all(loss == 0 for loss in (out.balance_loss, out.z_loss) if loss is not None)
+
+
+@pytest.mark.parametrize("case", ["avgk-g4", "avgk-whole", "switch-top2", "hash_layer"])
+def test_repeated_tokens(case):
+    x, token_ids = tokens(1)
+    out = assert_matches(build(case), x.repeat(8, 1), token_ids.repeat(8))
+    close(out.output, out.output[:1].expand(8, -1), tolerance=1e-12)
+    assert out.usage.counts.max() == 8
+
+
+@pytest.mark.parametrize("case", ["avgk-g4", "switch-top2"])
+def test_ties_still_give_distinct_blocks(case):
+    memory, (x, _) = build(case), tokens(8)
+    with torch.no_grad():  # every block the same
+        for parameter in (memory.keys, memory.key_bias, memory.values):
+            parameter.copy_(parameter[:1].expand_as(parameter))
+        if case == "switch-top2":
+            memory.selector.router.zero_()
+    out = memory(x)
+    assert all(
+        len(set(row)) == memory.config.active_blocks for row in out.selection.blocks.tolist()
+    )
+    # Whichever blocks a tie leaves out: they are all the same.
+    hidden = torch.relu(x @ memory.keys[0] + memory.key_bias[0])
+    weights = 1 if out.selection.weights is None else out.selection.weights.mean()
+    wanted = weights * memory.config.active_cells * hidden[:, None] * memory.values[0]
+    close(out.output, wanted + memory.value_bias)
+
+
+@pytest.mark.parametrize("case", ["avgk-g4", "switch-top2", "hash_layer"])
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded", "columns"])
+def test_x_need_not_be_contiguous(case, layout):
+    x = {
+        "transposed": torch.randn(4, 2, 8, dtype=torch.float64).transpose(0, 1),
+        "strided": torch.randn(2, 4, 16, dtype=torch.float64)[..., ::2],
+        "expanded": torch.randn(2, 1, 8, dtype=torch.float64).expand(2, 4, 8),
+        "columns": torch.randn(8, 2, 4, dtype=torch.float64).permute(1, 2, 0),
+    }[layout]
+    assert not x.is_contiguous()
+    memory, token_ids = build(case), tokens(2, 4)[1]
+    inputs = [x, x.contiguous()]
+    outputs = [memory(v.requires_grad_(), token_ids).output for v in inputs]
+    close(*outputs, tolerance=1e-12)
+    cotangent = torch.randn(8, 4, 2, dtype=torch.float64).permute(2, 1, 0)
+    grads = [torch.autograd.grad(y, v, cotangent)[0] for v, y in zip(inputs, outputs, strict=True)]
+    close(*grads, tolerance=1e-12)
+
+
+# Blocks whose choice cannot change with rounding: all of them, or those of the token ids.
+ROBUST = {
+    "avgk": ("avgk-g16", dict(num_cells=32, gate="sigmoid")),
+    "switch": ("switch-top2", dict(num_cells=16, gate="softmax")),
+    "hash_layer": ("hash_layer", {}),
+}
+
+
+@pytest.mark.parametrize("engine", [None, "loop", "gathered", "grouped"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("robust", ROBUST)
+def test_other_dtypes(robust, dtype, tolerance, engine):
+    case, changes = ROBUST[robust]
+    memory = build(case, dtype, engine=engine, **changes)
+    x, token_ids = tokens(8, dtype=dtype)
+    exact = build(case, **changes)
+    exact.load_state_dict(memory.state_dict())
+    exact_x = x.double().requires_grad_()
+    x.requires_grad_()
+    y, exact_y = memory(x, token_ids).output, exact(exact_x, token_ids).output
+    assert y.dtype == dtype
+    close(y.double(), exact_y, "output", tolerance)
+    cotangent = torch.randn_like(y)
+    y.backward(cotangent)
+    exact_y.backward(cotangent.double())
+    close(x.grad.double(), exact_x.grad, "x", tolerance)
+    for (name, p), q in zip(memory.named_parameters(), exact.parameters(), strict=True):
+        if q.grad is None:
+            assert p.grad is None
+        else:
+            assert p.grad.dtype == dtype
+            # Gradients of a table sum over 8 tokens, hence the relative part.
+            close(p.grad.double(), q.grad, name, tolerance * max(1, float(q.grad.abs().max())))
+
+
+@pytest.mark.parametrize("robust", ROBUST)
+def test_autocast_is_close_and_leaves_gradients_in_fp32(robust):
+    case, changes = ROBUST[robust]
+    memory = build(case, torch.float32, **changes)
+    x, token_ids = tokens(8, dtype=torch.float32)
+    x.requires_grad_()
+    exact = memory(x, token_ids).output
+    cotangent = torch.randn_like(exact)
+    exact_grads = torch.autograd.grad(exact, (x, memory.keys, memory.values), cotangent)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = memory(x, token_ids).output
+    assert y.dtype == torch.bfloat16
+    close(y.float(), exact, tolerance=0.1)
+    grads = torch.autograd.grad(y, (x, memory.keys, memory.values), cotangent.bfloat16())
+    for grad, wanted in zip(grads, exact_grads, strict=True):
+        assert grad.dtype == torch.float32
+        close(grad, wanted, "gradient", 0.05 * max(1, float(wanted.abs().max())))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_autocast_leaves_the_switch_gate_and_the_losses_in_fp32(masked):
+    memory, (x, _) = build("switch-top2", torch.float32), tokens(6, dtype=torch.float32)
+    padding_mask = torch.tensor([0, 0, 0, 0, 0, 1], dtype=torch.bool) if masked else None
+    exact = memory(x, padding_mask=padding_mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = memory(x, padding_mask=padding_mask)
+    torch.testing.assert_close(out.selection.scores, exact.selection.scores)
+    torch.testing.assert_close(out.balance_loss, exact.balance_loss)
+    torch.testing.assert_close(out.z_loss, exact.z_loss)
+
+
+# Neighbours and padding
+
+
+@pytest.mark.parametrize("capacity_factor", [0.0, 1.0])
+@pytest.mark.parametrize("case", CASES)
+def test_neighbours_do_not_matter_in_evaluation(case, capacity_factor):
+    memory = build(case, capacity_factor=capacity_factor).eval()
+    x, token_ids = tokens(20)
+    whole = memory(x, token_ids).output
+    permutation = torch.randperm(20)
+    close(memory(x[permutation], token_ids[permutation]).output, whole[permutation])
+    close(memory(x[3:9], token_ids[3:9]).output, whole[3:9])
+    close(memory(x[5], token_ids[5]).output, whole[5])
+    crowd = memory(x[5].expand(50, 8), token_ids[5].expand(50)).output
+    close(crowd, whole[5].expand(50, 8))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_stands_at_padding_changes_nothing_else(case):
+    memory = build(case, capacity_factor=1.0)
+    padding_mask = torch.tensor([[0, 0, 0, 1, 1], [1, 0, 0, 0, 1]], dtype=torch.bool)
+    (x, token_ids), (other_x, other_ids) = tokens(2, 5), tokens(2, 5)
+    other_x = torch.where(padding_mask.unsqueeze(-1), 10 * other_x, x)
+    other_ids = torch.where(padding_mask, other_ids, token_ids)
+    a = memory(x, token_ids, padding_mask=padding_mask)
+    b = memory(other_x, other_ids, padding_mask=padding_mask)
+    c = memory(x[~padding_mask], token_ids[~padding_mask])  # no padding at all
+    for other, output in ((b, b.output[~padding_mask]), (c, c.output)):
+        close(output, a.output[~padding_mask], "output", 1e-12)
+        assert torch.equal(other.usage.counts, a.usage.counts)
+        assert other.usage.dropped == a.usage.dropped
+        if a.balance_loss is not None:
+            close(other.balance_loss, a.balance_loss, "balance_loss", 1e-12)
+            close(other.z_loss, a.z_loss, "z_loss", 1e-12)
+    assert a.usage.counts.sum() == 6 * memory.config.active_blocks
+
+
+@pytest.mark.parametrize("case", ["avgk-g4", "switch-top2"])
+def test_padding_gets_no_gradient_from_the_losses(case):
+    memory, (x, _) = build(case), tokens(6)
+    padding_mask = torch.tensor([0, 1, 0, 0, 1, 0], dtype=torch.bool)
+    out = memory(x.requires_grad_(), padding_mask=padding_mask)
+    (grad,) = torch.autograd.grad(out.balance_loss + out.z_loss, x)
+    assert (grad[padding_mask] == 0).all()
+    assert (grad[~padding_mask] != 0).any(dim=1).all()
+
+
+# Capacity
+
+
+def test_dropped_tokens_get_only_the_output_bias():
+    memory, (x, _) = build("switch-top1", capacity_factor=1.0), tokens(1)
+    out = memory(x.repeat(8, 1))  # 8 tokens to one of 4 blocks with room for 2
+    assert out.usage.dropped == 6
+    assert out.usage.counts.max() == 8
+    assert (out.output[:2] != memory.value_bias).any()
+    assert torch.equal(out.output[2:], memory.value_bias.expand(6, -1))
+    without = build("switch-top1", capacity_factor=1.0, bias=False)(x.repeat(8, 1))
+    assert (without.output[2:] == 0).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_each_mode_has_its_own_capacity(training):
+    factors = dict(capacity_factor=1.0, eval_capacity_factor=2.0)
+    memory = build("switch-top1", **factors).train(training)
+    out = memory(tokens(1)[0].repeat(8, 1))
+    assert out.usage.dropped == (6 if training else 4)
+
+
+def test_evaluation_is_dropless_by_default():
+    memory = build("switch-top1", capacity_factor=1.0).eval()
+    out = memory(tokens(1)[0].repeat(8, 1))
+    assert out.usage.dropped == 0
+    close(out.output, out.output[:1].expand(8, -1), tolerance=1e-12)
+
+
+# Everything else the module promises
+
+
+@pytest.mark.parametrize("case", ["avgk-g4", "switch-top1"])
+def test_flops_are_those_of_torch(case):
+    memory, (x, _) = build(case, engine="loop"), tokens(16)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        memory.train()(x)
+    assert counter.get_total_flops() == 16 * memory.config.flops_per_token()
+
+
+def test_flops_of_the_backward_pass_are_twice_the_forward():
+    memory, (x, _) = build("avgk-g4", engine="loop"), tokens(16)
+    out = memory(x.requires_grad_())
+    with FlopCounterMode(display=False) as counter:
+        out.output.sum().backward()
+    assert counter.get_total_flops() == 2 * 16 * 4 * memory.config.active_cells * 8
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize(("gate", "score_tables"), [("none", 2), ("softmax", 3)])
+def test_kept_for_backward_is_what_a_dense_ffn_keeps(gate, score_tables, activation):
+    """Measured with relu and no gate: 1.12 of the dense FFN's bytes, of which the three indices of
+    each pair are 0.075 and the mean keys 0.01. The losses keep scores and probabilities (N, B)."""
+    num_tokens, width, pairs, active = 256, 64, 256 * 4, 4 * 64
+    memory = build(
+        "avgk-g4",
+        torch.float32,
+        embed_dim=width,
+        num_cells=1024,
+        block_size=64,
+        active_blocks=4,
+        gate=gate,
+        activation=activation,
+    )
+    function = nn.ReLU() if activation == "relu" else nn.GELU()
+    dense = nn.Sequential(nn.Linear(width, active), function, nn.Linear(active, width))
+    x = torch.randn(num_tokens, width, requires_grad=True)
+
+    dense_bytes = _bytes_kept(lambda: dense(x), dense)
+    hidden_tables = 1 if activation == "relu" else 2
+    assert dense_bytes == 4 * num_tokens * (width + hidden_tables * active)
+    scores = score_tables * 4 * num_tokens * memory.config.num_blocks
+    plan = 2 * 8 * pairs  # order and tokens, which the hooks do not see; blocks they do
+    assert _bytes_kept(lambda: memory(x), memory) + plan - scores <= 1.2 * dense_bytes
+
+
+def _bytes_kept(call, module) -> int:
+    """Bytes of the distinct storages saved for backward that are no parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        # Held on to, so that no two of them have the same address.
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    assert result is not None
+    return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in parameters)
+
+
+def test_dropout_acts_on_the_activations_in_training_only():
+    memory, (x, _) = build(activation_dropout=0.5), tokens(8)
+    plain = memory.eval()(x).output
+    assert not torch.allclose(memory.train()(x).output, plain)
+    close(memory.eval()(x).output, plain, tolerance=1e-12)
+
+    class Twice(nn.Module):
+        def forward(self, hidden):
+            return 2 * hidden
+
+    memory.dropout = Twice()
+    bias = memory.value_bias
+    close(memory(x).output - bias, 2 * (plain - bias), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("init_scale", [1.0, 0.5])
+@pytest.mark.parametrize("num_cells", [1024, 4096])
+def test_initial_tables_are_those_of_a_dense_ffn_of_the_active_size(num_cells, init_scale):
+    memory = build(
+        embed_dim=64, num_cells=num_cells, block_size=64, active_blocks=4, init_scale=init_scale
+    )
+    dense = nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 64))
+    pairs = [(memory.keys, dense[0].weight), (memory.key_bias, dense[0].bias)]
+    pairs += [(memory.values, dense[1].weight), (memory.value_bias, dense[1].bias)]
+    for ours, theirs in pairs:
+        torch.testing.assert_close(
+            ours.abs().max().float(), init_scale * theirs.abs().max(), rtol=0.1, atol=0
+        )
+        spread = ours.std() / init_scale
+        torch.testing.assert_close(spread.float(), theirs.std(), rtol=0.15, atol=0)
+
+
+def test_an_engine_that_cannot_is_refused():
+    with pytest.raises(ConfigError, match=r"engine grouped: .*float64.* 4 x 8") as caught:
+        build(engine="grouped")(tokens(2)[0])
+    assert "\n" not in str(caught.value)
+
+
+def test_parameters_are_registered_once():
+    names = [name for name, _ in build().named_parameters(remove_duplicate=False)]
+    assert names == ["keys", "key_bias", "values", "value_bias"]
+
+
+def test_repr_tells_the_method():
+    assert "cells=32, blocks=8 x 4, active=4, selector=avgk, gate=none" in repr(build())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda memory: memory(tokens(4)[0]),
+        lambda memory: memory(tokens(4)[0], tokens(3)[1]),
+        lambda memory: memory(tokens(2, 3)[0], tokens(3, 2)[1]),
+    ],
+    ids=["missing", "too few", "transposed"],
+)
+def test_token_ids_that_do_not_fit_are_refused(call):
+    with pytest.raises(ValueError, match=r"token_ids|token ids") as caught:
+        call(build("hash_layer"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4), (16,)])
+def test_x_of_another_width_is_refused(shape):
+    with pytest.raises(ValueError):
+        build()(torch.randn(shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (6,), (2, 3, 1)])
+def test_a_padding_mask_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError):
+        build()(tokens(2, 3)[0], padding_mask=torch.zeros(shape, dtype=torch.bool))

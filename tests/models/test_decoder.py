@@ -1,0 +1,304 @@
+"""Whole models: what a token's output may depend on, and what the decoder tells its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from fairseq import models
+from fairseq.data import TruncatedDictionary
+from fairseq.tasks.language_modeling import LanguageModelingTask
+from models.small_lm import (
+    METHODS,
+    PAD,
+    TYPES,
+    WIDTH,
+    dictionary,
+    pad,
+    random_tokens,
+    small_config,
+    small_lm,
+)
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from fairseq_sffn.errors import UsageError
+from fairseq_sffn.memory import MemoryConfig, Selection, Selector, SparseMemory
+from fairseq_sffn.models.decoder import SparseTransformerDecoder, trailing_tokens
+from fairseq_sffn.models.layer import SparseDecoderLayer
+
+SPARSE = [method for method in METHODS if method != "dense"]
+# With an incremental state, fairseq computes attention's softmax in fp32.
+FP32_SOFTMAX = dict(rtol=0, atol=1e-6)
+
+
+def evaluated(method: str, **options: Any) -> nn.Module:
+    """A model of three layers, each of them sparse unless the method is dense."""
+    if method != "dense":
+        options["sffn_freq"] = 1
+    return small_lm(method, decoder_layers=3, **options).eval()
+
+
+@pytest.fixture(params=METHODS)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return evaluated(request.param)
+
+
+def close(actual: Tensor, expected: Tensor, rtol: float = 0, atol: float = 1e-10) -> None:
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
+# Evaluation: causality, neighbours, padding
+
+
+def test_a_later_token_never_changes_an_earlier_output(model):
+    batch = random_tokens(3, 8)
+    output = model(batch)[0]
+    for position in range(1, 8):
+        other = batch.clone()
+        other[:, position] = 4 + (batch[:, position] - 3) % (TYPES - 4)
+        changed = model(other)[0]
+        close(changed[:, :position], output[:, :position])
+        assert (changed[:, position] - output[:, position]).abs().max() > 1e-3
+
+
+def test_other_sentences_of_the_batch_do_not_matter(model):
+    batch = random_tokens(6, 8)
+    output = model(batch)[0]
+    order = torch.randperm(6)
+    close(model(batch[order])[0], output[order])
+    for row in range(6):
+        close(model(batch[row : row + 1])[0], output[row : row + 1])
+
+
+def test_padding_on_the_right_changes_nothing(model):
+    rows = [random_tokens(length) for length in (8, 5, 2)]
+    batch = pad(rows, 11)
+    output, extra = model(batch)
+    alone = [model(row.unsqueeze(0)) for row in rows]
+    for row, padded, (expected, _) in zip(rows, output, alone, strict=True):
+        close(padded[: len(row)], expected[0])
+    for number, routing in extra.get("routing", {}).items():
+        single = [single_extra["routing"][number] for _, single_extra in alone]
+        assert torch.equal(routing.counts, sum(layer.counts for layer in single))
+        assert routing.counts.sum() == 15 * model.memory_config.active_blocks
+        assert routing.dropped == 0
+
+
+@pytest.mark.parametrize("method", SPARSE)
+def test_padding_does_not_count_in_the_losses(method):
+    model, row = evaluated(method), random_tokens(6)
+    expected = model(row.unsqueeze(0))[1]["routing"]
+    actual = model(pad([row], 9))[1]["routing"]
+    for number, routing in expected.items():
+        close(actual[number].balance_loss, routing.balance_loss)
+        close(actual[number].z_loss, routing.z_loss)
+
+
+# Incremental decoding
+
+
+def step_by_step(model: nn.Module, batch: Tensor, state: dict, start: int = 0) -> Tensor:
+    """The outputs from position ``start`` on, one token at a time."""
+    steps = [
+        model.decoder(batch[:, : end + 1], incremental_state=state)
+        for end in range(start, batch.shape[1])
+    ]
+    for _, extra in steps:
+        for routing in extra.get("routing", {}).values():
+            assert routing.counts.sum() == len(batch) * model.memory_config.active_blocks
+    return torch.cat([output for output, _ in steps], dim=1)
+
+
+def test_incremental_decoding_is_full_decoding(model):
+    batch = random_tokens(3, 8)
+    close(step_by_step(model, batch, {}), model(batch)[0], **FP32_SOFTMAX)
+
+
+def test_incremental_decoding_follows_reordered_beams(model):
+    prefix, state = random_tokens(3, 4), {}
+    step_by_step(model, prefix, state)
+    order = torch.tensor([2, 0, 2])
+    model.decoder.reorder_incremental_state_scripting(state, order)
+    batch = torch.cat([prefix[order], random_tokens(3, 3)], dim=1)
+    output = step_by_step(model, batch, state, start=4)
+    close(output, model(batch)[0][:, 4:], **FP32_SOFTMAX)
+
+
+# Token ids
+
+
+@pytest.mark.parametrize("context", [1, 2, 3, 6])
+@pytest.mark.parametrize("shape", [(2, 4), (1, 1), (0, 3), (3, 0)])
+def test_trailing_tokens(shape, context):
+    batch, length = shape
+    tokens = random_tokens(*shape)
+    actual = trailing_tokens(tokens, context, PAD)
+    assert actual.shape == (batch, length, context)
+    for row in range(batch):
+        for end in range(length):
+            expected = [
+                tokens[row, position].item() if position >= 0 else PAD
+                for position in range(end - context + 1, end + 1)
+            ]
+            assert actual[row, end].tolist() == expected
+
+
+@pytest.fixture
+def seen() -> Iterator[list[Tensor]]:
+    """What a selector ``stub`` was given, each (N, 2), while it is registered."""
+    given: list[Tensor] = []
+
+    class Stub(Selector):
+        name = "stub"
+        scores_blocks = False
+        context_tokens = 2
+
+        def forward(self, x_ND, keys_CD, key_bias_C, token_ids_NT):
+            given.append(token_ids_NT)
+            return Selection(torch.zeros(len(x_ND), 1, dtype=torch.int64))
+
+    yield given
+    del Selector.registry["stub"]
+
+
+def stub_decoder() -> SparseTransformerDecoder:
+    memory_config = MemoryConfig(WIDTH, 32, 8, 1, selector="stub", vocab_size=TYPES)
+    args = small_config("avgk", max_target_positions=16)
+    embeddings = nn.Embedding(TYPES, WIDTH, PAD)
+    decoder = SparseTransformerDecoder(args, dictionary(), embeddings, memory_config, True)
+    return decoder.eval()
+
+
+def pairs(batch: Tensor) -> list[list[tuple[int, int]]]:
+    """For each position and sentence, the token before it and the token."""
+    rows = [[PAD, *row] for row in batch.tolist()]
+    return [[(row[t], row[t + 1]) for row in rows] for t in range(batch.shape[1])]
+
+
+def test_a_selector_sees_its_context_time_first(seen):
+    batch = pad([random_tokens(5), random_tokens(3)])
+    stub_decoder()(batch)
+    (ids,) = seen
+    assert ids.view(5, 2, 2).tolist() == [list(map(list, step)) for step in pairs(batch)]
+
+
+def test_a_selector_sees_its_context_in_incremental_decoding(seen):
+    batch, decoder, state = random_tokens(3, 5), stub_decoder(), {}
+    for end in range(1, 6):
+        decoder(batch[:, :end], incremental_state=state)
+    assert [ids.tolist() for ids in seen] == [list(map(list, step)) for step in pairs(batch)]
+
+
+@pytest.mark.parametrize("method", SPARSE)
+def test_token_ids_outside_the_dictionary_are_refused(method):
+    batch = random_tokens(2, 4)
+    batch[1, 2] = TYPES
+    with pytest.raises(UsageError, match=f"token id {TYPES}: .* dictionary of {TYPES} types") as e:
+        evaluated(method)(batch)
+    assert "\n" not in str(e.value)
+
+
+def test_a_shorter_output_dictionary_leaves_the_input_alone():
+    shorter = TruncatedDictionary(dictionary(), 10)
+    task = LanguageModelingTask(OmegaConf.create({}), dictionary(), shorter)
+    config = small_config("avgk", share_decoder_input_output_embed=False)
+    model = models.build_model(config, task)
+    assert model(torch.tensor([[TYPES - 1]]))[0].shape == (1, 1, len(shorter))
+    with pytest.raises(UsageError, match=f"token id {TYPES}: "):
+        model(torch.tensor([[TYPES]]))
+
+
+# Which layers are sparse
+
+
+@pytest.mark.parametrize(
+    ("layers", "freq", "kept", "sparse"),
+    [
+        (4, 2, None, {1: 1, 3: 3}),
+        (4, 1, None, {0: 0, 1: 1, 2: 2, 3: 3}),
+        (6, 3, None, {2: 2, 5: 5}),
+        (5, 4, None, {3: 3}),
+        (4, 2, "1,2,3", {1: 0, 3: 2}),
+        (4, 2, "0,2", {}),
+        (6, 3, "4,5", {5: 1}),
+    ],
+)
+def test_layer_numbers(layers, freq, kept, sparse):
+    """``sparse``: number in training -> index in the model."""
+    model = small_lm("switch", decoder_layers=layers, sffn_freq=freq, decoder_layers_to_keep=kept)
+    built = model.decoder.layers
+    assert len(built) == (len(kept.split(",")) if kept else layers)
+    indices = [i for i, layer in enumerate(built) if isinstance(layer, SparseDecoderLayer)]
+    assert indices == list(sparse.values())
+    assert list(model(random_tokens(2, 3))[1]["routing"]) == list(sparse)
+
+
+def test_a_pruned_model_takes_the_kept_layers_of_a_checkpoint():
+    whole = small_lm("hash_layer", decoder_layers=4).eval()
+    config = small_config("hash_layer", decoder_layers=4, decoder_layers_to_keep="1,3")
+    pruned = small_lm("hash_layer", decoder_layers=4, decoder_layers_to_keep="1,3").eval()
+    pruned.load_state_dict(whole.state_dict(), model_cfg=config)
+    batch = random_tokens(2, 5)
+    actual, extra = pruned(batch)
+    whole.decoder.layers = nn.ModuleList([whole.decoder.layers[1], whole.decoder.layers[3]])
+    whole.decoder.sparse_layers = [0, 1]
+    close(actual, whole(batch)[0])
+    assert list(extra["routing"]) == [1, 3]
+
+
+@pytest.mark.parametrize("method", ["switch", "hash_layer"])
+def test_skipped_layers_have_a_routing_of_zeros(method):
+    model = small_lm(method, decoder_layers=4, sffn_freq=1, decoder_layerdrop=0.5)
+    ran: set[int] = set()
+    for number in range(4):  # to iterate over the layers is to drop some
+        ffn = model.decoder.layers[number].fc1
+        ffn.register_forward_hook(lambda *_, number=number: ran.add(number))
+    patterns = set()
+    for _ in range(20):
+        ran.clear()
+        routing = model(random_tokens(2, 3))[1]["routing"]
+        assert list(routing) == [0, 1, 2, 3]
+        for number, layer in routing.items():
+            assert layer.counts.shape == (16,)
+            assert layer.counts.sum() == (6 if number in ran else 0)
+            if number not in ran:
+                assert layer.balance_loss == layer.z_loss == layer.dropped == 0
+        patterns.add(len(ran))
+    assert len(patterns) > 2
+    model.eval()
+    assert all(layer.counts.any() for layer in model(random_tokens(2, 3))[1]["routing"].values())
+
+
+def test_a_model_without_any_layer_left_still_trains():
+    model = small_lm("switch", decoder_layerdrop=1.0)
+    output, extra = model(random_tokens(2, 3))
+    (output.sum() + extra["routing"][1].balance_loss).backward()
+    assert model.decoder.embed_tokens.weight.grad.any()
+
+
+# Hooks
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+def test_hooks_are_removed(checkpoint_activations):
+    model = evaluated("switch", checkpoint_activations=checkpoint_activations)
+    batch = random_tokens(2, 4)
+    expected = model(batch)[0]
+    assert hooks(model) == 0
+
+    memory = [m for m in model.modules() if isinstance(m, SparseMemory)][1]
+    working = memory.selector
+    memory.selector = nn.Module()  # has no forward
+    with pytest.raises(NotImplementedError):
+        model(batch)
+    assert hooks(model) == 0
+    assert all(layer.fc1.tokens == (None, None) for layer in model.decoder.layers)
+    memory.selector = working
+    close(model(batch)[0], expected)
