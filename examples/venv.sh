@@ -19,10 +19,8 @@ make_venv() {
     local python
     python=$(python_for_venv)
     [ -x .venv/bin/python ] || "$python" -m venv .venv
-    # One by one, in order: see requirements.txt.
-    grep -v '^#' examples/requirements.txt | while read -r requirement; do
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check "$requirement"
-    done
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+        --requirement examples/requirements.txt
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
         --no-build-isolation --editable .
     # Last, so that an interrupted installation is taken up again.

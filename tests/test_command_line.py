@@ -55,7 +55,8 @@ def trained(
     request: pytest.FixtureRequest, data_bin: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Trained:
     save_dir = tmp_path_factory.mktemp(request.param)
-    log = commands.train(data_bin, save_dir, request.param, *EVERY_SAMPLE)
+    flags = (*EVERY_SAMPLE, "--validate-interval-updates", "3")
+    log = commands.train(data_bin, save_dir, request.param, *flags)
     return Trained(request.param, log, save_dir / "checkpoint_last.pt")
 
 

@@ -171,27 +171,20 @@ def test_flags_of_other_models(flags: str, data_bin: Path, tmp_path: Path) -> No
     assert line == f"fairseq-train: error: unrecognized arguments: {flags}"
 
 
-@pytest.mark.parametrize("script", ["train", "eval-lm"])
-def test_scripts_exit_with_status_1_and_the_line_alone(
-    script: str, data_bin: Path, runs: Path, tmp_path: Path
-) -> None:
-    arguments = {
-        "train": ("--arch", "transformer_lm_avgk_tiny", "--sffn-block-size", "7", "--batch-size=8"),
-        "eval-lm": ("--path", runs / "avgk/checkpoint_last.pt", "--fp16"),
-    }
+def test_script_exits_with_status_1_and_the_line_alone(data_bin: Path, tmp_path: Path) -> None:
     process = subprocess.run(
         [
-            *(Path(sys.executable).parent / f"fairseq-{script}", data_bin, "--user-dir", USER_DIR),
-            *("--task", "language_modeling", "--cpu", *arguments[script]),
-            *(("--optimizer", "adam", "--save-dir", tmp_path) if script == "train" else ()),
+            *(Path(sys.executable).parent / "fairseq-train", data_bin, "--user-dir", USER_DIR),
+            *("--task", "language_modeling", "--arch", "transformer_lm_avgk_tiny", "--cpu"),
+            *("--optimizer", "adam", "--batch-size", "8", "--save-dir", tmp_path),
+            *("--sffn-block-size", "7"),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert process.returncode == 1 and "Traceback" not in process.stderr + process.stdout
-    expected = {"train": "--sffn-block-size 7: does not", "eval-lm": "--fp16: needs a GPU"}
-    assert process.stderr.splitlines()[-1].startswith(expected[script])
+    assert process.stderr.splitlines()[-1].startswith("--sffn-block-size 7: does not divide")
     assert contents(tmp_path) == {}
 
 
@@ -200,7 +193,7 @@ def test_scripts_exit_with_status_1_and_the_line_alone(
 RESUMING = [
     ("dense", "avgk", "", "only the model has decoder.layers.1.fc1.memory.keys"),
     ("avgk", "dense", "", "only the model has decoder.layers.1.fc1.weight"),
-    ("avgk", "switch", "", "memory.block_size is 8 in the checkpoint and 32 in the model"),
+    ("avgk", "switch", "", "only the model has decoder.layers.1.fc1.memory.selector.router"),
     ("switch", "hash_layer", "", "only the model has decoder.layers.1.fc1.memory.selector.table"),
     ("hash_layer", "switch", "", "only the model has decoder.layers.1.fc1.memory.selector.router"),
     ("avgk", "avgk", "--decoder-ffn-embed-dim 64", "fc1.weight is [32, 16] in the checkpoint and"),
