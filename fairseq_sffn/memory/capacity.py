@@ -12,8 +12,9 @@ def keep_within_capacity(
     """Which assignments fit when a block takes ``factor`` times its fair share.
 
     The capacity is ``max(1, int(factor * ceil(assignments / B)))`` (Fedus et al. 2021, eq. 3).
-    First choices go before second ones, and earlier tokens before later ones, so that with
-    tokens in order of time a later token never displaces an earlier one. Padding takes no room.
+    First choices go before second ones, and earlier tokens before later ones. With one block a
+    token and tokens in order of time, a later token never displaces an earlier one; with more, the
+    first choices of later tokens do displace second choices. Padding takes no room.
 
     Returns:
         (N, A) bool, ``False`` where the block was full.

@@ -172,7 +172,9 @@ class MemoryConfig:
 
         Forming Avg-K's mean keys is a cost per update, not per token, and is left out.
         """
-        return self.selection_flops_per_token() + 4 * self.active_cells * self.embed_dim
+        tables = 2 if self.selector_class.key_table == "full" else 1
+        active = 2 * tables * self.active_cells * self.embed_dim
+        return self.selection_flops_per_token() + active
 
     def selection_flops_per_token(self) -> int:
         """The share of :meth:`flops_per_token` that choosing the blocks takes."""

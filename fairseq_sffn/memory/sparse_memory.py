@@ -116,9 +116,12 @@ class SparseMemory(nn.Module):
             kept_NA = keep_within_capacity(
                 selection.blocks, self.config.num_blocks, factor, valid_N
             )
+            if selection.kept is not None:
+                kept_NA = kept_NA & selection.kept
             selection = selection._replace(kept=kept_NA)
-            dropped_NA = ~kept_NA if valid_N is None else ~kept_NA & valid_N.unsqueeze(1)
-            dropped = dropped_NA.sum()
+        if selection.kept is not None:
+            dropped_NA = ~selection.kept
+            dropped = (dropped_NA if valid_N is None else dropped_NA & valid_N.unsqueeze(1)).sum()
 
         balance = z = None
         if selection.scores is not None:

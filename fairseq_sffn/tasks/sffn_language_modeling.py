@@ -27,8 +27,8 @@ class SFFNLanguageModelingConfig(LanguageModelingConfig):
     hash_counts: ChoiceEnum(["dictionary", "train"]) = field(
         default="dictionary",
         metadata={
-            "help": "where balanced hash tables take the counts of the tokens from: dict.txt, or "
-            "the training split itself (for a dict.txt without true counts)"
+            "help": "where balanced hash tables take the counts of the tokens from: dict.txt (in "
+            "which fairseq does not count </s>), or the training split itself"
         },
     )
     eval_capacity_factor: Optional[float] = field(
@@ -80,6 +80,11 @@ class SFFNLanguageModelingTask(LanguageModelingTask):
                     )
                 with open_dict(args):
                     args.sffn_eval_capacity_factor = factor
+        elif (factor := self.args.eval_capacity_factor) is not None:
+            raise UsageError(
+                f"--eval-capacity-factor {factor}: is for a trained model; in training, set "
+                "--sffn-eval-capacity-factor"
+            )
         return super().build_model(args, from_checkpoint)
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> Any:

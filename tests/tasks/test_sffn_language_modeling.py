@@ -167,7 +167,7 @@ def test_a_missing_split_is_fairseqs_error(data_bin):
 
 @pytest.mark.parametrize(
     ("asked", "from_checkpoint", "expected"),
-    [(1.5, True, 1.5), (0.0, True, 0.0), (None, True, 0.75), (1.5, False, 0.75)],
+    [(1.5, True, 1.5), (0.0, True, 0.0), (None, True, 0.75), (None, False, 0.75)],
 )
 @pytest.mark.parametrize("method", ["avgk", "switch", "hash_layer"])
 def test_capacity_at_evaluation(data_bin, method, asked, from_checkpoint, expected):
@@ -176,6 +176,12 @@ def test_capacity_at_evaluation(data_bin, method, asked, from_checkpoint, expect
     model = task.build_model(config, from_checkpoint=from_checkpoint)
     assert model.memory_config.eval_capacity_factor == expected
     assert model.memory_config.capacity_factor == 1.0
+
+
+def test_capacity_at_evaluation_is_not_for_training(data_bin):
+    task = set_up(data_bin, eval_capacity_factor=1.5)
+    with pytest.raises(UsageError, match=r"^--eval-capacity-factor 1\.5: [^\n]+$"):
+        task.build_model(small_config("switch"))
 
 
 def test_a_dense_model_has_no_capacity(data_bin):
