@@ -54,6 +54,8 @@ class DenseTransformerLM(TransformerLanguageModel):
                     f"{flag(name)}: these embeddings cannot be the output projection as well; "
                     "add --no-share-decoder-input-output-embed"
                 )
+        if args.offload_activations:  # as its help says, and fairseq's own architectures do
+            args.checkpoint_activations = True
         return super().build_model(args, task)
 
     def prepare_for_inference_(self, cfg: Any) -> None:
@@ -102,7 +104,9 @@ class SparseTransformerLM(DenseTransformerLM):
         shell_args = copy.deepcopy(args)
         shell_args.decoder_layers, shell_args.decoder_layers_to_keep = 0, None
         shell = super().build_model(shell_args, task)
+        # What fairseq and DenseTransformerLM filled in.
         args.max_target_positions = shell_args.max_target_positions
+        args.checkpoint_activations = shell_args.checkpoint_activations
         if args.decoder_layers_to_keep:
             args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
         decoder = SparseTransformerDecoder(

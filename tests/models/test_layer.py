@@ -236,3 +236,9 @@ def test_balance_loss_alone_moves_the_router(checkpoint_activations):
     extra["routing"][1].balance_loss.backward()
     router = model.decoder.layers[1].fc1.memory.selector.router
     assert router.grad.abs().sum() > 1e-3
+
+
+@pytest.mark.parametrize("method", ["dense", "avgk"])
+def test_offloading_is_of_checkpointed_activations(method):
+    layers = small_lm(method, offload_activations=True).decoder.layers
+    assert all(hasattr(layer, "precheckpoint_forward") for layer in layers)
