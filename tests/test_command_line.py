@@ -286,6 +286,13 @@ def test_ema_is_stored(model: str, data_bin: Path, tmp_path: Path) -> None:
     assert not torch.equal(average, state["model"][name])
 
 
+@pytest.mark.xfail(strict=True, reason="fairseq forgets the version of the decoder, then the norm")
+def test_ema_has_every_parameter(data_bin: Path, tmp_path: Path) -> None:
+    commands.train(data_bin, tmp_path, "avgk", "--store-ema", "--max-update", "1")
+    state = last_checkpoint(tmp_path)
+    assert set(state["extra_state"]["ema"]) == set(state["model"])
+
+
 def test_hash_counts_of_the_training_split_spread_it_better(data_bin: Path, tmp_path: Path) -> None:
     """The dictionary does not know how often a sentence ends; the training split does."""
     loads = {}
@@ -332,6 +339,25 @@ def test_layers_kept_at_evaluation_are_as_they_were_trained(data_bin: Path, tmp_
     assert "decoder.layers.0.fc1.memory.keys" in kept and "decoder.layers.1.fc1.weight" in kept
     _, extra = model.eval()(torch.tensor([[4, 5, 6]]))
     assert list(extra["routing"]) == [1]
+
+
+@pytest.mark.xfail(strict=True, reason="fairseq sorts the layers, the sparse decoder does not")
+def test_layers_kept_in_any_order(data_bin: Path, tmp_path: Path) -> None:
+    commands.train(data_bin, tmp_path, "switch", "--decoder-layers", "4", "--max-update", "2")
+    sorted_order, other_order = (
+        commands.evaluate(
+            *(data_bin, tmp_path / "checkpoint_last.pt", "--model-overrides"),
+            str({"decoder_layers_to_keep": keep}),
+        )
+        for keep in ("1,2", "2,1")
+    )
+    assert sorted_order == other_order
+
+
+@pytest.mark.xfail(strict=True, reason="fairseq leaves out the last batch: here the only one")
+def test_validation_split_of_few_samples(data_bin: Path, tmp_path: Path) -> None:
+    log = commands.train(data_bin, tmp_path, "avgk", "--tokens-per-sample", "64")
+    assert len(losses(log)) == 6 and valid_ppl(log) > 1
 
 
 def test_smaller_output_dictionary(data_bin: Path, tmp_path: Path) -> None:
