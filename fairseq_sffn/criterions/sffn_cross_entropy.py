@@ -36,6 +36,14 @@ def _unused_blocks(meters: Any, number: int) -> float:
     return usage.unused_blocks(meters[f"_counts_{number}"].sum)
 
 
+def _memory_usage(meters: Any, number: int) -> float:
+    return usage.memory_usage(meters[f"_counts_{number}"].sum)
+
+
+def _load_kl(meters: Any, number: int) -> float:
+    return usage.load_kl(meters[f"_mass_{number}"].sum)
+
+
 def _dropped_share(meters: Any, number: int) -> float:
     counts, dropped = meters[f"_counts_{number}"].sum, meters[f"_dropped_{number}"].sum
     return usage.dropped_share(counts, dropped)
@@ -46,6 +54,8 @@ RATIOS = {
     "load_entropy": _load_entropy,
     "load_max": _load_max,
     "unused_blocks": _unused_blocks,
+    "memory_usage": _memory_usage,
+    "load_kl": _load_kl,
     "dropped_share": _dropped_share,
 }
 """What is logged -> how it follows from the meters of a layer, which hold sums."""
@@ -155,6 +165,7 @@ class SFFNCrossEntropyCriterion(CrossEntropyCriterion):
                 logs[f"routing_balance_{number}"] = layer.balance_loss.data * sample_size
             logs[f"routing_counts_{number}"] = layer.counts.data
             logs[f"routing_dropped_{number}"] = layer.dropped.data
+            logs[f"routing_mass_{number}"] = layer.mass.data
         return logs
 
     def compute_loss(
@@ -205,6 +216,7 @@ class SFFNCrossEntropyCriterion(CrossEntropyCriterion):
                 ratios.pop("balance_loss", None)
             metrics.log_scalar_sum(f"_counts_{number}", total(f"routing_counts_{number}"))
             metrics.log_scalar_sum(f"_dropped_{number}", total(f"routing_dropped_{number}"))
+            metrics.log_scalar_sum(f"_mass_{number}", total(f"routing_mass_{number}"))
         for name, ratio in ratios.items():
             metrics.log_derived(name, MeanOverLayers(ratio, layers))
             if total("routing_per_layer"):

@@ -3,7 +3,8 @@ blocks (Liu et al. 2023, arXiv 2305.13999). Nothing here needs fairseq."""
 
 from . import selectors
 from .config import ConfigError, MemoryConfig
-from .selection import Selection, Selector, SelectorConfig
+from .scores import ProductScores, Scores
+from .selection import Selection, Selector, SelectorConfig, SelectorInput
 from .sparse_memory import MemoryOutput, SparseMemory
 from .usage import Usage
 
@@ -11,9 +12,12 @@ __all__ = [
     "ConfigError",
     "MemoryConfig",
     "MemoryOutput",
+    "ProductScores",
+    "Scores",
     "Selection",
     "Selector",
     "SelectorConfig",
+    "SelectorInput",
     "SparseMemory",
     "Usage",
     "selectors",

@@ -105,7 +105,7 @@ class MemoryConfig:
             raise ConfigError("gate", self.gate, reason)
         if isinstance(self.activation, str) and self.activation not in ACTIVATIONS:
             raise ConfigError("activation", self.activation, f"is none of {', '.join(ACTIVATIONS)}")
-        if self.selector_class.context_tokens and self.vocab_size is None:
+        if self.context_tokens and self.vocab_size is None:
             reason = f"{self.selector_class.name} looks at token ids and needs to know how many"
             raise ConfigError("vocab_size", None, reason)
         if self.vocab_size is not None and self.vocab_size < 1:
@@ -149,6 +149,11 @@ class MemoryConfig:
         return self.gate or self.selector_class.default_gate
 
     @property
+    def context_tokens(self) -> int:
+        """How many trailing token ids the selector looks at."""
+        return self.selector_class.context_tokens(self)
+
+    @property
     def activation_fn(self) -> Callable[[Tensor], Tensor]:
         return ACTIVATIONS[self.activation] if isinstance(self.activation, str) else self.activation
 
@@ -163,9 +168,10 @@ class MemoryConfig:
     def active_params(self) -> int:
         """Parameters that one token touches, its selector's included."""
         inactive = self.num_cells - self.active_cells
-        tables = 2 if self.selector_class.key_table == "full" else 1
-        bias = (tables - 1) * inactive if self.bias else 0
-        return self.num_params() - tables * inactive * self.embed_dim - bias
+        params = self.num_params() - inactive * self.embed_dim
+        if self.selector_class.key_table == "full" and not self.selector_class.scores_every_key:
+            params -= inactive * (self.embed_dim + self.bias)
+        return params
 
     def flops_per_token(self) -> int:
         """Forward FLOPs of a token, a multiply-add counted as 2: selection and the active cells.

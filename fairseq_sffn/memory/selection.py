@@ -7,8 +7,29 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from .scores import Scores
+
 if TYPE_CHECKING:
     from .config import MemoryConfig
+
+
+class SelectorInput(NamedTuple):
+    """What a selector may look at.
+
+    Attributes:
+        x: (N, D) hidden states.
+        keys: (C, D) the memory's key table, where ``Selector.key_table`` is ``full``.
+        key_bias: (C,) likewise, unless the memory has no bias.
+        token_ids: (N, context_tokens) trailing token ids, the current one last, where the selector
+            looks at any.
+        valid: (N,) bool, ``False`` at padding; ``None``: no padding.
+    """
+
+    x: Tensor
+    keys: Tensor | None = None
+    key_bias: Tensor | None = None
+    token_ids: Tensor | None = None
+    valid: Tensor | None = None
 
 
 class Selection(NamedTuple):
@@ -16,10 +37,11 @@ class Selection(NamedTuple):
 
     Attributes:
         blocks: (N, A) int64, the selected blocks of each token.
-        scores: (N, B) what each block was chosen by, higher is better, as logits; ``None`` where
-            a selector does not score blocks. Gates and the balance loss read them.
+        scores: what each block was chosen by, higher is better, as logits; ``None`` where a
+            selector does not score blocks. Gates and the balance loss read them.
         weights: (N, A) gate values, or ``None`` where every selected block counts fully.
-        kept: (N, A) bool, ``False`` where a full block had to drop the token; ``None``: all kept.
+        kept: (N, A) bool, ``False`` where the block is not used after all; ``None``: all are. What
+            a selector leaves out is no assignment; what a full block drops is counted as dropped.
         pre_activations: (N, A, G) x . k + c of the selected cells, from a selector that had to
             compute them anyway; they are not computed again.
         coefficients: (N, A) what multiplies the values, from a selector with its own keys and
@@ -27,7 +49,7 @@ class Selection(NamedTuple):
     """
 
     blocks: Tensor
-    scores: Tensor | None = None
+    scores: Scores | None = None
     weights: Tensor | None = None
     kept: Tensor | None = None
     pre_activations: Tensor | None = None
@@ -37,7 +59,8 @@ class Selection(NamedTuple):
 @dataclass(frozen=True)
 class SelectorConfig:
     """Options of a selector. Each field is also a command-line flag, so it has a plain type
-    (``int``, ``float``, ``bool`` or ``Literal`` strings), a default, and metadata ``help``."""
+    (``int``, ``float``, ``bool`` or ``Literal`` strings, or one of these or ``None``), a default,
+    and metadata ``help``."""
 
     selector_class: ClassVar[type[Selector]]
 
@@ -61,16 +84,16 @@ class Selector(nn.Module):
     """Options become flags ``--{flag_prefix}-{field}``; by default the name, with dashes."""
     key_table: ClassVar[Literal["full", "own", "none"]] = "full"
     """``full``: uses the memory's key table. ``own``: has keys of its own and returns
-    ``coefficients``. ``none``: returns ``coefficients`` without keys."""
+    ``coefficients`` or ``pre_activations``. ``none``: returns ``coefficients`` without keys."""
+    scores_every_key: ClassVar[bool] = False
+    """Whether every row of the key table takes part in selecting, so that none is inactive."""
     scores_blocks: ClassVar[bool] = True
     """Whether :meth:`forward` returns scores; gates and balance loss need them."""
-    context_tokens: ClassVar[int] = 0
-    """How many trailing token ids it looks at, the current one included."""
     default_gate: ClassVar[str] = "none"
-    default_block_size: ClassVar[int | None] = None
-    """Cells per block where nothing is asked for; ``None``: as many as a dense FFN has units."""
     default_balance_weight: ClassVar[float] = 0.0
     """Weight of the balance loss where nothing is asked for."""
+    balanced_choices: ClassVar[int | None] = None
+    """How many of a token's choices, best first, the balance loss counts; ``None``: all."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -80,12 +103,22 @@ class Selector(nn.Module):
             cls.flag_prefix = cls.name.replace("_", "-")
         if "Config" not in cls.__dict__:
             names = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Config"}
-            cls.Config = dataclass(frozen=True)(type("Config", (SelectorConfig,), names))
+            cls.Config = dataclass(frozen=True)(type("Config", (cls.Config,), names))
         cls.Config.selector_class = cls
         cls.registry[cls.name] = cls
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
+
+    @classmethod
+    def default_block_size(cls, ffn_embed_dim: int) -> int:
+        """Cells per block where nothing is asked for, in place of a dense FFN of this width."""
+        return ffn_embed_dim
+
+    @classmethod
+    def context_tokens(cls, config: MemoryConfig) -> int:
+        """How many trailing token ids it looks at, the current one included."""
+        return 0
 
     @classmethod
     def validate(cls, config: MemoryConfig) -> None:
@@ -101,18 +134,6 @@ class Selector(nn.Module):
         """Forward FLOPs to choose the blocks of a token, beyond those of the active cells."""
         return 0
 
-    def forward(
-        self,
-        x_ND: Tensor,
-        keys_CD: Tensor | None,
-        key_bias_C: Tensor | None,
-        token_ids_NT: Tensor | None,
-    ) -> Selection:
-        """Select blocks.
-
-        Args:
-            x_ND: (N, D) hidden states.
-            keys_CD, key_bias_C: the memory's key table, where ``key_table`` is ``full``.
-            token_ids_NT: (N, context_tokens) trailing token ids, the current one last.
-        """
+    def forward(self, inputs: SelectorInput) -> Selection:
+        """Select blocks."""
         raise NotImplementedError

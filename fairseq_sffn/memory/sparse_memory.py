@@ -12,7 +12,7 @@ from .capacity import keep_within_capacity
 from .compute import ENGINES, choose_engine, combine, make_plan, score
 from .config import ConfigError, MemoryConfig
 from .gate import GATES
-from .selection import Selection
+from .selection import Selection, SelectorInput
 from .usage import Usage
 
 
@@ -105,33 +105,53 @@ class SparseMemory(nn.Module):
         x_ND = x.reshape(-1, self.config.embed_dim)
         valid_N = None if padding_mask is None else ~padding_mask.reshape(-1)
         token_ids_NT = self._flatten_token_ids(token_ids, x)
-        selection = self.selector(x_ND, self.keys, self.key_bias, token_ids_NT)
+        selection = self.selector(
+            SelectorInput(x_ND, self.keys, self.key_bias, token_ids_NT, valid_N)
+        )
         if (gate := GATES[self.config.gate_name]) is not None:
             selection = selection._replace(weights=gate(selection.scores, selection.blocks))
 
-        counts_B = assignment_counts(selection.blocks, self.config.num_blocks, valid_N)
+        selection, balance_counts_B, usage = self._count(selection, valid_N)
+        balance = z = None
+        if selection.scores is not None:
+            balance = balance_loss(selection.scores, balance_counts_B, valid_N)
+            z = z_loss(selection.scores, valid_N)
+        output = self._compute(x_ND, selection).view(x.shape)
+        return MemoryOutput(output, selection, balance, z, usage)
+
+    def _count(
+        self, selection: Selection, valid_N: Tensor | None
+    ) -> tuple[Selection, Tensor, Usage]:
+        """Count what goes where and drop what does not fit: the selection that is left, the counts
+        for the balance loss, and the usage."""
+        blocks_NA, num_blocks = selection.blocks, self.config.num_blocks
+        counted = None if valid_N is None else valid_N.unsqueeze(1)
+        if selection.kept is not None:
+            counted = selection.kept if counted is None else selection.kept & counted
+        counts_B = balance_counts_B = assignment_counts(blocks_NA, num_blocks, counted)
+        if (choices := self.config.selector_class.balanced_choices) is not None:
+            first = None if counted is None else counted[:, :choices]
+            balance_counts_B = assignment_counts(blocks_NA[:, :choices], num_blocks, first)
+
+        mass_B = counts_B.float()
+        factors = [t for t in (selection.weights, selection.coefficients) if t is not None]
+        if factors:
+            mass_NA = torch.stack(factors).detach().float().prod(dim=0).abs()
+            mass_NA = mass_NA if counted is None else mass_NA * counted
+            mass_B = mass_B.zero_().scatter_add_(0, blocks_NA.flatten(), mass_NA.flatten())
+
         dropped = counts_B.new_zeros(())
         factor = self.config.capacity_factor if self.training else self.config.eval_capacity_factor
         if factor:
-            kept_NA = keep_within_capacity(
-                selection.blocks, self.config.num_blocks, factor, valid_N
-            )
+            fits_NA = keep_within_capacity(blocks_NA, num_blocks, factor, counted)
+            dropped = (~fits_NA).sum()
             if selection.kept is not None:
-                kept_NA = kept_NA & selection.kept
-            selection = selection._replace(kept=kept_NA)
-        if selection.kept is not None:
-            dropped_NA = ~selection.kept
-            dropped = (dropped_NA if valid_N is None else dropped_NA & valid_N.unsqueeze(1)).sum()
-
-        balance = z = None
-        if selection.scores is not None:
-            balance = balance_loss(selection.scores, counts_B, valid_N)
-            z = z_loss(selection.scores, valid_N)
-        output = self._compute(x_ND, selection).view(x.shape)
-        return MemoryOutput(output, selection, balance, z, Usage(counts_B, dropped))
+                fits_NA = fits_NA & selection.kept
+            selection = selection._replace(kept=fits_NA)
+        return selection, balance_counts_B, Usage(counts_B, dropped, mass_B)
 
     def _flatten_token_ids(self, token_ids: Tensor | None, x: Tensor) -> Tensor | None:
-        context = self.config.selector_class.context_tokens
+        context = self.config.context_tokens
         if not context:
             return None
         if token_ids is None:

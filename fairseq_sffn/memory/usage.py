@@ -15,10 +15,13 @@ class Usage(NamedTuple):
     Attributes:
         counts: (B,) int64 assignments per block, padding excluded, before any were dropped.
         dropped: () int64 assignments that found their block full.
+        mass: (B,) the assignments weighed by the absolute weights or coefficients of their blocks;
+            the counts again where there are none.
     """
 
     counts: Tensor
     dropped: Tensor
+    mass: Tensor
 
 
 def load_entropy(counts_B: Tensor) -> float:
@@ -38,6 +41,19 @@ def load_max(counts_B: Tensor) -> float:
 def unused_blocks(counts_B: Tensor) -> int:
     """How many blocks no token used."""
     return int((counts_B == 0).sum())
+
+
+def memory_usage(counts_B: Tensor) -> float:
+    """Share of the blocks that some token used (Lample et al. 2019, section 4.4)."""
+    return 1 - unused_blocks(counts_B) / len(counts_B)
+
+
+def load_kl(mass_B: Tensor) -> float:
+    """Kullback-Leibler divergence of the weighed load from the uniform distribution, in nats: 0
+    when even, log B when one block takes all (Lample et al. 2019, arXiv 1907.05242, section 4.4).
+    """
+    shares_B = mass_B.double() / mass_B.double().sum().clamp(min=1e-30)
+    return float(torch.xlogy(shares_B, shares_B * len(mass_B)).sum())
 
 
 def dropped_share(counts_B: Tensor, dropped: Tensor) -> float:

@@ -153,7 +153,7 @@ def build_memory_config(
         raise UsageError(f"--sffn-expansion {args.sffn_expansion}: must be at least 1")
     block_size = args.sffn_block_size
     if block_size is None:
-        block_size = selector.default_block_size or width
+        block_size = selector.default_block_size(width)
     if block_size < 1:
         raise UsageError(f"--sffn-block-size {block_size}: must be at least 1")
     active_blocks = args.sffn_active_blocks

@@ -72,7 +72,7 @@ class SparseTransformerDecoder(TransformerDecoder):
         **kwargs: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         self._check_tokens(prev_output_tokens)
-        context = max(self.memory_config.selector_class.context_tokens, 1)
+        context = max(self.memory_config.context_tokens, 1)
         token_ids_BTC = trailing_tokens(prev_output_tokens, context, self.padding_idx)
         if incremental_state is not None:
             token_ids_BTC = token_ids_BTC[:, -1:]

@@ -19,19 +19,21 @@ class LayerRouting(NamedTuple):
         balance_loss, z_loss: (), 0 for a selector without scores.
         counts: (B,) assignments per block.
         dropped: () dropped assignments.
+        mass: (B,) assignments by weight.
     """
 
     balance_loss: Tensor
     z_loss: Tensor
     counts: Tensor
     dropped: Tensor
+    mass: Tensor
 
     @classmethod
     def empty(cls, num_blocks: int, like: Tensor) -> LayerRouting:
         """The routing of a layer that was skipped (LayerDrop)."""
         zero = like.new_zeros((), dtype=torch.float32)
         count = like.new_zeros((), dtype=torch.int64)
-        return cls(zero, zero, count.new_zeros(num_blocks), count)
+        return cls(zero, zero, count.new_zeros(num_blocks), count, zero.new_zeros(num_blocks))
 
 
 class SparseFFN(nn.Module):
@@ -108,8 +110,7 @@ class SparseDecoderLayer(transformer_layer.TransformerDecoderLayerBase):
         routing = LayerRouting(
             empty.balance_loss if result.balance_loss is None else result.balance_loss,
             empty.z_loss if result.z_loss is None else result.z_loss,
-            result.usage.counts,
-            result.usage.dropped,
+            *result.usage,
         )
         return (*outputs, *routing)
 

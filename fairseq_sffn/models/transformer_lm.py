@@ -6,12 +6,15 @@ Each is a registered *model*, so that ``fairseq-train --arch NAME`` and ``model.
 
 import copy
 import re
+from collections.abc import Mapping
 from dataclasses import field, make_dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Optional
 
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import register_model
 from fairseq.models.transformer_lm import TransformerLanguageModel
+from omegaconf import II
 
 from ..compat import check_precision
 from ..errors import UsageError
@@ -188,17 +191,37 @@ class Method(NamedTuple):
     Attributes:
         name: the model is ``transformer_lm_{name}``, in every size.
         selector: its selector; ``None``: chosen by ``--sffn-selector``.
+        options: its defaults that are not the selector's own.
     """
 
     name: str
     selector: Optional[str]
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 METHODS = (
     Method("sffn", selector=None),
     Method("avgk", selector="avgk"),
-    Method("switch", selector="switch"),
+    Method("vanilla_m", selector="vanilla_m"),
+    Method("lorkm", selector="lorkm"),
+    # Lample et al. 2019: 4 heads take 32 cells each.
+    Method("pkm", selector="pkm", options={"sffn_active_blocks": 128}),
+    Method("pkm_4d", selector="pkm"),
+    Method("pkm_ffn", selector="pkm_ffn"),
+    Method("rand_hash", selector="rand_hash"),
     Method("hash_layer", selector="hash_layer"),
+    Method("switch", selector="switch"),
+    Method("gshard", selector="gshard"),
+    # Lepikhin et al. 2020: two experts, each as wide as the FFN.
+    Method(
+        "gshard_8d",
+        selector="gshard",
+        options={
+            "sffn_block_size": II("model.decoder_ffn_embed_dim"),
+            "sffn_active_blocks": 2,
+        },
+    ),
+    Method("base", selector="base"),
 )
 
 
@@ -219,7 +242,7 @@ def _register(
 for _size in SIZES:
     _register(f"transformer_lm_dense{_size}", DenseTransformerLM, SIZES[_size])
     for _method in METHODS:
-        _defaults = SIZES[_size] | SPARSE_SIZES[_size]
+        _defaults = SIZES[_size] | SPARSE_SIZES[_size] | dict(_method.options)
         if _method.selector:
             _defaults["sffn_selector"] = _method.selector
         _register(

@@ -123,7 +123,7 @@ def test_gradients_of_the_balance_loss_reach_the_router():
 
 def test_a_weight_of_0_leaves_the_losses_out():
     nothing = torch.tensor(math.nan)
-    layers = {0: LayerRouting(nothing, nothing, torch.zeros(1), torch.zeros(()))}
+    layers = {0: LayerRouting(nothing, nothing, torch.zeros(1), torch.zeros(()), torch.zeros(1))}
     assert criterion().extra_loss(AvgK, layers) == 0
     assert math.isnan(criterion(z_loss_weight=1.0).extra_loss(AvgK, layers))
 
@@ -253,7 +253,14 @@ def batches() -> list[dict[str, Any]]:
     return [sample(5, 3, 2), sample(1), sample(4, 4)]
 
 
-RATIOS = ["load_entropy", "load_max", "unused_blocks", "dropped_share"]
+RATIOS = [
+    "load_entropy",
+    "load_max",
+    "unused_blocks",
+    "memory_usage",
+    "load_kl",
+    "dropped_share",
+]
 
 
 @pytest.mark.parametrize("method", SPARSE)

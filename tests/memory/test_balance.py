@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from fairseq_sffn.memory.balance import assignment_counts, balance_loss, z_loss
+from fairseq_sffn.memory.scores import Scores
 
 DOUBLE = torch.float64
 
@@ -10,7 +11,7 @@ def test_counts():
     blocks_NA = torch.tensor([[0, 2], [2, 3], [2, 0]])
     assert assignment_counts(blocks_NA, 5, None).tolist() == [2, 0, 3, 1, 0]
     valid_N = torch.tensor([True, False, True])
-    assert assignment_counts(blocks_NA, 5, valid_N).tolist() == [2, 0, 2, 0, 0]
+    assert assignment_counts(blocks_NA, 5, valid_N.unsqueeze(1)).tolist() == [2, 0, 2, 0, 0]
     assert assignment_counts(blocks_NA, 5, None).dtype == torch.int64
     assert assignment_counts(blocks_NA[:0], 2, None).tolist() == [0, 0]
 
@@ -25,7 +26,7 @@ def test_one_at_perfect_balance(num_blocks, active):
     blocks_NA = scores_NB.topk(active).indices
     counts_B = assignment_counts(blocks_NA, num_blocks, None)
     assert len(set(counts_B.tolist())) == 1
-    assert balance_loss(scores_NB, counts_B, None) == pytest.approx(1.0, abs=1e-12)
+    assert balance_loss(Scores(scores_NB), counts_B, None) == pytest.approx(1.0, abs=1e-12)
 
 
 @pytest.mark.parametrize("num_blocks", [2, 4, 32])
@@ -33,13 +34,13 @@ def test_number_of_blocks_when_one_takes_everything(num_blocks):
     scores_NB = torch.zeros(10, num_blocks, dtype=DOUBLE)
     scores_NB[:, 1] = 100.0
     counts_B = assignment_counts(scores_NB.topk(1).indices, num_blocks, None)
-    assert balance_loss(scores_NB, counts_B, None) == pytest.approx(num_blocks, abs=1e-12)
+    assert balance_loss(Scores(scores_NB), counts_B, None) == pytest.approx(num_blocks, abs=1e-12)
 
 
 def test_gradient_flows_through_the_probabilities_only():
     scores_NB = torch.randn(8, 4, dtype=DOUBLE, requires_grad=True)
     counts_B = torch.tensor([4, 2, 1, 1])
-    (grad,) = torch.autograd.grad(balance_loss(scores_NB, counts_B, None), scores_NB)
+    (grad,) = torch.autograd.grad(balance_loss(Scores(scores_NB), counts_B, None), scores_NB)
     # d loss / d s_nj = B / N * p_nj * (share_j - sum_i p_ni share_i)
     probs = scores_NB.softmax(dim=1)
     shares = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=DOUBLE)
@@ -50,27 +51,27 @@ def test_gradient_flows_through_the_probabilities_only():
 def test_z_loss_value():
     scores_NB = torch.tensor([[0.0, 0.0], [3.0, 3.0]], dtype=DOUBLE)
     log2 = torch.tensor(2.0, dtype=DOUBLE).log()
-    assert z_loss(scores_NB, None) == pytest.approx(float(log2**2 + (3 + log2) ** 2) / 2)
+    assert z_loss(Scores(scores_NB), None) == pytest.approx(float(log2**2 + (3 + log2) ** 2) / 2)
 
 
 @pytest.mark.parametrize("loss", [lambda s, v: balance_loss(s, torch.tensor([3, 1]), v), z_loss])
 def test_padding_does_not_count(loss):
     scores_NB = torch.randn(6, 2, dtype=DOUBLE)
     valid_N = torch.tensor([1, 0, 1, 1, 0, 0], dtype=torch.bool)
-    wanted = loss(scores_NB[valid_N], None)
-    assert loss(scores_NB, valid_N) == pytest.approx(float(wanted), abs=1e-12)
+    wanted = loss(Scores(scores_NB[valid_N]), None)
+    assert loss(Scores(scores_NB), valid_N) == pytest.approx(float(wanted), abs=1e-12)
     scores_NB[~valid_N] = 1e6
-    assert loss(scores_NB, valid_N) == pytest.approx(float(wanted), abs=1e-12)
+    assert loss(Scores(scores_NB), valid_N) == pytest.approx(float(wanted), abs=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_at_least_fp32_inside(dtype):
     scores_NB = torch.randn(8, 4).to(dtype)
     counts_B = torch.tensor([4, 2, 1, 1])
-    for loss in (balance_loss(scores_NB, counts_B, None), z_loss(scores_NB, None)):
+    for loss in (balance_loss(Scores(scores_NB), counts_B, None), z_loss(Scores(scores_NB), None)):
         assert loss.dtype == torch.promote_types(dtype, torch.float32)
     # 300 squared overflows fp16.
-    assert z_loss((scores_NB + 300).to(dtype), None).isfinite()
+    assert z_loss(Scores((scores_NB + 300).to(dtype)), None).isfinite()
 
 
 @pytest.mark.parametrize("valid", [None, [1, 1, 1, 1, 1, 1, 0]])
@@ -80,5 +81,5 @@ def test_fp64_keeps_its_precision(valid):
     counts_B = torch.tensor([3, 2, 2]) if valid is None else torch.tensor([3, 2, 1])
     mean_B = scores_NB[valid_N].softmax(dim=1).mean(dim=0)
     wanted = 3 * (mean_B * counts_B.double() / counts_B.sum()).sum()
-    got = balance_loss(scores_NB, counts_B, None if valid is None else valid_N)
+    got = balance_loss(Scores(scores_NB), counts_B, None if valid is None else valid_N)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)

@@ -8,7 +8,9 @@ from fairseq_sffn.memory.capacity import keep_within_capacity
 
 def keep(blocks, num_blocks, factor, valid=None):
     valid_N = None if valid is None else torch.tensor(valid, dtype=torch.bool)
-    kept_NA = keep_within_capacity(torch.tensor(blocks), num_blocks, factor, valid_N)
+    kept_NA = keep_within_capacity(
+        torch.tensor(blocks), num_blocks, factor, None if valid is None else valid_N.unsqueeze(1)
+    )
     assert kept_NA.dtype == torch.bool
     return kept_NA.int().tolist()
 
@@ -44,7 +46,9 @@ def test_padding_takes_no_room_and_does_not_raise_the_capacity():
 def test_no_tokens(valid):
     valid_N = None if valid is None else torch.tensor(valid, dtype=torch.bool)
     empty = torch.empty(0, 2, dtype=torch.int64)
-    assert keep_within_capacity(empty, 4, 1.0, valid_N).shape == (0, 2)
+    assert keep_within_capacity(
+        empty, 4, 1.0, None if valid is None else valid_N.unsqueeze(1)
+    ).shape == (0, 2)
 
 
 @pytest.mark.parametrize("factor", [0.25, 1.0, 1.5, 2.0])
@@ -61,7 +65,7 @@ def test_equals_a_queue(active, factor, padded):
             block = int(blocks_NA[n, a])
             expected[n, a] = room[block] > 0
             room[block] -= 1
-    kept_NA = keep_within_capacity(blocks_NA, 5, factor, valid_N if padded else None)
+    kept_NA = keep_within_capacity(blocks_NA, 5, factor, valid_N.unsqueeze(1) if padded else None)
     assert torch.equal(kept_NA[valid_N], expected[valid_N])
 
 

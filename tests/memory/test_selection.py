@@ -8,6 +8,7 @@ from oracle import build, close, tokens
 from torch import nn
 
 from fairseq_sffn.memory import MemoryConfig, Selection, Selector, SelectorConfig, SparseMemory
+from fairseq_sffn.memory.scores import Scores
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +45,9 @@ def define_own_keys(key_table: str):
         def num_params(cls, config):
             return config.num_cells * config.embed_dim
 
-        def forward(self, x_ND, keys_CD, key_bias_C, token_ids_NT):
-            assert keys_CD is None and key_bias_C is None
-            top = (x_ND @ self.sub_keys.t()).topk(self.active)
+        def forward(self, inputs):
+            assert inputs.keys is None and inputs.key_bias is None
+            top = (inputs.x @ self.sub_keys.t()).topk(self.active)
             return Selection(top.indices, coefficients=top.values.sin())
 
     OwnKeys.key_table = key_table
@@ -80,9 +81,9 @@ def test_duplicates_within_a_row_add_up(engine):
         key_table = "none"
         scores_blocks = False
 
-        def forward(self, x_ND, keys_CD, key_bias_C, token_ids_NT):
-            blocks_NA = torch.tensor([[3, 1, 3]]).expand(len(x_ND), 3)
-            return Selection(blocks_NA, coefficients=x_ND[:, :3])
+        def forward(self, inputs):
+            blocks_NA = torch.tensor([[3, 1, 3]]).expand(len(inputs.x), 3)
+            return Selection(blocks_NA, coefficients=inputs.x[:, :3])
 
     memory = build(selector="twice", block_size=1, active_blocks=3, engine=engine)
     x = tokens(6)[0].requires_grad_()
@@ -111,19 +112,19 @@ def test_pre_activations(bias, gate, capacity_factor, engine):
             pre_NC = nn.functional.linear(x_ND, keys_CD, key_bias_C) + 0.3
             return pre_NC.unflatten(1, (-1, self.block_size))
 
-        def forward(self, x_ND, keys_CD, key_bias_C, token_ids_NT):
-            pre_NBG = self.pre_activations(x_ND, keys_CD, key_bias_C)
+        def forward(self, inputs):
+            pre_NBG = self.pre_activations(inputs.x, inputs.keys, inputs.key_bias)
             scores_NB = pre_NBG.amax(dim=2)
             blocks_NA = scores_NB.topk(self.active).indices
             pre_NAG = pre_NBG.gather(1, blocks_NA.unsqueeze(2).expand(-1, -1, self.block_size))
-            return Selection(blocks_NA, scores=scores_NB, pre_activations=pre_NAG)
+            return Selection(blocks_NA, scores=Scores(scores_NB), pre_activations=pre_NAG)
 
     memory = build(
         selector="shifted", bias=bias, gate=gate, capacity_factor=capacity_factor, engine=engine
     )
     x = tokens(8)[0].requires_grad_()
     out = memory(x)
-    blocks_NA, scores_NB = out.selection.blocks, out.selection.scores
+    blocks_NA, scores_NB = out.selection.blocks, out.selection.scores.logits
     weights_NA = torch.ones(8, 4, dtype=torch.float64)
     if gate == "renormalized":
         weights_NA = scores_NB.gather(1, blocks_NA).softmax(dim=1)
@@ -149,11 +150,11 @@ def test_trailing_tokens_reach_the_selector(context_tokens):
         name = "trailing"
         scores_blocks = False
 
-        def forward(self, x_ND, keys_CD, key_bias_C, token_ids_NT):
-            seen.append(token_ids_NT)
-            return Selection(torch.zeros(len(x_ND), 1, dtype=torch.int64))
+        def forward(self, inputs):
+            seen.append(inputs.token_ids)
+            return Selection(torch.zeros(len(inputs.x), 1, dtype=torch.int64))
 
-    Trailing.context_tokens = context_tokens
+    Trailing.context_tokens = classmethod(lambda cls, config: context_tokens)
     memory = build(selector="trailing", active_blocks=1)
     x, token_ids = tokens(2, 5)[0], torch.randint(10, (2, 5, 3))
     memory(x, token_ids)  # more than it asks for: the last ones count
@@ -171,9 +172,9 @@ def test_weights_of_the_selector_itself():
         name = "weighed"
         scores_blocks = False
 
-        def forward(self, x_ND, keys_CD, key_bias_C, token_ids_NT):
-            blocks_NA = torch.tensor([[0, 1]]).expand(len(x_ND), 2)
-            return Selection(blocks_NA, weights=x_ND[:, :2])
+        def forward(self, inputs):
+            blocks_NA = torch.tensor([[0, 1]]).expand(len(inputs.x), 2)
+            return Selection(blocks_NA, weights=inputs.x[:, :2])
 
     memory = build(selector="weighed", active_blocks=2)
     x = tokens(6)[0].requires_grad_()

@@ -154,11 +154,14 @@ def seen() -> Iterator[list[Tensor]]:
     class Stub(Selector):
         name = "stub"
         scores_blocks = False
-        context_tokens = 2
 
-        def forward(self, x_ND, keys_CD, key_bias_C, token_ids_NT):
-            given.append(token_ids_NT)
-            return Selection(torch.zeros(len(x_ND), 1, dtype=torch.int64))
+        @classmethod
+        def context_tokens(cls, config):
+            return 2
+
+        def forward(self, inputs):
+            given.append(inputs.token_ids)
+            return Selection(torch.zeros(len(inputs.x), 1, dtype=torch.int64))
 
     yield given
     del Selector.registry["stub"]

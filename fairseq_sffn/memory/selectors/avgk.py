@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import MemoryConfig
-from ..selection import Selection, Selector, SelectorConfig
+from ..scores import Scores
+from ..selection import Selection, Selector, SelectorConfig, SelectorInput
 
 
 class AvgK(Selector):
@@ -22,7 +23,6 @@ class AvgK(Selector):
     """
 
     name = "avgk"
-    default_block_size = 64
 
     @dataclass(frozen=True)
     class Config(SelectorConfig):
@@ -43,20 +43,17 @@ class AvgK(Selector):
         self._cache: tuple[Tensor, Tensor | None] | None = None
 
     @classmethod
+    def default_block_size(cls, ffn_embed_dim: int) -> int:
+        return 64
+
+    @classmethod
     def flops_per_token(cls, config: MemoryConfig) -> int:
         return 2 * config.num_blocks * config.embed_dim
 
-    def forward(
-        self,
-        x_ND: Tensor,
-        keys_CD: Tensor | None,
-        key_bias_C: Tensor | None,
-        token_ids_NT: Tensor | None,
-    ) -> Selection:
-        assert keys_CD is not None
-        keys_BD, bias_B = self.mean_keys(keys_CD, key_bias_C)
-        scores_NB = F.linear(x_ND, keys_BD, bias_B)
-        return Selection(scores_NB.topk(self.active_blocks, dim=-1).indices, scores=scores_NB)
+    def forward(self, inputs: SelectorInput) -> Selection:
+        assert inputs.keys is not None
+        scores = Scores(F.linear(inputs.x, *self.mean_keys(inputs.keys, inputs.key_bias)))
+        return Selection(scores.top(self.active_blocks), scores)
 
     def mean_keys(self, keys_CD: Tensor, key_bias_C: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Mean key (B, D) and mean key bias (B,) of each block."""

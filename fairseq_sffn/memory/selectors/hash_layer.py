@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError, MemoryConfig
-from ..selection import Selection, Selector, SelectorConfig
+from ..selection import Selection, Selector, SelectorConfig, SelectorInput
 
 
 class HashLayer(Selector):
-    """Each token id belongs to one block, by a fixed table (Roller et al. 2021, arXiv 2106.04426).
+    """Each token id, or pair of an id and the one before, belongs to one block, by a fixed table
+    (Roller et al. 2021, arXiv 2106.04426, section 3).
 
     The table is a buffer, so that it is stored with the model: token ids keep their block.
     """
@@ -23,15 +24,15 @@ class HashLayer(Selector):
     name = "hash_layer"
     flag_prefix = "hash"
     scores_blocks = False
-    context_tokens = 1
 
     @dataclass(frozen=True)
     class Config(SelectorConfig):
-        table: Literal["random", "balanced"] = field(
+        table: Literal["random", "balanced", "bigram"] = field(
             default="random",
             metadata={
-                "help": "how token ids are spread over the blocks: 'random', or 'balanced' by how "
-                "often each occurs (by the counts in the dictionary)"
+                "help": "how token ids are spread over the blocks: 'random', 'balanced' by how "
+                "often each occurs (by the counts in the dictionary), or 'bigram', at random by "
+                "the id and the one before"
             },
         )
 
@@ -41,11 +42,19 @@ class HashLayer(Selector):
         assert isinstance(options, HashLayer.Config) and config.vocab_size is not None
         if options.table == "balanced":
             assert config.token_counts is not None
-            table_V = balanced_table(config.token_counts, config.num_blocks)
+            table = balanced_table(config.token_counts, config.num_blocks)
         else:
-            table_V = torch.randint(config.num_blocks, (config.vocab_size,))
+            rows = (2,) if options.table == "bigram" else ()
+            table = torch.randint(config.num_blocks, (*rows, config.vocab_size))
+        self.num_blocks = config.num_blocks
         self.table: Tensor
-        self.register_buffer("table", table_V)
+        self.register_buffer("table", table)
+
+    @classmethod
+    def context_tokens(cls, config: MemoryConfig) -> int:
+        options = config.selector_options
+        assert isinstance(options, HashLayer.Config)
+        return 2 if options.table == "bigram" else 1
 
     @classmethod
     def validate(cls, config: MemoryConfig) -> None:
@@ -53,8 +62,8 @@ class HashLayer(Selector):
         assert isinstance(options, HashLayer.Config)
         if config.active_blocks != 1:
             raise ConfigError("active_blocks", config.active_blocks, "hash_layer uses one block")
-        if options.table not in ("random", "balanced"):
-            raise ConfigError("table", options.table, "is none of random, balanced")
+        if options.table not in ("random", "balanced", "bigram"):
+            raise ConfigError("table", options.table, "is none of random, balanced, bigram")
         if options.table == "balanced":
             if config.token_counts is None:
                 raise ConfigError("table", "balanced", "needs the counts of the tokens")
@@ -62,21 +71,26 @@ class HashLayer(Selector):
                 reason = f"there are {len(config.token_counts)} token counts"
                 raise ConfigError("vocab_size", config.vocab_size, reason)
 
-    def forward(
-        self,
-        x_ND: Tensor,
-        keys_CD: Tensor | None,
-        key_bias_C: Tensor | None,
-        token_ids_NT: Tensor | None,
-    ) -> Selection:
-        assert token_ids_NT is not None
-        if token_ids_NT.device.type == "cpu" and token_ids_NT.numel():
-            # An accelerator checks indices by itself, and asking it would stall it.
-            low, high = token_ids_NT.aminmax()
-            if low < 0 or high >= len(self.table):
-                bad = int(low if low < 0 else high)
-                raise ConfigError("vocab_size", len(self.table), f"got the token id {bad}")
-        return Selection(self.table[token_ids_NT])
+    def forward(self, inputs: SelectorInput) -> Selection:
+        assert inputs.token_ids is not None
+        check_token_ids(inputs.token_ids, self.table.shape[-1])
+        if self.table.ndim == 1:
+            return Selection(self.table[inputs.token_ids])
+        # Tabulation hashing: any three bigrams go to independent, uniform blocks, without a table
+        # of all bigrams (Carter and Wegman 1979).
+        before_N, current_N = inputs.token_ids.unbind(dim=1)
+        blocks_N = (self.table[0, before_N] + self.table[1, current_N]) % self.num_blocks
+        return Selection(blocks_N.unsqueeze(1))
+
+
+def check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
+    """Raises ConfigError where a token id is not in the vocabulary."""
+    # An accelerator checks indices by itself, and asking it would stall it.
+    if token_ids.device.type == "cpu" and token_ids.numel():
+        low, high = token_ids.aminmax()
+        if low < 0 or high >= vocab_size:
+            bad = int(low if low < 0 else high)
+            raise ConfigError("vocab_size", vocab_size, f"got the token id {bad}")
 
 
 def balanced_table(counts: Sequence[int], num_blocks: int) -> Tensor:

@@ -15,7 +15,7 @@ def right_scores(memory, x):
 
 def scores_of(memory, x):
     with torch.no_grad():
-        return memory(x.to(memory.keys.dtype)).selection.scores
+        return memory(x.to(memory.keys.dtype)).selection.scores.logits
 
 
 def test_a_score_is_the_mean_pre_activation():
@@ -28,7 +28,7 @@ def test_exclude_bias(bias):
     memory, (x, _) = build(selector=AvgK.Config(exclude_bias=True), bias=bias), tokens(8)
     keys = memory.keys.unflatten(0, (8, 4)).mean(dim=1)
     selection = memory(x).selection
-    close(selection.scores, x @ keys.t())
+    close(selection.scores.logits, x @ keys.t())
     assert torch.equal(selection.blocks, (x @ keys.t()).topk(4).indices)
 
 
@@ -163,6 +163,6 @@ def test_what_is_kept_is_not_stored_and_copies_are_independent():
 
 
 def test_defaults():
-    assert (AvgK.default_gate, AvgK.default_block_size) == ("none", 64)
+    assert (AvgK.default_gate, AvgK.default_block_size(512)) == ("none", 64)
     assert AvgK.default_balance_weight == 0.0
     assert list(AvgK(build().config).parameters()) == []

@@ -2,34 +2,35 @@ import pytest
 import torch
 from oracle import build, close, tokens
 
+from fairseq_sffn.memory import SelectorInput
 from fairseq_sffn.memory.selectors.switch import Switch
 
 
 def test_scores_are_those_of_the_router():
     memory, (x, _) = build("switch-top2"), tokens(8)
     selection = memory(x).selection
-    close(selection.scores, x @ memory.selector.router.t())
+    close(selection.scores.logits, x @ memory.selector.router.t())
     probs = (x @ memory.selector.router.t()).softmax(dim=1)
     top = probs.topk(2)
     assert torch.equal(selection.blocks, top.indices)
     close(selection.weights, top.values)
-    assert selection.scores.shape == (8, 4)
+    assert selection.scores.logits.shape == (8, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_gate_is_fp32_in_narrower_models(dtype):
     memory, (x, _) = build("switch-top1", dtype), tokens(64, dtype=dtype)
     selector = memory.selector
-    scores = selector(x, None, None, None).scores
+    scores = selector(SelectorInput(x)).scores.logits
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, x.float() @ selector.router.float().t())
 
 
 def test_the_gate_is_fp32_under_autocast():
     selector, (x, _) = build("switch-top1", torch.float32).selector, tokens(64, dtype=torch.float32)
-    exact = selector(x, None, None, None).scores
+    exact = selector(SelectorInput(x)).scores.logits
     with torch.autocast("cpu", torch.bfloat16):
-        scores = selector(x, None, None, None).scores
+        scores = selector(SelectorInput(x)).scores.logits
     assert scores.dtype == torch.float32
     assert torch.equal(scores, exact)
 
@@ -37,7 +38,7 @@ def test_the_gate_is_fp32_under_autocast():
 def test_defaults():
     assert Switch.default_gate == "softmax"
     assert Switch.default_balance_weight == 0.01
-    assert Switch.default_block_size is None
+    assert Switch.default_block_size(512) == 512
 
 
 def test_the_router_learns_from_the_output():

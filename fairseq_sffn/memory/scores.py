@@ -1,0 +1,109 @@
+"""How well each block fits each token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Scores:
+    """One logit for each token and block.
+
+    Args:
+        logits: (N, B), higher is better.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    def top(self, active_blocks: int) -> Tensor:
+        """The blocks with the highest scores, best first: (N, A) int64."""
+        return self.logits.topk(active_blocks, dim=-1).indices
+
+    def of(self, blocks_NA: Tensor) -> Tensor:
+        """Scores of the given blocks: (N, A)."""
+        return self.logits.gather(1, blocks_NA)
+
+    def log_probs(self, blocks_NA: Tensor) -> Tensor:
+        """Log-probability of the given blocks among all blocks: (N, A)."""
+        return self.of(blocks_NA) - self.log_partition()
+
+    def log_partition(self) -> Tensor:
+        """Log of the summed exponentials of a token's scores: (N, 1)."""
+        return torch.logsumexp(_at_least_fp32(self.logits), dim=-1, keepdim=True)
+
+    def mean_probs(self, valid_N: Tensor | None) -> Tensor:
+        """Probability of each block, averaged over the valid tokens: (B,)."""
+        return mean_over_tokens(torch.softmax(_at_least_fp32(self.logits), dim=-1), valid_N)
+
+
+class ProductScores(Scores):
+    """The score of block (l, r) is the sum of a score of l and a score of r (Lample et al. 2019,
+    arXiv 1907.05242, section 3.2); of the L * R scores only the best are ever formed.
+
+    Block number l * R + r; each of H heads scores all blocks. A token's ``A`` blocks are the A / H
+    of its first head, then those of the second, and so on.
+
+    Args:
+        left: (N, H, L).
+        right: (N, H, R).
+    """
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self.left, self.right = left, right
+
+    def top(self, active_blocks: int) -> Tensor:
+        heads, right_size = self.left.shape[1], self.right.shape[2]
+        each = active_blocks // heads
+        left, right = (
+            half.topk(min(each, half.shape[2]), dim=-1) for half in (self.left, self.right)
+        )
+        # The pair of the l-th best and the r-th best is beaten by (l + 1) * (r + 1) - 1 others.
+        ranks_l = torch.arange(left.values.shape[2], device=self.left.device).unsqueeze(1)
+        ranks_r = torch.arange(right.values.shape[2], device=self.left.device).unsqueeze(0)
+        ranks_l, ranks_r = torch.nonzero((ranks_l + 1) * (ranks_r + 1) <= each, as_tuple=True)
+        sums = left.values[..., ranks_l] + right.values[..., ranks_r]
+        best = sums.topk(each, dim=-1).indices
+        lefts = left.indices.gather(2, ranks_l[best])
+        rights = right.indices.gather(2, ranks_r[best])
+        return (lefts * right_size + rights).flatten(1)
+
+    def of(self, blocks_NA: Tensor) -> Tensor:
+        blocks_NHa = blocks_NA.unflatten(1, (self.left.shape[1], -1))
+        right_size = self.right.shape[2]
+        lefts = blocks_NHa.div(right_size, rounding_mode="floor")
+        scores = self.left.gather(2, lefts) + self.right.gather(2, blocks_NHa % right_size)
+        return scores.flatten(1)
+
+    def log_probs(self, blocks_NA: Tensor) -> Tensor:
+        each = blocks_NA.shape[1] // self.left.shape[1]
+        return self.of(blocks_NA) - self.log_partition().repeat_interleave(each, dim=1)
+
+    def log_partition(self) -> Tensor:
+        """As of a dense score, for each head: (N, H)."""
+        left, right = _at_least_fp32(self.left), _at_least_fp32(self.right)
+        return torch.logsumexp(left, dim=-1) + torch.logsumexp(right, dim=-1)
+
+    def mean_probs(self, valid_N: Tensor | None) -> Tensor:
+        """As of a dense score, averaged over the heads too."""
+        left = torch.softmax(_at_least_fp32(self.left), dim=-1)
+        right = torch.softmax(_at_least_fp32(self.right), dim=-1)
+        # Weights that sum to 1 over tokens and heads, 0 at padding.
+        weights_N = left.new_ones(len(left)) if valid_N is None else valid_N.to(left.dtype)
+        weights_N = weights_N / (left.shape[1] * weights_N.sum().clamp(min=1))
+        left = left * weights_N[:, None, None]
+        with torch.autocast(left.device.type, enabled=False):
+            return (left.flatten(0, 1).t() @ right.flatten(0, 1)).flatten()
+
+
+def mean_over_tokens(values_NX: Tensor, valid_N: Tensor | None) -> Tensor:
+    """Mean over the tokens that are no padding: (X,); zeros where there are none."""
+    if valid_N is None:
+        return values_NX.sum(dim=0) / max(len(values_NX), 1)
+    weights_N = valid_N.to(values_NX.dtype) / valid_N.sum().clamp(min=1)
+    with torch.autocast(values_NX.device.type, enabled=False):
+        return weights_N @ values_NX
+
+
+def _at_least_fp32(scores: Tensor) -> Tensor:
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -1,0 +1,67 @@
+"""PKM: product keys whose scores are the coefficients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..config import ConfigError, MemoryConfig
+from ..selection import Selection, SelectorInput
+from .product_keys import ProductKeys
+
+
+class PKM(ProductKeys):
+    """Each head takes the cells with its highest product-key scores, and sums their values by the
+    scores (Lample et al. 2019, arXiv 1907.05242). Cells that several heads take count several
+    times."""
+
+    name = "pkm"
+    key_table = "own"
+
+    @dataclass(frozen=True)
+    class Config(ProductKeys.Config):
+        heads: int = field(
+            default=4,
+            metadata={"help": "query heads; each takes active blocks / heads cells"},
+        )
+        coefficients: Literal["softmax", "activation"] = field(
+            default="softmax",
+            metadata={
+                "help": "what multiplies the values: the softmax of a head's selected scores, or "
+                "the FFN's activation of each score"
+            },
+        )
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__(config)
+        options = config.selector_options
+        assert isinstance(options, PKM.Config)
+        self.uses_softmax = options.coefficients == "softmax"
+
+    @classmethod
+    def _heads(cls, config: MemoryConfig) -> int:
+        options = config.selector_options
+        assert isinstance(options, PKM.Config)
+        return options.heads
+
+    @classmethod
+    def validate(cls, config: MemoryConfig) -> None:
+        options = config.selector_options
+        assert isinstance(options, PKM.Config)
+        if options.heads < 1 or config.active_blocks % options.heads:
+            reason = f"does not divide the {config.active_blocks} active blocks"
+            raise ConfigError("heads", options.heads, reason)
+        if options.coefficients not in ("softmax", "activation"):
+            raise ConfigError(
+                "coefficients", options.coefficients, "is none of softmax, activation"
+            )
+        super().validate(config)
+
+    def forward(self, inputs: SelectorInput) -> Selection:
+        scores = self.scores(inputs.x)
+        blocks_NA = scores.top(self.active_blocks)
+        selected_NA = scores.of(blocks_NA)
+        if not self.uses_softmax:
+            return Selection(blocks_NA, scores, pre_activations=selected_NA.unsqueeze(2))
+        by_head_NHa = selected_NA.unflatten(1, (len(self.left), -1))
+        return Selection(blocks_NA, scores, coefficients=by_head_NHa.softmax(dim=2).flatten(1))
