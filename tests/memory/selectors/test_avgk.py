@@ -122,8 +122,8 @@ def test_mean_keys_are_not_kept_where_gradients_are_on(training):
     scores_of(memory, x)
     update_behind_its_back(memory)
     out = memory(x)
-    close(out.selection.scores, right_scores(memory, x))
-    assert out.selection.scores.requires_grad
+    close(out.selection.scores.logits, right_scores(memory, x))
+    assert out.selection.scores.logits.requires_grad
     assert_matches(memory, x)
 
 
