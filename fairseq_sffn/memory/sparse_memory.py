@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .balance import assignment_counts, balance_loss, z_loss
 from .capacity import keep_within_capacity
-from .compute import ENGINES, choose_engine, combine, make_plan, score
+from .compute import ENGINES, Tables, choose_engine
 from .config import ConfigError, MemoryConfig
 from .gate import GATES
 from .selection import Selection, SelectorInput
@@ -175,33 +175,18 @@ class SparseMemory(nn.Module):
         elif (engine := ENGINES[config.engine]) and not engine.supports(*sizes):
             reason = f"cannot multiply {dtype} blocks of {config.block_size} x {config.embed_dim}"
             raise ConfigError("engine", config.engine, reason)
-        plan = make_plan(
-            selection.blocks,
-            config.num_blocks,
-            engine.chunk_pairs(device, config.block_size),
-            selection.kept,
-        )
 
         def in_blocks(table: Tensor) -> Tensor:
             return table.to(dtype).unflatten(0, (config.num_blocks, config.block_size))
 
+        tables = Tables(
+            None if self.keys is None else in_blocks(self.keys),
+            None if self.key_bias is None else in_blocks(self.key_bias),
+            in_blocks(self.values),
+        )
         with torch.autocast(device.type, enabled=False):
-            if selection.coefficients is not None:
-                hidden_PG = selection.coefficients.flatten()[plan.order].unsqueeze(1)
-            else:
-                if selection.pre_activations is not None:
-                    pre_PG = selection.pre_activations.flatten(0, 1)[plan.order]
-                else:
-                    assert self.keys is not None
-                    bias_BG = None if self.key_bias is None else in_blocks(self.key_bias)
-                    pre_PG = score(x_ND.to(dtype), in_blocks(self.keys), bias_BG, plan, engine)
-                hidden_PG = config.activation_fn(pre_PG)
-            hidden_PG = self.dropout(hidden_PG).to(dtype)
-            weights_P = None
-            if selection.weights is not None:
-                weights_P = selection.weights.flatten()[plan.order].to(dtype)
-            output_ND = combine(
-                hidden_PG, weights_P, in_blocks(self.values), plan, len(x_ND), engine
+            output_ND = engine.compute(
+                x_ND.to(dtype), tables, selection, config.activation_fn, self.dropout
             )
             return output_ND if self.value_bias is None else output_ND + self.value_bias.to(dtype)
 

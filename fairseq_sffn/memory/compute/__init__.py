@@ -1,13 +1,12 @@
 """How the selected blocks are computed: exactly, without dropping or padding.
 
-(token, block) pairs are sorted by block, and each half of the memory, x . keys and h . values, is
-one autograd function over grouped matrix products (:mod:`.functions`). An *engine* is a way to
-multiply rows with the matrices of their groups (:mod:`.engines`): all give the same numbers at
-different cost. :func:`choose_engine` is the one place that picks.
+An *engine* (:mod:`.engines`) takes a selection and the tables to the output: all give the same
+numbers at different cost, and :func:`choose_engine` is the one place that picks. In general,
+(token, block) pairs are sorted by block (:mod:`.plan`), and each half of the memory, x . keys and
+h . values, is one autograd function (:mod:`.sorted_pairs`) over grouped matrix products
+(:mod:`.products`). Blocks of one cell are bags of rows (:mod:`.bags`).
 """
 
-from .engines import ENGINES, Engine, choose_engine
-from .functions import combine, score
-from .plan import Plan, make_plan
+from .engines import ENGINES, Engine, Tables, choose_engine
 
-__all__ = ["ENGINES", "Engine", "Plan", "choose_engine", "combine", "make_plan", "score"]
+__all__ = ["ENGINES", "Engine", "Tables", "choose_engine"]

@@ -1,108 +1,127 @@
-"""Ways to multiply rows with the matrices of their groups."""
+"""Ways to compute the selected blocks, and which one runs."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-CACHED_PAIRS = 4096
-"""Pairs whose gathered rows fit a processor's cache, as measured; larger temporaries cost page
-faults that outweigh the products."""
+from ..selection import Selection
+from .bags import dot_rows, sum_rows
+from .plan import make_plan
+from .products import CACHED_PAIRS, PRODUCTS, Products
+from .sorted_pairs import combine, score
+
+
+class Tables(NamedTuple):
+    """A memory's tables in one dtype: keys (B, G, D) and key bias (B, G), or ``None`` where there
+    are none, and values (B, G, D)."""
+
+    keys: Tensor | None
+    key_bias: Tensor | None
+    values: Tensor
 
 
 class Engine(Protocol):
-    """Grouped matrix products. P rows are sorted into groups; group i ends at row ``ends_B[i]``."""
+    """Computes sum over a token's selected blocks of weight * f(x . keys + bias) . values."""
 
     def supports(self, dtype: torch.dtype, embed_dim: int, block_size: int) -> bool:
-        """Whether the engine can multiply tables of this kind."""
+        """Whether the engine can compute tables of this kind."""
 
-    def chunk_pairs(self, device: torch.device, block_size: int) -> int | None:
-        """The most rows to hand over at once; ``None``: no limit."""
+    def compute(
+        self,
+        x_ND: Tensor,
+        tables: Tables,
+        selection: Selection,
+        activation: Callable[[Tensor], Tensor],
+        dropout: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """The memory's output without its bias: (N, D), in the dtype of the tables and x.
 
-    def rows_by_matrices(self, rows_PX: Tensor, matrices_BXY: Tensor, ends_B: Tensor) -> Tensor:
-        """Each row times the matrix of its group: (P, Y)."""
-
-    def rows_by_rows(self, left_PX: Tensor, right_PY: Tensor, ends_B: Tensor) -> Tensor:
-        """Sum over each group of the outer products of its rows: (B, X, Y)."""
-
-
-class Grouped:
-    """``torch.nn.functional.grouped_mm``: one call for all groups."""
-
-    def supports(self, dtype: torch.dtype, embed_dim: int, block_size: int) -> bool:
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return False
-        # grouped_mm wants every row of its operands to start at a multiple of 16 bytes.
-        aligned = 16 // dtype.itemsize
-        return embed_dim % aligned == 0 and block_size % aligned == 0
-
-    def chunk_pairs(self, device: torch.device, block_size: int) -> int | None:
-        return CACHED_PAIRS if device.type == "cpu" else None
-
-    def rows_by_matrices(self, rows_PX: Tensor, matrices_BXY: Tensor, ends_B: Tensor) -> Tensor:
-        return F.grouped_mm(rows_PX, matrices_BXY, offs=ends_B)
-
-    def rows_by_rows(self, left_PX: Tensor, right_PY: Tensor, ends_B: Tensor) -> Tensor:
-        return F.grouped_mm(left_PX.t(), right_PY, offs=ends_B)
+        Args:
+            activation: f, elementwise.
+            dropout: applied to what f gives, elementwise.
+        """
 
 
-class Loop:
-    """One ``torch.mm`` a group: any dtype and shape, the reference for the other engines."""
+@dataclass(frozen=True)
+class SortedPairs:
+    """(token, block) pairs sorted by block, and multiplied block by block."""
+
+    products: Products
 
     def supports(self, dtype: torch.dtype, embed_dim: int, block_size: int) -> bool:
-        return True
+        return self.products.supports(dtype, embed_dim, block_size)
 
-    def chunk_pairs(self, device: torch.device, block_size: int) -> int | None:
-        return CACHED_PAIRS
+    def compute(
+        self,
+        x_ND: Tensor,
+        tables: Tables,
+        selection: Selection,
+        activation: Callable[[Tensor], Tensor],
+        dropout: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        num_blocks, block_size, _ = tables.values.shape
+        plan = make_plan(
+            selection.blocks,
+            num_blocks,
+            self.products.chunk_pairs(x_ND.device, block_size),
+            selection.kept,
+        )
+        if selection.coefficients is not None:
+            hidden_PG = selection.coefficients.flatten()[plan.order].unsqueeze(1)
+        elif selection.pre_activations is not None:
+            hidden_PG = activation(selection.pre_activations.flatten(0, 1)[plan.order])
+        else:
+            assert tables.keys is not None
+            pre_PG = score(x_ND, tables.keys, tables.key_bias, plan, self.products)
+            hidden_PG = activation(pre_PG)
+        hidden_PG = dropout(hidden_PG).to(x_ND.dtype)
+        weights_P = None
+        if selection.weights is not None:
+            weights_P = selection.weights.flatten()[plan.order].to(x_ND.dtype)
+        return combine(hidden_PG, weights_P, tables.values, plan, len(x_ND), self.products)
 
-    def rows_by_matrices(self, rows_PX: Tensor, matrices_BXY: Tensor, ends_B: Tensor) -> Tensor:
-        out_PY = rows_PX.new_empty(len(rows_PX), matrices_BXY.shape[2])
-        start = 0
-        for matrix_XY, end in zip(matrices_BXY, ends_B.tolist(), strict=True):
-            if end > start:
-                torch.mm(rows_PX[start:end], matrix_XY, out=out_PY[start:end])
-            start = end
-        return out_PY
 
-    def rows_by_rows(self, left_PX: Tensor, right_PY: Tensor, ends_B: Tensor) -> Tensor:
-        out_BXY = left_PX.new_zeros(len(ends_B), left_PX.shape[1], right_PY.shape[1])
-        start = 0
-        for out_XY, end in zip(out_BXY, ends_B.tolist(), strict=True):
-            if end > start:
-                torch.mm(left_PX[start:end].t(), right_PY[start:end], out=out_XY)
-            start = end
-        return out_BXY
-
-
-class Gathered:
-    """Gathers the matrix of each row and multiplies as a batch: for a few tokens, which then touch
-    their own blocks only."""
+class Bags:
+    """For blocks of one cell: each token sums a bag of rows, without sorting or gathering."""
 
     def supports(self, dtype: torch.dtype, embed_dim: int, block_size: int) -> bool:
-        return True
+        return block_size == 1
 
-    def chunk_pairs(self, device: torch.device, block_size: int) -> int | None:
-        return max(1, CACHED_PAIRS // block_size)
+    def compute(
+        self,
+        x_ND: Tensor,
+        tables: Tables,
+        selection: Selection,
+        activation: Callable[[Tensor], Tensor],
+        dropout: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        if selection.coefficients is not None:
+            hidden_NA = selection.coefficients
+        elif selection.pre_activations is not None:
+            hidden_NA = activation(selection.pre_activations.squeeze(2))
+        else:
+            assert tables.keys is not None
+            pre_NA = dot_rows(x_ND, tables.keys.squeeze(1), selection.blocks)
+            if tables.key_bias is not None:
+                pre_NA = pre_NA + tables.key_bias.squeeze(1)[selection.blocks]
+            hidden_NA = activation(pre_NA)
+        hidden_NA = dropout(hidden_NA).to(x_ND.dtype)
+        if selection.weights is not None:
+            hidden_NA = hidden_NA * selection.weights.to(x_ND.dtype)
+        if selection.kept is not None:
+            hidden_NA = hidden_NA * selection.kept
+        return sum_rows(hidden_NA, tables.values.squeeze(1), selection.blocks)
 
-    def rows_by_matrices(self, rows_PX: Tensor, matrices_BXY: Tensor, ends_B: Tensor) -> Tensor:
-        matrices_PXY = matrices_BXY[_group_of_row(len(rows_PX), ends_B)]
-        return torch.bmm(rows_PX.unsqueeze(1), matrices_PXY).squeeze(1)
 
-    def rows_by_rows(self, left_PX: Tensor, right_PY: Tensor, ends_B: Tensor) -> Tensor:
-        outer_PXY = left_PX.unsqueeze(2) * right_PY.unsqueeze(1)
-        out_BXY = outer_PXY.new_zeros(len(ends_B), *outer_PXY.shape[1:])
-        return out_BXY.index_add_(0, _group_of_row(len(left_PX), ends_B), outer_PXY)
-
-
-def _group_of_row(num_rows: int, ends_B: Tensor) -> Tensor:
-    rows_P = torch.arange(num_rows, device=ends_B.device, dtype=ends_B.dtype)
-    return torch.searchsorted(ends_B, rows_P, right=True)
-
-
-ENGINES: dict[str, Engine] = {"grouped": Grouped(), "loop": Loop(), "gathered": Gathered()}
+ENGINES: dict[str, Engine] = {
+    **{name: SortedPairs(products) for name, products in PRODUCTS.items()},
+    "bags": Bags(),
+}
 
 
 def choose_engine(num_pairs: int, dtype: torch.dtype, embed_dim: int, block_size: int) -> Engine:
@@ -112,6 +131,8 @@ def choose_engine(num_pairs: int, dtype: torch.dtype, embed_dim: int, block_size
         num_pairs: (token, block) pairs to compute.
         dtype, embed_dim, block_size: of the tables.
     """
+    if block_size == 1:
+        return ENGINES["bags"]
     if num_pairs * block_size <= CACHED_PAIRS:
         return ENGINES["gathered"]
     if ENGINES["grouped"].supports(dtype, embed_dim, block_size):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fairseq_sffn.memory.compute import make_plan
+from fairseq_sffn.memory.compute.plan import make_plan
 
 
 def pairs_of(blocks_NA, kept_NA=None):

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .engines import Engine
 from .plan import Plan
+from .products import Products
 
 
 def score(
-    x_ND: Tensor, keys_BGD: Tensor, key_bias_BG: Tensor | None, plan: Plan, engine: Engine
+    x_ND: Tensor, keys_BGD: Tensor, key_bias_BG: Tensor | None, plan: Plan, products: Products
 ) -> Tensor:
     """x . k + c for the cells of each sorted pair: (P, G)."""
-    pre_PG = _Score.apply(x_ND, keys_BGD, plan, engine)
+    pre_PG = _Score.apply(x_ND, keys_BGD, plan, products)
     return pre_PG if key_bias_BG is None else pre_PG + key_bias_BG[plan.blocks]
 
 
@@ -29,20 +29,20 @@ def combine(
     values_BGD: Tensor,
     plan: Plan,
     num_tokens: int,
-    engine: Engine,
+    products: Products,
 ) -> Tensor:
     """Sum over each token's pairs of weight * hidden . values: (N, D)."""
-    return _Combine.apply(hidden_PG, weights_P, values_BGD, plan, num_tokens, engine)
+    return _Combine.apply(hidden_PG, weights_P, values_BGD, plan, num_tokens, products)
 
 
 class _Score(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, keys_BGD: Tensor, plan: Plan, engine: Engine) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, keys_BGD: Tensor, plan: Plan, products: Products) -> Tensor:
         ctx.save_for_backward(x_ND, keys_BGD)
-        ctx.plan, ctx.engine = plan, engine
+        ctx.plan, ctx.products = plan, products
         pre_PG = x_ND.new_empty(len(plan.order), keys_BGD.shape[1])
         for chunk in plan.chunks:
-            pre_PG[chunk.pairs] = engine.rows_by_matrices(
+            pre_PG[chunk.pairs] = products.rows_by_matrices(
                 x_ND[plan.tokens[chunk.pairs]],
                 keys_BGD[chunk.blocks].transpose(1, 2),
                 chunk.ends,
@@ -53,17 +53,17 @@ class _Score(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_PG: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, keys_BGD = ctx.saved_tensors
-        plan, engine = ctx.plan, ctx.engine
+        plan, products = ctx.plan, ctx.products
         grad_PG = grad_PG.contiguous()
         grad_x_ND = torch.zeros_like(x_ND) if ctx.needs_input_grad[0] else None
         grad_keys_BGD = torch.zeros_like(keys_BGD) if ctx.needs_input_grad[1] else None
         for chunk in plan.chunks:
             tokens_p, grad_pG = plan.tokens[chunk.pairs], grad_PG[chunk.pairs]
             if grad_x_ND is not None:
-                rows_pD = engine.rows_by_matrices(grad_pG, keys_BGD[chunk.blocks], chunk.ends)
+                rows_pD = products.rows_by_matrices(grad_pG, keys_BGD[chunk.blocks], chunk.ends)
                 grad_x_ND.index_add_(0, tokens_p, rows_pD)
             if grad_keys_BGD is not None:
-                grad_keys_BGD[chunk.blocks] += engine.rows_by_rows(
+                grad_keys_BGD[chunk.blocks] += products.rows_by_rows(
                     grad_pG, x_ND[tokens_p], chunk.ends
                 )
         return grad_x_ND, grad_keys_BGD, None, None
@@ -78,13 +78,13 @@ class _Combine(torch.autograd.Function):
         values_BGD: Tensor,
         plan: Plan,
         num_tokens: int,
-        engine: Engine,
+        products: Products,
     ) -> Tensor:
         ctx.save_for_backward(hidden_PG, weights_P, values_BGD)
-        ctx.plan, ctx.engine = plan, engine
+        ctx.plan, ctx.products = plan, products
         out_ND = hidden_PG.new_zeros(num_tokens, values_BGD.shape[2])
         for chunk in plan.chunks:
-            rows_pD = engine.rows_by_matrices(
+            rows_pD = products.rows_by_matrices(
                 _weigh(hidden_PG[chunk.pairs], weights_P, chunk.pairs),
                 values_BGD[chunk.blocks],
                 chunk.ends,
@@ -96,20 +96,20 @@ class _Combine(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
         hidden_PG, weights_P, values_BGD = ctx.saved_tensors
-        plan, engine = ctx.plan, ctx.engine
+        plan, products = ctx.plan, ctx.products
         grad_hidden_PG = torch.empty_like(hidden_PG)
         grad_weights_P = None if weights_P is None else torch.empty_like(weights_P)
         grad_values_BGD = torch.zeros_like(values_BGD) if ctx.needs_input_grad[2] else None
         for chunk in plan.chunks:
             hidden_pG, grad_pD = hidden_PG[chunk.pairs], grad_ND[plan.tokens[chunk.pairs]]
-            grad_pG = engine.rows_by_matrices(
+            grad_pG = products.rows_by_matrices(
                 grad_pD, values_BGD[chunk.blocks].transpose(1, 2), chunk.ends
             )
             if grad_weights_P is not None:
                 grad_weights_P[chunk.pairs] = (grad_pG * hidden_pG).sum(dim=1)
             grad_hidden_PG[chunk.pairs] = _weigh(grad_pG, weights_P, chunk.pairs)
             if grad_values_BGD is not None:
-                grad_values_BGD[chunk.blocks] += engine.rows_by_rows(
+                grad_values_BGD[chunk.blocks] += products.rows_by_rows(
                     _weigh(hidden_pG, weights_P, chunk.pairs), grad_pD, chunk.ends
                 )
         return grad_hidden_PG, grad_weights_P, grad_values_BGD, None, None, None

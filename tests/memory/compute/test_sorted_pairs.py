@@ -1,13 +1,15 @@
 import pytest
 import torch
 
-from fairseq_sffn.memory.compute import ENGINES, combine, make_plan, score
+from fairseq_sffn.memory.compute.plan import make_plan
+from fairseq_sffn.memory.compute.products import PRODUCTS
+from fairseq_sffn.memory.compute.sorted_pairs import combine, score
 
 
 @pytest.mark.parametrize("chunk_pairs", [None, 5])
 @pytest.mark.parametrize("reduce", ["sum", "columns"])
-@pytest.mark.parametrize("engine", ENGINES)
-def test_gradients_may_come_in_any_layout(engine, reduce, chunk_pairs):
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_gradients_may_come_in_any_layout(products, reduce, chunk_pairs):
     """``sum`` sends back an expanded scalar, a transposed product a column-major matrix."""
     blocks_NA = torch.stack([torch.randperm(3)[:2] for _ in range(10)])
     plan = make_plan(blocks_NA, 3, chunk_pairs)
@@ -15,10 +17,10 @@ def test_gradients_may_come_in_any_layout(engine, reduce, chunk_pairs):
     bias_BG, weights_P = torch.randn(3, 4), torch.rand(20)
     inputs = [t.requires_grad_() for t in (x_ND, keys_BGD, bias_BG, values_BGD, weights_P)]
 
-    pre_PG = score(x_ND, keys_BGD, bias_BG, plan, ENGINES[engine])
+    pre_PG = score(x_ND, keys_BGD, bias_BG, plan, PRODUCTS[products])
     expected_PG = torch.einsum("pd,pgd->pg", x_ND[plan.tokens], keys_BGD[plan.blocks])
     expected_PG = expected_PG + bias_BG[plan.blocks]
-    out_ND = combine(pre_PG, weights_P, values_BGD, plan, 10, ENGINES[engine])
+    out_ND = combine(pre_PG, weights_P, values_BGD, plan, 10, PRODUCTS[products])
     rows_PD = torch.einsum("p,pg,pgd->pd", weights_P, expected_PG, values_BGD[plan.blocks])
     expected_ND = torch.zeros(10, 8).index_add(0, plan.tokens, rows_PD)
     torch.testing.assert_close(pre_PG, expected_PG, rtol=1e-4, atol=1e-4)
