@@ -1,5 +1,5 @@
 """Training losses."""
 
-from . import sffn_cross_entropy
+from . import sffn_cross_entropy, sffn_label_smoothed_cross_entropy
 
-__all__ = ["sffn_cross_entropy"]
+__all__ = ["sffn_cross_entropy", "sffn_label_smoothed_cross_entropy"]

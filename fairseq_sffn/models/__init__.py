@@ -1,5 +1,5 @@
-"""Transformer language models with sparse feed-forward layers."""
+"""Transformers with sparse feed-forward layers."""
 
-from . import transformer_lm
+from . import transformer, transformer_lm
 
-__all__ = ["transformer_lm"]
+__all__ = ["transformer", "transformer_lm"]

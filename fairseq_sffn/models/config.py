@@ -1,5 +1,6 @@
-"""The configuration of a sparse Transformer language model, and the memory that it asks for."""
+"""The options of sparse models, and the memory that they ask for."""
 
+import copy
 import re
 import typing
 from collections.abc import Sequence
@@ -7,7 +8,8 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Optional
 
 from fairseq import utils
-from fairseq.dataclass import ChoiceEnum
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.models.transformer import TransformerConfig
 from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from omegaconf import II
 
@@ -35,8 +37,54 @@ class DenseConfig(TransformerLanguageModelConfig):
     )
 
 
+def _flat_fields(config: type, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """The fields of a nested config under the names of their flags: ``decoder.layers`` is
+    ``decoder_layers``."""
+    result = []
+    for option in fields(config):
+        name = prefix + option.name
+        if isinstance(option.type, type) and issubclass(option.type, FairseqDataclass):
+            result += _flat_fields(option.type, f"{name}_")
+        elif option.name != "_name":
+            result.append((name, option.type, copy.copy(option)))  # a field knows its name
+    return result
+
+
 @dataclass
-class SparseConfig(DenseConfig):
+class TranslationConfig(
+    make_dataclass(
+        "FlatTransformerConfig", _flat_fields(TransformerConfig), bases=(FairseqDataclass,)
+    )
+):
+    """fairseq's encoder-decoder Transformer, whose own config is nested and unregistered. A
+    decoder is as wide as its encoder unless told otherwise, as in fairseq's architectures."""
+
+    decoder_embed_dim: int = field(
+        default=II("model.encoder_embed_dim"),
+        metadata={"help": "decoder embedding dimension (default: --encoder-embed-dim)"},
+    )
+    decoder_ffn_embed_dim: int = field(
+        default=II("model.encoder_ffn_embed_dim"),
+        metadata={"help": "decoder FFN width (default: --encoder-ffn-embed-dim)"},
+    )
+    decoder_input_dim: int = field(
+        default=II("model.decoder_embed_dim"),
+        metadata={"help": "decoder input dimension (default: --decoder-embed-dim)"},
+    )
+    decoder_output_dim: int = field(
+        default=II("model.decoder_embed_dim"),
+        metadata={"help": "decoder output dimension (default: --decoder-embed-dim)"},
+    )
+    encoder_layers_to_keep: Optional[str] = field(
+        default=None, metadata={"help": "which layers to keep when pruning, such as 0,2,4"}
+    )
+    decoder_layers_to_keep: Optional[str] = field(
+        default=None, metadata={"help": "which layers to keep when pruning, such as 0,2,4"}
+    )
+
+
+@dataclass
+class SparseOptions(FairseqDataclass):
     """Flags that define the sparse layers; ``None`` leaves the choice to the selector."""
 
     sffn_selector: Optional[ChoiceEnum(sorted(Selector.registry))] = field(
@@ -98,8 +146,8 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def with_selector_flags(name: str, base: type[SparseConfig]) -> type[SparseConfig]:
-    """``base`` with every selector's options, each ``None``: not asked for."""
+def _selector_fields() -> list[tuple[str, Any, Any]]:
+    """Every selector's options, each ``None``: not asked for."""
     options: list[tuple[str, Any, Any]] = []
     for _, selector in sorted(Selector.registry.items()):
         types = typing.get_type_hints(selector.Config)
@@ -110,11 +158,21 @@ def with_selector_flags(name: str, base: type[SparseConfig]) -> type[SparseConfi
                 kind = ChoiceEnum(list(typing.get_args(kind)))
             help = f"{selector.name}: {metadata[own]['help']}"
             options.append((option, Optional[kind], field(default=None, metadata={"help": help})))
-    return make_dataclass(name, options, bases=(base,))
+    return options
 
 
-def check_supported(args: Any) -> None:
-    """Refuse options of fairseq's layer that a sparse FFN cannot honour."""
+def sparse(name: str, base: type[FairseqDataclass]) -> type[FairseqDataclass]:
+    """``base`` with :class:`SparseOptions` and every selector's options."""
+    return make_dataclass(name, _selector_fields(), bases=(base, SparseOptions))
+
+
+def check_supported(args: Any, sides: Sequence[str]) -> None:
+    """Refuse options of fairseq's layers that a sparse FFN cannot honour.
+
+    Args:
+        args: the model's options.
+        sides: of ``encoder`` and ``decoder``, what the model has.
+    """
     refused = {
         "scale_fc": "normalises the hidden units of a dense FFN, of which a sparse one has none",
         "quant_noise_pq": "quantization noise does not reach the tables of a sparse FFN",
@@ -125,30 +183,33 @@ def check_supported(args: Any) -> None:
         if value := getattr(args, name, None):
             shown = flag(name) if value is True else f"{flag(name)} {value}"
             raise UsageError(f"{shown}: {reason}")
-    kept = args.decoder_layers_to_keep or ""
-    if not re.fullmatch(r"(\d+(,\d+)*)?", kept):
-        raise UsageError(f"--decoder-layers-to-keep {kept}: is not a list of layers such as 0,2,4")
-    if not 1 <= args.sffn_freq <= args.decoder_layers:
-        raise UsageError(
-            f"--sffn-freq {args.sffn_freq}: must be 1 to --decoder-layers {args.decoder_layers}"
-        )
+    for side in sides:
+        kept = getattr(args, f"{side}_layers_to_keep") or ""
+        if not re.fullmatch(r"(\d+(,\d+)*)?", kept):
+            raise UsageError(
+                f"--{side}-layers-to-keep {kept}: is not a list of layers such as 0,2,4"
+            )
+        layers = getattr(args, f"{side}_layers")
+        if not 1 <= args.sffn_freq <= layers:
+            raise UsageError(f"--sffn-freq {args.sffn_freq}: must be 1 to --{side}-layers {layers}")
 
 
 def build_memory_config(
-    args: Any, vocab_size: int, token_counts: Sequence[int] | None
+    args: Any, vocab_size: int, token_counts: Sequence[int] | None, side: str = "decoder"
 ) -> MemoryConfig:
     """The memory of one sparse layer.
 
     Args:
-        args: a :class:`SparseConfig` with ``sffn_selector`` set.
+        args: the model's options, with ``sffn_selector`` set.
         vocab_size: token ids in the dictionary.
         token_counts: how often each occurs in the training data.
+        side: ``encoder`` or ``decoder``.
 
     Raises:
         UsageError: names the flag and the value that cannot be honoured.
     """
     selector = Selector.registry[str(args.sffn_selector)]
-    width = args.decoder_ffn_embed_dim
+    width = getattr(args, f"{side}_ffn_embed_dim")
     if args.sffn_expansion < 1:
         raise UsageError(f"--sffn-expansion {args.sffn_expansion}: must be at least 1")
     block_size = args.sffn_block_size
@@ -161,13 +222,13 @@ def build_memory_config(
         active_blocks, remainder = divmod(width, block_size)
         if remainder or not active_blocks:
             raise UsageError(
-                f"--sffn-block-size {block_size}: does not divide --decoder-ffn-embed-dim {width}; "
+                f"--sffn-block-size {block_size}: does not divide --{side}-ffn-embed-dim {width}; "
                 "choose one that does, or set --sffn-active-blocks"
             )
 
     names = {"block_size": "sffn_block_size", "active_blocks": "sffn_active_blocks"}
     names |= {"gate": "sffn_gate", "engine": "sffn_engine", "init_scale": "sffn_init_scale"}
-    names |= {"embed_dim": "decoder_embed_dim"}
+    names |= {"embed_dim": f"{side}_embed_dim"}
     names |= {"capacity_factor": "sffn_capacity_factor"}
     names |= {"eval_capacity_factor": "sffn_eval_capacity_factor"}
     names |= {own: option for option, own in selector_flags(selector).items()}
@@ -176,7 +237,7 @@ def build_memory_config(
     names["activation_dropout"] = dropout
     try:
         return MemoryConfig(
-            embed_dim=args.decoder_embed_dim,
+            embed_dim=getattr(args, f"{side}_embed_dim"),
             num_cells=args.sffn_expansion * width,
             block_size=block_size,
             active_blocks=active_blocks,

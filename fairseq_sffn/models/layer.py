@@ -1,4 +1,4 @@
-"""A Transformer decoder layer whose feed-forward network is a sparse memory."""
+"""Transformer layers whose feed-forward network is a sparse memory."""
 
 from __future__ import annotations
 
@@ -55,8 +55,9 @@ class SparseFFN(nn.Module):
         return self.result.output
 
 
-class SparseDecoderLayer(transformer_layer.TransformerDecoderLayerBase):
-    """fairseq's decoder layer with a sparse feed-forward network.
+class SparseLayer(nn.Module):
+    """Goes before one of fairseq's layers among the bases of a class, and makes its feed-forward
+    network sparse.
 
     Args:
         cfg: fairseq's ``TransformerConfig``.
@@ -65,11 +66,9 @@ class SparseDecoderLayer(transformer_layer.TransformerDecoderLayerBase):
 
     fc1: SparseFFN
 
-    def __init__(
-        self, cfg: Any, memory_config: MemoryConfig, no_encoder_attn: bool = False
-    ) -> None:
+    def __init__(self, cfg: Any, memory_config: MemoryConfig, **kwargs: Any) -> None:
         self.memory_config = memory_config
-        super().__init__(cfg, no_encoder_attn)
+        super().__init__(cfg, **kwargs)
         # The memory applies activation and dropout itself, between its two halves.
         self.fc1.memory.dropout = self.activation_dropout_module
         self.activation_dropout_module = nn.Identity()
@@ -97,7 +96,7 @@ class SparseDecoderLayer(transformer_layer.TransformerDecoderLayerBase):
             padding_mask: (T, B), ``True`` at padding.
 
         Returns:
-            fairseq's three outputs, then the fields of :class:`LayerRouting`.
+            fairseq's outputs, then the fields of :class:`LayerRouting`.
         """
         self.fc1.tokens = (token_ids, padding_mask)
         try:
@@ -112,7 +111,15 @@ class SparseDecoderLayer(transformer_layer.TransformerDecoderLayerBase):
             empty.z_loss if result.z_loss is None else result.z_loss,
             *result.usage,
         )
-        return (*outputs, *routing)
+        return (*(outputs if isinstance(outputs, tuple) else (outputs,)), *routing)
+
+
+class SparseEncoderLayer(SparseLayer, transformer_layer.TransformerEncoderLayerBase):
+    """fairseq's encoder layer with a sparse feed-forward network."""
+
+
+class SparseDecoderLayer(SparseLayer, transformer_layer.TransformerDecoderLayerBase):
+    """fairseq's decoder layer with a sparse feed-forward network."""
 
 
 def _identity(x: Tensor) -> Tensor:

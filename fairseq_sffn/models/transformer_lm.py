@@ -5,48 +5,24 @@ Each is a registered *model*, so that ``fairseq-train --arch NAME`` and ``model.
 """
 
 import copy
-import re
 from collections.abc import Mapping
-from dataclasses import field, make_dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Optional
 
-from fairseq.dataclass.utils import gen_parser_from_dataclass
-from fairseq.models import register_model
+from fairseq.dataclass import FairseqDataclass
 from fairseq.models.transformer_lm import TransformerLanguageModel
 from omegaconf import II
 
-from ..compat import check_precision
 from ..errors import UsageError
-from .config import (
-    DenseConfig,
-    SparseConfig,
-    build_memory_config,
-    check_supported,
-    flag,
-    with_selector_flags,
-)
+from .config import DenseConfig, build_memory_config, check_supported, flag, sparse
 from .decoder import SparseTransformerDecoder
+from .plugin_model import PluginModel, check_selector, register
 
 
-class DenseTransformerLM(TransformerLanguageModel):
+class DenseTransformerLM(PluginModel, TransformerLanguageModel):
     """fairseq's unmodified model, as the baseline of every size."""
 
-    config_class: ClassVar[type[DenseConfig]] = DenseConfig
-
-    @classmethod
-    def add_args(cls, parser: Any) -> None:
-        """Like fairseq's, but a flag always does what its name says: fairseq would make
-        ``--share-decoder-input-output-embed`` untie the embeddings where tied is the default."""
-        defaults = cls.config_class()
-        switches = [name for name, value in vars(defaults).items() if value is True]
-        for name in switches:
-            setattr(defaults, name, False)
-        gen_parser_from_dataclass(parser, defaults, delete_default=True)
-        for name in switches:
-            parser.add_argument(
-                flag(f"no_{name}"), dest=name, action="store_false", help=f"turns off {flag(name)}"
-            )
+    config_class: ClassVar[type[FairseqDataclass]] = DenseConfig
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> Any:
@@ -61,44 +37,18 @@ class DenseTransformerLM(TransformerLanguageModel):
             args.checkpoint_activations = True
         return super().build_model(args, task)
 
-    def prepare_for_inference_(self, cfg: Any) -> None:
-        check_precision(cfg.common)
-        super().prepare_for_inference_(cfg)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Like fairseq's.
-
-        Raises:
-            UsageError: the parameters are not those of this model.
-        """
-        try:
-            return super().load_state_dict(*args, **kwargs)
-        except RuntimeError as error:
-            # PyTorch lists every difference; the first one tells which flag differs.
-            difference = str(error).split("\n")[1].strip()
-            raise UsageError(
-                f"the checkpoint does not fit this model: {shorten_mismatch(difference)}; "
-                "train with the same --arch and model flags, or into another --save-dir"
-            ) from error
-
 
 class SparseTransformerLM(DenseTransformerLM):
     """A Transformer language model in which every ``--sffn-freq``-th layer is sparse."""
 
-    config_class: ClassVar[type[DenseConfig]] = with_selector_flags("SparseLMConfig", SparseConfig)
+    config_class: ClassVar[type[FairseqDataclass]] = sparse("SparseLMConfig", DenseConfig)
     selector: ClassVar[Optional[str]] = None
     """The selector that the model's name promises; ``None``: any."""
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "SparseTransformerLM":
-        check_supported(args)
-        if args.sffn_selector is None:
-            raise UsageError("--sffn-selector: is required by this model")
-        if cls.selector not in (None, str(args.sffn_selector)):
-            raise UsageError(
-                f"--sffn-selector {args.sffn_selector}: this model selects by {cls.selector}; "
-                "use --arch transformer_lm_sffn to choose"
-            )
+        check_supported(args, ["decoder"])
+        check_selector(args, cls.selector, "transformer_lm_sffn")
         dictionary = task.source_dictionary
         counts = task.token_counts() if hasattr(task, "token_counts") else dictionary.count
         memory_config = build_memory_config(args, len(dictionary), counts)
@@ -125,35 +75,6 @@ class SparseTransformerLM(DenseTransformerLM):
     def memory_config(self) -> Any:
         """The memory of each sparse layer."""
         return self.decoder.memory_config
-
-
-def shorten_mismatch(difference: str) -> str:
-    """One of PyTorch's lines on a state dict that does not fit, in a few words, with the flags that
-    decide what differs."""
-    if match := re.match(r"size mismatch for (\S+):.*?Size\((.*?)\).*?Size\((.*?)\)", difference):
-        name, saved, wanted = match.groups()
-        text = f"{name} is {saved} in the checkpoint and {wanted} in the model"
-    elif match := re.match(r'(\w+) key\(s\) in state_dict: "(.*?)"', difference):
-        kind, name = match.groups()
-        where = "model" if kind == "Missing" else "checkpoint"
-        text = f"only the {where} has {name}"
-    else:
-        name, text = difference.split()[0], difference
-    return f"{text} (see {', '.join(_flags_that_decide(name))})"
-
-
-def _flags_that_decide(name: str) -> list[str]:
-    if "embed_tokens" in name or "output_projection" in name:
-        return ["dict.txt of the data", "--decoder-embed-dim"]
-    if name.endswith(".memory.block_size"):
-        return ["--sffn-block-size"]
-    if ".memory.selector." in name:
-        return ["--sffn-selector", "--sffn-expansion", "--sffn-block-size"]
-    if ".memory." in name:
-        return ["--sffn-freq", "--sffn-expansion", "--decoder-ffn-embed-dim", "--decoder-embed-dim"]
-    if ".fc1." in name or ".fc2." in name:
-        return ["--arch", "--sffn-freq", "--decoder-ffn-embed-dim", "--decoder-embed-dim"]
-    return ["--arch", "--decoder-layers", "--decoder-embed-dim"]
 
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -225,27 +146,13 @@ METHODS = (
 )
 
 
-def _register(
-    name: str, base: type[DenseTransformerLM], defaults: dict[str, Any], **attributes: Any
-) -> None:
-    """Registers a subclass of ``base`` whose options have other defaults."""
-    inherited = base.config_class.__dataclass_fields__
-    options = [
-        (option, inherited[option].type, field(default=value, metadata=inherited[option].metadata))
-        for option, value in defaults.items()
-    ]
-    config = make_dataclass(f"{name}_config", options, bases=(base.config_class,))
-    model = type(name, (base,), {"config_class": config, **attributes})
-    register_model(name, dataclass=config)(model)
-
-
 for _size in SIZES:
-    _register(f"transformer_lm_dense{_size}", DenseTransformerLM, SIZES[_size])
+    register(f"transformer_lm_dense{_size}", DenseTransformerLM, SIZES[_size])
     for _method in METHODS:
         _defaults = SIZES[_size] | SPARSE_SIZES[_size] | dict(_method.options)
         if _method.selector:
             _defaults["sffn_selector"] = _method.selector
-        _register(
+        register(
             f"transformer_lm_{_method.name}{_size}",
             SparseTransformerLM,
             _defaults,

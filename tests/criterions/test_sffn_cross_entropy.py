@@ -66,7 +66,7 @@ def two_layers(method: str, **options: Any) -> nn.Module:
     return small_lm(method, sffn_freq=1, **options).eval()
 
 
-def routing(model: nn.Module, batch: dict[str, Any]) -> dict[int, Any]:
+def routing(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     return model(**batch["net_input"])[1]["routing"]
 
 
@@ -123,7 +123,9 @@ def test_gradients_of_the_balance_loss_reach_the_router():
 
 def test_a_weight_of_0_leaves_the_losses_out():
     nothing = torch.tensor(math.nan)
-    layers = {0: LayerRouting(nothing, nothing, torch.zeros(1), torch.zeros(()), torch.zeros(1))}
+    layers = {
+        "layer0": LayerRouting(nothing, nothing, torch.zeros(1), torch.zeros(()), torch.zeros(1))
+    }
     assert criterion().extra_loss(AvgK, layers) == 0
     assert math.isnan(criterion(z_loss_weight=1.0).extra_loss(AvgK, layers))
 
@@ -196,7 +198,7 @@ def test_adaptive_softmax_counts_every_token(token):
 def test_adaptive_softmax_adds_the_balance_loss():
     model, batch = small_lm("switch", **ADAPTIVE).eval(), adaptive_sample()
     expected, size, _ = AdaptiveLoss(TASK, False)(model, batch)
-    balance = routing(model, batch)[1].balance_loss
+    balance = routing(model, batch)["layer1"].balance_loss
     close(criterion(balance_loss_weight=0.5)(model, batch)[0], expected + 0.5 * size * balance)
 
 
@@ -286,14 +288,16 @@ def test_logged_values(method):
     sizes = [batch["ntokens"] for batch in parts]
     means = dict.fromkeys([*RATIOS, "balance_loss"], 0.0)
     for number in (0, 1):
-        counts = sum(part[number].counts for part in layers)
-        dropped = sum(part[number].dropped for part in layers)
-        losses = [part[number].balance_loss.item() for part in layers]
+        counts = sum(part[f"layer{number}"].counts for part in layers)
+        dropped = sum(part[f"layer{number}"].dropped for part in layers)
+        losses = [part[f"layer{number}"].balance_loss.item() for part in layers]
         assert counts.sum() == sum(sizes) * model.memory_config.active_blocks and dropped > 0
         expected = {
             "load_entropy": usage.load_entropy(counts),
             "load_max": usage.load_max(counts),
             "unused_blocks": (counts == 0).sum().item(),
+            "memory_usage": (counts > 0).double().mean().item(),
+            "load_kl": usage.load_kl(sum(part[f"layer{number}"].mass for part in layers)),
             "dropped_share": dropped.item() / counts.sum().item(),
             "balance_loss": sum(map(math.prod, zip(losses, sizes, strict=True))) / sum(sizes),
         }

@@ -13,9 +13,9 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
-import fairseq_sffn  # noqa: F401  registers the models
+from fairseq_sffn.models import transformer_lm
 
-METHODS = ("dense", "avgk", "switch", "hash_layer")
+METHODS = ("dense", *(method.name for method in transformer_lm.METHODS if method.selector))
 SIZES = ("", "_tiny", "_gpt3_medium")
 TYPES = 20
 WIDTH, FFN = 16, 32
@@ -49,8 +49,10 @@ def small_config(method: str, **options: Any) -> DictConfig:
         decoder_attention_heads=2,
         dropout=0.0,
     )
-    if method == "avgk":
+    if method in ("avgk", "rand_hash"):  # whose blocks would be wider than the FFN
         sizes["sffn_block_size"] = 8
+    if method == "pkm":
+        sizes["sffn_active_blocks"] = 16
     return lm_config(f"transformer_lm_{method}_tiny", **{**sizes, **options})
 
 

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from fairseq_sffn.errors import UsageError
 from fairseq_sffn.memory import MemoryConfig, Selection, Selector, SparseMemory
-from fairseq_sffn.models.decoder import SparseTransformerDecoder, trailing_tokens
+from fairseq_sffn.models.decoder import SparseTransformerDecoder
 from fairseq_sffn.models.layer import SparseDecoderLayer
+from fairseq_sffn.models.stack import trailing_tokens
 
 SPARSE = [method for method in METHODS if method != "dense"]
 # With an incremental state, fairseq computes attention's softmax in fp32.
@@ -225,6 +226,7 @@ def test_a_shorter_output_dictionary_leaves_the_input_alone():
         (6, 3, None, {2: 2, 5: 5}),
         (5, 4, None, {3: 3}),
         (4, 2, "1,2,3", {1: 0, 3: 2}),
+        (4, 2, "3,2,1", {1: 0, 3: 2}),
         (4, 2, "0,2", {}),
         (6, 3, "4,5", {5: 1}),
     ],
@@ -236,7 +238,7 @@ def test_layer_numbers(layers, freq, kept, sparse):
     assert len(built) == (len(kept.split(",")) if kept else layers)
     indices = [i for i, layer in enumerate(built) if isinstance(layer, SparseDecoderLayer)]
     assert indices == list(sparse.values())
-    assert list(model(random_tokens(2, 3))[1]["routing"]) == list(sparse)
+    assert list(model(random_tokens(2, 3))[1]["routing"]) == [f"layer{number}" for number in sparse]
 
 
 def test_a_pruned_model_takes_the_kept_layers_of_a_checkpoint():
@@ -247,9 +249,9 @@ def test_a_pruned_model_takes_the_kept_layers_of_a_checkpoint():
     batch = random_tokens(2, 5)
     actual, extra = pruned(batch)
     whole.decoder.layers = nn.ModuleList([whole.decoder.layers[1], whole.decoder.layers[3]])
-    whole.decoder.sparse_layers = [0, 1]
+    whole.decoder.sparse_layers = {0: "layer1", 1: "layer3"}
     close(actual, whole(batch)[0])
-    assert list(extra["routing"]) == [1, 3]
+    assert list(extra["routing"]) == ["layer1", "layer3"]
 
 
 @pytest.mark.parametrize("method", ["switch", "hash_layer"])
@@ -263,8 +265,8 @@ def test_skipped_layers_have_a_routing_of_zeros(method):
     for _ in range(20):
         ran.clear()
         routing = model(random_tokens(2, 3))[1]["routing"]
-        assert list(routing) == [0, 1, 2, 3]
-        for number, layer in routing.items():
+        assert list(routing) == [f"layer{number}" for number in range(4)]
+        for number, layer in enumerate(routing.values()):
             assert layer.counts.shape == (16,)
             assert layer.counts.sum() == (6 if number in ran else 0)
             if number not in ran:
@@ -278,7 +280,7 @@ def test_skipped_layers_have_a_routing_of_zeros(method):
 def test_a_model_without_any_layer_left_still_trains():
     model = small_lm("switch", decoder_layerdrop=1.0)
     output, extra = model(random_tokens(2, 3))
-    (output.sum() + extra["routing"][1].balance_loss).backward()
+    (output.sum() + extra["routing"]["layer1"].balance_loss).backward()
     assert model.decoder.embed_tokens.weight.grad.any()
 
 

@@ -192,7 +192,7 @@ def test_nothing_is_kept_after_an_exception():
     assert sparse.fc1.tokens == (None, None) and sparse.fc1.result is None
 
 
-def gradients(model: nn.Module, batch: Tensor) -> tuple[dict[str, Tensor], dict[int, LayerRouting]]:
+def gradients(model: nn.Module, batch: Tensor) -> tuple[dict[str, Tensor], dict[str, LayerRouting]]:
     """Of an objective in which the balance and z losses weigh as much as the output."""
     torch.manual_seed(1)
     output, extra = model(batch)
@@ -223,9 +223,9 @@ def test_checkpointed_activations_give_the_same_gradients(method, offload):
         close(actual[name], grad, name)
 
     # 24 tokens, 2 of them padding: counted once, although the layer runs twice.
-    assert routing.keys() == expected_routing.keys() == {1}
-    assert routing[1].counts.sum() == 22 * model.memory_config.active_blocks
-    for ours, theirs in zip(routing[1], expected_routing[1], strict=True):
+    assert routing.keys() == expected_routing.keys() == {"layer1"}
+    assert routing["layer1"].counts.sum() == 22 * model.memory_config.active_blocks
+    for ours, theirs in zip(routing["layer1"], expected_routing["layer1"], strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -233,7 +233,7 @@ def test_checkpointed_activations_give_the_same_gradients(method, offload):
 def test_balance_loss_alone_moves_the_router(checkpoint_activations):
     model = small_lm("switch", checkpoint_activations=checkpoint_activations)
     _, extra = model(random_tokens(3, 8))
-    extra["routing"][1].balance_loss.backward()
+    extra["routing"]["layer1"].balance_loss.backward()
     router = model.decoder.layers[1].fc1.memory.selector.router
     assert router.grad.abs().sum() > 1e-3
 

@@ -17,10 +17,11 @@ from fairseq_sffn.errors import UsageError
 from fairseq_sffn.memory import MemoryConfig, Selector
 from fairseq_sffn.memory.selectors.hash_layer import balanced_table
 from fairseq_sffn.models.config import (
+    DenseConfig,
     build_memory_config,
     check_supported,
     selector_flags,
-    with_selector_flags,
+    sparse,
 )
 
 COUNTS = [TYPES - i for i in range(TYPES)]
@@ -112,12 +113,13 @@ def test_counts_reach_balanced_tables():
 
 
 def test_every_selector_has_its_flags():
-    config = with_selector_flags("Config", object)
+    config = sparse("Config", DenseConfig)
     for selector in Selector.registry.values():
         assert selector_flags(selector).keys() <= config.__dataclass_fields__.keys()
     assert selector_flags(Selector.registry["avgk"]) == {"avgk_exclude_bias": "exclude_bias"}
     assert selector_flags(Selector.registry["hash_layer"]) == {"hash_table": "table"}
-    assert all(field.default is None for field in config.__dataclass_fields__.values())
+    options = {name for s in Selector.registry.values() for name in selector_flags(s)}
+    assert all(config.__dataclass_fields__[name].default is None for name in options)
 
 
 # Refusals
@@ -205,7 +207,7 @@ def test_counts_that_do_not_fit_are_refused(counts):
     ],
 )
 def test_what_a_sparse_layer_cannot_do_is_refused_by_the_model(options, told):
-    check_supported(small_config("avgk"))
+    check_supported(small_config("avgk"), ["decoder"])
     with refused(told):
         small_lm("avgk", **options)
 

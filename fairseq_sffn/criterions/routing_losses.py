@@ -1,0 +1,198 @@
+"""The losses that keep the blocks of sparse layers evenly used, for any criterion."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.dataclass.constants import LOG_FORMAT_CHOICES
+from fairseq.logging import metrics
+from omegaconf import II
+from torch import Tensor
+
+from ..errors import UsageError
+from ..memory import Selector, usage
+from ..models.layer import LayerRouting
+
+
+def _balance_loss(meters: Any, layer: str) -> float:
+    return float(meters[f"_balance_{layer}"].avg)
+
+
+def _load_entropy(meters: Any, layer: str) -> float:
+    return usage.load_entropy(meters[f"_counts_{layer}"].sum)
+
+
+def _load_max(meters: Any, layer: str) -> float:
+    return usage.load_max(meters[f"_counts_{layer}"].sum)
+
+
+def _unused_blocks(meters: Any, layer: str) -> float:
+    return usage.unused_blocks(meters[f"_counts_{layer}"].sum)
+
+
+def _memory_usage(meters: Any, layer: str) -> float:
+    return usage.memory_usage(meters[f"_counts_{layer}"].sum)
+
+
+def _load_kl(meters: Any, layer: str) -> float:
+    return usage.load_kl(meters[f"_mass_{layer}"].sum)
+
+
+def _dropped_share(meters: Any, layer: str) -> float:
+    counts, dropped = meters[f"_counts_{layer}"].sum, meters[f"_dropped_{layer}"].sum
+    return usage.dropped_share(counts, dropped)
+
+
+RATIOS = {
+    "balance_loss": _balance_loss,
+    "load_entropy": _load_entropy,
+    "load_max": _load_max,
+    "unused_blocks": _unused_blocks,
+    "memory_usage": _memory_usage,
+    "load_kl": _load_kl,
+    "dropped_share": _dropped_share,
+}
+"""What is logged -> how it follows from the meters of a layer, which hold sums."""
+
+
+@dataclass(frozen=True)
+class MeanOverLayers:
+    """A derived metric: the mean of a ratio over layers, rounded for the log."""
+
+    ratio: Callable[[Any, str], float]
+    layers: list[str]
+
+    def __call__(self, meters: Any) -> float:
+        return round(sum(self.ratio(meters, layer) for layer in self.layers) / len(self.layers), 4)
+
+
+@dataclass
+class RoutingLossConfig(FairseqDataclass):
+    balance_loss_weight: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "weight of the load-balancing loss, which is 1.0 per layer at perfect balance "
+            "(default: the selector's own, 0.01 for switch, 0 for avgk)"
+        },
+    )
+    balance_loss_reduce: ChoiceEnum(["sum", "mean"]) = field(
+        default="sum", metadata={"help": "over the sparse layers"}
+    )
+    z_loss_weight: float = field(
+        default=0.0, metadata={"help": "weight of the mean squared log-partition of the scores"}
+    )
+    log_format: Optional[LOG_FORMAT_CHOICES] = II("common.log_format")
+    tensorboard_logdir: Optional[str] = II("common.tensorboard_logdir")
+
+
+class RoutingLosses:
+    """Goes before one of fairseq's criterions among the bases of a class: adds weight * balance
+    loss + weight * z loss of the sparse layers to its loss.
+
+    What the criterion itself logs stays as it is, so that it compares with fairseq's;
+    ``balance_loss`` and the load of the blocks are logged beside it, for each layer too where the
+    log is read by programs (``--log-format json``, tensorboard). Works with any model: without
+    sparse layers nothing is added.
+
+    The extra losses are multiplied by the sample size, as fairseq divides gradients by it. They
+    are those of a micro-batch (Fedus et al. 2021, section 2.2), averaged over micro-batches by
+    their sample sizes.
+    """
+
+    cfg: RoutingLossConfig
+
+    def __init__(self, cfg: RoutingLossConfig, *args: Any) -> None:
+        super().__init__(*args)
+        for name in ("balance_loss_weight", "z_loss_weight"):
+            if (value := getattr(cfg, name)) is not None and not 0 <= value < math.inf:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} {value}: must not be negative, infinite or NaN"
+                )
+        self.cfg = cfg
+        self.log_layers = str(cfg.log_format) == "json" or bool(cfg.tensorboard_logdir)
+
+    def forward(self, model: Any, sample: Any, reduce: bool = True) -> tuple[Any, Any, Any]:
+        with _outputs_of(model) as outputs:
+            loss, sample_size, logging_output = super().forward(model, sample, reduce)
+        extra = outputs[0][1]  # not every model of fairseq gives a dictionary
+        if routing := extra.get("routing") if isinstance(extra, dict) else None:
+            selector = model.memory_config.selector_class
+            loss = loss + self.extra_loss(selector, routing) * sample_size
+            logging_output |= self.routing_logs(selector, routing, sample_size)
+        return loss, sample_size, logging_output
+
+    def extra_loss(
+        self, selector: type[Selector], routing: dict[str, LayerRouting]
+    ) -> Tensor | float:
+        """Weighted balance and z losses of all layers."""
+        balance_weight = self.cfg.balance_loss_weight
+        if balance_weight is None:
+            balance_weight = selector.default_balance_weight
+        weights = {"balance_loss": balance_weight, "z_loss": self.cfg.z_loss_weight}
+        reduce = torch.mean if str(self.cfg.balance_loss_reduce) == "mean" else torch.sum
+        total: Tensor | float = 0.0
+        # A weight of 0 leaves the loss out, rather than send zeros back through the scores.
+        for name, weight in weights.items():
+            if weight and not selector.scores_blocks:
+                option = f"--{name.replace('_', '-')}-weight {weight}"
+                raise UsageError(f"{option}: {selector.name} gives blocks no score to act on")
+            if weight:
+                losses = [getattr(layer, name) for layer in routing.values()]
+                total = total + weight * reduce(torch.stack(losses))
+        return total
+
+    def routing_logs(
+        self, selector: type[Selector], routing: dict[str, LayerRouting], sample_size: Any
+    ) -> dict[str, Any]:
+        """What adds up over micro-batches and workers, for :meth:`reduce_metrics`."""
+        logs: dict[str, Any] = {"routing_per_layer": float(self.log_layers)}
+        for name, layer in routing.items():
+            if selector.scores_blocks:
+                logs[f"routing_balance_{name}"] = layer.balance_loss.data * sample_size
+            logs[f"routing_counts_{name}"] = layer.counts.data
+            logs[f"routing_dropped_{name}"] = layer.dropped.data
+            logs[f"routing_mass_{name}"] = layer.mass.data
+        return logs
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
+        super().reduce_metrics(logging_outputs)
+
+        def total(key: str) -> Any:
+            return sum(log.get(key, 0) for log in logging_outputs)
+
+        prefix = "routing_counts_"
+        layers = [key.removeprefix(prefix) for key in logging_outputs[0] if key.startswith(prefix)]
+        if not layers:
+            return
+        sample_size = total("sample_size")
+        ratios = dict(RATIOS)
+        for layer in layers:
+            if f"routing_balance_{layer}" in logging_outputs[0]:
+                balance = total(f"routing_balance_{layer}") / sample_size
+                metrics.log_scalar(f"_balance_{layer}", balance, sample_size)
+            else:
+                ratios.pop("balance_loss", None)
+            metrics.log_scalar_sum(f"_counts_{layer}", total(f"routing_counts_{layer}"))
+            metrics.log_scalar_sum(f"_dropped_{layer}", total(f"routing_dropped_{layer}"))
+            metrics.log_scalar_sum(f"_mass_{layer}", total(f"routing_mass_{layer}"))
+        for name, ratio in ratios.items():
+            metrics.log_derived(name, MeanOverLayers(ratio, layers))
+            if total("routing_per_layer"):
+                for layer in layers:
+                    metrics.log_derived(f"{name}_{layer}", MeanOverLayers(ratio, [layer]))
+
+
+@contextmanager
+def _outputs_of(model: Any) -> Iterator[list[Any]]:
+    """What the model returns while this is open: the criterion keeps it to itself."""
+    outputs: list[Any] = []
+    handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        handle.remove()

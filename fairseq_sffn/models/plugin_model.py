@@ -1,0 +1,112 @@
+"""What all models of the plugin share: their flags, how they load, how they are registered."""
+
+import re
+from dataclasses import field, make_dataclass
+from typing import Any, ClassVar, Optional
+
+from fairseq.dataclass import FairseqDataclass
+from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.models import BaseFairseqModel, register_model
+
+from ..compat import check_precision
+from ..errors import UsageError
+from .config import flag
+
+
+class PluginModel(BaseFairseqModel):
+    """Goes before one of fairseq's models among the bases of a class."""
+
+    config_class: ClassVar[type[FairseqDataclass]]
+
+    @classmethod
+    def add_args(cls, parser: Any) -> None:
+        """Like fairseq's, but a flag always does what its name says: fairseq would make
+        ``--share-decoder-input-output-embed`` untie the embeddings where tied is the default."""
+        defaults = cls.config_class()
+        switches = [name for name, value in vars(defaults).items() if value is True]
+        for name in switches:
+            setattr(defaults, name, False)
+        gen_parser_from_dataclass(parser, defaults, delete_default=True)
+        for name in switches:
+            parser.add_argument(
+                flag(f"no_{name}"), dest=name, action="store_false", help=f"turns off {flag(name)}"
+            )
+
+    def prepare_for_inference_(self, cfg: Any) -> None:
+        check_precision(cfg.common)
+        super().prepare_for_inference_(cfg)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Like fairseq's.
+
+        Raises:
+            UsageError: the parameters are not those of this model.
+        """
+        try:
+            return super().load_state_dict(*args, **kwargs)
+        except RuntimeError as error:
+            # PyTorch lists every difference; the first one tells which flag differs.
+            difference = str(error).split("\n")[1].strip()
+            raise UsageError(
+                f"the checkpoint does not fit this model: {shorten_mismatch(difference)}; "
+                "train with the same --arch and model flags, or into another --save-dir"
+            ) from error
+
+
+def check_selector(args: Any, promised: Optional[str], general: str) -> None:
+    """Refuse a model without a selector, or with another one than its name promises.
+
+    Args:
+        promised: the selector that the model's name promises; ``None``: any.
+        general: the architecture that takes any.
+    """
+    if args.sffn_selector is None:
+        raise UsageError("--sffn-selector: is required by this model")
+    if promised not in (None, str(args.sffn_selector)):
+        raise UsageError(
+            f"--sffn-selector {args.sffn_selector}: this model selects by {promised}; "
+            f"use --arch {general} to choose"
+        )
+
+
+def shorten_mismatch(difference: str) -> str:
+    """One of PyTorch's lines on a state dict that does not fit, in a few words, with the flags that
+    decide what differs."""
+    if match := re.match(r"size mismatch for (\S+):.*?Size\((.*?)\).*?Size\((.*?)\)", difference):
+        name, saved, wanted = match.groups()
+        text = f"{name} is {saved} in the checkpoint and {wanted} in the model"
+    elif match := re.match(r'(\w+) key\(s\) in state_dict: "(.*?)"', difference):
+        kind, name = match.groups()
+        where = "model" if kind == "Missing" else "checkpoint"
+        text = f"only the {where} has {name}"
+    else:
+        name, text = difference.split()[0], difference
+    return f"{text} (see {', '.join(_flags_that_decide(name))})"
+
+
+def _flags_that_decide(name: str) -> list[str]:
+    if "embed_tokens" in name or "output_projection" in name:
+        return ["dict.txt of the data", "--decoder-embed-dim"]
+    if name.endswith(".memory.block_size"):
+        return ["--sffn-block-size"]
+    if ".memory.selector." in name:
+        return ["--sffn-selector", "--sffn-expansion", "--sffn-block-size"]
+    if ".memory." in name:
+        return ["--sffn-freq", "--sffn-expansion", "--decoder-ffn-embed-dim", "--decoder-embed-dim"]
+    if ".fc1." in name or ".fc2." in name:
+        return ["--arch", "--sffn-freq", "--decoder-ffn-embed-dim", "--decoder-embed-dim"]
+    return ["--arch", "--decoder-layers", "--decoder-embed-dim"]
+
+
+def register(
+    name: str, base: type[PluginModel], defaults: dict[str, Any], **attributes: Any
+) -> None:
+    """Registers a subclass of ``base`` whose options have other defaults."""
+    inherited = base.config_class.__dataclass_fields__
+    options = [
+        (option, inherited[option].type, field(default=value, metadata=inherited[option].metadata))
+        for option, value in defaults.items()
+    ]
+    config = make_dataclass(f"{name}_config", options, bases=(base.config_class,))
+    model = type(name, (base,), {"config_class": config, **attributes})
+    register_model(name, dataclass=config)(model)

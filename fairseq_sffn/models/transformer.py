@@ -1,0 +1,75 @@
+"""The encoder-decoder Transformer with sparse layers on both sides."""
+
+import copy
+from typing import Any, ClassVar, Optional
+
+from fairseq.dataclass import FairseqDataclass
+from fairseq.models.transformer import TransformerModel
+
+from .config import TranslationConfig, build_memory_config, check_supported, sparse
+from .decoder import SparseTransformerDecoder
+from .encoder import SparseTransformerEncoder
+from .plugin_model import PluginModel, check_selector, register
+
+
+class SparseTransformer(PluginModel, TransformerModel):
+    """fairseq's ``transformer`` in which every ``--sffn-freq``-th layer of the encoder and of the
+    decoder is sparse."""
+
+    config_class: ClassVar[type[FairseqDataclass]] = sparse(
+        "SparseTranslationConfig", TranslationConfig
+    )
+    selector: ClassVar[Optional[str]] = None
+    """The selector that the model's name promises; ``None``: any."""
+
+    @classmethod
+    def build_model(cls, args: Any, task: Any) -> "SparseTransformer":
+        check_supported(args, ["encoder", "decoder"])
+        check_selector(args, cls.selector, "transformer_sffn")
+        # fairseq decides which embeddings are shared while it builds a model; without layers it
+        # does at the price of a shell that is thrown away.
+        shell_args = copy.deepcopy(args)
+        for side in ("encoder", "decoder"):
+            setattr(shell_args, f"{side}_layers", 0)
+            setattr(shell_args, f"{side}_layers_to_keep", None)
+        shell = super().build_model(shell_args, task)
+        for name in (
+            "max_source_positions",
+            "max_target_positions",
+            "checkpoint_activations",
+            "share_decoder_input_output_embed",
+        ):
+            setattr(args, name, getattr(shell_args, name))
+        for side in ("encoder", "decoder"):
+            if kept := getattr(args, f"{side}_layers_to_keep"):
+                setattr(args, f"{side}_layers", len(kept.split(",")))
+
+        def memory_config(side: str, dictionary: Any) -> Any:
+            return build_memory_config(args, len(dictionary), dictionary.count, side)
+
+        source, target = shell.encoder.dictionary, shell.decoder.dictionary
+        encoder = SparseTransformerEncoder(
+            args,
+            source,
+            shell.encoder.embed_tokens,
+            memory_config("encoder", source),
+            prefix="encoder_layer",
+        )
+        decoder = SparseTransformerDecoder(
+            args,
+            target,
+            shell.decoder.embed_tokens,
+            memory_config("decoder", target),
+            no_encoder_attn=args.no_cross_attention,
+            prefix="decoder_layer",
+        )
+        return cls(args, encoder, decoder)
+
+    @property
+    def memory_config(self) -> Any:
+        """The memory of each sparse layer of the decoder."""
+        return self.decoder.memory_config
+
+
+register("transformer_sffn", SparseTransformer, {}, selector=None)
+register("transformer_avgk", SparseTransformer, {"sffn_selector": "avgk"}, selector="avgk")
