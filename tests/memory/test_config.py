@@ -7,11 +7,19 @@ from oracle import CASES, build
 
 from fairseq_sffn.memory import ConfigError, MemoryConfig, SparseMemory
 from fairseq_sffn.memory.selectors.avgk import AvgK
+from fairseq_sffn.memory.selectors.gshard import GShard
 from fairseq_sffn.memory.selectors.hash_layer import HashLayer
+from fairseq_sffn.memory.selectors.lorkm import LoRKM
+from fairseq_sffn.memory.selectors.pkm import PKM
+from fairseq_sffn.memory.selectors.pkm_ffn import PKMFFN
 from fairseq_sffn.memory.selectors.switch import Switch
+from fairseq_sffn.memory.selectors.vanilla_m import VanillaM
 
 SIZES = dict(embed_dim=8, num_cells=64, block_size=4, active_blocks=4)
 HASH = dict(selector="hash_layer", active_blocks=1, vocab_size=10)
+BIGRAM = HashLayer.Config(table="bigram")
+SINGLE = dict(block_size=1)
+SAMPLED = GShard.Config(second_expert="sampled")
 BALANCED = {**HASH, "selector": HashLayer.Config(table="balanced")}
 
 
@@ -53,6 +61,33 @@ BALANCED = {**HASH, "selector": HashLayer.Config(table="balanced")}
         (dict(HASH, selector=HashLayer.Config(table="nothing")), "table", "nothing"),
         (BALANCED, "table", "balanced"),
         (dict(BALANCED, token_counts=[1] * 9), "vocab_size", 10),
+        (dict(HASH, selector=BIGRAM, active_blocks=2), "active_blocks", 2),
+        (dict(HASH, selector=BIGRAM, vocab_size=None), "vocab_size", None),
+        (dict(HASH, selector=BIGRAM, gate="sigmoid"), "gate", "sigmoid"),
+        (dict(selector="rand_hash"), "vocab_size", None),
+        (dict(selector="rand_hash", vocab_size=3, gate="softmax"), "gate", "softmax"),
+        (dict(selector=VanillaM.Config("nothing")), "aggregate", "nothing"),
+        (dict(selector=LoRKM.Config("nothing")), "aggregate", "nothing"),
+        (dict(selector=LoRKM.Config(rank=0)), "rank", 0),
+        (dict(selector=LoRKM.Config(rank=-1)), "rank", -1),
+        (dict(selector=LoRKM.Config(rank=9)), "rank", 9),
+        (dict(selector="pkm"), "block_size", 4),
+        (dict(selector="pkm_ffn"), "block_size", 4),
+        (dict(SINGLE, selector=PKM.Config(heads=0)), "heads", 0),
+        (dict(SINGLE, selector=PKM.Config(heads=-1)), "heads", -1),
+        (dict(SINGLE, selector=PKM.Config(heads=3)), "heads", 3),
+        (dict(SINGLE, selector=PKM.Config(heads=8)), "heads", 8),
+        (dict(SINGLE, selector=PKM.Config(coefficients="nothing")), "coefficients", "nothing"),
+        (dict(SINGLE, selector=PKM.Config(query_dim=3)), "query_dim", 3),
+        (dict(SINGLE, selector=PKM.Config(query_dim=0)), "query_dim", 0),
+        (dict(SINGLE, selector=PKM.Config(query_dim=-2)), "query_dim", -2),
+        (dict(SINGLE, selector=PKM.Config(query_norm="batch")), "query_norm", "batch"),
+        (dict(SINGLE, selector=PKMFFN.Config(query_norm="batch")), "query_norm", "batch"),
+        (dict(SINGLE, selector=PKMFFN.Config(query_dim=5)), "query_dim", 5),
+        (dict(selector="base"), "active_blocks", 4),
+        (dict(selector="gshard", active_blocks=1), "active_blocks", 1),
+        (dict(selector=SAMPLED), "second_expert", "sampled"),
+        (dict(selector=GShard.Config("nothing")), "second_expert", "nothing"),
     ],
 )
 def test_refused_in_one_line(changes, field, value):
@@ -84,12 +119,43 @@ def test_num_params_are_those_of_the_module(case, bias):
     assert memory.config.num_params() == sum(p.numel() for p in memory.parameters())
 
 
-@pytest.mark.parametrize("case", CASES)
+FIXED = ["hash_layer", "hash_layer-bigram", "base", "gshard-sampled"]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in FIXED])
 def test_cost_of_every_token_using_everything(case):
     config = build(case).config
-    if config.selector_class is not HashLayer:
-        whole = dataclasses.replace(config, active_blocks=config.num_blocks)
-        assert whole.active_params() == whole.num_params() == config.num_params()
+    whole = dataclasses.replace(config, active_blocks=config.num_blocks)
+    assert whole.active_params() == whole.num_params() == config.num_params()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_active_params_are_those_that_one_token_reaches(case, bias):
+    """Rows of the tables that get a gradient from one token, and all of the selector's."""
+    if case == "gshard-sampled":
+        pytest.skip("counts the second block as used")
+    memory = build(case, activation=torch.exp, bias=bias, gate="none")
+    out = memory(torch.randn(1, 8).double(), torch.tensor([[3, 4]]))
+    out.output.sum().backward()
+    config, cells = memory.config, set(out.selection.blocks.flatten().tolist())
+    active = sum(p.numel() for p in memory.selector.parameters())
+    for name in ("keys", "key_bias", "values"):
+        if (table := getattr(memory, name)) is not None:
+            reached = table.grad.reshape(config.num_blocks, -1).any(dim=1)
+            assert set(reached.nonzero().flatten().tolist()) == cells
+            rows = (
+                config.num_blocks if name != "values" and scores_every_key(config) else len(cells)
+            )
+            active += rows * table[0].numel() * config.block_size
+    if bias:
+        active += memory.value_bias.numel()
+    duplicates = config.active_blocks - len(cells)  # counted once for each head
+    assert config.active_params() == active + duplicates * 8
+
+
+def scores_every_key(config):
+    return config.selector_class.scores_every_key
 
 
 @pytest.mark.parametrize(
@@ -105,22 +171,78 @@ def test_cost_of_every_token_using_everything(case):
             2 * 4 * 8 + 4 * 16 * 8,
         ),
         (dict(HASH, block_size=16), 2 * 64 * 8 + 64 + 8, 2 * 16 * 8 + 16 + 8, 4 * 16 * 8),
+        # All keys take part; the active ones are computed once.
+        (
+            dict(selector="vanilla_m"),
+            2 * 64 * 8 + 64 + 8,
+            64 * 8 + 16 * 8 + 64 + 8,
+            2 * 64 * 8 + 2 * 16 * 8,
+        ),
+        # Rank 3: 8 x 3 and 3 x 64, and a bias per cell.
+        (
+            dict(selector=LoRKM.Config(rank=3)),
+            64 * 8 + 8 + 3 * 72 + 64,
+            16 * 8 + 8 + 3 * 72 + 64,
+            2 * 3 * 72 + 2 * 16 * 8,
+        ),
+        # 4 heads with queries of 4, layer norm over 4, 8 + 8 sub-keys of 2 a head; 8 of 64 cells.
+        (
+            dict(selector="pkm", block_size=1, active_blocks=8),
+            64 * 8 + 8 + 4 * 4 * 9 + 2 * 4 + 4 * 16 * 2,
+            8 * 8 + 8 + 4 * 4 * 9 + 2 * 4 + 4 * 16 * 2,
+            2 * 4 * 4 * 8 + 2 * 4 * 16 * 2 + 2 * 8 * 8,
+        ),
+        # One head, query of 6, no norm, 8 + 8 sub-keys of 3.
+        (
+            dict(selector=PKMFFN.Config(6, "none"), block_size=1, active_blocks=8),
+            2 * 64 * 8 + 64 + 8 + 6 * 9 + 16 * 3,
+            2 * 8 * 8 + 8 + 8 + 6 * 9 + 16 * 3,
+            2 * 6 * 8 + 2 * 16 * 3 + 4 * 8 * 8,
+        ),
+        (
+            dict(selector="rand_hash", vocab_size=10),
+            2 * 64 * 8 + 64 + 8,
+            2 * 16 * 8 + 16 + 8,
+            4 * 16 * 8,
+        ),
+        (
+            dict(selector="gshard"),
+            2 * 64 * 8 + 64 + 8 + 16 * 8,
+            2 * 16 * 8 + 16 + 8 + 16 * 8,
+            2 * 16 * 8 + 4 * 16 * 8,
+        ),
     ],
-    ids=["avgk", "without bias", "switch", "hash_layer"],
+    ids=[
+        *("avgk", "without bias", "switch", "hash_layer", "vanilla_m"),
+        *("lorkm", "pkm", "pkm_ffn", "rand_hash", "gshard"),
+    ],
 )
 def test_cost_by_hand(changes, params, active, flops):
     config = MemoryConfig(**{**SIZES, **changes})
     assert config.num_params() == params
     assert config.active_params() == active
     assert config.flops_per_token() == flops
-    assert config.selection_flops_per_token() == flops - 4 * config.active_cells * 8
+    tables = 2 if config.selector_class.key_table == "full" else 1
+    assert config.selection_flops_per_token() == flops - 2 * tables * config.active_cells * 8
 
 
 @pytest.mark.parametrize(
-    ("selector", "gate"), [("avgk", "none"), ("switch", "softmax"), ("hash_layer", "none")]
+    ("case", "gate"),
+    [
+        ("avgk-g4", "none"),
+        ("vanilla_m-g1", "none"),
+        ("lorkm-g1", "none"),
+        ("pkm", "none"),
+        ("pkm_ffn", "sigmoid"),
+        ("rand_hash", "none"),
+        ("hash_layer", "none"),
+        ("switch-top1", "softmax"),
+        ("gshard", "renormalized"),
+        ("base", "sigmoid"),
+    ],
 )
-def test_default_gate(selector, gate):
-    assert MemoryConfig(**{**SIZES, **HASH, "selector": selector}).gate_name == gate
+def test_default_gate(case, gate):
+    assert build(case).config.gate_name == gate
 
 
 @pytest.mark.parametrize("options", [AvgK.Config(), AvgK.Config(exclude_bias=True)])
@@ -138,9 +260,11 @@ def test_any_function_is_an_activation():
     torch.testing.assert_close(memory(x).output, torch.sin(x @ memory.keys.t()) @ memory.values)
 
 
-@pytest.mark.parametrize("selector", ["avgk", AvgK.Config(exclude_bias=True), "switch"])
+@pytest.mark.parametrize(
+    "selector", ["avgk", AvgK.Config(exclude_bias=True), "switch", LoRKM.Config(rank=3), BIGRAM]
+)
 def test_pickles(selector):
-    config = MemoryConfig(**SIZES, selector=selector)
+    config = MemoryConfig(**{**SIZES, **HASH, "selector": selector})
     assert pickle.loads(pickle.dumps(config)) == config
 
 
