@@ -22,5 +22,6 @@ setup(
         "plots": ["matplotlib"],
         "tests": ["pytest", "ruff", "mypy", "tensorboardX"],
     },
+    entry_points={"console_scripts": ["fairseq-sffn = fairseq_sffn.tools.cli:main"]},
     classifiers=["Programming Language :: Python :: 3.11"],
 )

@@ -11,47 +11,121 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fairseq_sffn.tools.cost import Cost, model_cost
+from fairseq_sffn.tools import cost
+from fairseq_sffn.tools.cost import Cost, cost_by_part, dense_counterpart, model_cost, total
 
-LAYERS, BLOCKS, EXPANSION = 2, {"avgk": 64, "switch": 16, "hash_layer": 16}, 16
+LAYERS, CELLS = 2, 16 * FFN
 CONTEXT = 12
+
+TIED = {tied: {"share_decoder_input_output_embed": tied} for tied in (True, False)}
+UNEQUAL = {"decoder_input_dim": 8, "decoder_output_dim": 24} | TIED[False]
+
+# Of the sparse layer of a small model, by hand.
+OWN_KEYS = ("lorkm", "pkm", "pkm_4d")
+ACTIVE_CELLS = {"pkm": 16, "gshard_8d": 2 * FFN}
+RANK, QUERY, SUB_KEYS = 2, 8, 16 + 32
+
+
+def product_keys(heads: int) -> tuple[int, int]:
+    """Parameters and FLOPs of the query network and the sub-keys, of half a query each."""
+    queries, sub_keys = heads * QUERY, heads * SUB_KEYS * QUERY // 2
+    return queries * (WIDTH + 1) + 2 * QUERY + sub_keys, 2 * WIDTH * queries + 2 * sub_keys
+
+
+SELECTION = {
+    "avgk": (0, 2 * 64 * WIDTH),
+    "vanilla_m": (0, 2 * (CELLS - FFN) * WIDTH),
+    "lorkm": (RANK * (WIDTH + CELLS) + CELLS, 2 * RANK * (WIDTH + CELLS)),
+    "pkm": product_keys(heads=4),
+    "pkm_4d": product_keys(heads=4),
+    "pkm_ffn": product_keys(heads=1),
+    "rand_hash": (0, 0),
+    "hash_layer": (0, 0),
+    "switch": (16 * WIDTH, 2 * 16 * WIDTH),
+    "gshard": (32 * WIDTH, 2 * 32 * WIDTH),
+    "gshard_8d": (16 * WIDTH, 2 * 16 * WIDTH),
+    "base": (16 * WIDTH, 2 * 16 * WIDTH),
+}
+"""Method -> parameters and FLOPs of choosing the blocks."""
+
+
+def memory_by_hand(method: str) -> Cost:
+    """Of a memory without its selection."""
+    active = ACTIVE_CELLS.get(method, FFN)
+    tables = 1 if method in OWN_KEYS else 2
+
+    def params(keys: int, values: int) -> int:
+        return (tables - 1) * keys * (WIDTH + 1) + values * WIDTH + WIDTH
+
+    scored = CELLS if method == "vanilla_m" else active
+    return Cost(params(CELLS, CELLS), params(scored, active), 2 * tables * active * WIDTH)
+
+
+def always_active(params: int, flops: int) -> Cost:
+    return Cost(params, params, flops)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("method", METHODS)
 def test_cost_by_hand(method, tied):
     """One dense layer; another that is sparse unless all are dense."""
-    model = small_lm(method, share_decoder_input_output_embed=tied)
-    attention = 4 * (WIDTH * WIDTH + WIDTH)
-    norms = 2 * 2 * WIDTH
-    dense_ffn = 2 * FFN * WIDTH + FFN + WIDTH
+    model = small_lm(method, **TIED[tied])
+    sparse = method != "dense"
+    ffn = always_active(2 * FFN * WIDTH + FFN + WIDTH, 2 * 2 * FFN * WIDTH)
     embeddings = TYPES * WIDTH * (1 if tied else 2)
-    dense = embeddings + LAYERS * (attention + norms + dense_ffn) + 2 * WIDTH
-    idle = 0 if method == "dense" else (EXPANSION - 1) * (2 * FFN * WIDTH + FFN)
-    router = 16 * WIDTH if method == "switch" else 0
-
-    layer_flops = 2 * 4 * WIDTH * WIDTH + 2 * 2 * CONTEXT * WIDTH + 2 * 2 * FFN * WIDTH
-    selection = 2 * BLOCKS[method] * WIDTH if method in ("avgk", "switch") else 0
-    flops = LAYERS * layer_flops + selection + 2 * TYPES * WIDTH
-    expected = Cost(dense + idle + router, dense + router, flops)
-    assert model_cost(model, CONTEXT) == expected
+    attention_flops = 2 * 4 * WIDTH * WIDTH + 2 * 2 * CONTEXT * WIDTH
+    expected = {
+        "attention": always_active(LAYERS * 4 * (WIDTH * WIDTH + WIDTH), LAYERS * attention_flops),
+        "dense_ffn": ffn if sparse else ffn + ffn,
+        "selection": always_active(*SELECTION[method]) if sparse else Cost(),
+        "memory": memory_by_hand(method) if sparse else Cost(),
+        "vocabulary": always_active(embeddings, 2 * TYPES * WIDTH),
+        "other": always_active((2 * LAYERS + 1) * 2 * WIDTH, 0),
+    }
+    assert cost_by_part(model, CONTEXT) == expected
+    assert model_cost(model, CONTEXT) == total(expected)
+    assert total(expected).params == sum(parameter.numel() for parameter in model.parameters())
+    assert dense_counterpart(model, CONTEXT) == cost_by_part(
+        small_lm("dense", **TIED[tied]), CONTEXT
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", [(1, CONTEXT), (3, CONTEXT)])
-def test_flops_are_those_that_pytorch_counts(method, shape):
+@pytest.mark.parametrize(
+    ("shape", "options"), [((1, CONTEXT), {}), ((3, CONTEXT), {}), ((2, CONTEXT), UNEQUAL)]
+)
+def test_flops_are_those_that_pytorch_counts(method, shape, options, monkeypatch):
     """The matrix products of a forward pass, as plain ones: the counter knows neither fused
     attention on a CPU nor grouped products. Attention is counted over the whole square of
-    ``CONTEXT`` positions, its causal mask left out, as is usual. Means over tokens for the balance
-    and z losses, which are products too, are no part of the cost."""
-    options = {} if method == "dense" else {"sffn_engine": "loop"}
-    model = small_lm(method, **options).eval()
+    ``CONTEXT`` positions, its causal mask left out, as is usual. The balance and z losses, which
+    take products too, are no part of the cost, and are left out."""
+    for loss in ("balance_loss", "z_loss"):
+        monkeypatch.setattr(f"fairseq_sffn.memory.sparse_memory.{loss}", lambda *_: torch.zeros(()))
+    engine = {} if method == "dense" else {"sffn_engine": "loop"}
+    model = small_lm(method, **engine, **options).eval()
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(random_tokens(*shape))
-    losses = 2 * (BLOCKS[method] + 1) if method in ("avgk", "switch") else 0
-    per_token = model_cost(model, CONTEXT).flops_per_token + losses
+    per_token = model_cost(model, CONTEXT).flops_per_token
     assert counter.get_total_flops() == shape[0] * CONTEXT * per_token
+
+
+def test_maps_between_unequal_widths_are_other_and_not_recomputed():
+    model = small_lm("avgk", **UNEQUAL, decoder_learned_pos=True, no_decoder_final_norm=True)
+    other = cost_by_part(model, CONTEXT)["other"]
+    positions = model.decoder.embed_positions.weight.numel()
+    assert other.params == 8 * WIDTH + WIDTH * 24 + positions + 2 * LAYERS * 2 * WIDTH
+    assert other.flops_per_token == 2 * (8 * WIDTH + WIDTH * 24)
+    parts = cost_by_part(model, CONTEXT)
+    once = total(parts).flops_per_token
+    layers = once - other.flops_per_token - 2 * TYPES * 24
+    assert cost.training_flops_per_token(parts) == 3 * once + layers
+
+
+def test_mean_keys_take_an_addition_for_each_number_in_the_key_table():
+    assert cost.mean_keys_flops(small_lm("avgk", sffn_freq=1)) == LAYERS * CELLS * WIDTH
+    for method in ("dense", "switch", "vanilla_m", "rand_hash"):
+        assert cost.mean_keys_flops(small_lm(method)) == 0
 
 
 def test_cost_of_checkpointed_activations_is_the_same():
@@ -78,42 +152,56 @@ def paper(method: str, **options: Any) -> nn.Module:
         return build(config, types=51200)
 
 
-def training_flops(model: nn.Module) -> int:
-    """Of a token: forward and backward, and once more forward of the layers, whose activations are
-    recomputed (Narayanan et al. 2021)."""
-    vocabulary = 2 * model.decoder.output_projection.weight.numel()
-    return 4 * (model_cost(model, 2048).flops_per_token - vocabulary) + 3 * vocabulary
+def figures(model: nn.Module) -> dict[str, Any]:
+    return cost.cost_figures(model, 2048, tokens=60e9)
 
 
 @pytest.fixture(scope="module")
-def dense() -> nn.Module:
-    return paper("dense")
+def dense() -> dict[str, Any]:
+    return figures(paper("dense"))
 
 
 def test_training_the_dense_model_on_60_billion_tokens(dense):
-    assert model_cost(dense, 2048).params == 354_740_224
-    assert model_cost(dense, 2048).active_params == 354_740_224
-    assert round(60e9 * training_flops(dense) / 1e21, 4) == 0.2121
+    assert dense["params"] == dense["active_params"] == 354_740_224
+    assert round(dense["train_zettaflops"], 4) == 0.2121
     layers, width, context, types = 24, 1024, 2048, 51200
     factor = 1 + context / (6 * width) + types / (16 * layers * width)
-    assert training_flops(dense) == pytest.approx(96 * layers * width**2 * factor, rel=1e-12)
+    by_formula = 96 * 60e9 * layers * width**2 * factor / 1e21
+    assert dense["train_zettaflops"] == pytest.approx(by_formula, rel=1e-12)
+    assert dense["selection_share"] == dense["overhead_vs_dense"] == 0
 
 
 @pytest.mark.parametrize(
     ("block_size", "percent"), [(4096, 0.01), (1024, 0.06), (256, 0.24), (64, 0.95), (16, 3.8)]
 )
 def test_share_of_selection(dense, block_size, percent):
-    model = paper("avgk", sffn_block_size=block_size)
-    selection = 4 * model.memory_config.selection_flops_per_token()  # in 4 of 24 layers
-    share = 100 * 4 * selection / training_flops(dense)
-    assert share == pytest.approx(percent, abs=0.005 if percent < 1 else 0.05)
+    avgk = figures(paper("avgk", sffn_block_size=block_size))
+    within = 0.005 if percent < 1 else 0.05
+    assert 100 * avgk["selection_share"] == pytest.approx(percent, abs=within)
     # Which is all that the sparse model costs more, and its parameters stay the same.
-    assert training_flops(model) - training_flops(dense) == 4 * selection
-    assert model_cost(model, 2048).params == 858_302_464
-    assert model_cost(model, 2048).active_params == model_cost(dense, 2048).active_params
+    assert avgk["overhead_vs_dense"] == avgk["selection_share"]
+    more = avgk["train_zettaflops"] / dense["train_zettaflops"] - 1
+    assert avgk["overhead_vs_dense"] == pytest.approx(more, rel=1e-9)
+    assert avgk["params"] == 858_302_464
+    assert avgk["active_params"] == dense["active_params"]
+    assert avgk["mean_keys_flops_per_step"] == 4 * 65536 * 1024
+
+
+def test_vanilla_m_scores_all_keys_but_reuses_the_active_ones():
+    vanilla_m = figures(paper("vanilla_m"))
+    assert round(100 * vanilla_m["overhead_vs_dense"], 1) == 56.9
+    assert vanilla_m["selection_share"] == vanilla_m["overhead_vs_dense"]
+    assert round(vanilla_m["train_zettaflops"], 3) == 0.333
+    assert vanilla_m["params"] == 858_302_464
 
 
 def test_a_switch_router_is_active(dense):
-    cost = model_cost(paper("switch"), 2048)
-    assert cost.params == 858_302_464 + 65_536
-    assert cost.active_params == model_cost(dense, 2048).active_params + 65_536
+    switch = figures(paper("switch"))
+    assert switch["params"] == 858_302_464 + 65_536
+    assert switch["active_params"] == dense["active_params"] + 65_536
+
+
+def test_hash_layers_cost_what_a_dense_model_costs(dense):
+    hash_layer = figures(paper("hash_layer"))
+    assert hash_layer["train_zettaflops"] == dense["train_zettaflops"]
+    assert hash_layer["selection_share"] == hash_layer["overhead_vs_dense"] == 0
