@@ -20,10 +20,12 @@ from fairseq_cli import hydra_train as hydra_command
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from fairseq_sffn.models.transformer_lm import METHODS
+
 ROOT = Path(__file__).parents[1]
 USER_DIR = str(ROOT / "fairseq_sffn")
 EXAMPLES = ROOT / "examples"
-MODELS = ("dense", "avgk", "switch", "hash_layer")
+MODELS = ("dense", *(method.name for method in METHODS if method.selector))
 SMALL = (
     *("--decoder-layers", "2", "--decoder-embed-dim", "16", "--decoder-ffn-embed-dim", "32"),
     *("--decoder-attention-heads", "2"),
@@ -31,6 +33,8 @@ SMALL = (
 """Makes a ``_tiny`` model smaller still."""
 OF_MODEL = {
     "avgk": ("--sffn-block-size", "8"),
+    "rand_hash": ("--sffn-block-size", "8"),
+    "pkm": ("--sffn-active-blocks", "16"),
     "sffn": ("--sffn-selector", "avgk", "--sffn-block-size", "8", "--sffn-gate", "sigmoid"),
 }
 """What a model needs besides."""

@@ -341,7 +341,6 @@ def test_layers_kept_at_evaluation_are_as_they_were_trained(data_bin: Path, tmp_
     assert list(extra["routing"]) == ["layer1"]
 
 
-@pytest.mark.xfail(strict=True, reason="fairseq sorts the layers, the sparse decoder does not")
 def test_layers_kept_in_any_order(data_bin: Path, tmp_path: Path) -> None:
     commands.train(data_bin, tmp_path, "switch", "--decoder-layers", "4", "--max-update", "2")
     sorted_order, other_order = (
@@ -386,6 +385,8 @@ SMALLER = (
 """What ``commands.train`` sets, for hydra."""
 OF_MODEL = {
     "avgk": ("+model.sffn_block_size=8",),
+    "rand_hash": ("+model.sffn_block_size=8",),
+    "pkm": ("model.sffn_active_blocks=16",),
     "sffn": (
         *("+model.sffn_selector=avgk", "+model.sffn_block_size=8"),
         "+model.sffn_gate=sigmoid",

@@ -80,7 +80,8 @@ def test_resume_with_update_freq(model: str, data_bin: Path, tmp_path: Path) -> 
     assert_identical(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("model", commands.MODELS)
+# BASE assigns the tokens of a micro-batch.
+@pytest.mark.parametrize("model", [model for model in commands.MODELS if model != "base"])
 def test_update_freq_is_a_larger_batch(model: str, data_bin: Path, tmp_path: Path) -> None:
     """fairseq groups consecutive batches, and with ``--curriculum`` they keep the order of the
     sentences, so that batches 2i and 2i + 1 of 16 are batch i of 32. What is left is rounding: with

@@ -254,6 +254,13 @@ def build_memory_config(
         )
     except ConfigError as error:
         name = flag(names.get(error.field, error.field))
+        if error.field == "active_blocks" and args.sffn_active_blocks is None:
+            blocks = (
+                f"{active_blocks} active blocks, as many as make --{side}-ffn-embed-dim {width}"
+            )
+            raise UsageError(
+                f"--sffn-block-size {block_size}: needs {blocks}, but {error.reason}"
+            ) from error
         raise UsageError(f"{name} {error.value}: {error.reason}") from error
 
 
