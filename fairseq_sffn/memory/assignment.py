@@ -32,6 +32,9 @@ def balanced_assignment(scores_NB: Tensor, tolerance: float = TOLERANCE) -> Tens
     """
     num_tokens, num_blocks = scores_NB.shape
     scores_NB = scores_NB.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    if scores_NB.numel():
+        # Squares of scores of any scale then neither overflow nor vanish.
+        scores_NB = scores_NB / scores_NB.abs().max().clamp(min=torch.finfo(torch.double).tiny)
     spread = scores_NB.std(correction=0) if scores_NB.numel() else scores_NB.new_zeros(())
     if num_blocks < 2 or spread == 0:  # nothing to choose
         return torch.arange(num_tokens, device=scores_NB.device) % num_blocks

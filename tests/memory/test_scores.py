@@ -1,0 +1,143 @@
+"""Scores of product keys against the sums that they stand for."""
+
+import pytest
+import torch
+
+from fairseq_sffn.memory.balance import balance_loss, z_loss
+from fairseq_sffn.memory.gate import GATES
+from fairseq_sffn.memory.scores import ProductScores, Scores
+
+DOUBLE = torch.float64
+SIZES = [(1, 1, 1), (1, 7, 3), (7, 1, 7), (2, 3, 6), (3, 4, 5), (4, 9, 20), (16, 16, 16), (5, 8, 1)]
+
+
+def product_scores(num_tokens, heads, left, right, dtype=DOUBLE):
+    scores = ProductScores(
+        torch.randn(num_tokens, heads, left).to(dtype).requires_grad_(),
+        torch.randn(num_tokens, heads, right).to(dtype).requires_grad_(),
+    )
+    return scores, summed(scores)
+
+
+def summed(scores):
+    """One dense score for each head."""
+    sums_NHLR = scores.left.unsqueeze(3) + scores.right.unsqueeze(2)
+    return [Scores(logits_NB) for logits_NB in sums_NHLR.flatten(2).unbind(1)]
+
+
+def close(actual, expected, tolerance=1e-12):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+def assert_same(actual, expected, scores):
+    """Equal, and so are the gradients of the halves."""
+    close(actual, expected)
+    cotangent, halves = torch.randn_like(expected), (scores.left, scores.right)
+    for got, wanted in zip(
+        torch.autograd.grad(actual, halves, cotangent),
+        torch.autograd.grad(expected, halves, cotangent),
+        strict=True,
+    ):
+        close(got, wanted)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize(("left", "right", "each"), SIZES)
+def test_top_is_that_of_all_sums(left, right, each, heads):
+    scores, dense = product_scores(6, heads, left, right)
+    expected = torch.cat([head.top(each) for head in dense], dim=1)
+    top = scores.top(heads * each)
+    assert top.dtype == torch.int64
+    assert torch.equal(top, expected)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_top_of_any_size(seed):
+    torch.manual_seed(seed)
+    left, right = torch.randint(1, 12, (2,)).tolist()
+    each = int(torch.randint(1, left * right + 1, (1,)))
+    scores, (dense,) = product_scores(4, 1, left, right)
+    assert torch.equal(scores.top(each), dense.top(each))
+
+
+@pytest.mark.parametrize(("left", "right", "each"), SIZES)
+def test_top_where_many_are_equal(left, right, each):
+    scores = ProductScores(
+        torch.randint(2, (20, 2, left)).double(), torch.randint(3, (20, 2, right)).double()
+    )
+    blocks_NHa = scores.top(2 * each).unflatten(1, (2, each))
+    sums_NHa = scores.of(blocks_NHa.flatten(1)).unflatten(1, (2, each))
+    for h, dense in enumerate(summed(scores)):
+        assert torch.equal(sums_NHa[:, h], dense.logits.topk(each).values)
+    assert all(len(set(row)) == each for row in blocks_NHa.flatten(0, 1).tolist())
+
+
+@pytest.mark.parametrize(("left", "right", "each"), [(3, 4, 5), (1, 7, 3)])
+def test_one_head_is_a_dense_score(left, right, each):
+    scores, (dense,) = product_scores(6, 1, left, right)
+    blocks_NA = scores.top(each)
+    valid_N = torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.bool)
+    counts_B = torch.randint(5, (left * right,))
+    assert_same(scores.of(blocks_NA), dense.of(blocks_NA), scores)
+    assert_same(scores.log_probs(blocks_NA), dense.log_probs(blocks_NA), scores)
+    assert_same(scores.log_partition(), dense.log_partition(), scores)
+    for gate in ("softmax", "renormalized", "sigmoid"):
+        assert_same(GATES[gate](scores, blocks_NA), GATES[gate](dense, blocks_NA), scores)
+    for valid in (None, valid_N, torch.zeros_like(valid_N)):
+        assert_same(scores.mean_probs(valid), dense.mean_probs(valid), scores)
+        assert_same(
+            balance_loss(scores, counts_B, valid), balance_loss(dense, counts_B, valid), scores
+        )
+        assert_same(z_loss(scores, valid), z_loss(dense, valid), scores)
+
+
+@pytest.mark.parametrize("valid", [None, [1, 0, 1, 1, 0, 1]])
+def test_heads_score_by_themselves_and_are_averaged(valid):
+    valid_N = None if valid is None else torch.tensor(valid, dtype=torch.bool)
+    scores, dense = product_scores(6, 3, 2, 4)
+    blocks_NA = scores.top(9)
+    of_heads = list(zip(dense, blocks_NA.split(3, dim=1), strict=True))
+    counts_B = torch.randint(5, (8,))
+
+    assert_same(scores.of(blocks_NA), torch.cat([d.of(b) for d, b in of_heads], 1), scores)
+    log_probs_NA = torch.cat([d.log_probs(b) for d, b in of_heads], dim=1)
+    assert_same(scores.log_probs(blocks_NA), log_probs_NA, scores)
+    assert_same(scores.log_partition(), torch.cat([d.log_partition() for d in dense], 1), scores)
+
+    def mean(values):
+        return torch.stack(values).mean(dim=0)
+
+    assert_same(scores.mean_probs(valid_N), mean([d.mean_probs(valid_N) for d in dense]), scores)
+    assert_same(
+        balance_loss(scores, counts_B, valid_N),
+        mean([balance_loss(d, counts_B, valid_N) for d in dense]),
+        scores,
+    )
+    assert_same(z_loss(scores, valid_N), mean([z_loss(d, valid_N) for d in dense]), scores)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_probabilities_are_at_least_fp32(dtype):
+    scores, (dense,) = product_scores(50, 1, 4, 8, dtype)
+    mean_B = scores.mean_probs(None)
+    assert mean_B.dtype == scores.log_partition().dtype == torch.float32
+    torch.testing.assert_close(mean_B, dense.mean_probs(None), rtol=0.01, atol=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(scores.mean_probs(None), mean_B)
+
+
+def test_huge_scores_stay_finite():
+    scores, _ = product_scores(6, 2, 3, 4)
+    scores = ProductScores(1e4 * scores.left, 1e4 * scores.right)
+    assert scores.mean_probs(None).isfinite().all()
+    assert float(scores.mean_probs(None).sum()) == pytest.approx(1.0)
+    assert scores.log_probs(scores.top(4)).exp().isfinite().all()
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_no_tokens(heads):
+    scores, _ = product_scores(0, heads, 3, 4)
+    assert scores.top(4 * heads).shape == (0, 4 * heads)
+    assert scores.log_probs(scores.top(2)).shape == (0, 2)
+    assert (scores.mean_probs(None) == torch.zeros(12)).all()
+    assert z_loss(scores, None) == 0
