@@ -4,6 +4,7 @@
 #
 #   bash examples/quickstart.sh                          everything
 #   QUICKSTART_UPDATES=100 bash examples/quickstart.sh   shorter training
+#   QUICKSTART_MODELS="dense avgk pkm_ffn" bash examples/quickstart.sh   other models
 #
 # Results are in runs/quickstart. A second run reuses what was made with the same settings and code.
 set -euo pipefail
@@ -13,6 +14,16 @@ cd "$(dirname "$0")/.."
 UPDATES=${QUICKSTART_UPDATES:-500}
 [[ $UPDATES =~ ^[1-9][0-9]*$ ]] ||
     { echo "QUICKSTART_UPDATES=$UPDATES: must be a positive whole number" >&2; exit 1; }
+MODELS=${QUICKSTART_MODELS:-dense hash_layer switch avgk}
+python -W ignore - $MODELS <<'END'
+import sys
+from fairseq_sffn.models.transformer_lm import METHODS
+
+known = ["dense", *(method.name for method in METHODS if method.selector)]
+for name in sys.argv[1:]:
+    if name not in known:
+        sys.exit(f"QUICKSTART_MODELS: {name} is none of {', '.join(known)}")
+END
 SEED=1
 RUNS=runs/quickstart
 DATA=$RUNS/data/bin
@@ -92,15 +103,18 @@ run_model() {
 export OMP_NUM_THREADS=1
 set -m
 trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done' EXIT
-for pair in "dense hash_layer" "switch avgk"; do
+set -- $MODELS
+while [ $# -gt 0 ]; do
+    pair=${*:1:2}
+    shift $(($# > 1 ? 2 : 1))
     echo "== $pair"
     jobs=()
     for model in $pair; do
-        run_model $model &
+        run_model "$model" &
         jobs+=($!)
     done
     for job in "${jobs[@]}"; do wait "$job"; done
 done
 
 echo "== results: $RUNS/results.json, $RUNS/perplexity.png"
-python -W ignore examples/quickstart/report.py --runs $RUNS --data $DATA
+python -W ignore examples/quickstart/report.py --runs $RUNS --data $DATA --models $MODELS

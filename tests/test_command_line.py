@@ -386,7 +386,7 @@ SMALLER = (
 OF_MODEL = {
     "avgk": ("+model.sffn_block_size=8",),
     "rand_hash": ("+model.sffn_block_size=8",),
-    "pkm": ("model.sffn_active_blocks=16",),
+    "pkm": ("+model.sffn_active_blocks=16",),
     "sffn": (
         *("+model.sffn_selector=avgk", "+model.sffn_block_size=8"),
         "+model.sffn_gate=sigmoid",

@@ -10,8 +10,16 @@ from pathlib import Path
 import commands
 import pytest
 
+from fairseq_sffn.models.transformer_lm import METHODS
+from fairseq_sffn.tools.cost import build_language_model, cost_figures
+
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+COSTS = re.compile(
+    r"^\| `(\w+)` \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([+-][\d.]+%) \|$", re.M
+)
+"""A row of the table of costs."""
 
 
 def test_added_selection_method_trains(tmp_path: Path, data_bin: Path) -> None:
@@ -49,3 +57,22 @@ def test_added_selection_method_trains(tmp_path: Path, data_bin: Path) -> None:
 def test_memory_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
     exec(BLOCKS[2], {})
     assert "torch.Size([8, 128, 256]) torch.Size([1024, 16])" in capsys.readouterr().out
+
+
+def cost_row(method: str) -> tuple[str, ...]:
+    """A row of README's table of costs, as ``fairseq-sffn cost`` has it."""
+    model = build_language_model(f"transformer_lm_{method}_gpt3_medium", 51200, 2048, [])
+    cost = cost_figures(model, context=2048, tokens=60e9)
+    return (
+        method,
+        f"{cost['params']:,}",
+        f"{cost['active_params']:,}",
+        f"{cost['flops_per_token'] / 1e9:.3f}",
+        f"{cost['train_zettaflops']:.4f}",
+        f"{cost['overhead_vs_dense']:+.2%}",
+    )
+
+
+def test_the_costs_are_what_the_command_gives() -> None:
+    methods = ["dense", *(method.name for method in METHODS if method.selector)]
+    assert COSTS.findall(README) == [cost_row(method) for method in methods]

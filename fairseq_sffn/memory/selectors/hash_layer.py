@@ -105,7 +105,7 @@ def balanced_table(counts: Sequence[int], num_blocks: int) -> Tensor:
     Returns:
         (V,) int64, the block of each token id.
     """
-    table_V = torch.empty(len(counts), dtype=torch.int64)
+    table_V = torch.empty(len(counts), dtype=torch.int64, device="cpu")
     by_frequency = sorted(range(len(counts)), key=lambda token: -counts[token])
     occurring = [token for token in by_frequency if counts[token]]
     loads = [(0, block) for block in range(num_blocks)]
