@@ -41,6 +41,7 @@ def apply() -> None:
     evaluate_at_the_model_context()
     leave_finished_runs_alone()
     copy_integers_into_moving_averages()
+    keep_versions_in_moving_averages()
     deal_the_same_batches_when_resumed()
 
 
@@ -219,6 +220,21 @@ def copy_integers_into_moving_averages() -> None:
 
     original = EMA.__init__
     _replace_once(EMA, "__init__", __init__)
+
+
+def keep_versions_in_moving_averages() -> None:
+    """``--store-ema`` updates its model without the modules' versions, which a Transformer takes
+    for those of an old checkpoint, and drops its last layer norm. Can go when fairseq gives
+    them."""
+
+    @functools.wraps(EMA.restore)
+    def restore(self: EMA, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        own = self.model.state_dict()
+        versions = {key: own[key] for key in own if key.endswith("version")}
+        original(self, {**versions, **state_dict}, *args, **kwargs)
+
+    original = EMA.restore
+    _replace_once(EMA, "restore", restore)
 
 
 def deal_the_same_batches_when_resumed() -> None:

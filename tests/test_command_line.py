@@ -286,7 +286,6 @@ def test_ema_is_stored(model: str, data_bin: Path, tmp_path: Path) -> None:
     assert not torch.equal(average, state["model"][name])
 
 
-@pytest.mark.xfail(strict=True, reason="fairseq forgets the version of the decoder, then the norm")
 def test_ema_has_every_parameter(data_bin: Path, tmp_path: Path) -> None:
     commands.train(data_bin, tmp_path, "avgk", "--store-ema", "--max-update", "1")
     state = last_checkpoint(tmp_path)
