@@ -2,7 +2,7 @@ import pytest
 import torch
 from oracle import VOCAB_SIZE, build, close, tokens
 
-from fairseq_sffn.memory import ConfigError
+from fairseq_sffn.memory import ConfigError, SelectorInput
 from fairseq_sffn.memory.selectors.hash_layer import HashLayer, balanced_table
 
 BALANCED = HashLayer.Config(table="balanced")
@@ -120,3 +120,85 @@ def test_a_memory_takes_its_table_from_the_counts():
 
 def test_fewer_ids_than_blocks():
     assert sorted(balanced_table([3, 2, 1], 8).tolist()) == [0, 1, 2]
+
+
+def test_one_id():
+    for table in ("random", "balanced", "bigram"):
+        options = dict(selector=HashLayer.Config(table=table), vocab_size=1, token_counts=[5])
+        memory, (x, _) = build("hash_layer", **options), tokens(6)
+        blocks_NA = memory(x, torch.zeros(6, 2, dtype=torch.int64)).selection.blocks
+        assert len(blocks_NA.unique()) == 1
+
+
+# Bigram tables
+
+
+def bigram_blocks(memory, vocab_size=VOCAB_SIZE):
+    """The block of each bigram: (V, V), the current id last."""
+    ids = torch.arange(vocab_size)
+    pairs = torch.cartesian_prod(ids, ids)
+    selection = memory.selector(SelectorInput(torch.zeros(len(pairs), 8), token_ids=pairs))
+    return selection.blocks.view(vocab_size, vocab_size)
+
+
+def test_a_bigram_chooses_by_both_ids_and_their_order():
+    blocks_VV = bigram_blocks(build("hash_layer-bigram", num_cells=128, block_size=2))
+    assert (blocks_VV != blocks_VV[:1]).any() and (blocks_VV != blocks_VV[:, :1]).any()
+    # Of 45 pairs, 1 in 64 has one block for both orders.
+    upper = torch.ones_like(blocks_VV).triu(1).bool()
+    assert (blocks_VV == blocks_VV.t())[upper].sum() <= 5
+    assert blocks_VV.min() >= 0 and blocks_VV.max() < 64
+
+
+@pytest.mark.parametrize("num_blocks", [4, 6, 7])
+def test_bigrams_use_every_block_about_equally(num_blocks):
+    memory = build(
+        "hash_layer-bigram", num_cells=num_blocks, block_size=1, vocab_size=500
+    )  # 250,000 bigrams
+    blocks_VV = bigram_blocks(memory, 500)
+    counts = torch.bincount(blocks_VV.flatten(), minlength=num_blocks)
+    assert len(counts) == num_blocks
+    assert (counts / counts.double().mean() - 1).abs().max() < 0.02
+    # So do those of one current id, and those after one id.
+    for rows in (blocks_VV, blocks_VV.t()):
+        for row in rows[:20]:
+            shares = torch.bincount(row, minlength=num_blocks) / 500
+            assert (shares - 1 / num_blocks).abs().max() < 5 * (0.25 / 500) ** 0.5
+
+
+def test_two_bigrams_share_a_block_as_often_as_by_chance():
+    blocks_VV = bigram_blocks(build("hash_layer-bigram", vocab_size=400), 400)
+    pairs = torch.randint(400, (4000, 2))
+    others = torch.randint(400, (4000, 2))
+    alike = blocks_VV[pairs[:, 0], pairs[:, 1]] == blocks_VV[others[:, 0], others[:, 1]]
+    assert abs(alike.double().mean() - 0.25) < 0.04
+
+
+def test_a_bigram_table_is_small_stored_and_restored():
+    memory, other = (build("hash_layer-bigram", vocab_size=50) for _ in range(2))
+    assert memory.selector.table.shape == (2, 50)
+    assert not torch.equal(bigram_blocks(memory, 50), bigram_blocks(other, 50))
+    other.load_state_dict(memory.state_dict())
+    assert torch.equal(bigram_blocks(memory, 50), bigram_blocks(other, 50))
+
+
+def test_other_tables_are_refused():
+    stored = build("hash_layer-bigram").state_dict()
+    with pytest.raises(RuntimeError, match=r"selector\.table"):
+        build("hash_layer").load_state_dict(stored)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("bad", [-1, VOCAB_SIZE])
+def test_bigrams_out_of_range_are_refused(bad, place):
+    memory, (x, token_ids) = build("hash_layer-bigram"), tokens(4)
+    token_ids[2, place] = bad
+    with pytest.raises(ConfigError, match=f"vocab_size {VOCAB_SIZE}: .*{bad}"):
+        memory(x, token_ids)
+
+
+def test_bigrams_need_two_ids():
+    memory, (x, token_ids) = build("hash_layer-bigram"), tokens(4)
+    with pytest.raises(ValueError, match="token_ids"):
+        memory(x, token_ids[:, 1])
+    assert memory.config.context_tokens == 2

@@ -45,3 +45,25 @@ def test_the_router_learns_from_the_output():
     memory, (x, _) = build("switch-top1"), tokens(8)
     (grad,) = torch.autograd.grad(memory(x).output.square().sum(), memory.selector.router)
     assert (grad != 0).any(dim=1).all()  # the softmax reaches blocks that nobody chose
+
+
+def test_a_router_of_mean_keys_is_avgk():
+    """What Switch selects by a router that is the mean keys, Avg-K selects without one."""
+    switch = build("switch-top1", gate="none")
+    avgk = build("switch-top1", selector="avgk")
+    with torch.no_grad():
+        switch.key_bias.zero_()
+        switch.selector.router.copy_(switch.keys.view(4, 8, 8).mean(dim=1))
+    avgk.load_state_dict({k: v for k, v in switch.state_dict().items() if "router" not in k})
+    x = tokens(40)[0].requires_grad_()
+    ours, theirs = switch(x), avgk(x)
+    assert torch.equal(ours.selection.blocks, theirs.selection.blocks)
+    close(ours.output, theirs.output)
+    close(ours.balance_loss, theirs.balance_loss)
+    cotangent = torch.randn_like(x)
+    grads = [
+        torch.autograd.grad(out.output, (x, m.keys, m.key_bias, m.values, m.value_bias), cotangent)
+        for out, m in ((ours, switch), (theirs, avgk))
+    ]
+    for got, wanted in zip(*grads, strict=True):
+        close(got, wanted)
