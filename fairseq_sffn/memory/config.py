@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -123,6 +124,9 @@ class MemoryConfig:
                 raise ConfigError("engine", self.engine, reason)
         if not 0 < self.init_scale < math.inf:
             raise ConfigError("init_scale", self.init_scale, "must be positive")
+        for name, choices in self.selector_options.choices().items():
+            if (value := getattr(self.selector_options, name)) not in choices:
+                raise ConfigError(name, value, f"is none of {', '.join(choices)}")
         self.selector_class.validate(self)
 
     @property
@@ -135,14 +139,16 @@ class MemoryConfig:
         return self.active_blocks * self.block_size
 
     @property
-    def selector_options(self) -> SelectorConfig:
+    def selector_options(self) -> Any:
+        """The selector's ``Config``."""
         if isinstance(self.selector, str):
             return Selector.registry[self.selector].Config()
         return self.selector
 
     @property
     def selector_class(self) -> type[Selector]:
-        return self.selector_options.selector_class
+        options: SelectorConfig = self.selector_options
+        return options.selector_class
 
     @property
     def gate_name(self) -> str:

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import (
+    TYPE_CHECKING,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from torch import Tensor, nn
 
@@ -63,6 +71,12 @@ class SelectorConfig:
     and metadata ``help``."""
 
     selector_class: ClassVar[type[Selector]]
+
+    @classmethod
+    def choices(cls) -> dict[str, tuple[str, ...]]:
+        """The values of each option that has a ``Literal`` type."""
+        hints = get_type_hints(cls).items()
+        return {name: get_args(kind) for name, kind in hints if get_origin(kind) is Literal}
 
 
 class Selector(nn.Module):

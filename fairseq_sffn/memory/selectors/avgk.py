@@ -36,9 +36,7 @@ class AvgK(Selector):
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__(config)
-        options = config.selector_options
-        assert isinstance(options, AvgK.Config)
-        self.exclude_bias = options.exclude_bias
+        self.exclude_bias = config.selector_options.exclude_bias
         self.block_size, self.active_blocks = config.block_size, config.active_blocks
         self._cache: tuple[Tensor, Tensor | None] | None = None
 

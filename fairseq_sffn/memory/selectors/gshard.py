@@ -37,9 +37,7 @@ class GShard(LearnedGate):
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__(config)
-        options = config.selector_options
-        assert isinstance(options, GShard.Config)
-        self.samples_second = options.second_expert == "sampled"
+        self.samples_second = config.selector_options.second_expert == "sampled"
 
     @classmethod
     def default_block_size(cls, ffn_embed_dim: int) -> int:
@@ -47,14 +45,10 @@ class GShard(LearnedGate):
 
     @classmethod
     def validate(cls, config: MemoryConfig) -> None:
-        options = config.selector_options
-        assert isinstance(options, GShard.Config)
-        if options.second_expert not in ("all", "sampled"):
-            raise ConfigError("second_expert", options.second_expert, "is none of all, sampled")
         if config.active_blocks < 2:
             reason = "gshard weighs blocks against each other and needs two; use switch for one"
             raise ConfigError("active_blocks", config.active_blocks, reason)
-        if options.second_expert == "sampled" and config.active_blocks != 2:
+        if config.selector_options.second_expert == "sampled" and config.active_blocks != 2:
             reason = f"is for two active blocks, not {config.active_blocks}"
             raise ConfigError("second_expert", "sampled", reason)
 

@@ -39,7 +39,7 @@ class HashLayer(Selector):
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__(config)
         options = config.selector_options
-        assert isinstance(options, HashLayer.Config) and config.vocab_size is not None
+        assert config.vocab_size is not None
         if options.table == "balanced":
             assert config.token_counts is not None
             table = balanced_table(config.token_counts, config.num_blocks)
@@ -52,19 +52,13 @@ class HashLayer(Selector):
 
     @classmethod
     def context_tokens(cls, config: MemoryConfig) -> int:
-        options = config.selector_options
-        assert isinstance(options, HashLayer.Config)
-        return 2 if options.table == "bigram" else 1
+        return 2 if config.selector_options.table == "bigram" else 1
 
     @classmethod
     def validate(cls, config: MemoryConfig) -> None:
-        options = config.selector_options
-        assert isinstance(options, HashLayer.Config)
         if config.active_blocks != 1:
             raise ConfigError("active_blocks", config.active_blocks, "hash_layer uses one block")
-        if options.table not in ("random", "balanced", "bigram"):
-            raise ConfigError("table", options.table, "is none of random, balanced, bigram")
-        if options.table == "balanced":
+        if config.selector_options.table == "balanced":
             if config.token_counts is None:
                 raise ConfigError("table", "balanced", "needs the counts of the tokens")
             if len(config.token_counts) != config.vocab_size:

@@ -40,13 +40,11 @@ class LoRKM(VanillaM):
 
     @classmethod
     def _rank(cls, config: MemoryConfig) -> int:
-        options = config.selector_options
-        assert isinstance(options, LoRKM.Config)
-        return max(1, config.embed_dim // 8) if options.rank is None else options.rank
+        rank = config.selector_options.rank
+        return max(1, config.embed_dim // 8) if rank is None else rank
 
     @classmethod
     def validate(cls, config: MemoryConfig) -> None:
-        super().validate(config)
         if not 1 <= cls._rank(config) <= config.embed_dim:
             raise ConfigError("rank", cls._rank(config), f"is not 1 to {config.embed_dim}")
 

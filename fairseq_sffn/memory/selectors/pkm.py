@@ -34,27 +34,18 @@ class PKM(ProductKeys):
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__(config)
-        options = config.selector_options
-        assert isinstance(options, PKM.Config)
-        self.uses_softmax = options.coefficients == "softmax"
+        self.uses_softmax = config.selector_options.coefficients == "softmax"
 
     @classmethod
     def _heads(cls, config: MemoryConfig) -> int:
-        options = config.selector_options
-        assert isinstance(options, PKM.Config)
-        return options.heads
+        return config.selector_options.heads
 
     @classmethod
     def validate(cls, config: MemoryConfig) -> None:
-        options = config.selector_options
-        assert isinstance(options, PKM.Config)
-        if options.heads < 1 or config.active_blocks % options.heads:
+        heads = config.selector_options.heads
+        if heads < 1 or config.active_blocks % heads:
             reason = f"does not divide the {config.active_blocks} active blocks"
-            raise ConfigError("heads", options.heads, reason)
-        if options.coefficients not in ("softmax", "activation"):
-            raise ConfigError(
-                "coefficients", options.coefficients, "is none of softmax, activation"
-            )
+            raise ConfigError("heads", heads, reason)
         super().validate(config)
 
     def forward(self, inputs: SelectorInput) -> Selection:

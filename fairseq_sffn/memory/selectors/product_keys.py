@@ -38,13 +38,11 @@ class ProductKeys(Selector):
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__(config)
-        options = config.selector_options
-        assert isinstance(options, ProductKeys.Config)
         self.active_blocks = config.active_blocks
         heads, query_dim = self._heads(config), self._query_dim(config)
         left, right = sub_key_counts(config.num_cells)
         self.query = nn.Linear(config.embed_dim, heads * query_dim)
-        self.norm = nn.LayerNorm(query_dim) if options.query_norm == "layer" else nn.Identity()
+        self.norm = nn.LayerNorm(query_dim) if self._has_norm(config) else nn.Identity()
         self.left = nn.Parameter(torch.empty(heads, left, query_dim // 2))
         self.right = nn.Parameter(torch.empty(heads, right, query_dim // 2))
         bound = (query_dim // 2) ** -0.5
@@ -61,31 +59,26 @@ class ProductKeys(Selector):
 
     @classmethod
     def _query_dim(cls, config: MemoryConfig) -> int:
-        options = config.selector_options
-        assert isinstance(options, ProductKeys.Config)
-        if options.query_dim is None:
-            return max(2, config.embed_dim // 4 * 2)
-        return options.query_dim
+        query_dim = config.selector_options.query_dim
+        return max(2, config.embed_dim // 4 * 2) if query_dim is None else query_dim
+
+    @classmethod
+    def _has_norm(cls, config: MemoryConfig) -> bool:
+        return bool(config.selector_options.query_norm == "layer")
 
     @classmethod
     def validate(cls, config: MemoryConfig) -> None:
-        options = config.selector_options
-        assert isinstance(options, ProductKeys.Config)
         if config.block_size != 1:
             reason = f"{cls.name} selects single cells, blocks of 1"
             raise ConfigError("block_size", config.block_size, reason)
         query_dim = cls._query_dim(config)
         if query_dim < 2 or query_dim % 2:
             raise ConfigError("query_dim", query_dim, "must be even and positive, to be halved")
-        if options.query_norm not in ("layer", "none"):
-            raise ConfigError("query_norm", options.query_norm, "is none of layer, none")
 
     @classmethod
     def num_params(cls, config: MemoryConfig) -> int:
-        options = config.selector_options
-        assert isinstance(options, ProductKeys.Config)
         heads, query_dim = cls._heads(config), cls._query_dim(config)
-        norm = 2 * query_dim if options.query_norm == "layer" else 0
+        norm = 2 * query_dim if cls._has_norm(config) else 0
         sub_keys = heads * query_dim // 2 * sum(sub_key_counts(config.num_cells))
         return (config.embed_dim + 1) * heads * query_dim + norm + sub_keys
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import ConfigError, MemoryConfig
+from ..config import MemoryConfig
 from ..scores import Scores
 from ..selection import Selection, Selector, SelectorConfig, SelectorInput
 
@@ -42,21 +42,12 @@ class VanillaM(Selector):
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__(config)
-        options = config.selector_options
-        assert isinstance(options, VanillaM.Config)
-        self.aggregate = AGGREGATES[options.aggregate]
+        self.aggregate = AGGREGATES[config.selector_options.aggregate]
         self.block_size, self.active_blocks = config.block_size, config.active_blocks
 
     @classmethod
     def default_block_size(cls, ffn_embed_dim: int) -> int:
         return 1
-
-    @classmethod
-    def validate(cls, config: MemoryConfig) -> None:
-        options = config.selector_options
-        assert isinstance(options, VanillaM.Config)
-        if options.aggregate not in AGGREGATES:
-            raise ConfigError("aggregate", options.aggregate, f"is none of {', '.join(AGGREGATES)}")
 
     @classmethod
     def flops_per_token(cls, config: MemoryConfig) -> int:
