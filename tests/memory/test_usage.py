@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-
 from oracle import build, close, tokens
 
 from fairseq_sffn.memory.usage import (
