@@ -11,7 +11,8 @@ import commands
 import pytest
 
 from fairseq_sffn.models.transformer_lm import METHODS
-from fairseq_sffn.tools.cost import build_language_model, cost_figures
+from fairseq_sffn.tools.cost import cost_figures
+from fairseq_sffn.tools.language_model import build_language_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -6,40 +6,21 @@ FLOPs are those of matrix products, a multiply-add counted as 2.
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from fairseq import checkpoint_utils, models
+from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models.transformer_lm import TransformerLanguageModel
 from fairseq.modules import AdaptiveInput
-from fairseq.tasks.language_modeling import LanguageModelingTask
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..errors import UsageError
 from ..memory import SparseMemory
 from ..models.config import flag
-
-POSITIVE = (
-    *("decoder_layers", "decoder_embed_dim", "decoder_attention_heads", "decoder_ffn_embed_dim"),
-    *("decoder_input_dim", "decoder_output_dim"),
-)
-"""Options of a model that are at least 1."""
-
-UNCOUNTED = {
-    "adaptive_input": "the cost of adaptive embeddings depends on the token",
-    "adaptive_softmax_cutoff": "the cost of an adaptive softmax depends on the token",
-    "character_embeddings": "the convolutions of character embeddings are not counted",
-    "base_layers": "fairseq's BASE layers are not counted",
-}
-"""Option of a model -> why its cost is not known."""
+from .language_model import build_language_model
 
 
 @dataclass(frozen=True)
@@ -299,101 +280,3 @@ def align(rows: list[list[str]]) -> list[str]:
         )
         for row in rows
     ]
-
-
-# From flags to a model
-
-
-def build_language_model(
-    arch: str, vocab_size: int, context: int, flags: Sequence[str]
-) -> TransformerLanguageModel:
-    """A model as fairseq-train would build it, if possible without memory for its parameters.
-
-    Args:
-        arch: name of the architecture.
-        vocab_size: types in the dictionary, fairseq's special ones included.
-        context: positions.
-        flags: of the model.
-
-    Raises:
-        UsageError: names the flag and the value that cannot be honoured.
-    """
-    check_language_model(arch)
-    parser = argparse.ArgumentParser(
-        prog="fairseq-sffn cost",
-        usage="%(prog)s --arch ARCH --vocab-size TYPES [flags of the model]",
-        argument_default=argparse.SUPPRESS,
-        add_help=False,
-        allow_abbrev=False,
-    )
-    models.ARCH_MODEL_REGISTRY[arch].add_args(parser)
-    config = model_config(arch, context, parser.parse_args(flags))
-    dictionary = Dictionary()
-    for i in range(vocab_size - len(dictionary)):
-        dictionary.add_symbol(f"w{i}")
-    task = LanguageModelingTask(OmegaConf.create({}), dictionary)
-    try:
-        try:
-            with torch.device("meta"):
-                return models.build_model(config, task)
-        except RuntimeError:  # a table that is computed, of which the meta device has no numbers
-            return models.build_model(config, task)
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"--arch {arch}: fairseq cannot build this model: {reason}") from error
-
-
-def check_language_model(arch: str) -> None:
-    """Raises UsageError unless it is a Transformer language model."""
-    known, names = models.ARCH_MODEL_REGISTRY, models.ARCH_MODEL_NAME_REGISTRY
-    counted = [
-        name
-        for name, cls in known.items()
-        if issubclass(cls, TransformerLanguageModel)
-        and names[name] in models.MODEL_DATACLASS_REGISTRY  # not fairseq's model-parallel ones
-    ]
-    if arch in counted:
-        return
-    if arch not in known:
-        close = ", ".join(difflib.get_close_matches(arch, counted))
-        raise UsageError(f"--arch {arch}: is unknown" + (f"; there is {close}" if close else ""))
-    kind = "another kind of model"
-    if issubclass(known[arch], models.FairseqEncoderDecoderModel):
-        kind = "an encoder-decoder model"
-    raise UsageError(f"--arch {arch}: cost is for Transformer language models; this is {kind}")
-
-
-def model_config(arch: str, context: int, options: argparse.Namespace) -> DictConfig:
-    """The configuration of a model whose defaults are the architecture's.
-
-    Args:
-        arch: name of the architecture.
-        context: positions.
-        options: what the command line sets.
-
-    Raises:
-        UsageError: names the option and the value that cannot be honoured.
-    """
-    asked = set(vars(options))
-    options.arch, options.task, options.tokens_per_sample = arch, "language_modeling", context
-    models.ARCH_CONFIG_REGISTRY[arch](options)
-    config = convert_namespace_to_omegaconf(options).model
-
-    def refuse(name: str, reason: str) -> None:
-        shown = flag(name) if config[name] is True else f"{flag(name)} {config[name]}"
-        raise UsageError(f"{shown}: {reason}" + ("" if name in asked else f" (set by {arch})"))
-
-    for name, reason in UNCOUNTED.items():
-        if config[name]:
-            refuse(name, reason)
-    for name in POSITIVE:
-        if config[name] < 1:
-            refuse(name, "must be at least 1")
-    if config.decoder_embed_dim % config.decoder_attention_heads:
-        reason = f"does not divide --decoder-embed-dim {config.decoder_embed_dim}"
-        refuse("decoder_attention_heads", reason)
-    tied = config.share_decoder_input_output_embed
-    if tied and config.decoder_input_dim != config.decoder_output_dim:
-        reason = f"embeddings of --decoder-input-dim {config.decoder_input_dim} cannot be shared"
-        refuse("decoder_output_dim", reason)
-    return config
