@@ -4,7 +4,12 @@ fairseq imports ``models`` and ``tasks`` of a plugin only if the plugin was not 
 everything that registers itself is imported here by name.
 """
 
-from . import compat
+import warnings
+
+with warnings.catch_warnings():
+    # Of its own use of PyTorch; fairseq imports it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="fairscale")
+    from . import compat
 
 compat.apply()
 
