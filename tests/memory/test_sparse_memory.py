@@ -1,5 +1,7 @@
+import copy
 import dataclasses
 import io
+import pickle
 
 import pytest
 import torch
@@ -520,6 +522,31 @@ def test_evaluation_is_dropless_by_default():
 
 
 # Everything else the module promises
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_copies_and_pickles_are_the_same(case):
+    memory, (x, token_ids) = build(case).eval(), tokens(5)
+    output = memory(x, token_ids).output
+    for other in (copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))):
+        assert torch.equal(other(x, token_ids).output, output)
+
+
+DOTS = pytest.mark.xfail(strict=True, reason="compute.bags._dots takes a gradient, even here")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=DOTS if case in ("avgk-g1", "pkm_ffn") else ()) for case in CASES],
+)
+def test_inference_mode(case, training):
+    memory, (x, token_ids) = build(case).train(training), tokens(5)
+    torch.manual_seed(1)
+    output = memory(x, token_ids).output
+    torch.manual_seed(1)
+    with torch.inference_mode():
+        close(memory(x, token_ids).output, output)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -42,7 +42,7 @@ class VanillaM(Selector):
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__(config)
-        self.aggregate = AGGREGATES[config.selector_options.aggregate]
+        self.aggregate = config.selector_options.aggregate  # by name: a lambda does not pickle
         self.block_size, self.active_blocks = config.block_size, config.active_blocks
 
     @classmethod
@@ -56,7 +56,7 @@ class VanillaM(Selector):
 
     def forward(self, inputs: SelectorInput) -> Selection:
         pre_NBG = self.pre_activations(inputs).unflatten(1, (-1, self.block_size))
-        scores = Scores(self.aggregate(pre_NBG))
+        scores = Scores(AGGREGATES[self.aggregate](pre_NBG))
         blocks_NA = scores.top(self.active_blocks)
         pre_NAG = pre_NBG.gather(1, blocks_NA.unsqueeze(2).expand(-1, -1, self.block_size))
         return Selection(blocks_NA, scores, pre_activations=pre_NAG)

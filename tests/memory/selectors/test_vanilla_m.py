@@ -4,7 +4,7 @@ from oracle import build, close, tokens
 
 from fairseq_sffn.memory.selectors.avgk import AvgK
 from fairseq_sffn.memory.selectors.lorkm import LoRKM
-from fairseq_sffn.memory.selectors.vanilla_m import VanillaM
+from fairseq_sffn.memory.selectors.vanilla_m import AGGREGATES, VanillaM
 
 
 def assert_same_memory(memory, other, x, token_ids=None):
@@ -65,13 +65,18 @@ def test_every_aggregate_of_one_cell_is_its_pre_activation(aggregate):
     close(memory(x).selection.scores.logits, wanted_NC)
 
 
-def test_aggregates_differ():
-    pre = torch.tensor([[[-9.0, 2.0], [1.0, 1.5], [-1.0, 8.0]]]).double()
-    best = {}
-    for aggregate in ("avg", "avg_abs", "max", "min"):
-        memory = build("vanilla_m-g1", selector=VanillaM.Config(aggregate))
-        best[aggregate] = memory.selector.aggregate(pre).argmax().item()
-    assert best == {"avg": 2, "avg_abs": 0, "max": 2, "min": 1}
+@pytest.mark.parametrize(
+    ("aggregate", "wanted"),
+    [
+        ("avg", [1.0, 1.25, 0.5]),
+        ("avg_abs", [2.0, 1.25, 4.5]),
+        ("max", [3.0, 1.5, 5.0]),
+        ("min", [-1.0, 1.0, -4.0]),
+    ],
+)
+def test_aggregates(aggregate, wanted):
+    pre_NBG = torch.tensor([[[-1.0, 3.0], [1.0, 1.5], [-4.0, 5.0]]])
+    assert AGGREGATES[aggregate](pre_NBG).tolist() == [wanted]
 
 
 @pytest.mark.parametrize("block_size", [1, 4])
