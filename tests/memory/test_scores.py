@@ -34,8 +34,8 @@ def assert_same(actual, expected, scores):
     close(actual, expected)
     cotangent, halves = torch.randn_like(expected), (scores.left, scores.right)
     for got, wanted in zip(
-        torch.autograd.grad(actual, halves, cotangent),
-        torch.autograd.grad(expected, halves, cotangent),
+        torch.autograd.grad(actual, halves, cotangent, retain_graph=True),  # parts are shared
+        torch.autograd.grad(expected, halves, cotangent, retain_graph=True),
         strict=True,
     ):
         close(got, wanted)
@@ -141,3 +141,35 @@ def test_no_tokens(heads):
     assert scores.log_probs(scores.top(2)).shape == (0, 2)
     assert (scores.mean_probs(None) == torch.zeros(12)).all()
     assert z_loss(scores, None) == 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
+def test_dense_log_partition(scale):
+    logits_NB = (scale * torch.randn(20, 6, dtype=DOUBLE)).requires_grad_()
+    actual, expected = Scores(logits_NB).log_partition(), logits_NB.logsumexp(1, keepdim=True)
+    torch.testing.assert_close(actual, expected, rtol=1e-14, atol=1e-12)
+    cotangent = torch.randn_like(expected)
+    grads = [torch.autograd.grad(t, logits_NB, cotangent)[0] for t in (actual, expected)]
+    close(*grads)
+
+
+@pytest.mark.parametrize("logits", [[0.0, 0.0, 0.0], [1e4, -1e4, 1e4], [-1e30, -1e30, -1e30]])
+def test_dense_log_partition_of_ties_and_extremes(logits):
+    logits_NB = torch.tensor([logits], requires_grad=True)
+    log_partition = Scores(logits_NB).log_partition()
+    torch.testing.assert_close(log_partition, logits_NB.logsumexp(1, keepdim=True))
+    (grad,) = torch.autograd.grad(log_partition, logits_NB)
+    torch.testing.assert_close(grad, logits_NB.detach().softmax(dim=1))
+
+
+def test_losses_do_not_depend_on_what_was_read_before():
+    logits_NB = torch.randn(9, 5, dtype=DOUBLE, requires_grad=True)
+    with torch.no_grad():
+        wanted = Scores(logits_NB).mean_probs(None)
+    scores = Scores(logits_NB)
+    blocks_NA = scores.top(2)
+    scores.log_probs(blocks_NA)
+    mean_B = scores.mean_probs(None)
+    close(mean_B.detach(), wanted)
+    assert mean_B.requires_grad
+    assert torch.autograd.grad(mean_B[0], logits_NB)[0].any()
