@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -30,11 +32,19 @@ class Scores:
 
     def log_partition(self) -> Tensor:
         """Log of the summed exponentials of a token's scores: (N, 1)."""
-        return torch.logsumexp(_at_least_fp32(self.logits), dim=-1, keepdim=True)
+        # By the best block's probability, which is never small; to sum exponentials again would
+        # cost as much as the softmax.
+        best_N1 = self.logits.argmax(dim=-1, keepdim=True)
+        return _at_least_fp32(self.logits.gather(1, best_N1)) - self.probs.gather(1, best_N1).log()
 
     def mean_probs(self, valid_N: Tensor | None) -> Tensor:
         """Probability of each block, averaged over the valid tokens: (B,)."""
-        return mean_over_tokens(torch.softmax(_at_least_fp32(self.logits), dim=-1), valid_N)
+        return mean_over_tokens(self.probs, valid_N)
+
+    @functools.cached_property
+    def probs(self) -> Tensor:
+        """Probability of each block: (N, B). Gate and losses share it."""
+        return torch.softmax(_at_least_fp32(self.logits), dim=-1)
 
 
 class ProductScores(Scores):
