@@ -532,14 +532,8 @@ def test_copies_and_pickles_are_the_same(case):
         assert torch.equal(other(x, token_ids).output, output)
 
 
-DOTS = pytest.mark.xfail(strict=True, reason="compute.bags._dots takes a gradient, even here")
-
-
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=DOTS if case in ("avgk-g1", "pkm_ffn") else ()) for case in CASES],
-)
+@pytest.mark.parametrize("case", CASES)
 def test_inference_mode(case, training):
     memory, (x, token_ids) = build(case).train(training), tokens(5)
     torch.manual_seed(1)
