@@ -15,6 +15,9 @@ from torch import Tensor
 
 from .plan import sort_blocks
 
+_SUM = 0
+"""The kernels' number of ``mode="sum"``."""
+
 
 def sum_rows(weights_NA: Tensor, table_CD: Tensor, index_NA: Tensor) -> Tensor:
     """Sum over a of weights[n, a] * table[index[n, a]]: (N, D)."""
@@ -69,11 +72,19 @@ def _sums(weights_NA: Tensor, table_CD: Tensor, index_NA: Tensor) -> Tensor:
 
 
 def _dots(x_ND: Tensor, table_CD: Tensor, index_NA: Tensor) -> Tensor:
-    # They are the gradients of the weights of a bag, for which PyTorch has a kernel.
-    weights_NA = x_ND.new_zeros(index_NA.shape, requires_grad=True)
-    with torch.enable_grad():
-        sums_ND = _sums(weights_NA, table_CD.detach(), index_NA)
-    return torch.autograd.grad(sums_ND, weights_NA, x_ND.contiguous())[0]
+    # They are the gradients of the weights of a bag. PyTorch's kernel for them has no public name,
+    # and to ask autograd for it costs the bag as well and fails in inference mode.
+    num_tokens, active = index_NA.shape
+    tokens = torch.arange(num_tokens, device=index_NA.device)
+    dots_P = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        x_ND.contiguous(),
+        table_CD.contiguous(),
+        index_NA.flatten(),
+        tokens * active,
+        tokens.repeat_interleave(active),
+        _SUM,
+    )
+    return dots_P.view(num_tokens, active)
 
 
 def _sums_by_row(weights_NA: Tensor, x_ND: Tensor, index_NA: Tensor, num_rows: int) -> Tensor:
