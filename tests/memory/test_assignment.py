@@ -2,6 +2,7 @@ import pytest
 import torch
 from oracle import assert_balanced
 
+from fairseq_sffn.memory import assignment
 from fairseq_sffn.memory.assignment import balanced_assignment
 
 SCORES = {
@@ -117,3 +118,16 @@ def test_scores_are_left_as_they_are():
     balanced_assignment(scores_NB)
     assert torch.equal(scores_NB.nan_to_num(), before.nan_to_num())
     assert scores_NB[0, 0].isnan()
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 3, 1000])
+@pytest.mark.parametrize(("num_tokens", "num_blocks"), [(1, 5), (7, 7), (24, 4), (23, 5), (40, 9)])
+def test_what_waits_after_few_rounds_is_inserted_as_well(
+    num_tokens, num_blocks, rounds, monkeypatch
+):
+    """The bound holds wherever the auction stops, also for tokens that are alike."""
+    monkeypatch.setattr(assignment, "ROUNDS", rounds)
+    for alike in (1, 4, num_tokens):
+        rows_NB = torch.randn(alike, num_blocks)[torch.randint(alike, (num_tokens,))]
+        scores_NB = rows_NB + 0.01 * torch.randn(num_tokens, num_blocks)
+        assert_balanced(balanced_assignment(scores_NB), scores_NB)
