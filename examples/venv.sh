@@ -14,7 +14,7 @@ python_for_venv() {
 }
 
 make_venv() {
-    if cmp -s examples/requirements.txt .venv/requirements.txt; then return; fi
+    if cat examples/requirements.txt setup.py | cmp -s - .venv/made-from.txt; then return; fi
     echo "making .venv (two minutes, once)"
     local python
     python=$(python_for_venv)
@@ -24,7 +24,7 @@ make_venv() {
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
         --no-build-isolation --editable .
     # Last, so that an interrupted installation is taken up again.
-    cp examples/requirements.txt .venv/requirements.txt
+    cat examples/requirements.txt setup.py >.venv/made-from.txt
 }
 
 make_venv

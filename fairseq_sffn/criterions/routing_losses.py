@@ -61,13 +61,15 @@ RATIOS = {
 
 @dataclass(frozen=True)
 class MeanOverLayers:
-    """A derived metric: the mean of a ratio over layers, rounded for the log."""
+    """A derived metric: the mean of a ratio over the layers that ran, which is all but where
+    LayerDrop skips some; rounded for the log."""
 
     ratio: Callable[[Any, str], float]
     layers: list[str]
 
     def __call__(self, meters: Any) -> float:
-        return round(sum(self.ratio(meters, layer) for layer in self.layers) / len(self.layers), 4)
+        ran = [layer for layer in self.layers if meters[f"_counts_{layer}"].sum.any()]
+        return round(sum(self.ratio(meters, layer) for layer in ran) / max(len(ran), 1), 4)
 
 
 @dataclass
@@ -76,7 +78,7 @@ class RoutingLossConfig(FairseqDataclass):
         default=None,
         metadata={
             "help": "weight of the load-balancing loss, which is 1.0 per layer at perfect balance "
-            "(default: the selector's own, 0.01 for switch, 0 for avgk)"
+            "(default: the selector's own, 0.01 for switch and gshard, else 0)"
         },
     )
     balance_loss_reduce: ChoiceEnum(["sum", "mean"]) = field(
@@ -153,6 +155,7 @@ class RoutingLosses:
         for name, layer in routing.items():
             if selector.scores_blocks:
                 logs[f"routing_balance_{name}"] = layer.balance_loss.data * sample_size
+                logs[f"routing_scored_{name}"] = layer.counts.any() * sample_size
             logs[f"routing_counts_{name}"] = layer.counts.data
             logs[f"routing_dropped_{name}"] = layer.dropped.data
             logs[f"routing_mass_{name}"] = layer.mass.data
@@ -169,12 +172,12 @@ class RoutingLosses:
         layers = [key.removeprefix(prefix) for key in logging_outputs[0] if key.startswith(prefix)]
         if not layers:
             return
-        sample_size = total("sample_size")
         ratios = dict(RATIOS)
         for layer in layers:
             if f"routing_balance_{layer}" in logging_outputs[0]:
-                balance = total(f"routing_balance_{layer}") / sample_size
-                metrics.log_scalar(f"_balance_{layer}", balance, sample_size)
+                scored = total(f"routing_scored_{layer}")
+                balance = total(f"routing_balance_{layer}") / max(scored, 1)
+                metrics.log_scalar(f"_balance_{layer}", balance, scored)
             else:
                 ratios.pop("balance_loss", None)
             metrics.log_scalar_sum(f"_counts_{layer}", total(f"routing_counts_{layer}"))

@@ -39,7 +39,7 @@ class MemoryConfig:
     """Everything that defines a :class:`~fairseq_sffn.memory.SparseMemory`.
 
     The memory has ``num_cells`` key-value pairs in ``num_cells / block_size`` blocks, of which a
-    token uses ``active_blocks`` (Liu et al. 2023, arXiv 2305.13999, section 2).
+    token uses ``active_blocks`` (Liu et al. 2023, arXiv 2305.13999).
 
     Args:
         embed_dim: model width d.
@@ -85,8 +85,11 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         for name in ("embed_dim", "num_cells", "block_size", "active_blocks"):
-            if getattr(self, name) < 1:
-                raise ConfigError(name, getattr(self, name), "must be at least 1")
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ConfigError(name, value, "is not a whole number")
+            if value < 1:
+                raise ConfigError(name, value, "must be at least 1")
         if self.num_cells % self.block_size:
             reason = f"does not divide the {self.num_cells} cells of the memory"
             raise ConfigError("block_size", self.block_size, reason)
@@ -96,6 +99,8 @@ class MemoryConfig:
                 f"{self.num_cells} cells in blocks of {self.block_size} make"
             )
             raise ConfigError("active_blocks", self.active_blocks, reason)
+        if not isinstance(self.selector, (str, SelectorConfig)):
+            raise ConfigError("selector", self.selector, "is no name and no selector's Config")
         if isinstance(self.selector, str) and self.selector not in Selector.registry:
             known = ", ".join(sorted(Selector.registry))
             raise ConfigError("selector", self.selector, f"is none of {known}")
@@ -104,6 +109,8 @@ class MemoryConfig:
         if self.gate_name != "none" and not self.selector_class.scores_blocks:
             reason = f"{self.selector_class.name} gives blocks no score to weigh them by; use none"
             raise ConfigError("gate", self.gate, reason)
+        if not isinstance(self.activation, str) and not callable(self.activation):
+            raise ConfigError("activation", self.activation, "is no name and no function")
         if isinstance(self.activation, str) and self.activation not in ACTIVATIONS:
             raise ConfigError("activation", self.activation, f"is none of {', '.join(ACTIVATIONS)}")
         if self.context_tokens and self.vocab_size is None:

@@ -11,7 +11,7 @@ from .scores import Scores
 
 
 def softmax(scores: Scores, blocks_NA: Tensor) -> Tensor:
-    """Probability of the block among all blocks (Fedus et al. 2021, eq. 2)."""
+    """Probability of the block among all blocks (Fedus et al. 2021, eqs. 1 and 2)."""
     return scores.log_probs(blocks_NA).exp()
 
 
@@ -21,7 +21,7 @@ def renormalized(scores: Scores, blocks_NA: Tensor) -> Tensor:
 
 
 def sigmoid(scores: Scores, blocks_NA: Tensor) -> Tensor:
-    """Each block by itself: the logistic function of its score (Lewis et al. 2021, eq. 1)."""
+    """Each block by itself: the logistic function of its score (Lewis et al. 2021)."""
     return torch.sigmoid(scores.of(blocks_NA))
 
 

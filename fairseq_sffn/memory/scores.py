@@ -51,8 +51,8 @@ class ProductScores(Scores):
     """The score of block (l, r) is the sum of a score of l and a score of r (Lample et al. 2019,
     arXiv 1907.05242, section 3.2); of the L * R scores only the best are ever formed.
 
-    Block number l * R + r; each of H heads scores all blocks. A token's ``A`` blocks are the A / H
-    of its first head, then those of the second, and so on.
+    Block number l * R + r; each of H heads scores all blocks. A token's ``A`` blocks are the best
+    of each head, then the second best of each, and so on.
 
     Args:
         left: (N, H, L).
@@ -76,18 +76,21 @@ class ProductScores(Scores):
         best = sums.topk(each, dim=-1).indices
         lefts = left.indices.gather(2, ranks_l[best])
         rights = right.indices.gather(2, ranks_r[best])
-        return (lefts * right_size + rights).flatten(1)
+        return (lefts * right_size + rights).transpose(1, 2).flatten(1)
 
     def of(self, blocks_NA: Tensor) -> Tensor:
-        blocks_NHa = blocks_NA.unflatten(1, (self.left.shape[1], -1))
+        blocks_NaH = self._by_rank(blocks_NA)
         right_size = self.right.shape[2]
-        lefts = blocks_NHa.div(right_size, rounding_mode="floor")
-        scores = self.left.gather(2, lefts) + self.right.gather(2, blocks_NHa % right_size)
-        return scores.flatten(1)
+        lefts = blocks_NaH.div(right_size, rounding_mode="floor")
+        scores = self.left.transpose(1, 2).gather(1, lefts)
+        return (scores + self.right.transpose(1, 2).gather(1, blocks_NaH % right_size)).flatten(1)
 
     def log_probs(self, blocks_NA: Tensor) -> Tensor:
-        each = blocks_NA.shape[1] // self.left.shape[1]
-        return self.of(blocks_NA) - self.log_partition().repeat_interleave(each, dim=1)
+        scores_NaH = self._by_rank(self.of(blocks_NA))
+        return (scores_NaH - self.log_partition().unsqueeze(1)).flatten(1)
+
+    def _by_rank(self, values_NA: Tensor) -> Tensor:
+        return values_NA.unflatten(1, (-1, self.left.shape[1]))
 
     def log_partition(self) -> Tensor:
         """As of a dense score, for each head: (N, H)."""

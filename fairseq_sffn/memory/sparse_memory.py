@@ -37,7 +37,7 @@ class MemoryOutput(NamedTuple):
 class SparseMemory(nn.Module):
     """y = sum over selected blocks i of w_i * f(x K_i^T + c_i) V_i + output bias.
 
-    Liu et al. 2023 (arXiv 2305.13999), section 2. With every block active and no gate it is a
+    Liu et al. 2023 (arXiv 2305.13999). With every block active and no gate it is a
     dense FFN of ``num_cells`` hidden units.
 
     Args:

@@ -44,14 +44,13 @@ def unused_blocks(counts_B: Tensor) -> int:
 
 
 def memory_usage(counts_B: Tensor) -> float:
-    """Share of the blocks that some token used (Lample et al. 2019, section 4.4)."""
+    """Share of the blocks that some token used (Lample et al. 2019)."""
     return 1 - unused_blocks(counts_B) / len(counts_B)
 
 
 def load_kl(mass_B: Tensor) -> float:
     """Kullback-Leibler divergence of the weighed load from the uniform distribution, in nats: 0
-    when even, log B when one block takes all (Lample et al. 2019, arXiv 1907.05242, section 4.4).
-    """
+    when even, log B when one block takes all (Lample et al. 2019, arXiv 1907.05242)."""
     shares_B = mass_B.double() / mass_B.double().sum().clamp(min=1e-30)
     return float(torch.xlogy(shares_B, shares_B * len(mass_B)).sum())
 

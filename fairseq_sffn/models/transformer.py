@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Optional
 from fairseq.dataclass import FairseqDataclass
 from fairseq.models.transformer import TransformerModel
 
+from ..errors import UsageError
 from .config import TranslationConfig, build_memory_config, check_supported, sparse
 from .decoder import SparseTransformerDecoder
 from .encoder import SparseTransformerEncoder
@@ -32,7 +33,10 @@ class SparseTransformer(PluginModel, TransformerModel):
         for side in ("encoder", "decoder"):
             setattr(shell_args, f"{side}_layers", 0)
             setattr(shell_args, f"{side}_layers_to_keep", None)
-        shell = super().build_model(shell_args, task)
+        try:
+            shell = super().build_model(shell_args, task)
+        except ValueError as error:  # of embeddings that cannot be shared
+            raise UsageError(str(error)) from error
         for name in (
             "max_source_positions",
             "max_target_positions",

@@ -86,7 +86,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "decoder_ffn_embed_dim": 512,
         "share_decoder_input_output_embed": True,
     },
-    # Liu et al. 2023: fairseq's 355M configuration.
+    # fairseq's 355M configuration, the training base of Liu et al. 2023.
     "_gpt3_medium": {
         "activation_fn": "gelu",
         "dropout": 0.0,

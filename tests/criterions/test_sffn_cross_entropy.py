@@ -344,7 +344,7 @@ def test_skipped_layers_are_logged():
     model, parts = small_lm("switch", sffn_freq=1, decoder_layerdrop=1.0), batches()[:2]
     skipped = logs_of(model.train(), parts[:1], log_format="json")
     ran = logs_of(model.eval(), parts[1:], log_format="json")
-    assert reduced(skipped)["unused_blocks"] == 16
+    assert reduced(skipped)["unused_blocks_layer1"] == 0  # nothing is known of it
     assert reduced(skipped + ran)["load_max_layer1"] == reduced(ran)["load_max_layer1"]
 
 
@@ -401,3 +401,21 @@ def test_fairseq_can_sum_what_workers_log(method, monkeypatch):
         expected = reduced(counted)
         # A flag that is a sum of flags.
         assert reduced([log]) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["switch", "rand_hash"])
+def test_layers_that_were_skipped_do_not_count(method):
+    """A skipped layer routes nothing: what is logged is of the batches and layers that ran."""
+    model, (first, second) = two_layers(method), batches()[:2]
+    both = logs_of(model, [first, second], log_format="json")
+    skipped = [dict(log) for log in both]
+    for key in [key for key in skipped[1] if key.endswith("_layer0") and "routing" in key]:
+        skipped[1][key] = skipped[1][key] * 0
+    alone, actual = reduced(both[:1]), reduced(skipped)
+    for name in ("load_max_layer0", "balance_loss_layer0"):
+        if name in alone:
+            assert actual[name] == pytest.approx(alone[name], abs=1e-4)
+    never = [{key: value * 0 if "_layer0" in key else value for key, value in both[0].items()}]
+    for name in ("load_max", "load_entropy", "balance_loss"):
+        if name in alone:
+            assert reduced(never)[name] == pytest.approx(alone[f"{name}_layer1"], abs=1e-4)

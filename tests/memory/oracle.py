@@ -151,17 +151,17 @@ def choose_lorkm(inputs: Inputs) -> Choice:
 def choose_pkm(inputs: Inputs) -> Choice:
     config = inputs.memory.config
     blocks, scores = _best_products(inputs)
-    each = config.active_blocks // len(scores[0])
+    num_heads = len(scores[0])
 
     def selected(n: int, a: int) -> Tensor:
-        return scores[n][a // each][blocks[n][a]]
+        return scores[n][a % num_heads][blocks[n][a]]
 
     if config.selector_options.coefficients == "activation":
         return Choice(blocks, lambda n, a, cell: _activation(config, selected(n, a)), scores)
     coefficients = []
     for n in range(len(blocks)):
         exps = [torch.exp(selected(n, a)) for a in range(config.active_blocks)]
-        heads = [exps[a - a % each : a - a % each + each] for a in range(config.active_blocks)]
+        heads = [exps[a % num_heads :: num_heads] for a in range(config.active_blocks)]
         coefficients.append([e / sum(head) for e, head in zip(exps, heads, strict=True)])
     return Choice(blocks, lambda n, a, cell: coefficients[n][a], scores, coefficients=coefficients)
 
@@ -270,14 +270,14 @@ def _best_products(inputs: Inputs) -> tuple[list[list[int]], list[list[list[Tens
     for x_D in inputs.x_ND:
         features = [(row * x_D).sum() for row in selector.query.weight]
         features = [f + b for f, b in zip(features, selector.query.bias, strict=True)]
-        blocks.append([])
         scores.append([])
         for h in range(num_heads):
             query = _norm(selector.norm, features[2 * half * h : 2 * half * (h + 1)])
             lefts = [_dot(query[:half], key) for key in selector.left[h]]
             rights = [_dot(query[half:], key) for key in selector.right[h]]
             scores[-1].append([left + right for left in lefts for right in rights])
-            blocks[-1] += _best(scores[-1][h], active // num_heads)
+        of_heads = [_best(head, active // num_heads) for head in scores[-1]]
+        blocks.append([block for rank in zip(*of_heads, strict=True) for block in rank])
     return blocks, scores
 
 
@@ -391,7 +391,7 @@ def lookup(
     if config.gate_name != "none":
         weights = []
         for n in all_tokens:
-            head_of = [a * len(heads) // active for a in range(active)]
+            head_of = [a % len(heads) for a in range(active)]
             chosen = [exps[n][h][i] for h, i in zip(head_of, blocks[n], strict=True)]
             weights.append(
                 {

@@ -45,7 +45,7 @@ def assert_same(actual, expected, scores):
 @pytest.mark.parametrize(("left", "right", "each"), SIZES)
 def test_top_is_that_of_all_sums(left, right, each, heads):
     scores, dense = product_scores(6, heads, left, right)
-    expected = torch.cat([head.top(each) for head in dense], dim=1)
+    expected = torch.stack([head.top(each) for head in dense], dim=2).flatten(1)  # best first
     top = scores.top(heads * each)
     assert top.dtype == torch.int64
     assert torch.equal(top, expected)
@@ -65,11 +65,11 @@ def test_top_where_many_are_equal(left, right, each):
     scores = ProductScores(
         torch.randint(2, (20, 2, left)).double(), torch.randint(3, (20, 2, right)).double()
     )
-    blocks_NHa = scores.top(2 * each).unflatten(1, (2, each))
-    sums_NHa = scores.of(blocks_NHa.flatten(1)).unflatten(1, (2, each))
+    blocks_NA = scores.top(2 * each)
+    sums_NA = scores.of(blocks_NA)
     for h, dense in enumerate(summed(scores)):
-        assert torch.equal(sums_NHa[:, h], dense.logits.topk(each).values)
-    assert all(len(set(row)) == each for row in blocks_NHa.flatten(0, 1).tolist())
+        assert torch.equal(sums_NA[:, h::2], dense.logits.topk(each).values)
+        assert all(len(set(row)) == each for row in blocks_NA[:, h::2].tolist())
 
 
 @pytest.mark.parametrize(("left", "right", "each"), [(3, 4, 5), (1, 7, 3)])
@@ -96,11 +96,13 @@ def test_heads_score_by_themselves_and_are_averaged(valid):
     valid_N = None if valid is None else torch.tensor(valid, dtype=torch.bool)
     scores, dense = product_scores(6, 3, 2, 4)
     blocks_NA = scores.top(9)
-    of_heads = list(zip(dense, blocks_NA.split(3, dim=1), strict=True))
+    of_heads = list(zip(dense, blocks_NA.unflatten(1, (3, 3)).unbind(dim=2), strict=True))
     counts_B = torch.randint(5, (8,))
 
-    assert_same(scores.of(blocks_NA), torch.cat([d.of(b) for d, b in of_heads], 1), scores)
-    log_probs_NA = torch.cat([d.log_probs(b) for d, b in of_heads], dim=1)
+    assert_same(
+        scores.of(blocks_NA), torch.stack([d.of(b) for d, b in of_heads], 2).flatten(1), scores
+    )
+    log_probs_NA = torch.stack([d.log_probs(b) for d, b in of_heads], dim=2).flatten(1)
     assert_same(scores.log_probs(blocks_NA), log_probs_NA, scores)
     assert_same(scores.log_partition(), torch.cat([d.log_partition() for d in dense], 1), scores)
 

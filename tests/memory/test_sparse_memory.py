@@ -243,7 +243,9 @@ def test_equal_scores(case):
                 parameter.zero_()
     out = memory(x, token_ids)
     heads = 2 if case in ("pkm", "pkm-activation") else 1
-    for row in out.selection.blocks.unflatten(1, (heads, -1)).flatten(0, 1).tolist():
+    for row in (
+        out.selection.blocks.unflatten(1, (-1, heads)).transpose(1, 2).flatten(0, 1).tolist()
+    ):
         assert len(set(row)) == len(row)
         assert min(row) >= 0 and max(row) < memory.config.num_blocks
     for weights in (out.selection.weights, out.selection.coefficients):

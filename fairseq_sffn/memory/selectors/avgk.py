@@ -13,12 +13,14 @@ from ..config import MemoryConfig
 from ..scores import Scores
 from ..selection import Selection, Selector, SelectorConfig, SelectorInput
 
+State = list[tuple[Tensor, int]]
+
 
 class AvgK(Selector):
     """Top-b blocks by x . mean(K_i) + mean(c_i), the mean pre-activation of block i.
 
     It adds no parameters: a block is scored by the keys it has (Liu et al. 2023, arXiv
-    2305.13999, section 4). The mean keys are formed once per forward pass in training, and kept
+    2305.13999). The mean keys are formed once per forward pass in training, and kept
     between passes in evaluation.
     """
 
@@ -38,7 +40,8 @@ class AvgK(Selector):
         super().__init__(config)
         self.exclude_bias = config.selector_options.exclude_bias
         self.block_size, self.active_blocks = config.block_size, config.active_blocks
-        self._cache: tuple[Tensor, Tensor | None] | None = None
+        # The tables that the mean keys are of, with their versions, and the mean keys.
+        self._cache: tuple[State, tuple[Tensor, Tensor | None]] | None = None
 
     @classmethod
     def default_block_size(cls, ffn_embed_dim: int) -> int:
@@ -58,9 +61,13 @@ class AvgK(Selector):
         if self.training or torch.is_grad_enabled():
             self._cache = None
             return self._mean_keys(keys_CD, key_bias_C)
-        if self._cache is None:
-            self._cache = self._mean_keys(keys_CD, key_bias_C)
-        return self._cache
+        tables = [table for table in (keys_CD, key_bias_C) if table is not None]
+        if any(table.is_inference() for table in tables):  # they do not track changes
+            return self._mean_keys(keys_CD, key_bias_C)
+        state = [(table, table._version) for table in tables]
+        if self._cache is None or not _same(self._cache[0], state):
+            self._cache = state, self._mean_keys(keys_CD, key_bias_C)
+        return self._cache[1]
 
     def _mean_keys(
         self, keys_CD: Tensor, key_bias_C: Tensor | None
@@ -70,8 +77,8 @@ class AvgK(Selector):
             return keys_BD, None
         return keys_BD, key_bias_C.unflatten(0, (-1, self.block_size)).mean(dim=1)
 
-    # The table can only change under a cache by one of these: the version counter of a tensor
-    # does not tell, since optimizers write through `.data`.
+    # The version counter of a tensor does not tell all changes, since optimizers write through
+    # `.data`; but they come with one of these.
     def train(self, mode: bool = True) -> AvgK:
         self._cache = None
         return super().train(mode)
@@ -83,3 +90,13 @@ class AvgK(Selector):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._cache = None
         super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None}
+
+
+def _same(left: State, right: State) -> bool:
+    return len(left) == len(right) and all(
+        table is other and version == now
+        for (table, version), (other, now) in zip(left, right, strict=True)
+    )

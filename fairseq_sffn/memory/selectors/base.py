@@ -11,7 +11,7 @@ from .learned_gate import LearnedGate
 class Base(LearnedGate):
     """In training, the assignment of tokens to blocks that has the highest total score among those
     that load all blocks alike; in evaluation, each token's best block (Lewis et al. 2021, arXiv
-    2103.16716, section 3). A block's output is weighed by the logistic function of its score.
+    2103.16716). A block's output is weighed by the logistic function of its score.
 
     The training assignment sees all tokens of the micro-batch: which block a token gets depends on
     the others, on later ones too. Evaluation is causal. Padding is left out of the balance, and

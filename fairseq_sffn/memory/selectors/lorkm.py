@@ -13,7 +13,7 @@ from .vanilla_m import VanillaM
 
 class LoRKM(VanillaM):
     """VanillaM with a key table that is a product of two of rank r, K = D U, in place of a full one
-    (Liu et al. 2023, arXiv 2305.13999, section 3.1)."""
+    (Liu et al. 2023, arXiv 2305.13999)."""
 
     name = "lorkm"
     key_table = "own"

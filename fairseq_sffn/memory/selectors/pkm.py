@@ -54,5 +54,5 @@ class PKM(ProductKeys):
         selected_NA = scores.of(blocks_NA)
         if not self.uses_softmax:
             return Selection(blocks_NA, scores, pre_activations=selected_NA.unsqueeze(2))
-        by_head_NHa = selected_NA.unflatten(1, (len(self.left), -1))
-        return Selection(blocks_NA, scores, coefficients=by_head_NHa.softmax(dim=2).flatten(1))
+        by_rank_NaH = selected_NA.unflatten(1, (-1, len(self.left)))
+        return Selection(blocks_NA, scores, coefficients=by_rank_NaH.softmax(dim=1).flatten(1))

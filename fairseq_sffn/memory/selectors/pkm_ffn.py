@@ -8,7 +8,7 @@ from .product_keys import ProductKeys
 
 class PKMFFN(ProductKeys):
     """The cells with the highest product-key scores, computed from keys of their own: product keys
-    are the gate alone (Liu et al. 2023, arXiv 2305.13999, section 3.1).
+    are the gate alone (Liu et al. 2023, arXiv 2305.13999).
 
     By default the logistic function of its score weighs a cell: without a weight the query network
     would get no gradient, and a softmax over thousands of cells would leave next to nothing.

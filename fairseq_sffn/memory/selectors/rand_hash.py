@@ -12,7 +12,7 @@ from .hash_layer import check_token_ids
 
 class RandHash(Selector):
     """Each token id uses b distinct blocks, drawn at random once (Liu et al. 2023, arXiv
-    2305.13999, section 3.1).
+    2305.13999).
 
     The table is a buffer, so that it is stored with the model: token ids keep their blocks. It has
     b entries of 2 or 4 bytes for each token id.

@@ -24,7 +24,7 @@ AGGREGATES: dict[str, Callable[[Tensor], Tensor]] = {
 
 class VanillaM(Selector):
     """Top-b blocks by an aggregate of their own pre-activations x . k + c, all of which are
-    computed (Liu et al. 2023, arXiv 2305.13999, section 3.1). With blocks of one cell, the default,
+    computed (Liu et al. 2023, arXiv 2305.13999). With blocks of one cell, the default,
     the cells with the highest pre-activations."""
 
     name = "vanilla_m"

@@ -166,3 +166,17 @@ def test_defaults():
     assert (AvgK.default_gate, AvgK.default_block_size(512)) == ("none", 64)
     assert AvgK.default_balance_weight == 0.0
     assert list(AvgK(build().config).parameters()) == []
+
+
+def test_mean_keys_follow_tables_that_are_written_in_place_or_lent():
+    memory, other = build().eval(), build().eval()
+    x, _ = tokens(8)
+    with torch.no_grad():
+        memory(x)
+        memory.keys.mul_(-2)
+        close(memory(x).selection.scores.logits, right_scores(memory, x))
+        memory.key_bias.add_(1)
+        close(memory(x).selection.scores.logits, right_scores(memory, x))
+        lent = torch.func.functional_call(memory, dict(other.named_parameters()), (x,))
+        close(lent.selection.scores.logits, right_scores(other, x))
+        close(memory(x).selection.scores.logits, right_scores(memory, x))

@@ -167,3 +167,15 @@ def test_defaults():
     assert PKM.Config().heads == 4
     memory = build("pkm")
     assert memory.keys is memory.key_bias is None
+
+
+def test_capacity_is_as_scarce_for_every_head():
+    """Heads take turns, best cells first: no head waits for all that another one takes."""
+    options = PKM.Config(heads=4)
+    memory = build(
+        selector=options, num_cells=64, block_size=1, active_blocks=16, capacity_factor=0.5
+    )
+    kept = memory(tokens(200)[0]).selection.kept.double().unflatten(1, (4, 4))
+    by_rank, by_head = kept.mean(dim=(0, 2)), kept.mean(dim=(0, 1))
+    assert by_rank.sort(descending=True).indices.tolist() == [0, 1, 2, 3]
+    assert by_head.max() - by_head.min() < 0.2
