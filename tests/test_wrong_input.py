@@ -95,6 +95,7 @@ TRAINING = [
     ("hash_layer", "--sffn-gate sigmoid", "hash_layer gives blocks no score"),
     ("hash_layer", "--balance-loss-weight 0.1", "hash_layer gives blocks no score"),
     ("hash_layer", "--z-loss-weight 0.1", "hash_layer gives blocks no score"),
+    ("pkm", "--sffn-value-lr-scale -1", "must be positive"),
     ("avgk", "--sffn-engine grouped --sffn-block-size 2", "cannot multiply blocks of 2 x 16"),
     # Options of fairseq that the layer, or a CPU, cannot honour.
     ("avgk", "--scale-fc", "normalises the hidden units of a dense FFN"),

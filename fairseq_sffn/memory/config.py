@@ -61,6 +61,8 @@ class MemoryConfig:
         init_scale: multiplies the initial tables. They are uniform in +-1/sqrt(d) (keys and key
             bias) and +-1/sqrt(k) (values and value bias), k the active cells: the initialisation
             of a dense FFN with k hidden units, whatever ``num_cells``.
+        value_lr_scale: Adam's steps on the value table are this many times as large: the table is
+            stored divided by it (Lample et al. 2019 give the values a learning rate of their own).
         engine: how selected blocks are multiplied (see :mod:`.compute`); ``None`` chooses by size.
 
     Raises:
@@ -81,6 +83,7 @@ class MemoryConfig:
     capacity_factor: float = 0.0
     eval_capacity_factor: float = 0.0
     init_scale: float = 1.0
+    value_lr_scale: float = 1.0
     engine: str | None = None
 
     def __post_init__(self) -> None:
@@ -129,8 +132,9 @@ class MemoryConfig:
             if not ENGINES[self.engine].supports(torch.float32, self.embed_dim, self.block_size):
                 reason = f"cannot multiply blocks of {self.block_size} x {self.embed_dim}"
                 raise ConfigError("engine", self.engine, reason)
-        if not 0 < self.init_scale < math.inf:
-            raise ConfigError("init_scale", self.init_scale, "must be positive")
+        for name in ("init_scale", "value_lr_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(name, getattr(self, name), "must be positive")
         for name, choices in self.selector_options.choices().items():
             if (value := getattr(self.selector_options, name)) not in choices:
                 raise ConfigError(name, value, f"is none of {', '.join(choices)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +65,9 @@ class SparseMemory(nn.Module):
         # Stored, since a table does not tell into which blocks it is divided.
         self.block_size: Tensor
         self.register_buffer("block_size", torch.tensor(config.block_size))
+        # As is the scale of the values, where they have one.
+        if config.value_lr_scale != 1:
+            self.register_buffer("value_lr_scale", torch.tensor(config.value_lr_scale))
         self.dropout: nn.Module = nn.Dropout(config.activation_dropout)
         self.reset_parameters()
 
@@ -72,7 +76,8 @@ class SparseMemory(nn.Module):
         ``MemoryConfig.init_scale``)."""
         by_key = self.config.init_scale * self.config.embed_dim**-0.5
         by_value = self.config.init_scale * self.config.active_cells**-0.5
-        bounds = {"keys": by_key, "key_bias": by_key, "values": by_value, "value_bias": by_value}
+        stored = by_value / self.config.value_lr_scale
+        bounds = {"keys": by_key, "key_bias": by_key, "values": stored, "value_bias": by_value}
         for name, bound in bounds.items():
             if (parameter := getattr(self, name)) is not None:
                 nn.init.uniform_(parameter, -bound, bound)
@@ -188,17 +193,20 @@ class SparseMemory(nn.Module):
             output_ND = engine.compute(
                 x_ND.to(dtype), tables, selection, config.activation_fn, self.dropout
             )
+            if config.value_lr_scale != 1:
+                output_ND = output_ND * config.value_lr_scale
             return output_ND if self.value_bias is None else output_ND + self.value_bias.to(dtype)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        saved, own = state_dict.get(f"{prefix}block_size"), self.config.block_size
-        if saved is not None and int(saved) != own:
-            error_msgs: list[str] = args[-1]
-            error_msgs.append(
-                f"{prefix}block_size is {int(saved)} in the checkpoint and {own} in the model"
-            )
+        error_msgs: list[str] = args[-1]
+        for name in ("block_size", "value_lr_scale"):
+            saved, own = state_dict.get(prefix + name), getattr(self.config, name)
+            if saved is not None and not math.isclose(saved.item(), own, rel_tol=1e-2):
+                error_msgs.append(
+                    f"{prefix}{name} is {saved.item():g} in the checkpoint and {own:g} in the model"
+                )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

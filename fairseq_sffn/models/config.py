@@ -129,6 +129,13 @@ class SparseOptions(FairseqDataclass):
             "size: by the fan-in of the active cells, not of all cells"
         },
     )
+    sffn_value_lr_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "the learning rate of the value tables, in multiples of the others' (with an "
+            "optimizer that is blind to the scale of gradients, such as adam)"
+        },
+    )
     sffn_engine: Optional[ChoiceEnum(list(ENGINES))] = field(
         default=None,
         metadata={"help": "for debugging: force how blocks are multiplied (same results)"},
@@ -229,6 +236,7 @@ def build_memory_config(
     names = {"block_size": "sffn_block_size", "active_blocks": "sffn_active_blocks"}
     names |= {"gate": "sffn_gate", "engine": "sffn_engine", "init_scale": "sffn_init_scale"}
     names |= {"embed_dim": f"{side}_embed_dim"}
+    names |= {"value_lr_scale": "sffn_value_lr_scale"}
     names |= {"capacity_factor": "sffn_capacity_factor"}
     names |= {"eval_capacity_factor": "sffn_eval_capacity_factor"}
     names |= {own: option for option, own in selector_flags(selector).items()}
@@ -250,6 +258,7 @@ def build_memory_config(
             capacity_factor=args.sffn_capacity_factor,
             eval_capacity_factor=args.sffn_eval_capacity_factor,
             init_scale=args.sffn_init_scale,
+            value_lr_scale=args.sffn_value_lr_scale,
             engine=None if args.sffn_engine is None else str(args.sffn_engine),
         )
     except ConfigError as error:

@@ -87,8 +87,8 @@ def shorten_mismatch(difference: str) -> str:
 def _flags_that_decide(name: str) -> list[str]:
     if "embed_tokens" in name or "output_projection" in name:
         return ["dict.txt of the data", "--decoder-embed-dim"]
-    if name.endswith(".memory.block_size"):
-        return ["--sffn-block-size"]
+    if name.endswith((".memory.block_size", ".memory.value_lr_scale")):
+        return [flag(f"sffn_{name.rpartition('.')[2]}")]
     if ".memory.selector." in name:
         return ["--sffn-selector", "--sffn-expansion", "--sffn-block-size"]
     if ".memory." in name:

@@ -60,6 +60,7 @@ BALANCED = {**HASH, "selector": HashLayer.Config(table="balanced")}
         (dict(engine="grouped", embed_dim=6), "engine", "grouped"),
         (dict(init_scale=0.0), "init_scale", 0.0),
         (dict(init_scale=-1.0), "init_scale", -1.0),
+        (dict(value_lr_scale=0.0), "value_lr_scale", 0.0),
         (dict(init_scale=float("nan")), "init_scale", "nan"),
         (dict(init_scale=float("inf")), "init_scale", "inf"),
         (dict(HASH, active_blocks=2), "active_blocks", 2),

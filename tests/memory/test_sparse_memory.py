@@ -685,3 +685,33 @@ def test_x_of_another_width_is_refused(shape):
 def test_a_padding_mask_of_another_shape_is_refused(shape):
     with pytest.raises(ValueError):
         build()(tokens(2, 3)[0], padding_mask=torch.zeros(shape, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("case", ["avgk-g4", "pkm", "pkm_ffn"])
+def test_a_learning_rate_scale_of_the_values_is_that_of_adams_steps(case):
+    plain, scaled = build(case), build(case, value_lr_scale=4.0)
+    state = {**plain.state_dict(), "values": plain.values / 4, "value_lr_scale": torch.tensor(4.0)}
+    scaled.load_state_dict(state)
+    (x, token_ids), before = tokens(8), plain.values.detach().clone()
+    close(scaled(x, token_ids).output, plain(x, token_ids).output, tolerance=1e-12)
+    for memory, lr in ((plain, 4e-3), (scaled, 1e-3)):
+        (memory(x, token_ids).output ** 2).sum().backward()
+        torch.optim.Adam([memory.values], lr=lr, eps=1e-30).step()
+    assert not torch.equal(plain.values, before)
+    close(scaled.values * 4, plain.values)
+
+
+def test_initial_values_do_not_depend_on_their_learning_rate():
+    torch.manual_seed(3)
+    plain = build()
+    torch.manual_seed(3)
+    close(build(value_lr_scale=4.0).values * 4, plain.values, tolerance=1e-7)
+
+
+def test_another_learning_rate_scale_is_refused_by_the_checkpoint():
+    with pytest.raises(RuntimeError, match="value_lr_scale is 4 in the checkpoint and 2 in the"):
+        build(value_lr_scale=2.0).load_state_dict(build(value_lr_scale=4.0).state_dict())
+    with pytest.raises(RuntimeError, match="value_lr_scale"):
+        build().load_state_dict(build(value_lr_scale=4.0).state_dict())
+    with pytest.raises(RuntimeError, match="value_lr_scale"):
+        build(value_lr_scale=4.0).load_state_dict(build().state_dict())
