@@ -148,6 +148,11 @@ class Selector(nn.Module):
         """Forward FLOPs to choose the blocks of a token, beyond those of the active cells."""
         return 0
 
+    @classmethod
+    def flops_per_step(cls, config: MemoryConfig) -> int:
+        """Forward FLOPs of a pass that do not depend on how many tokens it has."""
+        return 0
+
     def forward(self, inputs: SelectorInput) -> Selection:
         """Select blocks."""
         raise NotImplementedError

@@ -146,8 +146,8 @@ def training_flops_per_token(parts: dict[str, Cost]) -> int:
 def mean_keys_flops(model: TransformerLanguageModel) -> int:
     """FLOPs to form the mean keys of all layers, once a step: an addition for each number in the
     key tables. No part of the costs by token."""
-    configs = [m.config for m in _memories(model) if hasattr(m.selector, "mean_keys")]
-    return sum(config.num_cells * config.embed_dim for config in configs)
+    configs = [memory.config for memory in _memories(model)]
+    return sum(config.selector_class.flops_per_step(config) for config in configs)
 
 
 def checkpoint_cost(path: str) -> dict[str, Any]:

@@ -345,7 +345,9 @@ def test_skipped_layers_are_logged():
     skipped = logs_of(model.train(), parts[:1], log_format="json")
     ran = logs_of(model.eval(), parts[1:], log_format="json")
     assert reduced(skipped)["unused_blocks_layer1"] == 0  # nothing is known of it
-    assert reduced(skipped + ran)["load_max_layer1"] == reduced(ran)["load_max_layer1"]
+    both, second = reduced(skipped + ran), reduced(ran)
+    for name in ("load_max_layer1", "balance_loss_layer1", "balance_loss"):
+        assert both[name] == second[name] > 0
 
 
 def test_meters_add_up_over_a_log_interval():

@@ -51,6 +51,11 @@ class AvgK(Selector):
     def flops_per_token(cls, config: MemoryConfig) -> int:
         return 2 * config.num_blocks * config.embed_dim
 
+    @classmethod
+    def flops_per_step(cls, config: MemoryConfig) -> int:
+        """To form the mean keys: an addition for each number in the key table."""
+        return config.num_cells * config.embed_dim
+
     def forward(self, inputs: SelectorInput) -> Selection:
         assert inputs.keys is not None
         scores = Scores(F.linear(inputs.x, *self.mean_keys(inputs.keys, inputs.key_bias)))
