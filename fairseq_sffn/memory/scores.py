@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import torch
 from torch import Tensor
+
+NUMPY_DTYPES = (torch.float32, torch.float64)
+PARTITIONED_BLOCKS = 128
+"""From so many blocks on, NumPy's partial sorts are faster than ``topk`` on a CPU."""
 
 
 class Scores:
@@ -20,7 +25,7 @@ class Scores:
 
     def top(self, active_blocks: int) -> Tensor:
         """The blocks with the highest scores, best first: (N, A) int64."""
-        return self.logits.topk(active_blocks, dim=-1).indices
+        return top_blocks(self.logits, active_blocks)
 
     def of(self, blocks_NA: Tensor) -> Tensor:
         """Scores of the given blocks: (N, A)."""
@@ -107,6 +112,19 @@ class ProductScores(Scores):
         left = left * weights_N[:, None, None]
         with torch.autocast(left.device.type, enabled=False):
             return (left.flatten(0, 1).t() @ right.flatten(0, 1)).flatten()
+
+
+def top_blocks(scores_NB: Tensor, active_blocks: int) -> Tensor:
+    """The blocks with the highest scores, best first: (N, A) int64."""
+    scores_NB = scores_NB.detach()
+    on_cpu, full = scores_NB.device.type == "cpu", scores_NB.dtype in NUMPY_DTYPES
+    if not (on_cpu and full and active_blocks > 1 and scores_NB.shape[1] >= PARTITIONED_BLOCKS):
+        return scores_NB.topk(active_blocks, dim=-1).indices
+    # Partial sorts that compare many scores at once, several times faster than PyTorch's.
+    scores = scores_NB.numpy()
+    blocks = np.argpartition(scores, -active_blocks, axis=1)[:, -active_blocks:]
+    order = np.take_along_axis(scores, blocks, axis=1).argsort(axis=1)[:, ::-1]
+    return torch.from_numpy(np.take_along_axis(blocks, order, axis=1))
 
 
 def mean_over_tokens(values_NX: Tensor, valid_N: Tensor | None) -> Tensor:

@@ -31,6 +31,7 @@ class SelectorInput(NamedTuple):
         token_ids: (N, context_tokens) trailing token ids, the current one last, where the selector
             looks at any.
         valid: (N,) bool, ``False`` at padding; ``None``: no padding.
+        needs_scores: whether gate or losses read the scores of the selection.
     """
 
     x: Tensor
@@ -38,6 +39,7 @@ class SelectorInput(NamedTuple):
     key_bias: Tensor | None = None
     token_ids: Tensor | None = None
     valid: Tensor | None = None
+    needs_scores: bool = True
 
 
 class Selection(NamedTuple):
@@ -46,7 +48,8 @@ class Selection(NamedTuple):
     Attributes:
         blocks: (N, A) int64, the selected blocks of each token.
         scores: what each block was chosen by, higher is better, as logits; ``None`` where a
-            selector does not score blocks. Gates and the balance loss read them.
+            selector does not score blocks, or nothing needs them. Gates and the balance loss read
+            them.
         weights: (N, A) gate values, or ``None`` where every selected block counts fully.
         kept: (N, A) bool, ``False`` where the block is not used after all; ``None``: all are. What
             a selector leaves out is no assignment; what a full block drops is counted as dropped.
@@ -62,6 +65,15 @@ class Selection(NamedTuple):
     kept: Tensor | None = None
     pre_activations: Tensor | None = None
     coefficients: Tensor | None = None
+
+    def split(self, num_tokens: int) -> list[Selection]:
+        """Selections of so many tokens each, without scores."""
+        fields = self._replace(scores=None)._asdict()
+        parts = {name: t.split(num_tokens) for name, t in fields.items() if t is not None}
+        return [
+            Selection(**dict(zip(parts, part, strict=True)))
+            for part in zip(*parts.values(), strict=True)
+        ]
 
 
 @dataclass(frozen=True)

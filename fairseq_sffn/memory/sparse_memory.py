@@ -23,7 +23,8 @@ class MemoryOutput(NamedTuple):
     Attributes:
         output: (..., D), the shape of x.
         selection: blocks and weights of the N tokens, in the order of x flattened.
-        balance_loss: () 1.0 at perfect balance; ``None`` if the selector scores no blocks.
+        balance_loss: () 1.0 at perfect balance; ``None`` if the selector scores no blocks, or it
+            was not asked for.
         z_loss: () mean squared log-partition of the scores; ``None`` likewise.
         usage: assignments per block and dropped ones, padding excluded.
     """
@@ -83,7 +84,12 @@ class SparseMemory(nn.Module):
                 nn.init.uniform_(parameter, -bound, bound)
 
     def forward(
-        self, x: Tensor, token_ids: Tensor | None = None, *, padding_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        token_ids: Tensor | None = None,
+        *,
+        padding_mask: Tensor | None = None,
+        losses: bool = True,
     ) -> MemoryOutput:
         """Look up every token.
 
@@ -93,6 +99,8 @@ class SparseMemory(nn.Module):
                 one last, or (...,) the current ones; needed by selectors that look at token ids.
             padding_mask: (...,) bool, ``True`` at padding, which is computed but counts neither
                 in the losses nor in the usage, and takes no capacity.
+            losses: whether balance and z loss are wanted. Without them a selector may leave out
+                the scores of all blocks.
 
         Raises:
             ValueError: a shape does not fit, token ids are missing or out of range, or the forced
@@ -110,15 +118,17 @@ class SparseMemory(nn.Module):
         x_ND = x.reshape(-1, self.config.embed_dim)
         valid_N = None if padding_mask is None else ~padding_mask.reshape(-1)
         token_ids_NT = self._flatten_token_ids(token_ids, x)
+        gate = GATES[self.config.gate_name]
+        needs_scores = losses or gate is not None
         selection = self.selector(
-            SelectorInput(x_ND, self.keys, self.key_bias, token_ids_NT, valid_N)
+            SelectorInput(x_ND, self.keys, self.key_bias, token_ids_NT, valid_N, needs_scores)
         )
-        if (gate := GATES[self.config.gate_name]) is not None:
+        if gate is not None:
             selection = selection._replace(weights=gate(selection.scores, selection.blocks))
 
         selection, balance_counts_B, usage = self._count(selection, valid_N)
         balance = z = None
-        if selection.scores is not None:
+        if losses and selection.scores is not None:
             balance = balance_loss(selection.scores, balance_counts_B, valid_N)
             z = z_loss(selection.scores, valid_N)
         output = self._compute(x_ND, selection).view(x.shape)
@@ -174,12 +184,14 @@ class SparseMemory(nn.Module):
         # Under autocast the tables are cast here, as inside any autocast matrix product.
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.values.dtype
-        sizes = (dtype, config.embed_dim, config.block_size)
+        shape = (config.num_blocks, config.block_size, config.embed_dim)
         if config.engine is None:
-            engine = choose_engine(selection.blocks.numel(), *sizes)
-        elif (engine := ENGINES[config.engine]) and not engine.supports(*sizes):
-            reason = f"cannot multiply {dtype} blocks of {config.block_size} x {config.embed_dim}"
-            raise ConfigError("engine", config.engine, reason)
+            engine = choose_engine(device.type, dtype, selection.blocks.numel(), shape)
+        else:
+            engine = ENGINES[config.engine]
+            if not engine.supports(dtype, config.embed_dim, config.block_size):
+                reason = f"cannot multiply {dtype} blocks of {shape[1]} x {shape[2]}"
+                raise ConfigError("engine", config.engine, reason)
 
         def in_blocks(table: Tensor) -> Tensor:
             return table.to(dtype).unflatten(0, (config.num_blocks, config.block_size))

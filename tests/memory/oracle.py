@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -451,6 +451,7 @@ def assert_matches(
     x: Tensor,
     token_ids: Tensor | None = None,
     padding_mask: Tensor | None = None,
+    losses: bool = True,
 ) -> MemoryOutput:
     """The memory equals the loops to 1e-10: all that it returns, and the gradients of x and of
     every parameter. Rows at padding are not compared: nobody reads them."""
@@ -461,9 +462,11 @@ def assert_matches(
     factor = config.capacity_factor if memory.training else config.eval_capacity_factor
 
     rng = torch.get_rng_state()
-    actual = memory(x, token_ids, padding_mask=padding_mask)
+    actual = memory(x, token_ids, padding_mask=padding_mask, losses=losses)
     x_ND = x.reshape(-1, config.embed_dim)
     expected = lookup(memory, x_ND, ids_NT, padding_N, factor, actual.selection, rng)
+    if not losses:
+        expected = replace(expected, balance_loss=None, z_loss=None)
     output_ND = actual.output.reshape(-1, config.embed_dim)
     read_N = torch.ones(len(output_ND), dtype=torch.bool) if padding_N is None else ~padding_N
 

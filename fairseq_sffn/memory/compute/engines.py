@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..selection import Selection
-from .bags import dot_rows, sum_rows
+from .bags import Rows, cells_of, dot_rows, sum_rows
 from .plan import make_plan
-from .products import CACHED_PAIRS, PRODUCTS, Products
+from .products import PRODUCTS, Products
 from .sorted_pairs import combine, score
 
 
@@ -64,33 +64,54 @@ class SortedPairs:
         activation: Callable[[Tensor], Tensor],
         dropout: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        num_blocks, block_size, _ = tables.values.shape
-        plan = make_plan(
-            selection.blocks,
-            num_blocks,
-            self.products.chunk_pairs(x_ND.device, block_size),
-            selection.kept,
-        )
+        if self.products.chunk_pairs(x_ND.device) is None:
+            # Without chunks of pairs, so many tokens at a time that gathered rows stay bounded.
+            active, width = selection.blocks.shape[1], x_ND.shape[1]
+            each = max(1, GATHERED_ELEMENTS // max(1, active * width))
+        else:
+            each = max(1, len(x_ND))
+        outputs = [
+            self._compute(x_nD, tables, part, activation, dropout)
+            for x_nD, part in zip(x_ND.split(each), selection.split(each), strict=True)
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _compute(
+        self,
+        x_ND: Tensor,
+        tables: Tables,
+        selection: Selection,
+        activation: Callable[[Tensor], Tensor],
+        dropout: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        kept_NA, weights_NA = selection.kept, selection.weights
+        if kept_NA is not None and kept_NA.device.type != "cpu":
+            # How many are kept is known to the device alone: multiply all, and some by 0.
+            ones = 1.0 if weights_NA is None else weights_NA
+            weights_NA, kept_NA = torch.where(kept_NA, ones, 0.0), None
+        chunk_pairs = self.products.chunk_pairs(x_ND.device)
+        order_P, plan = make_plan(selection.blocks, len(tables.values), chunk_pairs, kept_NA)
         if selection.coefficients is not None:
-            hidden_PG = selection.coefficients.flatten()[plan.order].unsqueeze(1)
+            hidden_PG = selection.coefficients.flatten()[order_P].unsqueeze(1)
         elif selection.pre_activations is not None:
-            hidden_PG = activation(selection.pre_activations.flatten(0, 1)[plan.order])
+            hidden_PG = activation(selection.pre_activations.flatten(0, 1)[order_P])
         else:
             assert tables.keys is not None
             pre_PG = score(x_ND, tables.keys, tables.key_bias, plan, self.products)
             hidden_PG = activation(pre_PG)
         hidden_PG = dropout(hidden_PG).to(x_ND.dtype)
         weights_P = None
-        if selection.weights is not None:
-            weights_P = selection.weights.flatten()[plan.order].to(x_ND.dtype)
+        if weights_NA is not None:
+            weights_P = weights_NA.flatten()[order_P].to(x_ND.dtype)
         return combine(hidden_PG, weights_P, tables.values, plan, len(x_ND), self.products)
 
 
 class Bags:
-    """For blocks of one cell: each token sums a bag of rows, without sorting or gathering."""
+    """Each token sums a bag of table rows, without sorting or gathering: for blocks of one cell,
+    and for a few tokens, which then touch their own rows only."""
 
     def supports(self, dtype: torch.dtype, embed_dim: int, block_size: int) -> bool:
-        return block_size == 1
+        return True
 
     def compute(
         self,
@@ -100,22 +121,23 @@ class Bags:
         activation: Callable[[Tensor], Tensor],
         dropout: Callable[[Tensor], Tensor],
     ) -> Tensor:
+        block_size = tables.values.shape[1]
+        cells_NK = cells_of(selection.blocks, block_size)
+        rows = Rows(cells_NK, tables.values[..., 0].numel())
         if selection.coefficients is not None:
-            hidden_NA = selection.coefficients
+            hidden_NK = selection.coefficients
         elif selection.pre_activations is not None:
-            hidden_NA = activation(selection.pre_activations.squeeze(2))
+            hidden_NK = activation(selection.pre_activations.flatten(1))
         else:
             assert tables.keys is not None
-            pre_NA = dot_rows(x_ND, tables.keys.squeeze(1), selection.blocks)
-            if tables.key_bias is not None:
-                pre_NA = pre_NA + tables.key_bias.squeeze(1)[selection.blocks]
-            hidden_NA = activation(pre_NA)
-        hidden_NA = dropout(hidden_NA).to(x_ND.dtype)
-        if selection.weights is not None:
-            hidden_NA = hidden_NA * selection.weights.to(x_ND.dtype)
-        if selection.kept is not None:
-            hidden_NA = hidden_NA * selection.kept
-        return sum_rows(hidden_NA, tables.values.squeeze(1), selection.blocks)
+            bias = None if tables.key_bias is None else tables.key_bias.flatten()
+            hidden_NK = activation(dot_rows(x_ND, tables.keys.flatten(0, 1), bias, rows))
+        hidden_NK = dropout(hidden_NK).to(x_ND.dtype)
+        for factor_NA in (selection.weights, selection.kept):
+            if factor_NA is not None:
+                hidden_NAG = hidden_NK.unflatten(1, (-1, block_size))
+                hidden_NK = (hidden_NAG * factor_NA.to(x_ND.dtype).unsqueeze(2)).flatten(1)
+        return sum_rows(hidden_NK, tables.values.flatten(0, 1), rows)
 
 
 ENGINES: dict[str, Engine] = {
@@ -123,18 +145,27 @@ ENGINES: dict[str, Engine] = {
     "bags": Bags(),
 }
 
+GATHERED_ELEMENTS = 2**28
+"""The most numbers in the gathered rows of one product on an accelerator."""
 
-def choose_engine(num_pairs: int, dtype: torch.dtype, embed_dim: int, block_size: int) -> Engine:
+BAGGED_ELEMENTS = 2**16
+"""Up to so many products of numbers a block, calling a matrix product costs more than it saves, as
+measured."""
+
+
+def choose_engine(
+    device_type: str, dtype: torch.dtype, num_pairs: int, table_shape: tuple[int, int, int]
+) -> Engine:
     """The engine that is fastest for these sizes among those that support them.
 
     Args:
         num_pairs: (token, block) pairs to compute.
-        dtype, embed_dim, block_size: of the tables.
+        table_shape: (B, G, D).
     """
-    if block_size == 1:
+    num_blocks, block_size, width = table_shape
+    pairs_per_block = max(1, num_pairs / num_blocks)
+    if block_size == 1 or pairs_per_block * block_size * width <= BAGGED_ELEMENTS:
         return ENGINES["bags"]
-    if num_pairs * block_size <= CACHED_PAIRS:
-        return ENGINES["gathered"]
-    if ENGINES["grouped"].supports(dtype, embed_dim, block_size):
+    if device_type != "cpu" and ENGINES["grouped"].supports(dtype, width, block_size):
         return ENGINES["grouped"]
     return ENGINES["loop"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,33 +18,42 @@ class Chunk:
         blocks: slice of the blocks.
         ends: (blocks in the chunk,) int32, for each block the end of its pairs, counted from the
             start of the chunk.
+        sizes: how many pairs each block has in the chunk; ``None``: not read from the device.
+        continues: whether the first block has pairs in the chunk before, too.
     """
 
     pairs: slice
     blocks: slice
     ends: Tensor
+    sizes: list[int] | None = None
+    continues: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Pairs sorted by block.
+    """Pairs sorted by block: as much of it as backward needs.
 
     Attributes:
-        order: (P,) index n * A + a of each sorted pair.
-        tokens: (P,) token n of each sorted pair.
-        blocks: (P,) block of each sorted pair.
+        tokens: (P,) int32 token n of each sorted pair.
+        ends: (B,) int32, for each block the end of its pairs.
         chunks: cover all pairs in order.
     """
 
-    order: Tensor
     tokens: Tensor
-    blocks: Tensor
+    ends: Tensor
     chunks: list[Chunk]
+
+    @property
+    def blocks(self) -> Tensor:
+        """(P,) int32 block of each sorted pair."""
+        all_blocks = torch.arange(len(self.ends), device=self.ends.device, dtype=torch.int32)
+        loads = self.ends.diff(prepend=self.ends.new_zeros(1))
+        return all_blocks.repeat_interleave(loads, output_size=len(self.tokens))
 
 
 def make_plan(
     blocks_NA: Tensor, num_blocks: int, chunk_pairs: int | None, kept_NA: Tensor | None = None
-) -> Plan:
+) -> tuple[Tensor, Plan]:
     """Sort pairs by block and cut them into chunks.
 
     Args:
@@ -52,6 +62,9 @@ def make_plan(
         chunk_pairs: the most pairs in a chunk, so that gathered rows stay in a processor's cache;
             ``None``: one chunk, and nothing is read back from the device.
         kept_NA: pairs to leave out are ``False``.
+
+    Returns:
+        (P,) index n * A + a of each sorted pair, and the plan.
     """
     sorted_P, order_P = sort_blocks(blocks_NA.flatten(), num_blocks)
     if kept_NA is not None:
@@ -59,12 +72,8 @@ def make_plan(
         sorted_P, order_P = sorted_P[kept_P], order_P[kept_P]
     all_blocks = torch.arange(num_blocks, device=sorted_P.device, dtype=sorted_P.dtype)
     ends_B = torch.searchsorted(sorted_P, all_blocks, right=True).int()
-    return Plan(
-        order=order_P,
-        tokens=order_P.div(max(blocks_NA.shape[1], 1), rounding_mode="floor"),
-        blocks=sorted_P.long(),
-        chunks=_chunks(ends_B, len(order_P), chunk_pairs),
-    )
+    tokens_P = order_P.int().div(max(blocks_NA.shape[1], 1), rounding_mode="floor")
+    return order_P, Plan(tokens_P, ends_B, _chunks(ends_B, len(order_P), chunk_pairs))
 
 
 def sort_blocks(blocks_P: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
@@ -77,7 +86,7 @@ def sort_blocks(blocks_P: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
 def _chunks(ends_B: Tensor, num_pairs: int, chunk_pairs: int | None) -> list[Chunk]:
     if num_pairs == 0:
         return []
-    if chunk_pairs is None or num_pairs <= chunk_pairs:
+    if chunk_pairs is None:
         return [Chunk(slice(0, num_pairs), slice(0, len(ends_B)), ends_B)]
     starts = torch.arange(0, num_pairs, chunk_pairs)
     stops = (starts + chunk_pairs).clamp(max=num_pairs)
@@ -85,10 +94,12 @@ def _chunks(ends_B: Tensor, num_pairs: int, chunk_pairs: int | None) -> list[Chu
     # A block that is longer than a chunk spreads over several: its first and last pairs differ.
     firsts = torch.searchsorted(ends_B, starts.int(), right=True)
     lasts = torch.searchsorted(ends_B, stops.int())
-    chunks = []
+    chunks: list[Chunk] = []
     for start, stop, first, last in zip(
         starts.tolist(), stops.tolist(), firsts.tolist(), lasts.tolist(), strict=True
     ):
         ends = ends_B[first : last + 1].clamp(max=stop) - start
-        chunks.append(Chunk(slice(start, stop), slice(first, last + 1), ends))
+        sizes = [end - begin for begin, end in pairwise([0, *ends.tolist()])]
+        continues = bool(chunks) and chunks[-1].blocks.stop == first + 1
+        chunks.append(Chunk(slice(start, stop), slice(first, last + 1), ends, sizes, continues))
     return chunks

@@ -57,5 +57,5 @@ class LoRKM(VanillaM):
     def flops_per_token(cls, config: MemoryConfig) -> int:
         return 2 * cls._rank(config) * (config.embed_dim + config.num_cells)
 
-    def pre_activations(self, inputs: SelectorInput) -> Tensor:
-        return self.up(self.down(inputs.x))
+    def factors(self, inputs: SelectorInput) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.down(inputs.x), self.up.weight, self.up.bias

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..compute.bags import Rows, cells_of, dot_rows
 from ..config import MemoryConfig
-from ..scores import Scores
+from ..scores import Scores, top_blocks
 from ..selection import Selection, Selector, SelectorConfig, SelectorInput
 
 AGGREGATES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -20,6 +22,10 @@ AGGREGATES: dict[str, Callable[[Tensor], Tensor]] = {
     "min": lambda pre_NBG: pre_NBG.amin(dim=2),
 }
 """Name -> score (N, B) of the blocks whose cells have pre-activations (N, B, G)."""
+
+SCORED_AT_ONCE = 2**21
+"""Pre-activations that are formed at once where their selected ones alone are kept: as many as stay
+in a processor's cache."""
 
 
 class VanillaM(Selector):
@@ -55,13 +61,40 @@ class VanillaM(Selector):
         return 2 * (config.num_cells - config.active_cells) * config.embed_dim
 
     def forward(self, inputs: SelectorInput) -> Selection:
-        pre_NBG = self.pre_activations(inputs).unflatten(1, (-1, self.block_size))
+        x_ND, keys_CD, bias_C = self.factors(inputs)
+        if not inputs.needs_scores:
+            return self._select(x_ND, keys_CD, bias_C)
+        pre_NBG = F.linear(x_ND, keys_CD, bias_C).unflatten(1, (-1, self.block_size))
         scores = Scores(AGGREGATES[self.aggregate](pre_NBG))
         blocks_NA = scores.top(self.active_blocks)
-        pre_NAG = pre_NBG.gather(1, blocks_NA.unsqueeze(2).expand(-1, -1, self.block_size))
-        return Selection(blocks_NA, scores, pre_activations=pre_NAG)
+        return Selection(blocks_NA, scores, pre_activations=_of_blocks(pre_NBG, blocks_NA))
 
-    def pre_activations(self, inputs: SelectorInput) -> Tensor:
-        """x . k + c of every cell: (N, C)."""
+    def factors(self, inputs: SelectorInput) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x, keys and key bias whose products are the pre-activations x . k + c: (N, D), (C, D) and
+        (C,)."""
         assert inputs.keys is not None
-        return F.linear(inputs.x, inputs.keys, inputs.key_bias)
+        return inputs.x, inputs.keys, inputs.key_bias
+
+    def _select(self, x_ND: Tensor, keys_CD: Tensor, bias_C: Tensor | None) -> Selection:
+        """As with scores, but these are dropped a few tokens at a time, and gradients flow through
+        the selected cells alone, not through a zero for each of the others."""
+        if torch.is_autocast_enabled(x_ND.device.type):
+            dtype = torch.get_autocast_dtype(x_ND.device.type)
+            x_ND, keys_CD = x_ND.to(dtype), keys_CD.to(dtype)
+            bias_C = None if bias_C is None else bias_C.to(dtype)
+        blocks, known = [], []
+        with torch.no_grad():
+            for x_nD in x_ND.split(max(1, SCORED_AT_ONCE // len(keys_CD))):
+                pre_nBG = F.linear(x_nD, keys_CD, bias_C).unflatten(1, (-1, self.block_size))
+                scores_nB = AGGREGATES[self.aggregate](pre_nBG)
+                blocks.append(top_blocks(scores_nB, self.active_blocks))
+                known.append(_of_blocks(pre_nBG, blocks[-1]))
+        blocks_NA, known_NAG = torch.cat(blocks), torch.cat(known)
+        rows = Rows(cells_of(blocks_NA, self.block_size), len(keys_CD))
+        pre_NK = dot_rows(x_ND, keys_CD, bias_C, rows, known_NAG.flatten(1))
+        return Selection(blocks_NA, pre_activations=pre_NK.view_as(known_NAG))
+
+
+def _of_blocks(pre_NBG: Tensor, blocks_NA: Tensor) -> Tensor:
+    """Pre-activations of the given blocks: (N, A, G)."""
+    return pre_NBG.gather(1, blocks_NA.unsqueeze(2).expand(-1, -1, pre_NBG.shape[2]))

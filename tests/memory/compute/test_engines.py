@@ -2,7 +2,9 @@ import pytest
 import torch
 from oracle import CASES, assert_matches, build, tokens
 
-from fairseq_sffn.memory.compute import engines, products
+from fairseq_sffn.memory import Selection
+from fairseq_sffn.memory.compute import engines, plan, products
+from fairseq_sffn.memory.compute.plan import _chunks as plan_chunks
 
 
 def cut(monkeypatch, pairs: int) -> None:
@@ -11,19 +13,33 @@ def cut(monkeypatch, pairs: int) -> None:
 
 
 @pytest.mark.parametrize("cached_pairs", [1, 5, 7, 4096])
-@pytest.mark.parametrize("engine", ["loop", "gathered"])
+@pytest.mark.parametrize("engine", ["loop", "bags"])
+@pytest.mark.parametrize("losses", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_loops(case, engine, cached_pairs, monkeypatch):
+def test_equals_the_loops(case, losses, engine, cached_pairs, monkeypatch):
     cut(monkeypatch, cached_pairs)
     gate = "none" if case == "hash_layer" else "sigmoid"
     memory = build(case, engine=engine, gate=gate, capacity_factor=1.5)
-    assert_matches(memory, *tokens(8))
+    assert_matches(memory, *tokens(8), losses=losses)
 
 
-@pytest.mark.parametrize("cached_pairs", [3, 16, 4096])
-def test_gathered_in_chunks_of_many_pairs(cached_pairs, monkeypatch):
-    cut(monkeypatch, 4 * cached_pairs)  # times the block size, so that a chunk has so many pairs
-    assert_matches(build(engine="gathered"), *tokens(8))
+@pytest.mark.parametrize("losses", [True, False])
+@pytest.mark.parametrize("gate", ["none", "sigmoid"])
+@pytest.mark.parametrize("case", ["avgk-g4", "rand_hash", "gshard-sampled", "pkm", "vanilla_m-g1"])
+def test_a_few_tokens_at_a_time_as_on_an_accelerator(case, gate, losses, monkeypatch):
+    """What bounds the memory where chunks of pairs would have to be read from the device."""
+    if case == "rand_hash":
+        gate = "none"
+    monkeypatch.setattr(products.Loop, "chunk_pairs", lambda self, device: None)
+    monkeypatch.setattr(engines, "GATHERED_ELEMENTS", 3 * 8 * 4)
+    monkeypatch.setattr(plan, "_chunks", one_chunk)
+    memory = build(case, engine="loop", gate=gate, capacity_factor=1.5)
+    assert_matches(memory, *tokens(8), losses=losses)
+
+
+def one_chunk(ends_B, num_pairs, chunk_pairs):
+    assert chunk_pairs is None
+    return plan_chunks(ends_B, num_pairs, num_pairs) if num_pairs else []
 
 
 def grads_of(memory, x, token_ids, cotangent):
@@ -68,18 +84,46 @@ def test_grouped_in_bf16_is_near_fp32(cached_pairs, monkeypatch):
         assert error <= 0.03 * wanted[name].abs().max(), name
 
 
+@pytest.mark.parametrize("cached_pairs", [1, 5, 4096])
+@pytest.mark.parametrize("engine", ["grouped", "bags"])
+def test_engines_agree_where_one_block_takes_most(engine, cached_pairs, monkeypatch):
+    """A block of more pairs than a chunk, blocks without any, first and last."""
+    blocks_NA = torch.tensor([[3, 1]] * 9 + [[3, 6]] * 4 + [[5, 3]])
+    x_ND, cotangent_ND = torch.randn(2, 14, 8)
+    tables = [torch.randn(8, 4, 8), torch.randn(8, 4), torch.randn(8, 4, 8)]
+
+    def outcome(name):
+        inputs = [t.clone().requires_grad_() for t in (x_ND, *tables, torch.ones(14, 2) / 3)]
+        x, keys, bias, values, weights = inputs
+        selection = Selection(blocks_NA, weights=weights)
+        out = engines.ENGINES[name].compute(
+            x, engines.Tables(keys, bias, values), selection, torch.nn.functional.gelu, lambda h: h
+        )
+        return out, *torch.autograd.grad(out, inputs, cotangent_ND)
+
+    wanted = outcome("loop")
+    cut(monkeypatch, cached_pairs)
+    for got, again, want in zip(outcome(engine), outcome("loop"), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(again, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
-    ("num_pairs", "dtype", "block_size", "name"),
+    ("device_type", "dtype", "num_pairs", "table_shape", "name"),
     [
-        (4, torch.float32, 64, "gathered"),
-        (64, torch.float32, 64, "gathered"),
-        (65, torch.float32, 64, "grouped"),
-        (1, torch.float32, 1, "bags"),
-        (4097, torch.float64, 1, "bags"),
-        (65, torch.float64, 64, "loop"),
+        ("cpu", torch.float32, 2048, (16, 1024, 256), "loop"),
+        ("cpu", torch.float64, 2048 * 64, (1024, 16, 256), "loop"),
+        ("cpu", torch.float32, 2048 * 1024, (16384, 1, 256), "bags"),
+        ("cpu", torch.float32, 16, (256, 64, 256), "bags"),  # a token
+        ("cpu", torch.float32, 1, (16, 1024, 256), "loop"),
+        ("cuda", torch.float32, 2048 * 64, (1024, 16, 256), "grouped"),
+        ("cuda", torch.bfloat16, 2048, (16, 1024, 256), "grouped"),
+        ("cuda", torch.float64, 2048, (16, 1024, 256), "loop"),
+        ("cuda", torch.float32, 2048 * 1024, (16384, 1, 256), "bags"),
+        ("cuda", torch.float32, 2048 * 128, (2048, 2, 1024), "loop"),
     ],
 )
-def test_choice_by_size(num_pairs, dtype, block_size, name):
-    chosen = engines.choose_engine(num_pairs, dtype, 64, block_size)
+def test_choice_by_size(device_type, dtype, num_pairs, table_shape, name):
+    chosen = engines.choose_engine(device_type, dtype, num_pairs, table_shape)
     assert chosen is engines.ENGINES[name]
-    assert chosen.supports(dtype, 64, block_size)
+    assert chosen.supports(dtype, table_shape[2], table_shape[1])

@@ -15,9 +15,10 @@ def pairs_of(blocks_NA, kept_NA=None):
     )
 
 
-def assert_right(plan, blocks_NA, num_blocks, chunk_pairs, kept_NA=None):
+def assert_right(result, blocks_NA, num_blocks, chunk_pairs, kept_NA=None):
     pairs = pairs_of(blocks_NA, kept_NA)
-    got = [t.tolist() for t in (plan.blocks, plan.tokens, plan.order)]
+    order_P, plan = result
+    got = [t.tolist() for t in (plan.blocks, plan.tokens, order_P)]
     assert got == [[pair[i] for pair in pairs] for i in range(3)]
 
     end = 0
@@ -28,8 +29,12 @@ def assert_right(plan, blocks_NA, num_blocks, chunk_pairs, kept_NA=None):
         assert chunk.ends.dtype == torch.int32
         assert 0 <= chunk.blocks.start < chunk.blocks.stop <= num_blocks
         blocks = range(num_blocks)[chunk.blocks]
-        assert len(blocks) == len(chunk.ends)
         start = chunk.pairs.start
+        assert len(blocks) == len(chunk.ends)
+        if chunk_pairs is not None:
+            inside = [pair[0] for pair in pairs[start:end]]
+            assert chunk.sizes == [inside.count(block) for block in blocks]
+            assert chunk.continues == (start > 0 and pairs[start - 1][0] == pairs[start][0])
         for block, stop in zip(blocks, chunk.ends.tolist(), strict=True):
             stop += chunk.pairs.start
             assert all(pair[0] == block for pair in pairs[start:stop])
@@ -67,8 +72,8 @@ def test_one_block_takes_all(block, chunk_pairs):
 
 @pytest.mark.parametrize("chunk_pairs", [None, 4])
 def test_no_tokens(chunk_pairs):
-    plan = make_plan(torch.empty(0, 2, dtype=torch.int64), 7, chunk_pairs)
-    assert plan.chunks == [] and len(plan.order) == len(plan.tokens) == len(plan.blocks) == 0
+    order_P, plan = make_plan(torch.empty(0, 2, dtype=torch.int64), 7, chunk_pairs)
+    assert plan.chunks == [] and len(order_P) == len(plan.tokens) == len(plan.blocks) == 0
 
 
 @pytest.mark.parametrize("num_blocks", [2**15 - 1, 2**15, 2**15 + 1, 2**17])

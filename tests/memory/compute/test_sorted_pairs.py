@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -6,13 +8,14 @@ from fairseq_sffn.memory.compute.products import PRODUCTS
 from fairseq_sffn.memory.compute.sorted_pairs import combine, score
 
 
-@pytest.mark.parametrize("chunk_pairs", [None, 5])
 @pytest.mark.parametrize("reduce", ["sum", "columns"])
-@pytest.mark.parametrize("products", PRODUCTS)
+@pytest.mark.parametrize(
+    ("products", "chunk_pairs"), [("grouped", None), *itertools.product(PRODUCTS, [5, 100])]
+)
 def test_gradients_may_come_in_any_layout(products, reduce, chunk_pairs):
     """``sum`` sends back an expanded scalar, a transposed product a column-major matrix."""
     blocks_NA = torch.stack([torch.randperm(3)[:2] for _ in range(10)])
-    plan = make_plan(blocks_NA, 3, chunk_pairs)
+    _, plan = make_plan(blocks_NA, 3, chunk_pairs)
     x_ND, keys_BGD, values_BGD = torch.randn(10, 8), torch.randn(3, 4, 8), torch.randn(3, 4, 8)
     bias_BG, weights_P = torch.randn(3, 4), torch.rand(20)
     inputs = [t.requires_grad_() for t in (x_ND, keys_BGD, bias_BG, values_BGD, weights_P)]

@@ -57,7 +57,7 @@ def test_block_numbers_fit_their_dtype(num_blocks, dtype):
 
 
 @pytest.mark.parametrize("num_blocks", [32_768, 32_769])
-@pytest.mark.parametrize("engine", [None, "loop", "gathered"])
+@pytest.mark.parametrize("engine", [None, "loop", "bags"])
 def test_the_last_block_is_computed(num_blocks, engine):
     memory = build("rand_hash", num_cells=num_blocks, block_size=1, engine=engine)
     with torch.no_grad():
