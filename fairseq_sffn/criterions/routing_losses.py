@@ -96,8 +96,9 @@ class RoutingLosses:
     loss + weight * z loss of the sparse layers to its loss.
 
     What the criterion itself logs stays as it is, so that it compares with fairseq's;
-    ``balance_loss`` and the load of the blocks are logged beside it, for each layer too where the
-    log is read by programs (``--log-format json``, tensorboard). Works with any model: without
+    the load of the blocks is logged beside it, and ``balance_loss`` where it has a weight, and in
+    validation; for each layer too where the log is read by programs (``--log-format json``,
+    tensorboard). Works with any model: without
     sparse layers nothing is added.
 
     The extra losses are multiplied by the sample size, as fairseq divides gradients by it. They
@@ -118,27 +119,37 @@ class RoutingLosses:
         self.log_layers = str(cfg.log_format) == "json" or bool(cfg.tensorboard_logdir)
 
     def forward(self, model: Any, sample: Any, reduce: bool = True) -> tuple[Any, Any, Any]:
-        with _outputs_of(model) as outputs:
+        config = getattr(model, "memory_config", None)  # of a model with sparse layers
+        selector = None if config is None else config.selector_class
+        # In training a loss without a weight would only cost; validation logs it all the same.
+        has_losses = selector is not None and (
+            not model.training or any(self.weights(selector).values())
+        )
+        with _outputs_of(model, losses=has_losses) as outputs:
             loss, sample_size, logging_output = super().forward(model, sample, reduce)
         extra = outputs[0][1]  # not every model of fairseq gives a dictionary
         if routing := extra.get("routing") if isinstance(extra, dict) else None:
-            selector = model.memory_config.selector_class
+            assert selector is not None
             loss = loss + self.extra_loss(selector, routing) * sample_size
-            logging_output |= self.routing_logs(selector, routing, sample_size)
+            has_losses = has_losses and selector.scores_blocks
+            logging_output |= self.routing_logs(routing, sample_size, has_losses)
         return loss, sample_size, logging_output
+
+    def weights(self, selector: type[Selector]) -> dict[str, float]:
+        """The weight of each loss."""
+        balance_weight = self.cfg.balance_loss_weight
+        if balance_weight is None:
+            balance_weight = selector.default_balance_weight
+        return {"balance_loss": balance_weight, "z_loss": self.cfg.z_loss_weight}
 
     def extra_loss(
         self, selector: type[Selector], routing: dict[str, LayerRouting]
     ) -> Tensor | float:
         """Weighted balance and z losses of all layers."""
-        balance_weight = self.cfg.balance_loss_weight
-        if balance_weight is None:
-            balance_weight = selector.default_balance_weight
-        weights = {"balance_loss": balance_weight, "z_loss": self.cfg.z_loss_weight}
         reduce = torch.mean if str(self.cfg.balance_loss_reduce) == "mean" else torch.sum
         total: Tensor | float = 0.0
         # A weight of 0 leaves the loss out, rather than send zeros back through the scores.
-        for name, weight in weights.items():
+        for name, weight in self.weights(selector).items():
             if weight and not selector.scores_blocks:
                 option = f"--{name.replace('_', '-')}-weight {weight}"
                 raise UsageError(f"{option}: {selector.name} gives blocks no score to act on")
@@ -148,12 +159,12 @@ class RoutingLosses:
         return total
 
     def routing_logs(
-        self, selector: type[Selector], routing: dict[str, LayerRouting], sample_size: Any
+        self, routing: dict[str, LayerRouting], sample_size: Any, has_losses: bool
     ) -> dict[str, Any]:
         """What adds up over micro-batches and workers, for :meth:`reduce_metrics`."""
         logs: dict[str, Any] = {"routing_per_layer": float(self.log_layers)}
         for name, layer in routing.items():
-            if selector.scores_blocks:
+            if has_losses:
                 logs[f"routing_balance_{name}"] = layer.balance_loss.data * sample_size
                 logs[f"routing_scored_{name}"] = layer.counts.any() * sample_size
             logs[f"routing_counts_{name}"] = layer.counts.data
@@ -191,11 +202,15 @@ class RoutingLosses:
 
 
 @contextmanager
-def _outputs_of(model: Any) -> Iterator[list[Any]]:
-    """What the model returns while this is open: the criterion keeps it to itself."""
+def _outputs_of(model: Any, losses: bool) -> Iterator[list[Any]]:
+    """What the model returns while this is open, which the criterion keeps to itself; with or
+    without the losses of its sparse layers."""
     outputs: list[Any] = []
+    ask_for_losses = getattr(model, "ask_for_losses", lambda wanted: None)
+    ask_for_losses(losses)
     handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
         yield outputs
     finally:
         handle.remove()
+        ask_for_losses(True)

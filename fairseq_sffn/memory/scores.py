@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 NUMPY_DTYPES = (torch.float32, torch.float64)
-PARTITIONED_BLOCKS = 128
-"""From so many blocks on, NumPy's partial sorts are faster than ``topk`` on a CPU."""
+PARTITIONED_BLOCKS, PARTITIONED_SCORES = 128, 2**14
+"""From so many blocks and scores on, NumPy's partial sorts are faster than ``topk`` on a CPU."""
 
 
 class Scores:
@@ -117,8 +117,13 @@ class ProductScores(Scores):
 def top_blocks(scores_NB: Tensor, active_blocks: int) -> Tensor:
     """The blocks with the highest scores, best first: (N, A) int64."""
     scores_NB = scores_NB.detach()
-    on_cpu, full = scores_NB.device.type == "cpu", scores_NB.dtype in NUMPY_DTYPES
-    if not (on_cpu and full and active_blocks > 1 and scores_NB.shape[1] >= PARTITIONED_BLOCKS):
+    if (
+        scores_NB.device.type != "cpu"
+        or scores_NB.dtype not in NUMPY_DTYPES
+        or scores_NB.shape[1] < PARTITIONED_BLOCKS
+        or scores_NB.numel() < PARTITIONED_SCORES
+        or active_blocks == 1
+    ):
         return scores_NB.topk(active_blocks, dim=-1).indices
     # Partial sorts that compare many scores at once, several times faster than PyTorch's.
     scores = scores_NB.numpy()

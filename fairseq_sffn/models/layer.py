@@ -16,7 +16,7 @@ class LayerRouting(NamedTuple):
     they pass through activation checkpointing, whose first forward runs without gradients.
 
     Attributes:
-        balance_loss, z_loss: (), 0 for a selector without scores.
+        balance_loss, z_loss: (), 0 for a selector without scores, or where nobody asked for them.
         counts: (B,) assignments per block.
         dropped: () dropped assignments.
         mass: (B,) assignments by weight.
@@ -39,19 +39,18 @@ class LayerRouting(NamedTuple):
 class SparseFFN(nn.Module):
     """Stands where a layer has its first linear map, and is the whole feed-forward network.
 
-    fairseq's layer hands it the hidden states alone, so the layer lends it the rest in ``tokens``
+    fairseq's layer hands it the hidden states alone, so the layer lends it the rest in ``lent``
     for the time of one forward, and collects ``result``.
     """
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
         self.memory = SparseMemory(config)
-        self.tokens: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.lent: dict[str, Any] = {}
         self.result: MemoryOutput | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        token_ids, padding_mask = self.tokens
-        self.result = self.memory(x, token_ids, padding_mask=padding_mask)
+        self.result = self.memory(x, **self.lent)
         return self.result.output
 
 
@@ -86,6 +85,7 @@ class SparseLayer(nn.Module):
         *args: Any,
         token_ids: Tensor | None = None,
         padding_mask: Tensor | None = None,
+        losses: bool = True,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """fairseq's forward, with the tokens to route by.
@@ -94,16 +94,17 @@ class SparseLayer(nn.Module):
             x: (T, B, D).
             token_ids: (T, B, context_tokens) trailing token ids.
             padding_mask: (T, B), ``True`` at padding.
+            losses: whether balance and z loss are wanted.
 
         Returns:
             fairseq's outputs, then the fields of :class:`LayerRouting`.
         """
-        self.fc1.tokens = (token_ids, padding_mask)
+        self.fc1.lent = dict(token_ids=token_ids, padding_mask=padding_mask, losses=losses)
         try:
             outputs = super().forward(x, *args, **kwargs)
             result = self.fc1.result
         finally:
-            self.fc1.tokens, self.fc1.result = (None, None), None
+            self.fc1.lent, self.fc1.result = {}, None
         assert result is not None
         empty = LayerRouting.empty(self.memory_config.num_blocks, like=x)
         routing = LayerRouting(

@@ -11,6 +11,7 @@ from fairseq.models import BaseFairseqModel, register_model
 from ..compat import check_precision
 from ..errors import UsageError
 from .config import flag
+from .stack import SparseStack
 
 
 class PluginModel(BaseFairseqModel):
@@ -32,8 +33,16 @@ class PluginModel(BaseFairseqModel):
                 flag(f"no_{name}"), dest=name, action="store_false", help=f"turns off {flag(name)}"
             )
 
+    def ask_for_losses(self, wanted: bool) -> None:
+        """Whether the routing of the next forward passes is to have balance and z losses. They take
+        a softmax over all blocks, and of some selectors scores that nothing else reads."""
+        for module in self.modules():
+            if isinstance(module, SparseStack):
+                module.losses = wanted
+
     def prepare_for_inference_(self, cfg: Any) -> None:
         check_precision(cfg.common)
+        self.ask_for_losses(False)
         super().prepare_for_inference_(cfg)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -23,7 +23,11 @@ class SparseStack(nn.Module):
     Attributes:
         memory_config: the memory of each sparse layer.
         sparse_layers: index of each sparse layer -> its name in the routing.
+        losses: whether the routing has balance and z losses, which a criterion or an evaluation may
+            not need.
     """
+
+    losses = True
 
     layers: nn.ModuleList
     padding_idx: int
@@ -85,13 +89,14 @@ class SparseStack(nn.Module):
             token_ids_BTC = token_ids_BTC[:, -1:]
         token_ids_TBC = token_ids_BTC.transpose(0, 1)
         padding_TB = token_ids_TBC[..., -1].eq(self.padding_idx)
+        lent = dict(token_ids=token_ids_TBC, padding_mask=padding_TB, losses=self.losses)
         # Layers that are skipped (LayerDrop) keep this.
         empty = LayerRouting.empty(self.memory_config.num_blocks, like=tokens_BT)
         collected = dict.fromkeys(self.sparse_layers.values(), empty)
 
         def attach(layer: nn.Module, name: str, stack: ExitStack) -> None:
             def give(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-                return args, {**kwargs, "token_ids": token_ids_TBC, "padding_mask": padding_TB}
+                return args, {**kwargs, **lent}
 
             def take(module: nn.Module, args: Any, outputs: tuple[Any, ...]) -> Any:
                 extra = len(LayerRouting._fields)

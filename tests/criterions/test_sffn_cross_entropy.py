@@ -26,7 +26,7 @@ from fairseq_sffn.criterions.sffn_cross_entropy import (
     SFFNCrossEntropyCriterion,
 )
 from fairseq_sffn.errors import UsageError
-from fairseq_sffn.memory import usage
+from fairseq_sffn.memory import SparseMemory, usage
 from fairseq_sffn.memory.selectors.avgk import AvgK
 from fairseq_sffn.models.layer import LayerRouting
 
@@ -309,6 +309,24 @@ def test_logged_values(method):
     for name in expected:
         assert actual[name] == pytest.approx(means[name], abs=6e-5), name
     assert ("balance_loss" in actual) == (method != "hash_layer")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, dict(balance_loss_weight=0.1), dict(z_loss_weight=0.1)])
+@pytest.mark.parametrize("method", ["avgk", "vanilla_m", "switch"])
+def test_losses_are_formed_where_something_reads_them(method, options, training):
+    model = two_layers(method).train(training)
+    wanted = not training or bool(options) or method == "switch"
+    seen = []
+    memory = next(module for module in model.modules() if isinstance(module, SparseMemory))
+    handle = memory.register_forward_hook(lambda module, args, out: seen.append(out.balance_loss))
+    loss, _, log = criterion(**options)(model, sample(5))
+    handle.remove()
+    assert [balance is not None for balance in seen] == [wanted]
+    assert ("balance_loss" in reduced([log])) == wanted
+    loss.backward()
+    # Whoever asks the model itself gets them.
+    assert all(layer.balance_loss > 0 for layer in routing(model, sample(5)).values())
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from oracle import assert_matches, build, tokens
 
+from fairseq_sffn.memory import scores as scores_module
 from fairseq_sffn.memory.balance import balance_loss, z_loss
 from fairseq_sffn.memory.gate import GATES
-from fairseq_sffn.memory.scores import ProductScores, Scores
+from fairseq_sffn.memory.scores import ProductScores, Scores, top_blocks
 
 DOUBLE = torch.float64
 SIZES = [(1, 1, 1), (1, 7, 3), (7, 1, 7), (2, 3, 6), (3, 4, 5), (4, 9, 20), (16, 16, 16), (5, 8, 1)]
@@ -175,3 +177,32 @@ def test_losses_do_not_depend_on_what_was_read_before():
     close(mean_B.detach(), wanted)
     assert mean_B.requires_grad
     assert torch.autograd.grad(mean_B[0], logits_NB)[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("blocks", "active"), [(128, 2), (300, 299), (500, 500), (1024, 64)])
+def test_partial_sorts_find_what_topk_finds(blocks, active, dtype, monkeypatch):
+    monkeypatch.setattr(scores_module, "PARTITIONED_SCORES", 1)
+    scores_NB = torch.stack([torch.randperm(blocks) for _ in range(7)]).to(dtype) - blocks / 2
+    scores_NB[1, 3], scores_NB[2, 5] = torch.inf, -torch.inf
+    scores_NB[3] = 0.0  # all alike
+    scores_NB.requires_grad_()
+    top = top_blocks(scores_NB, active)
+    assert top.dtype == torch.int64 and top.shape == (7, active)
+    assert all(len(set(row)) == active for row in top.tolist())
+    assert torch.equal(scores_NB.gather(1, top), scores_NB.topk(active).values)  # best first
+
+
+def test_partial_sorts_take_what_is_no_number_for_the_best(monkeypatch):
+    monkeypatch.setattr(scores_module, "PARTITIONED_SCORES", 1)
+    scores_NB = torch.randn(3, 200)
+    scores_NB[1, 77] = torch.nan
+    assert top_blocks(scores_NB, 2)[1, 0] == scores_NB.topk(2).indices[1, 0] == 77
+
+
+@pytest.mark.parametrize("losses", [True, False])
+@pytest.mark.parametrize("case", ["avgk-g4", "vanilla_m-g1", "vanilla_m-max", "lorkm-g1", "gshard"])
+def test_partial_sorts_select_as_the_loops_do(case, losses, monkeypatch):
+    for name in ("PARTITIONED_BLOCKS", "PARTITIONED_SCORES"):
+        monkeypatch.setattr(scores_module, name, 1)
+    assert_matches(build(case), *tokens(8), losses=losses)

@@ -304,6 +304,6 @@ def test_hooks_are_removed(checkpoint_activations):
     with pytest.raises(NotImplementedError):
         model(batch)
     assert hooks(model) == 0
-    assert all(layer.fc1.tokens == (None, None) for layer in model.decoder.layers)
+    assert all(layer.fc1.lent == {} for layer in model.decoder.layers)
     memory.selector = working
     close(model(batch)[0], expected)

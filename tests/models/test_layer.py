@@ -187,9 +187,9 @@ def test_nothing_is_kept_after_an_exception():
     x, _ = inputs()
     with pytest.raises(ValueError, match="token"):
         sparse(x)
-    assert sparse.fc1.tokens == (None, None) and sparse.fc1.result is None
+    assert sparse.fc1.lent == {} and sparse.fc1.result is None
     sparse(x, **tokens())
-    assert sparse.fc1.tokens == (None, None) and sparse.fc1.result is None
+    assert sparse.fc1.lent == {} and sparse.fc1.result is None
 
 
 def gradients(model: nn.Module, batch: Tensor) -> tuple[dict[str, Tensor], dict[str, LayerRouting]]:

@@ -163,8 +163,8 @@ def choose_engine(
         table_shape: (B, G, D).
     """
     num_blocks, block_size, width = table_shape
-    pairs_per_block = max(1, num_pairs / num_blocks)
-    if block_size == 1 or pairs_per_block * block_size * width <= BAGGED_ELEMENTS:
+    each = num_pairs / num_blocks
+    if block_size == 1 or each <= 1 or each * block_size * width <= BAGGED_ELEMENTS:
         return ENGINES["bags"]
     if device_type != "cpu" and ENGINES["grouped"].supports(dtype, width, block_size):
         return ENGINES["grouped"]

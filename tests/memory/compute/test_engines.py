@@ -115,7 +115,8 @@ def test_engines_agree_where_one_block_takes_most(engine, cached_pairs, monkeypa
         ("cpu", torch.float64, 2048 * 64, (1024, 16, 256), "loop"),
         ("cpu", torch.float32, 2048 * 1024, (16384, 1, 256), "bags"),
         ("cpu", torch.float32, 16, (256, 64, 256), "bags"),  # a token
-        ("cpu", torch.float32, 1, (16, 1024, 256), "loop"),
+        ("cpu", torch.float32, 1, (16, 1024, 256), "bags"),
+        ("cpu", torch.float32, 17, (16, 1024, 256), "loop"),
         ("cuda", torch.float32, 2048 * 64, (1024, 16, 256), "grouped"),
         ("cuda", torch.bfloat16, 2048, (16, 1024, 256), "grouped"),
         ("cuda", torch.float64, 2048, (16, 1024, 256), "loop"),
