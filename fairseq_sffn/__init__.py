@@ -13,6 +13,6 @@ with warnings.catch_warnings():
 
 compat.apply()
 
-from . import criterions, models, tasks  # noqa: E402
+from . import criterions, models, optim, tasks  # noqa: E402
 
-__all__ = ["compat", "criterions", "models", "tasks"]
+__all__ = ["compat", "criterions", "models", "optim", "tasks"]

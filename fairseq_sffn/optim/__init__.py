@@ -1,0 +1,5 @@
+"""Optimizers."""
+
+from . import sffn_adam
+
+__all__ = ["sffn_adam"]
