@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -201,7 +202,7 @@ class SparseMemory(nn.Module):
             None if self.key_bias is None else in_blocks(self.key_bias),
             in_blocks(self.values),
         )
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
             output_ND = engine.compute(
                 x_ND.to(dtype), tables, selection, config.activation_fn, self.dropout
             )

@@ -16,6 +16,7 @@ from torch.optim.adamw import adamw
 from ..errors import UsageError
 
 HALF = (torch.float16, torch.bfloat16)
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @register_optimizer("sffn_adam", dataclass=FairseqAdamConfig)
@@ -25,7 +26,7 @@ class SFFNAdam(FairseqAdam):
     layers can take longer than the layers.
 
     Raises:
-        UsageError: a flag asks for another implementation of ``adam``.
+        UsageError: a flag asks for another implementation of ``adam``, or a beta is not in [0, 1).
     """
 
     def __init__(self, cfg: Any, params: Any) -> None:
@@ -34,15 +35,19 @@ class SFFNAdam(FairseqAdam):
             if getattr(cfg, name, False):
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(f"{flag}: is not for --optimizer sffn_adam; use --optimizer adam")
+        if not all(0 <= beta < 1 for beta in self.optimizer_config["betas"]):
+            raise UsageError(f"--adam-betas {cfg.adam_betas}: each must be at least 0 and below 1")
         self._optimizer = FusedAdam(params, **self.optimizer_config)
 
 
-# fairseq resumes only from a checkpoint that names the same class, and the state is the same.
+# fairseq resumes only from a checkpoint whose optimizer's class has the same name; the state is the
+# same. Renamed once registered, as fairseq registers a name of a class once.
 SFFNAdam.__name__ = FairseqAdam.__name__
 
 
 class FusedAdam(Adam):
-    """fairseq's ``Adam`` by PyTorch's fused AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101).
+    """fairseq's ``Adam`` by PyTorch's fused AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101);
+    no AMSGrad.
 
     The two differ in where eps is added: fairseq's denominator is sqrt(v) + eps, PyTorch's
     sqrt(v / (1 - beta2^t)) + eps, so that eps is scaled anew for each step t.
@@ -63,40 +68,48 @@ class FusedAdam(Adam):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            # Parameters that had no gradient at times have made fewer steps.
-            by_step: dict[int, list[Tensor]] = defaultdict(list)
+            # eps depends on the step, and parameters without a gradient at times made fewer.
+            together: dict[tuple[int, torch.device], list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_step[self._state_of(parameter)["step"]].append(parameter)
-            for step, parameters in by_step.items():
+                if parameter.grad is None:
+                    continue
+                step = self._prepared_state(parameter)["step"]
+                if parameter.dtype not in HALF and parameter.is_contiguous():
+                    together[step, parameter.device].append(parameter)
+                else:  # alone, so that only one is copied at a time
+                    self._update(group, step, [parameter])
+            for (step, _), parameters in together.items():
                 self._update(group, step, parameters)
         return loss
 
-    def _state_of(self, parameter: Tensor) -> dict[str, Any]:
+    def _prepared_state(self, parameter: Tensor) -> dict[str, Any]:
+        """The state, made or loaded, as the kernel needs it."""
         if parameter.grad.is_sparse:  # type: ignore[union-attr]
             raise RuntimeError("Adam does not support sparse gradients, use SparseAdam instead")
         state: dict[str, Any] = self.state[parameter]
-        wide = _wide(parameter)
+        dtype = _wide_dtype(parameter)
         if not state:
             state["step"] = 0
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(wide)
-        for name in ("exp_avg", "exp_avg_sq"):  # PyTorch loads them in the parameter's dtype
-            state[name] = _laid_out_like(wide, state[name])
+            for name in MOMENTS:
+                state[name] = torch.zeros_like(parameter, dtype=dtype)
+        for name in MOMENTS:  # PyTorch loads them in the parameter's dtype
+            state[name] = state[name].to(parameter.device, dtype).contiguous()
         return state
 
     def _update(self, group: dict[str, Any], step: int, parameters: list[Tensor]) -> None:
+        """One update of parameters of one device that have made ``step`` of them."""
+        # The kernel takes all tensors for contiguous ones of the same dtype, without a check.
+        wide = [p.to(_wide_dtype(p)).contiguous() for p in parameters]
+        grads = [p.grad.to(_wide_dtype(p)).contiguous() for p in parameters]  # type: ignore[union-attr]
         states = [self.state[parameter] for parameter in parameters]
-        wide = [_wide(parameter) for parameter in parameters]
-        grads = [_laid_out_like(w, p.grad) for w, p in zip(wide, parameters, strict=True)]
+        steps = torch.full((len(wide),), float(step), dtype=torch.float32, device=wide[0].device)
         beta1, beta2 = group["betas"]
         adamw(
             wide,
             grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [torch.full((), float(step), device=p.device) for p in parameters],
+            *([state[name] for state in states] for name in MOMENTS),
+            max_exp_avg_sqs=[],
+            state_steps=list(steps.unbind()),
             fused=True,
             amsgrad=False,
             beta1=beta1,
@@ -112,14 +125,6 @@ class FusedAdam(Adam):
             state["step"] += 1
 
 
-def _wide(parameter: Tensor) -> Tensor:
-    """What is updated: the parameter, or a copy in fp32 of one in half precision."""
-    return parameter.float() if parameter.dtype in HALF else parameter
-
-
-def _laid_out_like(like: Tensor, tensor: Tensor | None) -> Tensor:
-    """The tensor in the dtype and memory layout of another, as the fused kernel needs it."""
-    assert tensor is not None
-    if tensor.dtype == like.dtype and tensor.stride() == like.stride():
-        return tensor
-    return torch.empty_like(like).copy_(tensor)
+def _wide_dtype(parameter: Tensor) -> torch.dtype:
+    """Half precision is updated in fp32, from a state in fp32."""
+    return torch.float32 if parameter.dtype in HALF else parameter.dtype

@@ -32,6 +32,12 @@ class Rows:
         self.index, self.num_rows = index_NA, num_rows
 
     @functools.cached_property
+    def offsets(self) -> Tensor:
+        """Where each token starts in the flattened index: (N,)."""
+        num_tokens, active = self.index.shape
+        return torch.arange(num_tokens, device=self.index.device) * active
+
+    @functools.cached_property
     def by_row(self) -> tuple[Tensor, Tensor, Tensor]:
         """Positions in the flattened index, by row (P,), the token of each (P,), and where each
         row starts (C,). The gradients of keys and values share them."""
@@ -126,20 +132,26 @@ class _DotRows(torch.autograd.Function):
 
 
 def _sums(weights_NA: Tensor, table_CD: Tensor, rows: Rows) -> Tensor:
-    return F.embedding_bag(rows.index, table_CD, per_sample_weights=weights_NA, mode="sum")
+    return F.embedding_bag(
+        rows.index.flatten(),
+        table_CD,
+        rows.offsets,
+        per_sample_weights=weights_NA.flatten(),
+        mode="sum",
+    )
 
 
 def _dots(x_ND: Tensor, table_CD: Tensor, bias_C: Tensor | None, rows: Rows) -> Tensor:
     # They are the gradients of the weights of a bag. PyTorch's kernel for them has no public name,
     # and to ask autograd for it costs the bag as well and fails in inference mode.
     num_tokens, active = rows.index.shape
-    tokens = torch.arange(num_tokens, device=x_ND.device)
+    tokens_N = torch.arange(num_tokens, device=x_ND.device)
     dots_P = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         x_ND.contiguous(),
         table_CD.contiguous(),
         rows.index.flatten(),
-        tokens * active,
-        tokens.repeat_interleave(active, output_size=num_tokens * active),
+        rows.offsets,
+        tokens_N.repeat_interleave(active, output_size=num_tokens * active),
         _SUM,
     )
     if bias_C is not None:

@@ -85,11 +85,11 @@ class SortedPairs:
         dropout: Callable[[Tensor], Tensor],
     ) -> Tensor:
         kept_NA, weights_NA = selection.kept, selection.weights
-        if kept_NA is not None and kept_NA.device.type != "cpu":
-            # How many are kept is known to the device alone: multiply all, and some by 0.
-            ones = 1.0 if weights_NA is None else weights_NA
-            weights_NA, kept_NA = torch.where(kept_NA, ones, 0.0), None
         chunk_pairs = self.products.chunk_pairs(x_ND.device)
+        if kept_NA is not None and chunk_pairs is None:
+            # How many are kept is known to the device alone: multiply all, and some by 0.
+            weights_NA = torch.where(kept_NA, 1.0 if weights_NA is None else weights_NA, 0.0)
+            kept_NA = None
         order_P, plan = make_plan(selection.blocks, len(tables.values), chunk_pairs, kept_NA)
         if selection.coefficients is not None:
             hidden_PG = selection.coefficients.flatten()[order_P].unsqueeze(1)

@@ -1,0 +1,142 @@
+"""Forward + backward of a sparse layer, selection included, against a dense FFN of as many cells.
+
+Token ids are uniform, hidden states normal: blocks get about equally many tokens, except in the
+rows marked skewed, where half of the tokens use one block besides their others.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from timing import (
+    Work,
+    arguments,
+    compare,
+    dense_ffn,
+    forward_backward,
+    hidden_states,
+    run_part,
+)
+from torch import Tensor
+
+from fairseq_sffn.memory import MemoryConfig, Selector, SparseMemory
+
+EXPANSION = 16
+VOCABULARY = 8000
+BLOCK_SIZES = (1024, 256, 64, 16, 1)
+ANY_BLOCK_SIZE = ("avgk", "rand_hash", "vanilla_m")
+PKM_CELLS = 128  # four heads of 32, as in its paper
+
+
+class Row(NamedTuple):
+    selector: str
+    block_size: int
+    skewed: bool = False
+
+
+def block_sizes(ffn: int) -> list[int]:
+    """The FFN's width and the sizes that divide it, largest first."""
+    return sorted({ffn, *(g for g in BLOCK_SIZES if g < ffn and not ffn % g)}, reverse=True)
+
+
+def default_rows(ffn: int) -> list[Row]:
+    """Every selector at its default block size."""
+    registry = Selector.registry
+    return [Row(name, min(ffn, registry[name].default_block_size(ffn))) for name in registry]
+
+
+def choose_rows(ffn: int, which: str) -> list[Row]:
+    """``all``: every selector by every block size that it can have, and skewed routing;
+    ``defaults``: every selector at its default, and Avg-K by block size; ``main``: the fast ones.
+    Avg-K with blocks of one cell is slow, and in ``all`` only."""
+    sizes = block_sizes(ffn)
+    rows = [Row("avgk", g) for g in sizes if g > 1]
+    if which == "main":
+        return [*rows, Row("switch", ffn), Row("hash_layer", ffn)]
+    rows += default_rows(ffn)
+    if which == "all":
+        rows += [Row(name, g) for name in ANY_BLOCK_SIZE for g in sizes]
+        rows += [Row("rand_hash", g, skewed=True) for g in sizes if g > 1]
+    return sorted(set(rows), key=lambda row: (row.skewed, row.selector, -row.block_size))
+
+
+def memory_config(row: Row, width: int, ffn: int, expansion: int = EXPANSION) -> MemoryConfig:
+    """With as many active cells as the FFN has units, but for PKM."""
+    active = min(PKM_CELLS, ffn) if row.selector == "pkm" else ffn
+    return MemoryConfig(
+        embed_dim=width,
+        num_cells=expansion * ffn,
+        block_size=row.block_size,
+        active_blocks=active // row.block_size,
+        selector=row.selector,
+        vocab_size=VOCABULARY,
+    )
+
+
+def build_memory(row: Row, config: MemoryConfig, device: str = "cpu") -> SparseMemory:
+    """In training mode."""
+    memory = SparseMemory(config)
+    if row.skewed:
+        # Half of the token ids get block 0 for one of theirs, unless they have it.
+        table_VA: Any = memory.selector.table
+        without_V = (table_VA != 0).all(dim=1)
+        without_V[VOCABULARY // 2 :] = False
+        table_VA[without_V, 0] = 0
+    return memory.to(device)
+
+
+def training_work(memory: SparseMemory, x: Tensor, token_ids: Tensor) -> Work:
+    """Forward + backward as in training: with the balance loss where the method has one."""
+    weight = memory.config.selector_class.default_balance_weight
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        out = memory(x, token_ids, losses=weight > 0)
+        return out.output, weight * out.balance_loss if weight else None
+
+    return forward_backward(memory, x, forward)
+
+
+def measure(
+    tokens: int,
+    width: int,
+    rows: list[Row],
+    repeats: int,
+    ffn: int | None = None,
+    device: str = "cpu",
+) -> list[dict[str, Any]]:
+    """A JSON row for each of ``rows``."""
+    ffn = ffn or 4 * width
+    x = hidden_states(tokens, width, device)
+    token_ids = torch.randint(VOCABULARY, (tokens,), device=device)
+    dense = forward_backward(dense_ffn(width, ffn, device), x)
+    configs = [memory_config(row, width, ffn) for row in rows]
+    works = {
+        str(i): training_work(build_memory(row, config, device), x, token_ids)
+        for i, (row, config) in enumerate(zip(rows, configs, strict=True))
+    }
+    timed = compare(dense, works, repeats, f"layer {tokens} x {width}")
+    sizes = {"tokens": tokens, "width": width, "ffn": ffn}
+    return [
+        {**sizes, **row._asdict(), "active_cells": config.active_cells, **figures}
+        for row, config, figures in zip(rows, configs, timed.values(), strict=True)
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--rows", choices=["all", "defaults", "main"], default="all")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    args = parser.parse_args(argv)
+    rows = choose_rows(4 * args.width, args.rows)
+    run_part(
+        "layer",
+        args,
+        lambda: measure(args.tokens, args.width, rows, args.repeats, device=args.device),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""What every part of the benchmark shares: interleaved timing, its statistics, and its JSON file.
+
+Plain PyTorch, so that peers.py can use it in an environment without this project.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+SEED = 1
+ROOT = Path(__file__).parents[2]
+
+
+class Work(NamedTuple):
+    """Something to time. ``prepare`` runs before each ``run``, outside the time."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+
+
+def synchronize() -> None:
+    """Waits for the accelerator, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(work: Work, clock: Callable[[], float] = time.perf_counter) -> float:
+    """One run's time."""
+    work.prepare()
+    synchronize()
+    start = clock()
+    work.run()
+    synchronize()
+    return clock() - start
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    values = list(values)
+    low, median, high = (
+        statistics.quantiles(values, n=4, method="inclusive")
+        if len(values) > 1
+        else (values[0],) * 3
+    )
+    return {"median": median, "low": low, "high": high}
+
+
+def compare(
+    base: Work,
+    others: dict[str, Work],
+    repeats: int,
+    label: str = "",
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, dict[str, Any]]:
+    """Times each work right after ``base``, in turn: base, a, base, b, base, a, ...
+
+    So what slows the machine for a while slows both sides of a ratio. A first round is not counted.
+
+    Returns:
+        For each name: spreads of ``ratio`` (of neighbours, not of medians), ``seconds`` and
+        ``base_seconds``.
+    """
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in others}
+    for i in range(repeats + 1):
+        for name, work in others.items():
+            pair = seconds(base, clock), seconds(work, clock)
+            if i:
+                pairs[name].append(pair)
+        progress(f"{label} round {i}/{repeats}", last=i == repeats)
+    return {
+        name: {
+            "ratio": spread(mine / its for its, mine in timed),
+            "seconds": spread(mine for _, mine in timed),
+            "base_seconds": spread(its for its, _ in timed),
+        }
+        for name, timed in pairs.items()
+    }
+
+
+def progress(text: str, last: bool = False) -> None:
+    """One line that is written over on a terminal; in a file, its last state only."""
+    if sys.stderr.isatty():
+        print(f"\r   {text:<60}", end="\n" if last else "", file=sys.stderr, flush=True)
+    elif last:
+        print(f"   {text}", file=sys.stderr, flush=True)
+
+
+def dense_ffn(width: int, cells: int, device: str = "cpu") -> nn.Module:
+    """What a sparse layer is compared with."""
+    layers = nn.Linear(width, cells), nn.ReLU(), nn.Linear(cells, width)
+    return nn.Sequential(*layers).to(device)
+
+
+def hidden_states(tokens: int, width: int, device: str = "cpu") -> Tensor:
+    """(tokens, width) with a gradient, as a layer in the middle of a model gets."""
+    return torch.randn(tokens, width, device=device).requires_grad_()
+
+
+def forward_backward(
+    module: nn.Module, x: Tensor, forward: Callable[[Tensor], Any] | None = None
+) -> Work:
+    """Forward and backward pass.
+
+    Args:
+        module: whose gradients are None before each pass, as fairseq's zero_grad leaves them.
+        x: requires a gradient.
+        forward: gives the output, or the output and a loss to add; by default ``module``.
+    """
+    gradient = torch.randn_like(x)
+
+    def prepare() -> None:
+        module.zero_grad(set_to_none=True)
+        x.grad = None
+
+    def run() -> None:
+        result = (forward or module)(x)
+        output, loss = result if isinstance(result, tuple) else (result, None)
+        if loss is None:
+            output.backward(gradient.view_as(output))
+        else:
+            torch.autograd.backward([output, loss], [gradient.view_as(output), None])
+
+    return Work(run, prepare)
+
+
+def fingerprint(part: str, of_project: bool) -> str:
+    """Of the code that a part measures: its own file, this one and, mostly, the project."""
+    files = [Path(__file__), Path(__file__).with_name(f"{part}.py")]
+    files += sorted((ROOT / "fairseq_sffn").rglob("*.py")) if of_project else []
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A part's command line."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--force", action="store_true", help="measure again what is there")
+    return parser
+
+
+def run_part(
+    part: str,
+    args: argparse.Namespace,
+    measure: Callable[[], list[dict[str, Any]]],
+    of_project: bool = True,
+) -> None:
+    """Measures a part and writes its JSON, unless it is there with the same settings and code."""
+    if args.repeats < 1:
+        sys.exit(f"--repeats {args.repeats}: must be at least 1")
+    settings = {key: value for key, value in vars(args).items() if key not in ("output", "force")}
+    settings["code"] = fingerprint(part, of_project)
+    there = json.loads(args.output.read_text()) if args.output.is_file() else {}
+    if there.get("settings") == settings and not args.force:
+        progress(f"{args.output.stem}: there already", last=True)
+        return
+    logging.getLogger().setLevel(logging.WARNING)  # importing fairseq sets it to DEBUG
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(SEED)
+    start = time.perf_counter()
+    rows = measure()
+    result = {
+        "part": part,
+        "settings": settings,
+        "command": " ".join(["python", *sys.argv]),
+        "seed": SEED,
+        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name() if settings.get("device") == "cuda" else None,
+        "date": time.strftime("%Y-%m-%d"),
+        "minutes": round((time.perf_counter() - start) / 60, 2),
+        "rows": rows,
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = args.output.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(temporary, args.output)
