@@ -107,7 +107,8 @@ class FusedAdam(Adam):
         adamw(
             wide,
             grads,
-            *([state[name] for state in states] for name in MOMENTS),
+            exp_avgs=[state["exp_avg"] for state in states],
+            exp_avg_sqs=[state["exp_avg_sq"] for state in states],
             max_exp_avg_sqs=[],
             state_steps=list(steps.unbind()),
             fused=True,
