@@ -96,10 +96,10 @@ class RoutingLosses:
     loss + weight * z loss of the sparse layers to its loss.
 
     What the criterion itself logs stays as it is, so that it compares with fairseq's;
-    the load of the blocks is logged beside it, and ``balance_loss`` where it has a weight, and in
-    validation; for each layer too where the log is read by programs (``--log-format json``,
-    tensorboard). Works with any model: without
-    sparse layers nothing is added.
+    the load of the blocks is logged beside it, and ``balance_loss`` where it or the z loss has a
+    weight, and in validation; for each layer too where the log is read by programs
+    (``--log-format json``, tensorboard). Works with any model: without sparse layers nothing is
+    added.
 
     The extra losses are multiplied by the sample size, as fairseq divides gradients by it. They
     are those of a micro-batch (Fedus et al. 2021, section 2.2), averaged over micro-batches by
@@ -207,10 +207,10 @@ def _outputs_of(model: Any, losses: bool) -> Iterator[list[Any]]:
     without the losses of its sparse layers."""
     outputs: list[Any] = []
     ask_for_losses = getattr(model, "ask_for_losses", lambda wanted: None)
-    ask_for_losses(losses)
+    before = ask_for_losses(losses)
     handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
         yield outputs
     finally:
         handle.remove()
-        ask_for_losses(True)
+        ask_for_losses(before)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 NUMPY_DTYPES = (torch.float32, torch.float64)
-PARTITIONED_BLOCKS, PARTITIONED_SCORES = 128, 2**14
-"""From so many blocks and scores on, NumPy's partial sorts are faster than ``topk`` on a CPU."""
+PARTITIONED_BLOCKS, PARTITIONED_SCORES, PARTITIONED_ACTIVE = 128, 2**14, 8
+"""From so many blocks, scores and active blocks on, NumPy's partial sorts are faster than ``topk``
+on a CPU."""
 
 
 class Scores:
@@ -115,14 +116,14 @@ class ProductScores(Scores):
 
 
 def top_blocks(scores_NB: Tensor, active_blocks: int) -> Tensor:
-    """The blocks with the highest scores, best first: (N, A) int64."""
+    """The blocks with the highest scores, best first: (N, A) int64. Which of equal ones is open."""
     scores_NB = scores_NB.detach()
     if (
         scores_NB.device.type != "cpu"
         or scores_NB.dtype not in NUMPY_DTYPES
         or scores_NB.shape[1] < PARTITIONED_BLOCKS
         or scores_NB.numel() < PARTITIONED_SCORES
-        or active_blocks == 1
+        or active_blocks < PARTITIONED_ACTIVE
     ):
         return scores_NB.topk(active_blocks, dim=-1).indices
     # Partial sorts that compare many scores at once, several times faster than PyTorch's.

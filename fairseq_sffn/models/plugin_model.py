@@ -33,12 +33,18 @@ class PluginModel(BaseFairseqModel):
                 flag(f"no_{name}"), dest=name, action="store_false", help=f"turns off {flag(name)}"
             )
 
-    def ask_for_losses(self, wanted: bool) -> None:
+    def ask_for_losses(self, wanted: bool) -> bool:
         """Whether the routing of the next forward passes is to have balance and z losses. They take
-        a softmax over all blocks, and of some selectors scores that nothing else reads."""
-        for module in self.modules():
-            if isinstance(module, SparseStack):
-                module.losses = wanted
+        a softmax over all blocks, and of some selectors scores that nothing else reads.
+
+        Returns:
+            what was wanted before.
+        """
+        stacks = [module for module in self.modules() if isinstance(module, SparseStack)]
+        before = all(stack.losses for stack in stacks)
+        for stack in stacks:
+            stack.losses = wanted
+        return before
 
     def prepare_for_inference_(self, cfg: Any) -> None:
         check_precision(cfg.common)

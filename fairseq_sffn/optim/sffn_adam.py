@@ -35,8 +35,20 @@ class SFFNAdam(FairseqAdam):
             if getattr(cfg, name, False):
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(f"{flag}: is not for --optimizer sffn_adam; use --optimizer adam")
-        if not all(0 <= beta < 1 for beta in self.optimizer_config["betas"]):
-            raise UsageError(f"--adam-betas {cfg.adam_betas}: each must be at least 0 and below 1")
+        try:
+            beta1, beta2 = self.optimizer_config["betas"]
+            valid = 0 <= beta1 < 1 and 0 <= beta2 < 1
+        except (
+            TypeError,
+            ValueError,
+            NameError,
+            SyntaxError,
+        ):  # fairseq evaluates what it is given
+            valid = False
+        if not valid:
+            raise UsageError(
+                f"--adam-betas {cfg.adam_betas}: must be two numbers from 0 to below 1"
+            )
         self._optimizer = FusedAdam(params, **self.optimizer_config)
 
 
@@ -73,7 +85,7 @@ class FusedAdam(Adam):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                step = self._prepared_state(parameter)["step"]
+                step = self._prepared_state(parameter, group)["step"]
                 if parameter.dtype not in HALF and parameter.is_contiguous():
                     together[step, parameter.device].append(parameter)
                 else:  # alone, so that only one is copied at a time
@@ -82,7 +94,7 @@ class FusedAdam(Adam):
                 self._update(group, step, parameters)
         return loss
 
-    def _prepared_state(self, parameter: Tensor) -> dict[str, Any]:
+    def _prepared_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """The state, made or loaded, as the kernel needs it."""
         if parameter.grad.is_sparse:  # type: ignore[union-attr]
             raise RuntimeError("Adam does not support sparse gradients, use SparseAdam instead")
@@ -92,6 +104,7 @@ class FusedAdam(Adam):
             state["step"] = 0
             for name in MOMENTS:
                 state[name] = torch.zeros_like(parameter, dtype=dtype)
+        state.setdefault("step", group.get("step", 0))  # where apex keeps it
         for name in MOMENTS:  # PyTorch loads them in the parameter's dtype
             state[name] = state[name].to(parameter.device, dtype).contiguous()
         return state

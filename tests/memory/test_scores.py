@@ -182,7 +182,8 @@ def test_losses_do_not_depend_on_what_was_read_before():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("blocks", "active"), [(128, 2), (300, 299), (500, 500), (1024, 64)])
 def test_partial_sorts_find_what_topk_finds(blocks, active, dtype, monkeypatch):
-    monkeypatch.setattr(scores_module, "PARTITIONED_SCORES", 1)
+    for name in ("PARTITIONED_SCORES", "PARTITIONED_ACTIVE"):
+        monkeypatch.setattr(scores_module, name, 1)
     scores_NB = torch.stack([torch.randperm(blocks) for _ in range(7)]).to(dtype) - blocks / 2
     scores_NB[1, 3], scores_NB[2, 5] = torch.inf, -torch.inf
     scores_NB[3] = 0.0  # all alike
@@ -194,7 +195,8 @@ def test_partial_sorts_find_what_topk_finds(blocks, active, dtype, monkeypatch):
 
 
 def test_partial_sorts_take_what_is_no_number_for_the_best(monkeypatch):
-    monkeypatch.setattr(scores_module, "PARTITIONED_SCORES", 1)
+    for name in ("PARTITIONED_SCORES", "PARTITIONED_ACTIVE"):
+        monkeypatch.setattr(scores_module, name, 1)
     scores_NB = torch.randn(3, 200)
     scores_NB[1, 77] = torch.nan
     assert top_blocks(scores_NB, 2)[1, 0] == scores_NB.topk(2).indices[1, 0] == 77
@@ -203,6 +205,6 @@ def test_partial_sorts_take_what_is_no_number_for_the_best(monkeypatch):
 @pytest.mark.parametrize("losses", [True, False])
 @pytest.mark.parametrize("case", ["avgk-g4", "vanilla_m-g1", "vanilla_m-max", "lorkm-g1", "gshard"])
 def test_partial_sorts_select_as_the_loops_do(case, losses, monkeypatch):
-    for name in ("PARTITIONED_BLOCKS", "PARTITIONED_SCORES"):
+    for name in ("PARTITIONED_BLOCKS", "PARTITIONED_SCORES", "PARTITIONED_ACTIVE"):
         monkeypatch.setattr(scores_module, name, 1)
     assert_matches(build(case), *tokens(8), losses=losses)

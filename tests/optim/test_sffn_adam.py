@@ -177,6 +177,24 @@ def config(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**(options | changes))
 
 
+def test_steps_of_a_group_are_taken_over() -> None:
+    """As apex's Adam, which fairseq's is on a GPU where it is installed, stores them."""
+    ours, theirs = parameters(), parameters()
+    optimizer = Adam(theirs)
+    train(optimizer, range(4), skip=False)
+    for target, source in zip(ours, theirs, strict=True):
+        target.data.copy_(source.data)
+    state = copy.deepcopy(optimizer.state_dict())
+    steps = {of_parameter.pop("step") for of_parameter in state["state"].values()}
+    assert steps == {4}
+    state["param_groups"][0]["step"] = 4
+    resumed = FusedAdam(ours)
+    resumed.load_state_dict(state)
+    for each in (optimizer, resumed):
+        train(each, range(4, 8))
+    assert_same(ours, theirs)
+
+
 def test_what_fairseq_builds() -> None:
     optimizer = OPTIMIZER_REGISTRY["sffn_adam"](config(weight_decay=0.3), parameters())
     assert isinstance(optimizer, FairseqAdam) and type(optimizer) is not FairseqAdam
@@ -236,6 +254,7 @@ def test_mixed_precision(kind: type, dtype: torch.dtype, first: str, second: str
 REFUSED = [
     *("--use-old-adam", "--fp16-adam-stats"),
     *("--adam-betas (0.9,1.0)", "--adam-betas (-0.1,0.9)"),
+    *("--adam-betas 0.9", "--adam-betas nonsense", "--adam-betas (0.9,)", "--adam-betas (.9"),
 ]
 
 

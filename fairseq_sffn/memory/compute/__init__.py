@@ -3,8 +3,8 @@
 An *engine* (:mod:`.engines`) takes a selection and the tables to the output: all give the same
 numbers at different cost, and :func:`choose_engine` is the one place that picks. In general,
 (token, block) pairs are sorted by block (:mod:`.plan`), and each half of the memory, x . keys and
-h . values, is one autograd function (:mod:`.sorted_pairs`) over grouped matrix products
-(:mod:`.products`). Blocks of one cell are bags of rows (:mod:`.bags`).
+h . values, is one autograd function (:mod:`.sorted_pairs`) over matrix products of each block
+(:mod:`.products`). Blocks of one cell, and a few tokens, are bags of rows (:mod:`.bags`).
 """
 
 from .engines import ENGINES, Engine, Tables, choose_engine

@@ -84,13 +84,10 @@ class SortedPairs:
         activation: Callable[[Tensor], Tensor],
         dropout: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        kept_NA, weights_NA = selection.kept, selection.weights
         chunk_pairs = self.products.chunk_pairs(x_ND.device)
-        if kept_NA is not None and chunk_pairs is None:
-            # How many are kept is known to the device alone: multiply all, and some by 0.
-            weights_NA = torch.where(kept_NA, 1.0 if weights_NA is None else weights_NA, 0.0)
-            kept_NA = None
-        order_P, plan = make_plan(selection.blocks, len(tables.values), chunk_pairs, kept_NA)
+        # Without chunks, how many pairs are kept is known to the device alone: all are multiplied.
+        planned_NA = None if chunk_pairs is None else selection.kept
+        order_P, plan = make_plan(selection.blocks, len(tables.values), chunk_pairs, planned_NA)
         if selection.coefficients is not None:
             hidden_PG = selection.coefficients.flatten()[order_P].unsqueeze(1)
         elif selection.pre_activations is not None:
@@ -100,9 +97,12 @@ class SortedPairs:
             pre_PG = score(x_ND, tables.keys, tables.key_bias, plan, self.products)
             hidden_PG = activation(pre_PG)
         hidden_PG = dropout(hidden_PG).to(x_ND.dtype)
+        if selection.kept is not None and planned_NA is None:
+            dropped_P = ~selection.kept.flatten()[order_P]
+            hidden_PG = hidden_PG.masked_fill(dropped_P.unsqueeze(1), 0.0)
         weights_P = None
-        if weights_NA is not None:
-            weights_P = weights_NA.flatten()[order_P].to(x_ND.dtype)
+        if selection.weights is not None:
+            weights_P = selection.weights.flatten()[order_P].to(x_ND.dtype)
         return combine(hidden_PG, weights_P, tables.values, plan, len(x_ND), self.products)
 
 
@@ -133,11 +133,12 @@ class Bags:
             bias = None if tables.key_bias is None else tables.key_bias.flatten()
             hidden_NK = activation(dot_rows(x_ND, tables.keys.flatten(0, 1), bias, rows))
         hidden_NK = dropout(hidden_NK).to(x_ND.dtype)
-        for factor_NA in (selection.weights, selection.kept):
-            if factor_NA is not None:
-                hidden_NAG = hidden_NK.unflatten(1, (-1, block_size))
-                hidden_NK = (hidden_NAG * factor_NA.to(x_ND.dtype).unsqueeze(2)).flatten(1)
-        return sum_rows(hidden_NK, tables.values.flatten(0, 1), rows)
+        hidden_NAG = hidden_NK.unflatten(1, (-1, block_size))
+        if selection.weights is not None:
+            hidden_NAG = hidden_NAG * selection.weights.to(x_ND.dtype).unsqueeze(2)
+        if selection.kept is not None:
+            hidden_NAG = hidden_NAG.masked_fill(~selection.kept.unsqueeze(2), 0.0)
+        return sum_rows(hidden_NAG.flatten(1), tables.values.flatten(0, 1), rows)
 
 
 ENGINES: dict[str, Engine] = {
@@ -149,8 +150,8 @@ GATHERED_ELEMENTS = 2**28
 """The most numbers in the gathered rows of one product on an accelerator."""
 
 BAGGED_ELEMENTS = 2**16
-"""Up to so many products of numbers a block, calling a matrix product costs more than it saves, as
-measured."""
+"""Up to so many products of numbers a block, on a CPU, calling a matrix product costs more than it
+saves, as measured."""
 
 
 def choose_engine(
@@ -164,8 +165,10 @@ def choose_engine(
     """
     num_blocks, block_size, width = table_shape
     each = num_pairs / num_blocks
-    if block_size == 1 or each <= 1 or each * block_size * width <= BAGGED_ELEMENTS:
+    if block_size == 1:
         return ENGINES["bags"]
     if device_type != "cpu" and ENGINES["grouped"].supports(dtype, width, block_size):
         return ENGINES["grouped"]
+    if device_type == "cpu" and (each <= 1 or each * block_size * width <= BAGGED_ELEMENTS):
+        return ENGINES["bags"]
     return ENGINES["loop"]

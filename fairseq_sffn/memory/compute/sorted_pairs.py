@@ -75,8 +75,11 @@ class _Score(torch.autograd.Function):
                 grad_x_ND.index_add_(0, tokens_p, rows_pD)
         grad_bias_BG = None
         if ctx.needs_input_grad[2]:
-            grad_bias_BG = grad_PG.new_zeros(keys_BGD.shape[:2])
-            grad_bias_BG.index_add_(0, plan.blocks, grad_PG)
+            # In fp32 at least: half precision would lose what is added to a large sum.
+            wide = torch.promote_types(grad_PG.dtype, torch.float32)
+            sums_BG = grad_PG.new_zeros(keys_BGD.shape[:2], dtype=wide)
+            sums_BG.index_add_(0, plan.blocks, grad_PG.to(wide))
+            grad_bias_BG = sums_BG.to(grad_PG.dtype)
         return grad_x_ND, grad_keys_BGD, grad_bias_BG, None, None
 
 

@@ -27,6 +27,8 @@ SCORED_AT_ONCE = 2**21
 """Pre-activations that are formed at once where their selected ones alone are kept: as many as stay
 in a processor's cache."""
 
+SCORED_AT_ONCE_ON_ACCELERATORS = 2**28
+
 
 class VanillaM(Selector):
     """Top-b blocks by an aggregate of their own pre-activations x . k + c, all of which are
@@ -82,17 +84,20 @@ class VanillaM(Selector):
             dtype = torch.get_autocast_dtype(x_ND.device.type)
             x_ND, keys_CD = x_ND.to(dtype), keys_CD.to(dtype)
             bias_C = None if bias_C is None else bias_C.to(dtype)
+        on_cpu = x_ND.device.type == "cpu"
+        at_once = SCORED_AT_ONCE if on_cpu else SCORED_AT_ONCE_ON_ACCELERATORS
         blocks, known = [], []
         with torch.no_grad():
-            for x_nD in x_ND.split(max(1, SCORED_AT_ONCE // len(keys_CD))):
+            for x_nD in x_ND.split(max(1, at_once // len(keys_CD))):
                 pre_nBG = F.linear(x_nD, keys_CD, bias_C).unflatten(1, (-1, self.block_size))
                 scores_nB = AGGREGATES[self.aggregate](pre_nBG)
                 blocks.append(top_blocks(scores_nB, self.active_blocks))
-                known.append(_of_blocks(pre_nBG, blocks[-1]))
-        blocks_NA, known_NAG = torch.cat(blocks), torch.cat(known)
+                known.append(_of_blocks(pre_nBG, blocks[-1]).flatten(1))
+        blocks_NA, known_NK = torch.cat(blocks), torch.cat(known)
         rows = Rows(cells_of(blocks_NA, self.block_size), len(keys_CD))
-        pre_NK = dot_rows(x_ND, keys_CD, bias_C, rows, known_NAG.flatten(1))
-        return Selection(blocks_NA, pre_activations=pre_NK.view_as(known_NAG))
+        pre_NK = dot_rows(x_ND, keys_CD, bias_C, rows, known_NK)
+        pre_NAG = pre_NK.view(*blocks_NA.shape, self.block_size)
+        return Selection(blocks_NA, pre_activations=pre_NAG)
 
 
 def _of_blocks(pre_NBG: Tensor, blocks_NA: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.utils.checkpoint
 from oracle import CASES, assert_matches, build, tokens
 
 from fairseq_sffn.memory import Selection
@@ -42,9 +43,9 @@ def one_chunk(ends_B, num_pairs, chunk_pairs):
     return plan_chunks(ends_B, num_pairs, num_pairs) if num_pairs else []
 
 
-def grads_of(memory, x, token_ids, cotangent):
+def grads_of(memory, x, token_ids, cotangent, losses=True):
     x = x.clone().requires_grad_()
-    out = memory(x, token_ids)
+    out = memory(x, token_ids, losses=losses)
     (out.output * cotangent).sum().backward()
     grads = {name: p.grad for name, p in memory.named_parameters() if p.grad is not None}
     return out, {"output": out.output, "x": x.grad, **grads}
@@ -122,9 +123,75 @@ def test_engines_agree_where_one_block_takes_most(engine, cached_pairs, monkeypa
         ("cuda", torch.float64, 2048, (16, 1024, 256), "loop"),
         ("cuda", torch.float32, 2048 * 1024, (16384, 1, 256), "bags"),
         ("cuda", torch.float32, 2048 * 128, (2048, 2, 1024), "loop"),
+        ("cuda", torch.float32, 16, (256, 64, 256), "grouped"),
     ],
 )
 def test_choice_by_size(device_type, dtype, num_pairs, table_shape, name):
     chosen = engines.choose_engine(device_type, dtype, num_pairs, table_shape)
     assert chosen is engines.ENGINES[name]
     assert chosen.supports(dtype, table_shape[2], table_shape[1])
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_half_precision_sums_up_the_gradient_of_the_key_bias(engine):
+    """Thousands of addends, of which bfloat16 would lose most, one added after the other."""
+    memory = build("avgk-g16", torch.float32, engine=engine)
+    x = torch.randn(4000, 8) + 0.5
+    memory(x).output.sum().backward()
+    exact = memory.key_bias.grad.clone()
+    memory.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = memory(x).output
+    output.float().sum().backward()
+    error = (memory.key_bias.grad - exact).norm() / exact.norm()
+    assert error < 0.03
+
+
+@pytest.mark.parametrize("losses", [True, False])
+@pytest.mark.parametrize("engine", ["loop", "bags"])
+@pytest.mark.parametrize("case", ["avgk-g4", "vanilla_m-g1", "vanilla_m-max", "lorkm-g4"])
+def test_activations_may_work_in_place(case, engine, losses):
+    results = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        memory = build(case, engine=engine, activation=torch.nn.ReLU(inplace))
+        x, token_ids = tokens(8)
+        results.append(grads_of(memory, x, token_ids, torch.ones(8, 8), losses)[1])
+    for got, want in zip(results[1].values(), results[0].values(), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("engine", ["loop", "bags", "one chunk"])
+def test_what_is_dropped_counts_nothing_even_where_it_overflows(engine, monkeypatch):
+    if engine == "one chunk":
+        engine = "loop"
+        monkeypatch.setattr(products.Loop, "chunk_pairs", lambda self, device: None)
+        monkeypatch.setattr(plan, "_chunks", one_chunk)
+    memory = build("switch-top1", engine=engine, activation=torch.exp, capacity_factor=0.1)
+    with torch.no_grad():
+        memory.keys.mul_(1e4)
+    out = memory(tokens(30)[0])
+    dropped_N = ~out.selection.kept[:, 0]
+    assert dropped_N.sum() >= 20
+    assert torch.equal(out.output[dropped_N], memory.value_bias.expand(int(dropped_N.sum()), -1))
+
+
+@pytest.mark.parametrize("losses", [True, False])
+@pytest.mark.parametrize("case", ["avgk-g1", "vanilla_m-g1"])
+def test_checkpointing_may_drop_the_index_of_bags(case, losses):
+    memory = build(case, engine="bags")
+    x, token_ids = tokens(8)
+    x.requires_grad_()
+
+    def run(x):
+        return memory(x, token_ids, losses=losses).output
+
+    want = torch.autograd.grad(run(x).sum(), [x, *memory.parameters()])
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        run(x)
+    assert any(t.dtype == torch.int64 and t.shape == (8, 6 + 2 * (case == "avgk-g1")) for t in kept)
+    out = torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)
+    grads = torch.autograd.grad(out.sum(), [x, *memory.parameters()])
+    for got, wanted in zip(grads, want, strict=True):
+        torch.testing.assert_close(got, wanted)
