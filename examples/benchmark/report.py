@@ -186,6 +186,11 @@ def scaling_table(part: Part) -> str:
     return table(["axis", "value", "layer / dense", "its selection / dense"], rows)
 
 
+def tables_table(part: Part) -> str:
+    rows = [[row["product"], row["way"], show(row["ratio"])] for row in part["rows"]]
+    return table(["product", "in parts, with", "to one product"], rows)
+
+
 def peers_table(part: Part) -> str:
     rows = [
         [
@@ -205,6 +210,7 @@ SECTIONS = {
     "train_step": ("A step of fairseq-train, `_tiny`, 4096 tokens", train_table),
     "decode": ("Decoding: tokens/s (and time in units of dense)", decode_tables),
     "scaling": ("Avg-K, g = 64, d = 256, against N, k and E", scaling_table),
+    "tables": ("What large tables cost: 16 products of 128 tokens, 1024 x 256", tables_table),
     "peers": ("Other libraries, N = 2048, d = 256, E = 16", peers_table),
 }
 

@@ -19,7 +19,7 @@ from torch import nn
 SCRIPTS = Path(__file__).parents[2] / "examples" / "benchmark"
 NAMES = (
     *("timing", "layer", "memory", "selection", "train_step", "decode", "scaling", "peers"),
-    "report",
+    *("tables", "report"),
 )
 SPREAD = {"median", "low", "high"}
 FIGURES = {"ratio", "seconds", "base_seconds"}
@@ -277,6 +277,14 @@ def test_decode(scripts: dict[str, ModuleType]) -> None:
     for row in rows:
         check_figures(row, {"ratio"})
         assert row["tokens_per_second"] > 0 and row["dense_tokens_per_second"] > 0
+
+
+def test_tables(scripts: dict[str, ModuleType]) -> None:
+    rows = scripts["tables"].measure(2, tokens=8, width=4, cells=6, blocks=2)
+    assert [row["product"] for row in rows].count("gradient of keys") == 3 and len(rows) == 7
+    for row in rows:
+        check_figures(row)
+    assert "fresh memory" in scripts["report"].tables_table({"rows": rows})
 
 
 def test_scaling_and_its_figure(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
