@@ -28,6 +28,7 @@ SCORED_AT_ONCE = 2**21
 in a processor's cache."""
 
 SCORED_AT_ONCE_ON_ACCELERATORS = 2**28
+"""The same where each product is to be large, and its result a bounded part of the memory."""
 
 
 class VanillaM(Selector):
