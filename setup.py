@@ -11,6 +11,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     packages=find_packages(include=["fairseq_sffn", "fairseq_sffn.*"]),
+    package_data={"fairseq_sffn.memory.compute": ["kernels.cpp"]},
     python_requires=">=3.11,<3.12",
     install_requires=[
         "torch==2.13.0",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import (
     TYPE_CHECKING,
@@ -13,6 +14,7 @@ from typing import (
     get_type_hints,
 )
 
+import torch
 from torch import Tensor, nn
 
 from .scores import Scores
@@ -32,6 +34,10 @@ class SelectorInput(NamedTuple):
             looks at any.
         valid: (N,) bool, ``False`` at padding; ``None``: no padding.
         needs_scores: whether gate or losses read the scores of the selection.
+        gather: where the blocks are shared out to several ranks, and ``keys`` are this rank's, puts
+            what each rank has of its own blocks together, in their order; gradients go back.
+        gather_tokens: where several ranks' tokens are one micro-batch, what each rank has of its
+            own, one after the other, and which is this rank's; without gradients.
     """
 
     x: Tensor
@@ -40,6 +46,8 @@ class SelectorInput(NamedTuple):
     token_ids: Tensor | None = None
     valid: Tensor | None = None
     needs_scores: bool = True
+    gather: Callable[[Tensor], Tensor] = lambda part: part
+    gather_tokens: Callable[[Tensor], tuple[Tensor, slice]] = lambda own: (own, slice(0, len(own)))
 
 
 class Selection(NamedTuple):
@@ -57,6 +65,8 @@ class Selection(NamedTuple):
             compute them anyway; they are not computed again.
         coefficients: (N, A) what multiplies the values, from a selector with its own keys and
             blocks of one cell; keys and activation are passed by.
+        padded: whether it takes many pairs that are not kept to give each token as many, so that
+            leaving them out is worth counting them.
     """
 
     blocks: Tensor
@@ -65,13 +75,14 @@ class Selection(NamedTuple):
     kept: Tensor | None = None
     pre_activations: Tensor | None = None
     coefficients: Tensor | None = None
+    padded: bool = False
 
     def split(self, num_tokens: int) -> list[Selection]:
         """Selections of so many tokens each, without scores."""
         fields = self._replace(scores=None)._asdict()
-        parts = {name: t.split(num_tokens) for name, t in fields.items() if t is not None}
+        parts = {name: t.split(num_tokens) for name, t in fields.items() if torch.is_tensor(t)}
         return [
-            Selection(**dict(zip(parts, part, strict=True)))
+            Selection(**dict(zip(parts, part, strict=True)), padded=self.padded)
             for part in zip(*parts.values(), strict=True)
         ]
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from oracle import build, close, tokens
+from oracle import CPU_ENGINES, build, close, tokens
 from torch import nn
 
 from fairseq_sffn.memory import MemoryConfig, Selection, Selector, SelectorConfig, SparseMemory
@@ -54,7 +54,7 @@ def define_own_keys(key_table: str):
     return OwnKeys
 
 
-@pytest.mark.parametrize("engine", ["loop", "bags", None])
+@pytest.mark.parametrize("engine", [*CPU_ENGINES, None])
 @pytest.mark.parametrize("key_table", ["own", "none"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_coefficients(bias, key_table, engine):
@@ -74,7 +74,7 @@ def test_coefficients(bias, key_table, engine):
     assert_same(out.output, expected, (x, *memory.parameters()))
 
 
-@pytest.mark.parametrize("engine", ["loop", "bags"])
+@pytest.mark.parametrize("engine", CPU_ENGINES)
 def test_duplicates_within_a_row_add_up(engine):
     class Twice(Selector):
         name = "twice"
@@ -93,7 +93,7 @@ def test_duplicates_within_a_row_add_up(engine):
     assert_same(output, expected, (x, memory.values))
 
 
-@pytest.mark.parametrize("engine", ["loop", "bags"])
+@pytest.mark.parametrize("engine", CPU_ENGINES)
 @pytest.mark.parametrize("capacity_factor", [0.0, 1.0])
 @pytest.mark.parametrize("gate", ["none", "renormalized"])
 @pytest.mark.parametrize("bias", [True, False])

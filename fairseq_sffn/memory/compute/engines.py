@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..selection import Selection
-from .bags import Rows, cells_of, dot_rows, sum_rows
+from .bags import BAGS, BagKernels, RowOrder, dot_rows, sum_rows
 from .plan import make_plan
 from .products import PRODUCTS, Products
 from .sorted_pairs import combine, score
@@ -85,8 +85,9 @@ class SortedPairs:
         dropout: Callable[[Tensor], Tensor],
     ) -> Tensor:
         chunk_pairs = self.products.chunk_pairs(x_ND.device)
-        # Without chunks, how many pairs are kept is known to the device alone: all are multiplied.
-        planned_NA = None if chunk_pairs is None else selection.kept
+        # Without chunks, how many pairs are kept is known to the device alone: to multiply all is
+        # faster than to ask it, unless they are many.
+        planned_NA = selection.kept if chunk_pairs or selection.padded else None
         order_P, plan = make_plan(selection.blocks, len(tables.values), chunk_pairs, planned_NA)
         if selection.coefficients is not None:
             hidden_PG = selection.coefficients.flatten()[order_P].unsqueeze(1)
@@ -106,12 +107,15 @@ class SortedPairs:
         return combine(hidden_PG, weights_P, tables.values, plan, len(x_ND), self.products)
 
 
+@dataclass(frozen=True)
 class Bags:
     """Each token sums a bag of table rows, without sorting or gathering: for blocks of one cell,
     and for a few tokens, which then touch their own rows only."""
 
+    kernels: BagKernels
+
     def supports(self, dtype: torch.dtype, embed_dim: int, block_size: int) -> bool:
-        return True
+        return self.kernels.supports(dtype)
 
     def compute(
         self,
@@ -121,30 +125,35 @@ class Bags:
         activation: Callable[[Tensor], Tensor],
         dropout: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        block_size = tables.values.shape[1]
-        cells_NK = cells_of(selection.blocks, block_size)
-        rows = Rows(cells_NK, tables.values[..., 0].numel())
+        blocks_NA, order = selection.blocks, RowOrder()
         if selection.coefficients is not None:
             hidden_NK = selection.coefficients
         elif selection.pre_activations is not None:
             hidden_NK = activation(selection.pre_activations.flatten(1))
         else:
             assert tables.keys is not None
-            bias = None if tables.key_bias is None else tables.key_bias.flatten()
-            hidden_NK = activation(dot_rows(x_ND, tables.keys.flatten(0, 1), bias, rows))
+            keys_BGD, bias_BG = tables.keys, tables.key_bias
+            hidden_NK = activation(
+                dot_rows(x_ND, keys_BGD, bias_BG, blocks_NA, order, self.kernels)
+            )
         hidden_NK = dropout(hidden_NK).to(x_ND.dtype)
-        hidden_NAG = hidden_NK.unflatten(1, (-1, block_size))
-        if selection.weights is not None:
-            hidden_NAG = hidden_NAG * selection.weights.to(x_ND.dtype).unsqueeze(2)
-        if selection.kept is not None:
-            hidden_NAG = hidden_NAG.masked_fill(~selection.kept.unsqueeze(2), 0.0)
-        return sum_rows(hidden_NAG.flatten(1), tables.values.flatten(0, 1), rows)
+        if selection.weights is not None or selection.kept is not None:
+            hidden_NAG = hidden_NK.unflatten(1, (-1, tables.values.shape[1]))
+            if selection.weights is not None:
+                hidden_NAG = hidden_NAG * selection.weights.to(x_ND.dtype).unsqueeze(2)
+            if selection.kept is not None:
+                hidden_NAG = hidden_NAG.masked_fill(~selection.kept.unsqueeze(2), 0.0)
+            hidden_NK = hidden_NAG.flatten(1)
+        return sum_rows(hidden_NK, tables.values, blocks_NA, order, self.kernels)
 
 
 ENGINES: dict[str, Engine] = {
     **{name: SortedPairs(products) for name, products in PRODUCTS.items()},
-    "bags": Bags(),
+    **{name: Bags(kernels) for name, kernels in BAGS.items()},
 }
+
+NATIVE = tuple(name for name in ENGINES if name.startswith("native_"))
+"""Those that need the C++ kernels: on a CPU, in fp32 or fp64, if they can be compiled."""
 
 GATHERED_ELEMENTS = 2**28
 """The most numbers in the gathered rows of one product on an accelerator."""
@@ -165,10 +174,12 @@ def choose_engine(
     """
     num_blocks, block_size, width = table_shape
     each = num_pairs / num_blocks
-    if block_size == 1:
-        return ENGINES["bags"]
-    if device_type != "cpu" and ENGINES["grouped"].supports(dtype, width, block_size):
-        return ENGINES["grouped"]
-    if device_type == "cpu" and (each <= 1 or each * block_size * width <= BAGGED_ELEMENTS):
-        return ENGINES["bags"]
-    return ENGINES["loop"]
+    if device_type != "cpu":
+        if block_size == 1:
+            return ENGINES["bags"]
+        able = ENGINES["grouped"].supports(dtype, width, block_size)
+        return ENGINES["grouped" if able else "loop"]
+    few = each <= 1 or each * block_size * width <= BAGGED_ELEMENTS
+    name = "bags" if block_size == 1 or few else "loop"
+    native = ENGINES[f"native_{name}"]
+    return native if native.supports(dtype, width, block_size) else ENGINES[name]

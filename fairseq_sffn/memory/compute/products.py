@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import kernels
 from .plan import Chunk
 
 CACHED_PAIRS = 4096
@@ -50,10 +51,18 @@ class Products(Protocol):
                 block. Blocks without rows are zeroed if they are within the chunk's.
         """
 
+    def add_rows(self, out_ND: Tensor, tokens_P: Tensor, rows_PD: Tensor) -> None:
+        """Adds each row to that of its token.
+
+        Args:
+            out_ND: takes the sums.
+            tokens_P: int32.
+        """
+
 
 class Loop:
     """One ``torch.mm`` a block, straight into place: any dtype and shape. On a CPU nothing is
-    faster, since nothing is allocated."""
+    allocated, which is faster than a call for all blocks."""
 
     def supports(self, dtype: torch.dtype, embed_dim: int, block_size: int) -> bool:
         return True
@@ -96,6 +105,9 @@ class Loop:
         for left, right, out in zip(lefts[start:], rights[start:], outs[start:], strict=True):
             torch.mm(left, right, out=out)  # of no rows: zeros
 
+    def add_rows(self, out_ND: Tensor, tokens_P: Tensor, rows_PD: Tensor) -> None:
+        out_ND.index_add_(0, tokens_P, rows_PD)
+
 
 class Grouped:
     """``torch.nn.functional.grouped_mm``: one call for all blocks, whose sizes stay on the
@@ -133,5 +145,45 @@ class Grouped:
             products_BXY[0] += out_BXY[chunk.blocks.start]
         out_BXY[chunk.blocks] = products_BXY
 
+    def add_rows(self, out_ND: Tensor, tokens_P: Tensor, rows_PD: Tensor) -> None:
+        out_ND.index_add_(0, tokens_P, rows_PD)
 
-PRODUCTS: dict[str, Products] = {"grouped": Grouped(), "loop": Loop()}
+
+class Native:
+    """The kernels of :mod:`.kernels`: the products of a chunk side by side on a CPU's threads."""
+
+    def supports(self, dtype: torch.dtype, embed_dim: int, block_size: int) -> bool:
+        return kernels.supported(dtype)
+
+    def chunk_pairs(self, device: torch.device) -> int | None:
+        return CACHED_PAIRS
+
+    def rows_by_matrices(
+        self,
+        rows_PX: Tensor,
+        matrices_BXY: Tensor,
+        chunk: Chunk,
+        out_PY: Tensor,
+        bias_BY: Tensor | None = None,
+    ) -> None:
+        bias_BY = None if bias_BY is None else bias_BY[chunk.blocks]
+        kernels.load().rows_by_matrices(
+            rows_PX, matrices_BXY[chunk.blocks], chunk.ends, out_PY, bias_BY
+        )
+
+    def rows_by_rows(
+        self, left_PX: Tensor, right_PY: Tensor, chunk: Chunk, out_BXY: Tensor
+    ) -> None:
+        kernels.load().rows_by_rows(
+            left_PX, right_PY, chunk.ends, out_BXY[chunk.blocks], chunk.continues
+        )
+
+    def add_rows(self, out_ND: Tensor, tokens_P: Tensor, rows_PD: Tensor) -> None:
+        kernels.load().add_rows(out_ND, tokens_P, rows_PD)
+
+
+PRODUCTS: dict[str, Products] = {
+    "grouped": Grouped(),
+    "loop": Loop(),
+    "native_loop": Native(),
+}

@@ -61,7 +61,7 @@ class _Score(torch.autograd.Function):
         x_ND, keys_BGD = ctx.saved_tensors
         plan, products = ctx.plan, ctx.products
         grad_PG = grad_PG.contiguous()
-        grad_x_ND = torch.zeros_like(x_ND) if ctx.needs_input_grad[0] else None
+        grad_x_ND = x_ND.new_zeros(x_ND.shape) if ctx.needs_input_grad[0] else None
         grad_keys_BGD = _grad_table(keys_BGD, plan) if ctx.needs_input_grad[1] else None
         buffer_pD = _buffer(x_ND, plan)
         for chunk in plan.chunks:
@@ -72,7 +72,7 @@ class _Score(torch.autograd.Function):
             if grad_x_ND is not None:
                 rows_pD = buffer_pD[: len(tokens_p)]
                 products.rows_by_matrices(grad_pG, keys_BGD, chunk, rows_pD)
-                grad_x_ND.index_add_(0, tokens_p, rows_pD)
+                products.add_rows(grad_x_ND, tokens_p, rows_pD)
         grad_bias_BG = None
         if ctx.needs_input_grad[2]:
             # In fp32 at least: half precision would lose what is added to a large sum.
@@ -102,7 +102,7 @@ class _Combine(torch.autograd.Function):
             weighed_pG = _weigh(hidden_PG[chunk.pairs], weights_P, chunk.pairs)
             rows_pD = buffer_pD[: len(weighed_pG)]
             products.rows_by_matrices(weighed_pG, values_BGD, chunk, rows_pD)
-            out_ND.index_add_(0, plan.tokens[chunk.pairs], rows_pD)
+            products.add_rows(out_ND, plan.tokens[chunk.pairs], rows_pD)
         return out_ND
 
     @staticmethod

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..compute.bags import Rows, cells_of, dot_rows
+from ..compute.bags import RowOrder, choose_bags, dot_rows
 from ..config import MemoryConfig
 from ..scores import Scores, top_blocks
 from ..selection import Selection, Selector, SelectorConfig, SelectorInput
@@ -68,7 +68,7 @@ class VanillaM(Selector):
         if not inputs.needs_scores:
             return self._select(x_ND, keys_CD, bias_C)
         pre_NBG = F.linear(x_ND, keys_CD, bias_C).unflatten(1, (-1, self.block_size))
-        scores = Scores(AGGREGATES[self.aggregate](pre_NBG))
+        scores = Scores(aggregated(pre_NBG, self.aggregate))
         blocks_NA = scores.top(self.active_blocks)
         return Selection(blocks_NA, scores, pre_activations=_of_blocks(pre_NBG, blocks_NA))
 
@@ -91,14 +91,23 @@ class VanillaM(Selector):
         with torch.no_grad():
             for x_nD in x_ND.split(max(1, at_once // len(keys_CD))):
                 pre_nBG = F.linear(x_nD, keys_CD, bias_C).unflatten(1, (-1, self.block_size))
-                scores_nB = AGGREGATES[self.aggregate](pre_nBG)
+                scores_nB = aggregated(pre_nBG, self.aggregate)
                 blocks.append(top_blocks(scores_nB, self.active_blocks))
                 known.append(_of_blocks(pre_nBG, blocks[-1]).flatten(1))
         blocks_NA, known_NK = torch.cat(blocks), torch.cat(known)
-        rows = Rows(cells_of(blocks_NA, self.block_size), len(keys_CD))
-        pre_NK = dot_rows(x_ND, keys_CD, bias_C, rows, known_NK)
+        keys_BGD = keys_CD.unflatten(0, (-1, self.block_size))
+        bias_BG = None if bias_C is None else bias_C.unflatten(0, (-1, self.block_size))
+        bags = choose_bags(x_ND.device.type, x_ND.dtype)
+        pre_NK = dot_rows(x_ND, keys_BGD, bias_BG, blocks_NA, RowOrder(), bags, known_NK)
         pre_NAG = pre_NK.view(*blocks_NA.shape, self.block_size)
         return Selection(blocks_NA, pre_activations=pre_NAG)
+
+
+def aggregated(pre_NBG: Tensor, aggregate: str) -> Tensor:
+    """Score of each block, of the pre-activations of its cells: (N, B)."""
+    if pre_NBG.shape[2] == 1 and aggregate != "avg_abs":  # saves a copy of what may be large
+        return pre_NBG.squeeze(2)
+    return AGGREGATES[aggregate](pre_NBG)
 
 
 def _of_blocks(pre_NBG: Tensor, blocks_NA: Tensor) -> Tensor:

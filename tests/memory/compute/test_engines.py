@@ -1,10 +1,10 @@
 import pytest
 import torch
 import torch.utils.checkpoint
-from oracle import CASES, assert_matches, build, tokens
+from oracle import CASES, CPU_ENGINES, NATIVE, assert_matches, build, tokens
 
-from fairseq_sffn.memory import Selection
-from fairseq_sffn.memory.compute import engines, plan, products
+from fairseq_sffn.memory import ConfigError, Selection
+from fairseq_sffn.memory.compute import engines, kernels, plan, products
 from fairseq_sffn.memory.compute.plan import _chunks as plan_chunks
 
 
@@ -14,7 +14,7 @@ def cut(monkeypatch, pairs: int) -> None:
 
 
 @pytest.mark.parametrize("cached_pairs", [1, 5, 7, 4096])
-@pytest.mark.parametrize("engine", ["loop", "bags"])
+@pytest.mark.parametrize("engine", CPU_ENGINES)
 @pytest.mark.parametrize("losses", [True, False])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_loops(case, losses, engine, cached_pairs, monkeypatch):
@@ -86,7 +86,7 @@ def test_grouped_in_bf16_is_near_fp32(cached_pairs, monkeypatch):
 
 
 @pytest.mark.parametrize("cached_pairs", [1, 5, 4096])
-@pytest.mark.parametrize("engine", ["grouped", "bags"])
+@pytest.mark.parametrize("engine", ["grouped", *CPU_ENGINES])
 def test_engines_agree_where_one_block_takes_most(engine, cached_pairs, monkeypatch):
     """A block of more pairs than a chunk, blocks without any, first and last."""
     blocks_NA = torch.tensor([[3, 1]] * 9 + [[3, 6]] * 4 + [[5, 3]])
@@ -118,6 +118,7 @@ def test_engines_agree_where_one_block_takes_most(engine, cached_pairs, monkeypa
         ("cpu", torch.float32, 16, (256, 64, 256), "bags"),  # a token
         ("cpu", torch.float32, 1, (16, 1024, 256), "bags"),
         ("cpu", torch.float32, 17, (16, 1024, 256), "loop"),
+        ("cpu", torch.bfloat16, 2048, (16, 1024, 256), "loop"),
         ("cuda", torch.float32, 2048 * 64, (1024, 16, 256), "grouped"),
         ("cuda", torch.bfloat16, 2048, (16, 1024, 256), "grouped"),
         ("cuda", torch.float64, 2048, (16, 1024, 256), "loop"),
@@ -126,13 +127,48 @@ def test_engines_agree_where_one_block_takes_most(engine, cached_pairs, monkeypa
         ("cuda", torch.float32, 16, (256, 64, 256), "grouped"),
     ],
 )
-def test_choice_by_size(device_type, dtype, num_pairs, table_shape, name):
+@pytest.mark.parametrize("native", [pytest.param(True, marks=NATIVE), False])
+def test_choice_by_size(native, device_type, dtype, num_pairs, table_shape, name, monkeypatch):
+    if not native:
+        monkeypatch.setattr(kernels, "load", lambda: None)
+    elif device_type == "cpu" and dtype != torch.bfloat16:
+        name = f"native_{name}"
     chosen = engines.choose_engine(device_type, dtype, num_pairs, table_shape)
     assert chosen is engines.ENGINES[name]
     assert chosen.supports(dtype, table_shape[2], table_shape[1])
 
 
-@pytest.mark.parametrize("engine", engines.ENGINES)
+@pytest.mark.parametrize("losses", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_without_a_compiler(case, losses, monkeypatch):
+    monkeypatch.setattr(kernels, "load", lambda: None)
+    assert_matches(build(case, capacity_factor=1.5), *tokens(8), losses=losses)
+    with pytest.raises(ConfigError, match="engine native_bags: "):
+        build(case, engine="native_bags")
+
+
+@pytest.mark.parametrize("losses", [True, False])
+@pytest.mark.parametrize("engine", [None, *CPU_ENGINES])
+@pytest.mark.parametrize("case", CASES)
+def test_on_several_threads(case, engine, losses):
+    """Shared work gives what one thread gives: more threads than there are blocks or tokens."""
+    outcomes = []
+    for threads in (1, 5):
+        torch.manual_seed(0)
+        memory = build(case, engine=engine)
+        torch.set_num_threads(threads)
+        try:
+            x, token_ids = tokens(40)
+            outcomes.append(grads_of(memory, x, token_ids, torch.ones(40, 8), losses)[1])
+            with torch.no_grad():
+                outcomes[-1]["one token"] = memory(x[:1], token_ids[:1]).output
+        finally:
+            torch.set_num_threads(1)
+    for name, want in outcomes[0].items():
+        torch.testing.assert_close(outcomes[1][name], want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ["grouped", "loop", "bags"])
 def test_half_precision_sums_up_the_gradient_of_the_key_bias(engine):
     """Thousands of addends, of which bfloat16 would lose most, one added after the other."""
     memory = build("avgk-g16", torch.float32, engine=engine)
@@ -148,7 +184,7 @@ def test_half_precision_sums_up_the_gradient_of_the_key_bias(engine):
 
 
 @pytest.mark.parametrize("losses", [True, False])
-@pytest.mark.parametrize("engine", ["loop", "bags"])
+@pytest.mark.parametrize("engine", CPU_ENGINES)
 @pytest.mark.parametrize("case", ["avgk-g4", "vanilla_m-g1", "vanilla_m-max", "lorkm-g4"])
 def test_activations_may_work_in_place(case, engine, losses):
     results = []
@@ -161,7 +197,7 @@ def test_activations_may_work_in_place(case, engine, losses):
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("engine", ["loop", "bags", "one chunk"])
+@pytest.mark.parametrize("engine", [*CPU_ENGINES, "one chunk"])
 def test_what_is_dropped_counts_nothing_even_where_it_overflows(engine, monkeypatch):
     if engine == "one chunk":
         engine = "loop"
@@ -195,3 +231,20 @@ def test_checkpointing_may_drop_the_index_of_bags(case, losses):
     grads = torch.autograd.grad(out.sum(), [x, *memory.parameters()])
     for got, wanted in zip(grads, want, strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("engine", [None, "grouped", *CPU_ENGINES])
+def test_hidden_states_of_any_layout(engine):
+    """As out of a convolution: features first in memory, or every second token."""
+    dtype = torch.float32 if engine == "grouped" else torch.float64
+    memory = build("avgk-g4", dtype, engine=engine)
+    plain, _ = tokens(40, dtype=dtype)
+    cotangent = torch.randn_like(plain)
+    want = grads_of(memory, plain, None, cotangent)[1]
+    for x in (plain.t().contiguous().t(), plain.repeat_interleave(2, dim=0)[::2]):
+        memory.zero_grad()
+        x = x.detach().requires_grad_()
+        (memory(x).output * cotangent).sum().backward()
+        torch.testing.assert_close(x.grad, want["x"])
+        torch.testing.assert_close(memory.keys.grad, want["keys"])
+        torch.testing.assert_close(memory.values.grad, want["values"])

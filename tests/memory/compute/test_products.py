@@ -2,16 +2,17 @@ from itertools import pairwise
 
 import pytest
 import torch
+from oracle import NATIVE
 
 from fairseq_sffn.memory.compute import products
 from fairseq_sffn.memory.compute.plan import Chunk
 
 CPU = torch.device("cpu")
+FLOATS = (torch.float64, torch.float32, torch.bfloat16)
 ABLE = [
-    (name, dtype)
-    for name in products.PRODUCTS
-    for dtype in (torch.float64, torch.float32, torch.bfloat16)
-    if (name, dtype) != ("grouped", torch.float64)
+    *(("loop", dtype) for dtype in FLOATS),
+    *(("grouped", dtype) for dtype in FLOATS[1:]),
+    *(pytest.param("native_loop", dtype, marks=NATIVE) for dtype in FLOATS[:2]),
 ]
 
 
@@ -66,6 +67,17 @@ def test_products_of_each_block(name, ends, bias, continues, dtype):
 )
 def test_what_grouped_supports(dtype, embed_dim, block_size, able):
     assert products.PRODUCTS["grouped"].supports(dtype, embed_dim, block_size) == able
+
+
+@pytest.mark.parametrize(("name", "dtype"), ABLE)
+def test_rows_are_added(name, dtype):
+    tokens_P = torch.tensor([2, 0, 2, 2, 5], dtype=torch.int32)
+    rows_PD = torch.randn(5, 70, dtype=dtype)
+    got_ND, wanted_ND = torch.ones(2, 6, 70, dtype=dtype)
+    for token, row in zip(tokens_P, rows_PD, strict=True):
+        wanted_ND[token] += row
+    products.PRODUCTS[name].add_rows(got_ND, tokens_P, rows_PD)
+    torch.testing.assert_close(got_ND, wanted_ND)
 
 
 @pytest.mark.parametrize("name", products.PRODUCTS)

@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from oracle import NATIVE
 
 from fairseq_sffn.memory.compute.plan import make_plan
 from fairseq_sffn.memory.compute.products import PRODUCTS
@@ -10,7 +11,12 @@ from fairseq_sffn.memory.compute.sorted_pairs import combine, score
 
 @pytest.mark.parametrize("reduce", ["sum", "columns"])
 @pytest.mark.parametrize(
-    ("products", "chunk_pairs"), [("grouped", None), *itertools.product(PRODUCTS, [5, 100])]
+    ("products", "chunk_pairs"),
+    [
+        ("grouped", None),
+        *itertools.product(["grouped", "loop"], [5, 100]),
+        *(pytest.param("native_loop", pairs, marks=NATIVE) for pairs in (5, 100)),
+    ],
 )
 def test_gradients_may_come_in_any_layout(products, reduce, chunk_pairs):
     """``sum`` sends back an expanded scalar, a transposed product a column-major matrix."""

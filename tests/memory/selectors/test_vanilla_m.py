@@ -4,7 +4,7 @@ from oracle import build, close, tokens
 
 from fairseq_sffn.memory.selectors.avgk import AvgK
 from fairseq_sffn.memory.selectors.lorkm import LoRKM
-from fairseq_sffn.memory.selectors.vanilla_m import AGGREGATES, VanillaM
+from fairseq_sffn.memory.selectors.vanilla_m import VanillaM, aggregated
 
 
 def assert_same_memory(memory, other, x, token_ids=None):
@@ -76,7 +76,9 @@ def test_every_aggregate_of_one_cell_is_its_pre_activation(aggregate):
 )
 def test_aggregates(aggregate, wanted):
     pre_NBG = torch.tensor([[[-1.0, 3.0], [1.0, 1.5], [-4.0, 5.0]]])
-    assert AGGREGATES[aggregate](pre_NBG).tolist() == [wanted]
+    assert aggregated(pre_NBG, aggregate).tolist() == [wanted]
+    of_one = [1.0, 1.0, 4.0] if aggregate == "avg_abs" else [-1.0, 1.0, -4.0]
+    assert aggregated(pre_NBG[..., :1], aggregate).tolist() == [of_one]
 
 
 @pytest.mark.parametrize("block_size", [1, 4])
