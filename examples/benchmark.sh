@@ -6,7 +6,7 @@
 #   bash examples/benchmark.sh --force                   everything again
 #   BENCHMARK_REPEATS=2 bash examples/benchmark.sh       fewer repeats (default 20)
 #   BENCHMARK_PARTS="layer decode" bash examples/benchmark.sh   some parts, of
-#       layer memory selection train_step decode scaling tables peers
+#       layer memory selection train_step processes decode scaling tables peers
 #
 # Results are in runs/benchmark: results.json, table.md, scaling.png. A second run reuses what was
 # measured with the same settings and code.
@@ -14,7 +14,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/venv.sh
 
-ALL="layer memory selection train_step decode scaling tables peers"
+ALL="layer memory selection train_step processes decode scaling tables peers"
 REPEATS=${BENCHMARK_REPEATS:-20}
 [[ $REPEATS =~ ^[1-9][0-9]*$ ]] ||
     { echo "BENCHMARK_REPEATS=$REPEATS: must be a positive whole number" >&2; exit 1; }
@@ -74,6 +74,7 @@ peers_venv() {
 for name in $PARTS; do
     case $name in
         layer) layer ;;
+        processes) measure python processes 1 processes ;;  # starts two of its own, 1 thread each
         peers) peers_venv; measure $VENV/bin/python peers 1 peers ;;
         *) measure python "$name" 1 "$name" ;;
     esac

@@ -154,6 +154,20 @@ def train_table(part: Part) -> str:
     return table(["model", "optimizer", "tokens/s", "step's time / dense"], rows)
 
 
+def processes_table(part: Part) -> str:
+    lines: dict[str, list[list[Any]]] = {}
+    for row in part["rows"]:
+        alone = [row["model"], 1, "", "", f"{row['base_tokens_per_second']:,.0f}", "1", "", ""]
+        sent = f"{row['sent_bytes'] / 2**20:.1f}" if "sent_bytes" in row else ""
+        speed, shards = f"{row['tokens_per_second']:,.0f}", row["expert_parallel"]
+        between = speed, show(row["speedup"]), show(row.get("ratio")), sent
+        own = [row["model"], row["processes"], row["ddp_backend"], shards, *between]
+        lines.setdefault(row["model"], [alone]).append(own)
+    headers = ["model", "processes", "--ddp-backend", "--sffn-expert-parallel", "tokens/s"]
+    headers += ["to 1 process", "step's time / data parallel", "sent for tokens, MiB"]
+    return table(headers, [line for of_model in lines.values() for line in of_model])
+
+
 def decode_tables(part: Part) -> str:
     """A table for each width and mode, with a column for each number of tokens."""
     texts = []
@@ -208,6 +222,10 @@ SECTIONS = {
     "memory": ("Memory of a layer, N = 2048, d = 256 (and in units of dense)", memory_table),
     "selection": ("Selection and optimizer, in units of dense forward + backward", selection_table),
     "train_step": ("A step of fairseq-train, `_tiny`, 4096 tokens", train_table),
+    "processes": (
+        "2 processes on these cores against 1, a step of fairseq-train, `_tiny`, 4096 tokens each",
+        processes_table,
+    ),
     "decode": ("Decoding: tokens/s (and time in units of dense)", decode_tables),
     "scaling": ("Avg-K, g = 64, d = 256, against N, k and E", scaling_table),
     "tables": ("What large tables cost: 16 products of 128 tokens, 1024 x 256", tables_table),
@@ -223,6 +241,8 @@ def report(parts: list[Part], about: dict[str, Any]) -> str:
         f"commit {about['commit']}, {', '.join(about['dates'])}, seed {about['seed']}",
         f"repeats: {', '.join(map(str, repeats))}; `{about['command']}`",
     ]
+    kernels = {part["settings"].get("kernels") for part in parts} - {None}
+    facts += [f"C++ kernels: {'yes' if used else 'no'}" for used in sorted(kernels)]
     texts = ["# Benchmark", ".\n".join(facts) + "."]
     texts.append(
         "Ratio to dense: median (first to third quartile). PKM's 128 active cells are compared "

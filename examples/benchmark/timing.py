@@ -139,7 +139,10 @@ def forward_backward(
 def fingerprint(part: str, of_project: bool) -> str:
     """Of the code that a part measures: its own file, this one and, mostly, the project."""
     files = [Path(__file__), Path(__file__).with_name(f"{part}.py")]
-    files += sorted((ROOT / "fairseq_sffn").rglob("*.py")) if of_project else []
+    if of_project:
+        files += sorted(
+            p for p in (ROOT / "fairseq_sffn").rglob("*") if p.suffix in (".py", ".cpp")
+        )
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
@@ -164,6 +167,10 @@ def run_part(
         sys.exit(f"--repeats {args.repeats}: must be at least 1")
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "force")}
     settings["code"] = fingerprint(part, of_project)
+    if of_project:
+        from fairseq_sffn.memory.compute import kernels
+
+        settings["kernels"] = kernels.load() is not None
     there = json.loads(args.output.read_text()) if args.output.is_file() else {}
     if there.get("settings") == settings and not args.force:
         progress(f"{args.output.stem}: there already", last=True)

@@ -28,13 +28,13 @@ NAMES = tuple(method.name for method in METHODS if method.selector)
 RUNS = (("avgk", "adam"), *((name, "sffn_adam") for name in NAMES))
 
 
-def flags(model: str, optimizer: str, context: int, sentences: int) -> list[str]:
+def flags(model: str, optimizer: str, context: int, sentences: int, more: str = "") -> list[str]:
     """Arguments of fairseq-train after the data."""
     return (
         f"--user-dir fairseq_sffn --task language_modeling --arch transformer_lm_{model}_tiny "
         f"--criterion sffn_cross_entropy --optimizer {optimizer} --adam-betas 0.9,0.98 "
         f"--clip-norm 1.0 --lr 1e-3 --tokens-per-sample {context} --batch-size {sentences} "
-        "--max-update 1000 --cpu"
+        f"--max-update 1000 --cpu {more}"
     ).split()
 
 
@@ -44,11 +44,18 @@ def training_config(
     data: str = "DATA",
     context: int = CONTEXT,
     sentences: int = SENTENCES,
+    more: str = "",
 ) -> DictConfig:
     """What fairseq-train makes of its arguments."""
-    asked = flags(model, optimizer, context, sentences)[2:]  # the plugin is imported already
+    asked = flags(model, optimizer, context, sentences, more)[2:]  # the plugin is imported already
     parser = options.get_training_parser()
     return convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, [data, *asked]))
+
+
+def write_dictionary(folder: Path) -> None:
+    """All that is read of the data."""
+    words = "".join(f"w{i} {VOCABULARY // (i + 1) + 1}\n" for i in range(VOCABULARY - 4))
+    Path(folder, "dict.txt").write_text(words)
 
 
 def random_batch(context: int, sentences: int) -> dict[str, Any]:
@@ -86,8 +93,7 @@ def measure(
     batch = random_batch(context, sentences)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        words = "".join(f"w{i} {VOCABULARY // (i + 1) + 1}\n" for i in range(VOCABULARY - 4))
-        Path(folder, "dict.txt").write_text(words)
+        write_dictionary(Path(folder))
 
         def step(model: str, optimizer: str) -> Work:
             config = training_config(model, optimizer, folder, context, sentences)

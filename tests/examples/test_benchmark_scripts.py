@@ -19,7 +19,7 @@ from torch import nn
 SCRIPTS = Path(__file__).parents[2] / "examples" / "benchmark"
 NAMES = (
     *("timing", "layer", "memory", "selection", "train_step", "decode", "scaling", "peers"),
-    *("tables", "report"),
+    *("tables", "processes", "report"),
 )
 SPREAD = {"median", "low", "high"}
 FIGURES = {"ratio", "seconds", "base_seconds"}
@@ -270,6 +270,44 @@ def test_train_step_trains(scripts: dict[str, ModuleType], tmp_path: Path) -> No
     assert any("values" in name for name in changed)
 
 
+def test_processes(scripts: dict[str, ModuleType]) -> None:
+    processes = scripts["processes"]
+    rows = processes.measure(1, models=("dense", "avgk"), context=8, sentences=2)
+    ways = [(row["model"], row["ddp_backend"], row["expert_parallel"]) for row in rows]
+    apart, *backends = processes.APART.ddp_backend, *processes.BACKENDS
+    assert ways == [
+        *(("dense", backend, 1) for backend in (apart, *backends)),
+        ("avgk", apart, 1),
+        *(("avgk", backend, count) for backend in backends for count in (1, 2)),
+    ]
+    for row in rows:
+        shared = row["expert_parallel"] > 1
+        check_figures(
+            row, {"speedup", "seconds", "base_seconds"} | ({"ratio"} if shared else set())
+        )
+        expected = 2 * row["base_seconds"]["median"] / row["seconds"]["median"]
+        assert row["speedup"]["median"] == pytest.approx(expected)
+        assert row.get("sent_bytes", 0) > 0 if shared else "ratio" not in row
+        assert ("--sffn-expert-parallel 2" in row["stands_for"]) == shared
+    assert "| avgk | 1 |" in scripts["report"].processes_table({"rows": rows})
+
+
+def test_the_slowest_process_counts(
+    scripts: dict[str, ModuleType], timing: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes = scripts["processes"]
+    clock = iter([99, 99, 1, 2, 3, 4])
+    monkeypatch.setattr(processes, "seconds", lambda work: next(clock))
+    monkeypatch.setattr(processes.dist, "get_rank", lambda: 0)
+
+    def gather(of_all: list[Any], own: list[list[float]]) -> None:
+        of_all[:] = own, [[0, 5], [6, 0]]
+
+    monkeypatch.setattr(processes.dist, "all_gather_object", gather)
+    works = [timing.Work(lambda: None)] * 2
+    assert processes.step_seconds(works, 2, "") == [[1, 6], [5, 4]]
+
+
 def test_decode(scripts: dict[str, ModuleType]) -> None:
     rows = scripts["decode"].measure(2, counts=(1, 2), widths=(16,), at_least=1e-4)
     assert {row["mode"] for row in rows} == {"inference_mode"}
@@ -379,6 +417,14 @@ def runs(tmp_path: Path) -> Path:
         "train_step": part(
             "train_step", [{"model": "avgk", "optimizer": "adam", **figures, **speeds}]
         ),
+        "processes": part(
+            "processes",
+            [
+                {"model": "avgk", "processes": 2, "ddp_backend": "legacy_ddp", **figures}
+                | {"tokens_per_second": 3000.0, "base_tokens_per_second": 2000.0}
+                | {"speedup": spread, "expert_parallel": 2, "sent_bytes": 2.0**20}
+            ],
+        ),
         "decode": part(
             "decode",
             [
@@ -421,13 +467,15 @@ def test_report(
     assert "| avgk | 64 | 1.0 (1.25) | 1.0 (1.25) | 1.0 (1.25) | 1.0 (1.25) |" in text
     assert "| adam | avgk | 64 | 2 (1.5-2.5) |" in text
     assert "| dense | adam | 2,000 | 1 |" in text
+    assert "| avgk | 1 |  |  | 2,000 | 1 |  |  |" in text
+    assert "| 2 | legacy_ddp | 2 | 3,000 | 2 (1.5-2.5) | 2 (1.5-2.5) | 1.0 |" in text
     assert "| avgk | 8 | 1,000 (2.00) | 1,000 (2.00) |" in text
     assert "| tokens | 256 | 2 (1.5-2.5) | 1.00 |" in text
     assert "| p 1.0 | L | x |  |  | not installable |" in text
     assert "Measured with other code" in text
     results = json.loads((runs / "results.json").read_text())
     assert {"cpu", "cores", "torch", "commit", "dates", "seed", "command", "parts"} <= set(results)
-    assert results["command"] == "bash x.sh" and len(results["parts"]) == 8
+    assert results["command"] == "bash x.sh" and len(results["parts"]) == 9
     assert (runs / "scaling.png").is_file()
 
 
