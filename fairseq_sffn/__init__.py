@@ -14,5 +14,9 @@ with warnings.catch_warnings():
 compat.apply()
 
 from . import criterions, models, optim, tasks  # noqa: E402
+from .parallel import checkpoints, gradients, launch  # noqa: E402
+
+for repairs in (launch, gradients, checkpoints):
+    repairs.apply()
 
 __all__ = ["compat", "criterions", "models", "optim", "tasks"]

@@ -6,6 +6,7 @@ Each function is one repair: what breaks, and when it can go. All are safe to ap
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import logging
 import os
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
+from fairseq.logging.meters import AverageMeter, SumMeter
 from fairseq.models.ema.ema import EMA
 from fairseq.tasks import FairseqTask
 from fairseq.tasks.language_modeling import LanguageModelingTask
@@ -36,6 +38,9 @@ def apply() -> None:
     """Apply every repair."""
     restore_numpy_compat()
     copy_checkpoints_atomically()
+    save_plain_containers()
+    restore_arrays_of_meters()
+    check_save_directory_first()
     refuse_code_in_checkpoints()
     refuse_half_precision_on_cpu()
     evaluate_at_the_model_context()
@@ -66,7 +71,67 @@ def copy_checkpoints_atomically() -> None:
         return True
 
     original = PathManager.copy
-    _replace_once(PathManager, "copy", copy, staticmethod)
+    replace_once(PathManager, "copy", copy, staticmethod)
+
+
+def save_plain_containers() -> None:
+    """Meters hold NumPy's arrays (``--eval-bleu`` counts in them), which PyTorch refuses to load
+    from a checkpoint. Saves lists and Python's numbers. Can go when fairseq does."""
+
+    @functools.wraps(checkpoint_utils.torch_persistent_save)
+    def torch_persistent_save(obj: Any, *args: Any, **kwargs: Any) -> None:
+        original(without_numpy(obj), *args, **kwargs)
+
+    original = checkpoint_utils.torch_persistent_save
+    replace_once(checkpoint_utils, "torch_persistent_save", torch_persistent_save)
+
+
+def without_numpy(value: Any) -> Any:
+    """The value with lists for NumPy's arrays and Python's numbers for its scalars, within plain
+    containers too."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if type(value) in (list, tuple):
+        return type(value)(map(without_numpy, value))
+    if isinstance(value, dict):
+        result = copy.copy(value)  # with the attributes that a model's state has
+        for key, of in value.items():
+            result[key] = without_numpy(of)
+        return result
+    return value
+
+
+def restore_arrays_of_meters() -> None:
+    """A meter that summed arrays cannot average the list that is saved of them: arrays again. Can
+    go with ``save_plain_containers``."""
+
+    def restoring(original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def load_state_dict(self: Any, state: dict[str, Any]) -> None:
+            arrays = {key: np.array(of) for key, of in state.items() if isinstance(of, list)}
+            original(self, {**state, **arrays})
+
+        return load_state_dict
+
+    for meter in (AverageMeter, SumMeter):
+        replace_once(meter, "load_state_dict", restoring(meter.load_state_dict))
+
+
+def check_save_directory_first() -> None:
+    """fairseq tries the directory for checkpoints before it trains, but ends in a traceback if it
+    cannot write there. Can go when it names the flag and the reason."""
+
+    @functools.wraps(checkpoint_utils.verify_checkpoint_directory)
+    def verify_checkpoint_directory(save_dir: str) -> None:
+        try:
+            original(save_dir)
+        except OSError as error:
+            raise UsageError(
+                f"--save-dir {save_dir}: cannot be written to: {error.strerror}"
+            ) from error
+
+    original = checkpoint_utils.verify_checkpoint_directory
+    replace_once(checkpoint_utils, "verify_checkpoint_directory", verify_checkpoint_directory)
 
 
 def refuse_code_in_checkpoints() -> None:
@@ -87,7 +152,7 @@ def refuse_code_in_checkpoints() -> None:
         return load
 
     for name in ("load_checkpoint_to_cpu", "load_ema_from_checkpoint"):
-        _replace_once(checkpoint_utils, name, checked(getattr(checkpoint_utils, name)))
+        replace_once(checkpoint_utils, name, checked(getattr(checkpoint_utils, name)))
 
     @functools.wraps(checkpoint_utils.load_model_ensemble_and_task)
     def load_model_ensemble_and_task(filenames: list[str], *args: Any, **kwargs: Any) -> Any:
@@ -98,7 +163,7 @@ def refuse_code_in_checkpoints() -> None:
         return original(filenames, *args, **kwargs)
 
     original = checkpoint_utils.load_model_ensemble_and_task
-    _replace_once(checkpoint_utils, "load_model_ensemble_and_task", load_model_ensemble_and_task)
+    replace_once(checkpoint_utils, "load_model_ensemble_and_task", load_model_ensemble_and_task)
 
 
 def check_checkpoint(path: str) -> None:
@@ -134,7 +199,7 @@ def refuse_half_precision_on_cpu() -> None:
         original(self, cfg, *args, **kwargs)
 
     original = Trainer.__init__
-    _replace_once(Trainer, "__init__", __init__)
+    replace_once(Trainer, "__init__", __init__)
 
 
 def check_precision(common: Any) -> None:
@@ -187,9 +252,9 @@ def evaluate_at_the_model_context() -> None:
         return original_main(cfg, **kwargs)
 
     original_main = eval_command.main
-    _replace_once(eval_command, "main", main)
+    replace_once(eval_command, "main", main)
     original = LanguageModelingTask.eval_lm_dataloader
-    _replace_once(LanguageModelingTask, "eval_lm_dataloader", eval_lm_dataloader)
+    replace_once(LanguageModelingTask, "eval_lm_dataloader", eval_lm_dataloader)
 
 
 def leave_finished_runs_alone() -> None:
@@ -205,7 +270,7 @@ def leave_finished_runs_alone() -> None:
         return original(cfg, trainer, *args, **kwargs)
 
     original = train_command.train
-    _replace_once(train_command, "train", train)
+    replace_once(train_command, "train", train)
 
 
 def copy_integers_into_moving_averages() -> None:
@@ -219,7 +284,7 @@ def copy_integers_into_moving_averages() -> None:
         self.skip_keys = {*self.skip_keys, *(k for k in state if not state[k].is_floating_point())}
 
     original = EMA.__init__
-    _replace_once(EMA, "__init__", __init__)
+    replace_once(EMA, "__init__", __init__)
 
 
 def keep_versions_in_moving_averages() -> None:
@@ -234,7 +299,7 @@ def keep_versions_in_moving_averages() -> None:
         original(self, {**versions, **state_dict}, *args, **kwargs)
 
     original = EMA.restore
-    _replace_once(EMA, "restore", restore)
+    replace_once(EMA, "restore", restore)
 
 
 def deal_the_same_batches_when_resumed() -> None:
@@ -260,12 +325,14 @@ def deal_the_same_batches_when_resumed() -> None:
         return iterator
 
     original = FairseqTask.get_batch_iterator
-    _replace_once(FairseqTask, "get_batch_iterator", get_batch_iterator)
+    replace_once(FairseqTask, "get_batch_iterator", get_batch_iterator)
 
 
-def _replace_once(
+def replace_once(
     owner: Any, name: str, function: Callable[..., Any], wrap: Callable[..., Any] = lambda f: f
 ) -> None:
-    if not getattr(getattr(owner, name), "_fairseq_sffn", False):
-        function._fairseq_sffn = True  # type: ignore[attr-defined]
+    """Sets an attribute, unless the same repair has set it, or one that others went on from."""
+    repair, done = function.__code__.co_qualname, getattr(getattr(owner, name), "sffn_repairs", ())
+    if repair not in done:
+        function.sffn_repairs = (*done, repair)  # type: ignore[attr-defined]
         setattr(owner, name, wrap(function))

@@ -1,7 +1,9 @@
 """Each repair of fairseq, with what breaks without it."""
 
 import importlib
+import inspect
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.data import TokenBlockDataset
 from fairseq.file_io import PathManager
+from fairseq.logging.meters import AverageMeter, SumMeter
 from fairseq.models.ema.ema import EMA
 from fairseq.tasks import FairseqTask
 from fairseq.tasks.language_modeling import LanguageModelingTask
@@ -25,6 +28,10 @@ from fairseq_sffn.errors import UsageError
 
 REPAIRED = [
     (PathManager, "copy"),
+    (checkpoint_utils, "torch_persistent_save"),
+    (AverageMeter, "load_state_dict"),
+    (SumMeter, "load_state_dict"),
+    (checkpoint_utils, "verify_checkpoint_directory"),
     (checkpoint_utils, "load_checkpoint_to_cpu"),
     (checkpoint_utils, "load_ema_from_checkpoint"),
     (checkpoint_utils, "load_model_ensemble_and_task"),
@@ -39,7 +46,7 @@ REPAIRED = [
 
 def unrepaired(owner: Any, name: str) -> Any:
     """fairseq's own function."""
-    return getattr(owner, name).__wrapped__
+    return inspect.unwrap(getattr(owner, name))
 
 
 def test_applying_twice_changes_nothing() -> None:
@@ -104,6 +111,36 @@ def save(state: Any, path: Path) -> str:
 def test_checkpoint_of_plain_values_is_accepted(tmp_path: Path) -> None:
     state = {"model": {"w": torch.ones(2)}, "cfg": {"a": [1, None, "b"]}, "step": 3}
     compat.check_checkpoint(save(state, tmp_path / "good.pt"))
+
+
+def test_numpy_is_saved_as_plain_values(tmp_path: Path) -> None:
+    model = OrderedDict(w=torch.ones(2))
+    model._metadata = {"": {"version": 2}}  # type: ignore[attr-defined]
+    state = {
+        "model": model,
+        "meters": [(1, {"sum": np.array([1, 2]), "best": np.float64(0.5)})],
+        "count": np.int64(3),
+    }
+    path = tmp_path / "numpy.pt"
+    checkpoint_utils.torch_persistent_save(state, str(path))
+    saved = torch.load(path, weights_only=True)
+    assert saved["meters"] == [(1, {"sum": [1, 2], "best": 0.5})] and saved["count"] == 3
+    assert saved["model"]["w"].tolist() == [1, 1] and saved["model"]._metadata == model._metadata
+    assert isinstance(state["meters"][0][1]["sum"], np.ndarray)  # the caller's is as it was
+    unrepaired(checkpoint_utils, "torch_persistent_save")(state, str(path))
+    with pytest.raises(UsageError, match="refused, it holds more than tensors"):
+        compat.check_checkpoint(str(path))
+
+
+@pytest.mark.parametrize("kind", [AverageMeter, SumMeter])
+def test_meters_of_arrays_go_on_from_saved_lists(kind: type) -> None:
+    meter, resumed = kind(), kind()
+    meter.update(np.array([1, 2]))
+    resumed.load_state_dict(compat.without_numpy(meter.state_dict()))
+    np.testing.assert_array_equal(resumed.smoothed_value, meter.smoothed_value)
+    for each in (meter, resumed):
+        each.update(np.array([5, 6]))
+    np.testing.assert_array_equal(resumed.smoothed_value, meter.smoothed_value)
 
 
 @pytest.mark.parametrize("value", [print, SimpleNamespace(a=1), Path("a")])

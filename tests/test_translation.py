@@ -103,3 +103,17 @@ def test_every_selector_resumes_exactly(selector: str, pairs_bin: Path, tmp_path
     torch.testing.assert_close(model("parts"), model("whole"), rtol=0, atol=0)
     wanted, got = generated(pairs_bin, tmp_path / "whole" / "checkpoint_last.pt")
     assert got.keys() == wanted.keys()
+
+
+def test_training_that_computes_bleu_resumes(pairs_bin: Path, tmp_path: Path) -> None:
+    """fairseq sums its counts in arrays, within an epoch across validations, and saves them."""
+    flags = ("--sffn-block-size", "16", "--eval-bleu", "--validate-interval-updates", "2")
+    flags += ("--eval-bleu-args", '{"beam": 1, "max_len_b": 8}', "--batch-size-valid", "48")
+    whole = train(pairs_bin, tmp_path / "whole", "transformer_avgk", 4, *flags)
+    train(pairs_bin, tmp_path / "parts", "transformer_avgk", 3, *flags)
+    state = torch.load(tmp_path / "parts" / "checkpoint_last.pt", weights_only=True)
+    saved = {name for of in state["extra_state"]["metrics"].values() for _, name, *_ in of}
+    assert "_bleu_counts" in saved
+    resumed = train(pairs_bin, tmp_path / "parts", "transformer_avgk", 4, *flags)
+    assert losses(resumed) == {4: losses(whole)[4]}
+    assert records(resumed, "valid")[-1]["valid_bleu"] == records(whole, "valid")[-1]["valid_bleu"]

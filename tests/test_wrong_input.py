@@ -172,6 +172,13 @@ def test_flags_of_other_models(flags: str, data_bin: Path, tmp_path: Path) -> No
     assert line == f"fairseq-train: error: unrecognized arguments: {flags}"
 
 
+@pytest.mark.parametrize("folder", ["/proc/nowhere", "FILE", "FILE/below"])
+def test_save_directory_that_cannot_be_written(folder: str, data_bin: Path, tmp_path: Path) -> None:
+    (tmp_path / "FILE").write_text("not a folder")
+    line = refusal(lambda: commands.train(data_bin, tmp_path / folder, "avgk"))
+    assert line.startswith(f"--save-dir {tmp_path / folder}: cannot be written to: ")
+
+
 def test_script_exits_with_status_1_and_the_line_alone(data_bin: Path, tmp_path: Path) -> None:
     process = subprocess.run(
         [

@@ -57,6 +57,8 @@ RATIOS = {
     "dropped_share": _dropped_share,
 }
 """What is logged -> how it follows from the meters of a layer, which hold sums."""
+SENT = "routing_sent_"
+"""Begins the names of what layers sent, in the logs of a micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ class RoutingLosses:
             logs[f"routing_counts_{name}"] = layer.counts.data
             logs[f"routing_dropped_{name}"] = layer.dropped.data
             logs[f"routing_mass_{name}"] = layer.mass.data
+            logs[f"{SENT}{name}"] = layer.sent.data
         return logs
 
     @classmethod
@@ -194,6 +197,8 @@ class RoutingLosses:
             metrics.log_scalar_sum(f"_counts_{layer}", total(f"routing_counts_{layer}"))
             metrics.log_scalar_sum(f"_dropped_{layer}", total(f"routing_dropped_{layer}"))
             metrics.log_scalar_sum(f"_mass_{layer}", total(f"routing_mass_{layer}"))
+        if sent := float(sum(total(f"{SENT}{layer}") for layer in layers)):
+            metrics.log_scalar("sent_bytes", sent, round=0)
         for name, ratio in ratios.items():
             metrics.log_derived(name, MeanOverLayers(ratio, layers))
             if total("routing_per_layer"):

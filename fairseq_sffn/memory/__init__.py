@@ -3,6 +3,7 @@ blocks (Liu et al. 2023, arXiv 2305.13999). Nothing here needs fairseq."""
 
 from . import selectors
 from .config import ConfigError, MemoryConfig
+from .exchange import Sharing
 from .scores import ProductScores, Scores
 from .selection import Selection, Selector, SelectorConfig, SelectorInput
 from .sparse_memory import MemoryOutput, SparseMemory
@@ -18,6 +19,7 @@ __all__ = [
     "Selector",
     "SelectorConfig",
     "SelectorInput",
+    "Sharing",
     "SparseMemory",
     "Usage",
     "selectors",

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from .scores import Scores, mean_over_tokens
+
+Total = Callable[[Tensor], Tensor]
 
 
 def assignment_counts(blocks_NA: Tensor, num_blocks: int, counted: Tensor | None) -> Tensor:
@@ -20,18 +25,46 @@ def assignment_counts(blocks_NA: Tensor, num_blocks: int, counted: Tensor | None
     return counts_B.scatter_add_(0, blocks_NA.flatten(), ones_NA.flatten())
 
 
-def balance_loss(scores: Scores, counts_B: Tensor, valid_N: Tensor | None) -> Tensor:
+def balance_loss(
+    scores: Scores, counts_B: Tensor, valid_N: Tensor | None, total: Total | None = None
+) -> Tensor:
     """B * sum_i (mean softmax score of block i) * (share of the assignments to block i).
 
     Fedus et al. 2021, eq. 4. It is 1.0 at perfect balance and B when one block takes everything,
     whatever the number of blocks. (fairscale's is this over B^2; transformers' is this times the
     number of active blocks; Tutel's and the fairseq MoE branch's is the same.)
+
+    Args:
+        total: adds up a vector over the ranks whose tokens count together; gradients reach all.
     """
     probs_B = scores.mean_probs(valid_N)
-    shares_B = counts_B.to(probs_B.dtype) / counts_B.sum().clamp(min=1)
+    if total is not None:
+        # One vector for all, in a dtype that keeps counts exact.
+        tokens = _tokens(scores, valid_N).double()
+        sums = total(torch.cat([probs_B.double() * tokens, tokens, counts_B.double()]))
+        num_blocks = len(counts_B)
+        probs_B = (sums[:num_blocks] / sums[num_blocks].clamp(min=1)).to(probs_B.dtype)
+        counts_B = sums[num_blocks + 1 :].detach()
+    shares_B = counts_B.to(probs_B.dtype) / counts_B.sum().clamp(min=1).to(probs_B.dtype)
     return len(counts_B) * (probs_B * shares_B).sum()
 
 
-def z_loss(scores: Scores, valid_N: Tensor | None) -> Tensor:
-    """Mean squared log-partition of the scores, to keep them small (Zoph et al. 2022, eq. 5)."""
-    return mean_over_tokens(scores.log_partition().square(), valid_N).mean()
+def z_loss(scores: Scores, valid_N: Tensor | None, total: Total | None = None) -> Tensor:
+    """Mean squared log-partition of the scores, to keep them small (Zoph et al. 2022, eq. 5).
+
+    Args:
+        total: as in :func:`balance_loss`.
+    """
+    mean = mean_over_tokens(scores.log_partition().square(), valid_N).mean()
+    if total is not None:
+        tokens = _tokens(scores, valid_N).double()
+        sums = total(torch.cat([mean.double() * tokens, tokens]))
+        mean = (sums[0] / sums[1].clamp(min=1)).to(mean.dtype)
+    return mean
+
+
+def _tokens(scores: Scores, valid_N: Tensor | None) -> Tensor:
+    """How many tokens count: (1,)."""
+    if valid_N is None:
+        return torch.tensor([scores.num_tokens], device=scores.device)
+    return valid_N.sum().unsqueeze(0)

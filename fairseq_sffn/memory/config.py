@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compute import ENGINES
+from .compute import ENGINES, NATIVE
 from .gate import GATES
 from .selection import Selector, SelectorConfig
 
@@ -131,6 +131,8 @@ class MemoryConfig:
                 raise ConfigError("engine", self.engine, f"is none of {', '.join(ENGINES)}")
             if not ENGINES[self.engine].supports(torch.float32, self.embed_dim, self.block_size):
                 reason = f"cannot multiply blocks of {self.block_size} x {self.embed_dim}"
+                if self.engine in NATIVE:
+                    reason = "has no C++ kernels here: no compiler, or FAIRSEQ_SFFN_KERNELS=off"
                 raise ConfigError("engine", self.engine, reason)
         for name in ("init_scale", "value_lr_scale"):
             if not 0 < getattr(self, name) < math.inf:

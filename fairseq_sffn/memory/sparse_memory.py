@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 from .balance import assignment_counts, balance_loss, z_loss
 from .capacity import keep_within_capacity
-from .compute import ENGINES, Tables, choose_engine
+from .compute import ENGINES, NATIVE, Tables, choose_engine
 from .config import ConfigError, MemoryConfig
+from .exchange import Sharing, compute_shared
 from .gate import GATES
-from .selection import Selection, SelectorInput
+from .selection import Selection, Selector, SelectorInput
 from .usage import Usage
+
+SHARDED = ("keys", "key_bias", "values")
+"""The parameters of which each rank holds its blocks' part, where blocks are shared out."""
 
 
 class MemoryOutput(NamedTuple):
@@ -45,19 +49,23 @@ class SparseMemory(nn.Module):
 
     Args:
         config: sizes and choices.
+        sharing: with which other processes its tokens and blocks are shared; by default with none.
 
     Attributes:
         keys: (C, D) key table, or ``None`` where the selector has its own keys or needs none.
         values: (C, D) value table.
         key_bias, value_bias: (C,) and (D,), or ``None`` without ``config.bias``.
+            Of keys, values and key bias this rank has its part only where blocks are shared out;
+            those parameters are marked ``expert``, as fairseq marks what is no replica.
         selector: the module that chooses blocks.
         dropout: applied to the activations; any module that keeps the shape of its input.
     """
 
-    def __init__(self, config: MemoryConfig) -> None:
+    def __init__(self, config: MemoryConfig, sharing: Sharing | None = None) -> None:
         super().__init__()
-        self.config = config
-        cells, width = config.num_cells, config.embed_dim
+        self.config, self.sharing = config, sharing or Sharing()
+        check_sharding(config, self.sharing.shards)
+        cells, width = config.num_cells // self.sharing.shards, config.embed_dim
         has_keys = config.selector_class.key_table == "full"
         self.keys = nn.Parameter(torch.empty(cells, width)) if has_keys else None
         self.key_bias = nn.Parameter(torch.empty(cells)) if has_keys and config.bias else None
@@ -71,18 +79,29 @@ class SparseMemory(nn.Module):
         if config.value_lr_scale != 1:
             self.register_buffer("value_lr_scale", torch.tensor(config.value_lr_scale))
         self.dropout: nn.Module = nn.Dropout(config.activation_dropout)
+        if self.sharing.shards > 1:
+            for name in SHARDED:
+                if (parameter := getattr(self, name)) is not None:
+                    parameter.expert = True
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the tables as a dense FFN of the active size draws its weights (see
-        ``MemoryConfig.init_scale``)."""
+        ``MemoryConfig.init_scale``); whoever shares them, the same tables."""
         by_key = self.config.init_scale * self.config.embed_dim**-0.5
         by_value = self.config.init_scale * self.config.active_cells**-0.5
         stored = by_value / self.config.value_lr_scale
         bounds = {"keys": by_key, "key_bias": by_key, "values": stored, "value_bias": by_value}
         for name, bound in bounds.items():
-            if (parameter := getattr(self, name)) is not None:
+            if (parameter := getattr(self, name)) is None:
+                continue
+            if name not in SHARDED or self.sharing.shards == 1:
                 nn.init.uniform_(parameter, -bound, bound)
+                continue
+            whole = parameter.new_empty(self.config.num_cells, *parameter.shape[1:])
+            with torch.no_grad():
+                part = self.sharing.part_of(self.config.num_cells)
+                parameter.copy_(nn.init.uniform_(whole, -bound, bound)[part])
 
     def forward(
         self,
@@ -121,19 +140,25 @@ class SparseMemory(nn.Module):
         token_ids_NT = self._flatten_token_ids(token_ids, x)
         gate = GATES[self.config.gate_name]
         needs_scores = losses or gate is not None
-        selection = self.selector(
-            SelectorInput(x_ND, self.keys, self.key_bias, token_ids_NT, valid_N, needs_scores)
-        )
+        inputs = SelectorInput(x_ND, self.keys, self.key_bias, token_ids_NT, valid_N, needs_scores)
+        if self.sharing != Sharing():
+            inputs = inputs._replace(
+                gather=self.sharing.gather, gather_tokens=self.sharing.gather_tokens
+            )
+        selection = self.selector(inputs)
         if gate is not None:
             selection = selection._replace(weights=gate(selection.scores, selection.blocks))
 
         selection, balance_counts_B, usage = self._count(selection, valid_N)
         balance = z = None
         if losses and selection.scores is not None:
-            balance = balance_loss(selection.scores, balance_counts_B, valid_N)
-            z = z_loss(selection.scores, valid_N)
-        output = self._compute(x_ND, selection).view(x.shape)
-        return MemoryOutput(output, selection, balance, z, usage)
+            total = None if self.sharing.tokens is None else self.sharing.sum_over_tokens
+            balance = balance_loss(selection.scores, balance_counts_B, valid_N, total)
+            z = z_loss(selection.scores, valid_N, total)
+        output_ND, sent = self._compute(x_ND, selection)
+        if self.sharing.blocks is not None:
+            usage = usage._replace(sent=usage.counts.new_tensor(sent))
+        return MemoryOutput(output_ND.view(x.shape), selection, balance, z, usage)
 
     def _count(
         self, selection: Selection, valid_N: Tensor | None
@@ -156,7 +181,7 @@ class SparseMemory(nn.Module):
             mass_NA = mass_NA if counted is None else mass_NA * counted
             mass_B = mass_B.zero_().scatter_add_(0, blocks_NA.flatten(), mass_NA.flatten())
 
-        dropped = counts_B.new_zeros(())
+        zero = dropped = counts_B.new_zeros(())
         factor = self.config.capacity_factor if self.training else self.config.eval_capacity_factor
         if factor:
             fits_NA = keep_within_capacity(blocks_NA, num_blocks, factor, counted)
@@ -164,7 +189,7 @@ class SparseMemory(nn.Module):
             if selection.kept is not None:
                 fits_NA = fits_NA & selection.kept
             selection = selection._replace(kept=fits_NA)
-        return selection, balance_counts_B, Usage(counts_B, dropped, mass_B)
+        return selection, balance_counts_B, Usage(counts_B, dropped, mass_B, zero)
 
     def _flatten_token_ids(self, token_ids: Tensor | None, x: Tensor) -> Tensor | None:
         context = self.config.context_tokens
@@ -179,36 +204,53 @@ class SparseMemory(nn.Module):
             raise ValueError(f"token_ids of shape {shape} do not fit: expected {wanted}")
         return token_ids[..., -context:].reshape(-1, context)
 
-    def _compute(self, x_ND: Tensor, selection: Selection) -> Tensor:
-        config = self.config
-        device = x_ND.device
+    def _compute(self, x_ND: Tensor, selection: Selection) -> tuple[Tensor, int]:
+        """The output of the selected blocks, and the bytes sent to other ranks for it."""
+        config, device = self.config, x_ND.device
         # Under autocast the tables are cast here, as inside any autocast matrix product.
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.values.dtype
-        shape = (config.num_blocks, config.block_size, config.embed_dim)
+        x_ND, sent = x_ND.to(dtype), 0
+        with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
+            if self.sharing.blocks is None:
+                output_ND = self._compute_own(x_ND, selection)
+            else:
+                blocks = config.num_blocks // self.sharing.shards
+                output_ND, traffic = compute_shared(
+                    x_ND, selection, blocks, self.sharing.blocks, self._compute_own
+                )
+                sent = traffic.forward + traffic.indices
+                if self.training and not torch.is_grad_enabled():
+                    sent *= 2  # activation checkpointing, which runs a second time with gradients
+                sent += self.training * traffic.backward
+            if config.value_lr_scale != 1:
+                output_ND = output_ND * config.value_lr_scale
+            if self.value_bias is not None:
+                output_ND = output_ND + self.value_bias.to(dtype)
+        return output_ND, sent
+
+    def _compute_own(self, x_ND: Tensor, selection: Selection) -> Tensor:
+        """The output of blocks that this rank holds; its dtype is that of ``x_ND``."""
+        config, dtype = self.config, x_ND.dtype
+        shape = (config.num_blocks // self.sharing.shards, config.block_size, config.embed_dim)
         if config.engine is None:
-            engine = choose_engine(device.type, dtype, selection.blocks.numel(), shape)
+            engine = choose_engine(x_ND.device.type, dtype, selection.blocks.numel(), shape)
         else:
             engine = ENGINES[config.engine]
-            if not engine.supports(dtype, config.embed_dim, config.block_size):
-                reason = f"cannot multiply {dtype} blocks of {shape[1]} x {shape[2]}"
+            able = x_ND.device.type == "cpu" or config.engine not in NATIVE
+            if not (able and engine.supports(dtype, config.embed_dim, config.block_size)):
+                reason = f"cannot multiply {dtype} blocks of {shape[1]} x {shape[2]} on this device"
                 raise ConfigError("engine", config.engine, reason)
 
         def in_blocks(table: Tensor) -> Tensor:
-            return table.to(dtype).unflatten(0, (config.num_blocks, config.block_size))
+            return table.to(dtype).unflatten(0, shape[:2])
 
         tables = Tables(
             None if self.keys is None else in_blocks(self.keys),
             None if self.key_bias is None else in_blocks(self.key_bias),
             in_blocks(self.values),
         )
-        with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
-            output_ND = engine.compute(
-                x_ND.to(dtype), tables, selection, config.activation_fn, self.dropout
-            )
-            if config.value_lr_scale != 1:
-                output_ND = output_ND * config.value_lr_scale
-            return output_ND if self.value_bias is None else output_ND + self.value_bias.to(dtype)
+        return engine.compute(x_ND, tables, selection, config.activation_fn, self.dropout)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -229,3 +271,26 @@ class SparseMemory(nn.Module):
             f"active={config.active_blocks}, selector={config.selector_class.name}, "
             f"gate={config.gate_name}"
         )
+
+
+def can_be_shared_out(selector: type[Selector]) -> bool:
+    """Whether the blocks of a method can be on different ranks."""
+    return selector.key_table == "full" and not selector.scores_every_key
+
+
+def check_sharding(config: MemoryConfig, shards: int) -> None:
+    """Raises ConfigError, field ``shards``, where the blocks cannot be shared out so."""
+    selector = config.selector_class
+    if shards < 1:
+        raise ConfigError("shards", shards, "must be at least 1")
+    if shards == 1:
+        return
+    if selector.scores_every_key:
+        reason = f"{selector.name} scores every key for every token, and no rank has all of them"
+    elif not can_be_shared_out(selector):
+        reason = f"{selector.name} has keys of its own, which every token needs whole"
+    elif config.num_blocks % shards:
+        reason = f"does not divide the {config.num_blocks} blocks of a layer"
+    else:
+        return
+    raise ConfigError("shards", shards, reason)

@@ -17,11 +17,14 @@ class Usage(NamedTuple):
         dropped: () int64 assignments that found their block full.
         mass: (B,) the assignments weighed by the absolute weights or coefficients of their blocks;
             the counts again where there are none.
+        sent: () int64 bytes that this rank sent to others for it, gradients and what activation
+            checkpointing sends again included.
     """
 
     counts: Tensor
     dropped: Tensor
     mass: Tensor
+    sent: Tensor
 
 
 def load_entropy(counts_B: Tensor) -> float:

@@ -17,6 +17,7 @@ from ..errors import UsageError
 from ..memory import ConfigError, MemoryConfig, Selector
 from ..memory.compute import ENGINES
 from ..memory.gate import GATES
+from ..memory.sparse_memory import check_sharding
 
 
 @dataclass
@@ -136,6 +137,14 @@ class SparseOptions(FairseqDataclass):
             "optimizer that is blind to the scale of gradients, such as adam)"
         },
     )
+    sffn_expert_parallel: int = field(
+        default=1,
+        metadata={
+            "help": "processes over which the blocks of each sparse layer are shared out; divides "
+            "the number of processes, the rest of which are replicas (default: 1, every process "
+            "has all blocks)"
+        },
+    )
     sffn_engine: Optional[ChoiceEnum(list(ENGINES))] = field(
         default=None,
         metadata={"help": "for debugging: force how blocks are multiplied (same results)"},
@@ -243,8 +252,9 @@ def build_memory_config(
     # fairseq's older name of the option is its fallback.
     dropout = "activation_dropout" if args.activation_dropout else "relu_dropout"
     names["activation_dropout"] = dropout
+    names |= {"shards": "sffn_expert_parallel"}
     try:
-        return MemoryConfig(
+        config = MemoryConfig(
             embed_dim=getattr(args, f"{side}_embed_dim"),
             num_cells=args.sffn_expansion * width,
             block_size=block_size,
@@ -261,6 +271,8 @@ def build_memory_config(
             value_lr_scale=args.sffn_value_lr_scale,
             engine=None if args.sffn_engine is None else str(args.sffn_engine),
         )
+        check_sharding(config, args.sffn_expert_parallel)
+        return config
     except ConfigError as error:
         name = flag(names.get(error.field, error.field))
         if error.field == "active_blocks" and args.sffn_active_blocks is None:

@@ -40,7 +40,9 @@ class SparseTransformerDecoder(SparseStack, TransformerDecoder):
         if not self.next_is_sparse():
             return super().build_decoder_layer(cfg, no_encoder_attn)
         cfg = TransformerConfig.from_namespace(cfg)
-        layer = SparseDecoderLayer(cfg, self.memory_config, no_encoder_attn=no_encoder_attn)
+        layer = SparseDecoderLayer(
+            cfg, self.memory_config, self.sharing, no_encoder_attn=no_encoder_attn
+        )
         return self.wrap(layer, cfg)
 
     def extract_features(

@@ -8,7 +8,7 @@ import torch
 from fairseq.modules import transformer_layer
 from torch import Tensor, nn
 
-from ..memory import MemoryConfig, MemoryOutput, SparseMemory
+from ..memory import MemoryConfig, MemoryOutput, Sharing, SparseMemory
 
 
 class LayerRouting(NamedTuple):
@@ -20,6 +20,7 @@ class LayerRouting(NamedTuple):
         counts: (B,) assignments per block.
         dropped: () dropped assignments.
         mass: (B,) assignments by weight.
+        sent: () bytes sent to other ranks.
     """
 
     balance_loss: Tensor
@@ -27,13 +28,15 @@ class LayerRouting(NamedTuple):
     counts: Tensor
     dropped: Tensor
     mass: Tensor
+    sent: Tensor
 
     @classmethod
     def empty(cls, num_blocks: int, like: Tensor) -> LayerRouting:
         """The routing of a layer that was skipped (LayerDrop)."""
         zero = like.new_zeros((), dtype=torch.float32)
         count = like.new_zeros((), dtype=torch.int64)
-        return cls(zero, zero, count.new_zeros(num_blocks), count, zero.new_zeros(num_blocks))
+        counts_B = count.new_zeros(num_blocks)
+        return cls(zero, zero, counts_B, count, counts_B.float(), count)
 
 
 class SparseFFN(nn.Module):
@@ -43,9 +46,9 @@ class SparseFFN(nn.Module):
     for the time of one forward, and collects ``result``.
     """
 
-    def __init__(self, config: MemoryConfig) -> None:
+    def __init__(self, config: MemoryConfig, sharing: Sharing | None = None) -> None:
         super().__init__()
-        self.memory = SparseMemory(config)
+        self.memory = SparseMemory(config, sharing)
         self.lent: dict[str, Any] = {}
         self.result: MemoryOutput | None = None
 
@@ -61,12 +64,15 @@ class SparseLayer(nn.Module):
     Args:
         cfg: fairseq's ``TransformerConfig``.
         memory_config: sizes and choices of the memory.
+        sharing: with which other processes it shares tokens and blocks.
     """
 
     fc1: SparseFFN
 
-    def __init__(self, cfg: Any, memory_config: MemoryConfig, **kwargs: Any) -> None:
-        self.memory_config = memory_config
+    def __init__(
+        self, cfg: Any, memory_config: MemoryConfig, sharing: Sharing | None = None, **kwargs: Any
+    ) -> None:
+        self.memory_config, self.sharing = memory_config, sharing
         super().__init__(cfg, **kwargs)
         # The memory applies activation and dropout itself, between its two halves.
         self.fc1.memory.dropout = self.activation_dropout_module
@@ -74,7 +80,7 @@ class SparseLayer(nn.Module):
         self.activation_fn = _identity
 
     def build_fc1(self, *args: Any) -> SparseFFN:
-        return SparseFFN(self.memory_config)
+        return SparseFFN(self.memory_config, self.sharing)
 
     def build_fc2(self, *args: Any) -> nn.Module:
         return nn.Identity()

@@ -10,6 +10,7 @@ from fairseq.models import BaseFairseqModel, register_model
 
 from ..compat import check_precision
 from ..errors import UsageError
+from ..memory import Sharing, SparseMemory
 from .config import flag
 from .stack import SparseStack
 
@@ -35,7 +36,8 @@ class PluginModel(BaseFairseqModel):
 
     def ask_for_losses(self, wanted: bool) -> bool:
         """Whether the routing of the next forward passes is to have balance and z losses. They take
-        a softmax over all blocks, and of some selectors scores that nothing else reads.
+        a softmax over all blocks, and of some selectors scores that nothing else reads; in several
+        processes all must then run together. Without a call there are none.
 
         Returns:
             what was wanted before.
@@ -46,9 +48,26 @@ class PluginModel(BaseFairseqModel):
             stack.losses = wanted
         return before
 
+    def expect_dummies(self, wanted: bool) -> None:
+        """Whether the next tokens stand for none (see :class:`SparseStack`)."""
+        for module in self.modules():
+            if isinstance(module, SparseStack):
+                module.is_dummy = wanted
+
+    def work_alone(self) -> None:
+        """Routes its tokens without a look at those of other processes."""
+        for module in self.modules():
+            if isinstance(module, SparseMemory):
+                module.sharing = Sharing()
+
+    @property
+    def expert_parallel(self) -> int:
+        """Processes over which the blocks are shared out."""
+        shards = (m.sharing.shards for m in self.modules() if isinstance(m, SparseMemory))
+        return next(shards, 1)
+
     def prepare_for_inference_(self, cfg: Any) -> None:
         check_precision(cfg.common)
-        self.ask_for_losses(False)
         super().prepare_for_inference_(cfg)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:

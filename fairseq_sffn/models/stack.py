@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..memory import MemoryConfig
+from ..parallel.groups import process_groups
 from .layer import LayerRouting, SparseLayer
 
 
@@ -23,11 +24,15 @@ class SparseStack(nn.Module):
     Attributes:
         memory_config: the memory of each sparse layer.
         sparse_layers: index of each sparse layer -> its name in the routing.
-        losses: whether the routing has balance and z losses, which a criterion or an evaluation may
-            not need.
+        losses: whether the routing has balance and z losses, for which all processes of a job must
+            run together. Only who reads them asks for them (a criterion, for as long as it runs).
+        is_dummy: whether the next tokens stand for none: a rank that has run out of sentences takes
+            part in every exchange with some that count nowhere.
+        sharing: with which other processes tokens and blocks are shared.
     """
 
-    losses = True
+    losses = False
+    is_dummy = False
 
     layers: nn.ModuleList
     padding_idx: int
@@ -41,6 +46,7 @@ class SparseStack(nn.Module):
             prefix: layers are named by it and their number.
         """
         self.memory_config = memory_config
+        self.sharing = process_groups(args.sffn_expert_parallel).sharing
         # Layers are numbered as they were trained, also where only some are kept, which fairseq
         # does in their order.
         kept = getattr(args, f"{side}_layers_to_keep")
@@ -89,6 +95,8 @@ class SparseStack(nn.Module):
             token_ids_BTC = token_ids_BTC[:, -1:]
         token_ids_TBC = token_ids_BTC.transpose(0, 1)
         padding_TB = token_ids_TBC[..., -1].eq(self.padding_idx)
+        if self.is_dummy:
+            padding_TB = torch.ones_like(padding_TB)
         lent = dict(token_ids=token_ids_TBC, padding_mask=padding_TB, losses=self.losses)
         # Layers that are skipped (LayerDrop) keep this.
         empty = LayerRouting.empty(self.memory_config.num_blocks, like=tokens_BT)

@@ -12,9 +12,17 @@ import logging
 import warnings
 from collections.abc import Sequence
 
-from . import cost
+from . import cost, evaluate, plan, report, reshard, run, zero_shot
 
-COMMANDS = {"cost": cost}
+COMMANDS = {
+    "cost": cost,
+    "evaluate": evaluate,
+    "plan": plan,
+    "report": report,
+    "reshard": reshard,
+    "run": run,
+    "zero-shot": zero_shot,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -33,7 +33,7 @@ UNCOUNTED = {
 
 
 def build_language_model(
-    arch: str, vocab_size: int, context: int, flags: Sequence[str]
+    arch: str, vocab_size: int, context: int, flags: Sequence[str], strict: bool = True
 ) -> TransformerLanguageModel:
     """A model as fairseq-train would build it, if possible without memory for its parameters.
 
@@ -42,20 +42,24 @@ def build_language_model(
         vocab_size: types in the dictionary, fairseq's special ones included.
         context: positions.
         flags: of the model.
+        strict: stop at other flags, such as those of a criterion, rather than pass them by.
 
     Raises:
         UsageError: names the flag and the value that cannot be honoured.
     """
     check_language_model(arch)
     parser = argparse.ArgumentParser(
-        prog="fairseq-sffn cost",
-        usage="%(prog)s --arch ARCH --vocab-size TYPES [flags of the model]",
+        prog="fairseq-sffn",
+        usage="%(prog)s COMMAND --arch ARCH --vocab-size TYPES [flags of the model]",
         argument_default=argparse.SUPPRESS,
         add_help=False,
         allow_abbrev=False,
     )
     models.ARCH_MODEL_REGISTRY[arch].add_args(parser)
-    config = model_config(arch, context, parser.parse_args(flags))
+    options, others = parser.parse_known_args(flags)
+    if others and strict:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    config = model_config(arch, context, options)
     dictionary = Dictionary()
     for i in range(vocab_size - len(dictionary)):
         dictionary.add_symbol(f"w{i}")
@@ -88,7 +92,9 @@ def check_language_model(arch: str) -> None:
     kind = "another kind of model"
     if issubclass(known[arch], models.FairseqEncoderDecoderModel):
         kind = "an encoder-decoder model"
-    raise UsageError(f"--arch {arch}: cost is for Transformer language models; this is {kind}")
+    raise UsageError(
+        f"--arch {arch}: this command is for Transformer language models; this is {kind}"
+    )
 
 
 def model_config(arch: str, context: int, options: argparse.Namespace) -> DictConfig:

@@ -18,7 +18,15 @@ from fairseq.logging import metrics
 from fairseq.logging.meters import MetersDict
 from fairseq.models import lstm_lm
 from fairseq.trainer import Trainer
-from models.small_lm import PAD, language_modeling, pad, random_tokens, small_lm
+from models.small_lm import (
+    PAD,
+    build,
+    language_modeling,
+    pad,
+    random_tokens,
+    small_config,
+    small_lm,
+)
 from torch import Tensor, nn
 
 from fairseq_sffn.criterions.sffn_cross_entropy import (
@@ -123,9 +131,7 @@ def test_gradients_of_the_balance_loss_reach_the_router():
 
 def test_a_weight_of_0_leaves_the_losses_out():
     nothing = torch.tensor(math.nan)
-    layers = {
-        "layer0": LayerRouting(nothing, nothing, torch.zeros(1), torch.zeros(()), torch.zeros(1))
-    }
+    layers = {"layer0": LayerRouting(nothing, nothing, *(torch.zeros(1) for _ in range(4)))}
     assert criterion().extra_loss(AvgK, layers) == 0
     assert math.isnan(criterion(z_loss_weight=1.0).extra_loss(AvgK, layers))
 
@@ -315,7 +321,7 @@ def test_logged_values(method):
 @pytest.mark.parametrize("options", [{}, dict(balance_loss_weight=0.1), dict(z_loss_weight=0.1)])
 @pytest.mark.parametrize("method", ["avgk", "vanilla_m", "switch"])
 def test_losses_are_formed_where_something_reads_them(method, options, training):
-    model = two_layers(method).train(training)
+    model = build(small_config(method, sffn_freq=1)).double().train(training)
     wanted = not training or bool(options) or method == "switch"
     seen = []
     memory = next(module for module in model.modules() if isinstance(module, SparseMemory))
@@ -325,7 +331,9 @@ def test_losses_are_formed_where_something_reads_them(method, options, training)
     assert [balance is not None for balance in seen] == [wanted]
     assert ("balance_loss" in reduced([log])) == wanted
     loss.backward()
-    # Whoever asks the model itself gets them.
+    # Nor are they where nobody asks; who asks the model itself gets them.
+    assert not any(layer.balance_loss > 0 for layer in routing(model, sample(5)).values())
+    assert model.ask_for_losses(True) is False
     assert all(layer.balance_loss > 0 for layer in routing(model, sample(5)).values())
 
 

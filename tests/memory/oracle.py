@@ -12,16 +12,23 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from fairseq_sffn.memory import MemoryConfig, MemoryOutput, Selection, SparseMemory
+from fairseq_sffn.memory import MemoryConfig, MemoryOutput, Selection, Sharing, SparseMemory
 from fairseq_sffn.memory.assignment import TOLERANCE
+from fairseq_sffn.memory.compute import kernels
 from fairseq_sffn.memory.selectors.gshard import GShard
 from fairseq_sffn.memory.selectors.hash_layer import HashLayer
 from fairseq_sffn.memory.selectors.lorkm import LoRKM
 from fairseq_sffn.memory.selectors.pkm import PKM
 from fairseq_sffn.memory.selectors.vanilla_m import VanillaM
+
+NATIVE = pytest.mark.skipif(kernels.load() is None, reason="no C++ compiler here")
+NATIVE_ENGINES = ("native_loop", "native_bags")
+CPU_ENGINES = ["loop", "bags", *(pytest.param(name, marks=NATIVE) for name in NATIVE_ENGINES)]
+"""Those that compute in fp64."""
 
 BIGRAM = HashLayer.Config(table="bigram")
 SAMPLED = GShard.Config(second_expert="sampled")
@@ -64,13 +71,18 @@ CASE_GATES += [(case, "none") for case in UNSCORED]
 VOCAB_SIZE = 10
 
 
-def build(case: str = "avgk-g4", dtype: torch.dtype = torch.float64, **changes) -> SparseMemory:
+def build(
+    case: str = "avgk-g4",
+    dtype: torch.dtype = torch.float64,
+    sharing: Sharing | None = None,
+    **changes,
+) -> SparseMemory:
     """A memory of one of the cases, without a gate where it has no scores. Scores and gates differ
     clearly: init_scale is 2, and norms are not those they start as."""
     sizes = dict(embed_dim=8, vocab_size=VOCAB_SIZE, init_scale=2.0)
     if case in UNSCORED:
         changes.pop("gate", None)
-    memory = SparseMemory(MemoryConfig(**{**sizes, **CASES[case], **changes}))
+    memory = SparseMemory(MemoryConfig(**{**sizes, **CASES[case], **changes}), sharing)
     for module in memory.modules():
         if isinstance(module, nn.LayerNorm):
             nn.init.uniform_(module.weight, 0.5, 2)
@@ -123,8 +135,13 @@ class Expected:
 
 
 def choose_avgk(inputs: Inputs) -> Choice:
-    pre = _pre_activations(inputs)
-    return _best_by_cells(inputs, pre, lambda values: sum(values) / len(values))
+    pre, scored = _pre_activations(inputs), inputs
+    if inputs.memory.selector.hidden_totals is not None:
+        *sums, number = inputs.memory.selector.hidden_totals.tolist()
+        x_ND = inputs.x_ND - torch.tensor([total / number for total in sums])
+        scored = inputs._replace(x_ND=x_ND)
+    choice = _best_by_cells(scored, _pre_activations(scored), lambda z: sum(z) / len(z))
+    return choice._replace(hidden=_hidden(inputs, pre))
 
 
 def choose_vanilla_m(inputs: Inputs) -> Choice:

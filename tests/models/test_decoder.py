@@ -307,3 +307,18 @@ def test_hooks_are_removed(checkpoint_activations):
     assert all(layer.fc1.lent == {} for layer in model.decoder.layers)
     memory.selector = working
     close(model(batch)[0], expected)
+
+
+def test_tokens_that_stand_for_none_count_nowhere():
+    """What a process without sentences of its own runs, in training on several."""
+    model = small_lm("switch").train()
+    batch = random_tokens(2, 8)
+    outputs, extra = model(batch)
+    assert all(layer.counts.sum() == 16 for layer in extra["routing"].values())
+    model.expect_dummies(True)
+    dummies, extra = model(batch)
+    assert torch.equal(dummies, outputs)
+    for layer in extra["routing"].values():
+        assert layer.counts.sum() == layer.balance_loss == layer.z_loss == 0
+    model.expect_dummies(False)
+    assert all(layer.counts.sum() == 16 for layer in model(batch)[1]["routing"].values())

@@ -177,8 +177,8 @@ def test_what_the_layer_returns_beyond_fairseqs_outputs():
 
 def test_a_selector_without_scores_has_no_losses():
     _, sparse = layers("hash_layer")
-    *_, balance, z, counts, dropped, _ = sparse(inputs()[0], **tokens())
-    assert balance == z == dropped == 0
+    *_, balance, z, counts, dropped, _, sent = sparse(inputs()[0], **tokens())
+    assert balance == z == dropped == sent == 0
     assert counts.tolist() == [LENGTH * BATCH]
 
 

@@ -116,7 +116,11 @@ def test_every_selector_has_its_flags():
     config = sparse("Config", DenseConfig)
     for selector in Selector.registry.values():
         assert selector_flags(selector).keys() <= config.__dataclass_fields__.keys()
-    assert selector_flags(Selector.registry["avgk"]) == {"avgk_exclude_bias": "exclude_bias"}
+    assert selector_flags(Selector.registry["avgk"]) == {
+        "avgk_exclude_bias": "exclude_bias",
+        "avgk_center": "center",
+        "avgk_balance_rate": "balance_rate",
+    }
     assert selector_flags(Selector.registry["hash_layer"]) == {"hash_table": "table"}
     options = {name for s in Selector.registry.values() for name in selector_flags(s)}
     assert all(config.__dataclass_fields__[name].default is None for name in options)

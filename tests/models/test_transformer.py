@@ -51,7 +51,9 @@ def config(name: str = "transformer_sffn", **options: Any) -> Any:
 def build(selector: str = "avgk", source: int = TYPES, target: int = TYPES, **options: Any) -> Any:
     options.setdefault("sffn_block_size", BLOCKS.get(selector))
     task = Task(dictionary(source), dictionary(target))
-    return models.build_model(config(sffn_selector=selector, **options), task).double()
+    model = models.build_model(config(sffn_selector=selector, **options), task).double()
+    model.ask_for_losses(True)
+    return model
 
 
 def padded(rows: list[Tensor], left: bool) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,11 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import MemoryConfig
-from ..scores import Scores
+from ..balance import assignment_counts
+from ..config import ConfigError, MemoryConfig
+from ..scores import Scores, top_blocks
 from ..selection import Selection, Selector, SelectorConfig, SelectorInput
 
 State = list[tuple[Tensor, int]]
+
+KEPT = 0.99
+"""Of its weight in the running mean of hidden states, a micro-batch keeps so much at each later
+one."""
 
 
 class AvgK(Selector):
@@ -22,6 +29,17 @@ class AvgK(Selector):
     It adds no parameters: a block is scored by the keys it has (Liu et al. 2023, arXiv
     2305.13999). The mean keys are formed once per forward pass in training, and kept
     between passes in evaluation.
+
+    With ``balance_rate``, blocks are kept evenly used without a loss (Wang et al. 2024, arXiv
+    2408.15664), by biases that move with the load; scores, gates and losses do not have them.
+
+    With ``center``, hidden states are scored less their running mean: what all tokens have in
+    common tells nothing about which block fits which of them.
+
+    Attributes:
+        balance_bias: (B,) what is added to the scores for selection; only with ``balance_rate``.
+        hidden_totals: (D + 1,) the sum of the hidden states of past training tokens, and their
+            number, both fading with age; only with ``center``.
     """
 
     name = "avgk"
@@ -35,17 +53,45 @@ class AvgK(Selector):
                 "(with it, the score is exactly the block's mean pre-activation)"
             },
         )
+        center: bool = field(
+            default=False,
+            metadata={
+                "help": "score hidden states less their running mean over training tokens, so that "
+                "what all of them have in common favours no block"
+            },
+        )
+        balance_rate: float = field(
+            default=0.0,
+            metadata={
+                "help": "balances the load without a loss: each block has a bias, for selection "
+                "alone, that grows by so many standard deviations of the scores in each "
+                "micro-batch that uses it less than the mean, and shrinks where more; 0: none"
+            },
+        )
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__(config)
         self.exclude_bias = config.selector_options.exclude_bias
         self.block_size, self.active_blocks = config.block_size, config.active_blocks
+        self.balance_rate = config.selector_options.balance_rate
+        self.balance_bias: Tensor | None
+        biases_B = torch.zeros(config.num_blocks) if self.balance_rate else None
+        self.register_buffer("balance_bias", biases_B)
+        self.hidden_totals: Tensor | None
+        totals = torch.zeros(config.embed_dim + 1) if config.selector_options.center else None
+        self.register_buffer("hidden_totals", totals)
         # The tables that the mean keys are of, with their versions, and the mean keys.
         self._cache: tuple[State, tuple[Tensor, Tensor | None]] | None = None
 
     @classmethod
     def default_block_size(cls, ffn_embed_dim: int) -> int:
         return 64
+
+    @classmethod
+    def validate(cls, config: MemoryConfig) -> None:
+        rate = config.selector_options.balance_rate
+        if not 0 <= rate < math.inf:
+            raise ConfigError("balance_rate", rate, "must not be negative, infinite or NaN")
 
     @classmethod
     def flops_per_token(cls, config: MemoryConfig) -> int:
@@ -58,29 +104,84 @@ class AvgK(Selector):
 
     def forward(self, inputs: SelectorInput) -> Selection:
         assert inputs.keys is not None
-        scores = Scores(F.linear(inputs.x, *self.mean_keys(inputs.keys, inputs.key_bias)))
-        return Selection(scores.top(self.active_blocks), scores)
+        keys_BD, bias_B = self.mean_keys(inputs.keys, inputs.key_bias, inputs.gather)
+        # With activation checkpointing the pass with gradients is the second, and selects alike.
+        learns = self.training and torch.is_grad_enabled()
+        x_ND = inputs.x
+        if self.hidden_totals is not None:
+            x_ND = x_ND - self.hidden_mean().to(x_ND.dtype)
+            if learns:
+                self.update_hidden_mean(inputs)
+        scores = Scores(F.linear(x_ND, keys_BD, bias_B))
+        if self.balance_bias is None:
+            return Selection(scores.top(self.active_blocks), scores)
+        logits_NB = scores.logits.detach()
+        blocks_NA = top_blocks(logits_NB + self.balance_bias, self.active_blocks)
+        if learns:
+            self.balance(logits_NB, blocks_NA, inputs)
+        return Selection(blocks_NA, scores)
 
-    def mean_keys(self, keys_CD: Tensor, key_bias_C: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Mean key (B, D) and mean key bias (B,) of each block."""
+    def hidden_mean(self) -> Tensor:
+        """Mean hidden state of past training tokens: (D,), zero before there are any."""
+        assert self.hidden_totals is not None
+        sum_D, number_1 = self.hidden_totals.split([len(self.hidden_totals) - 1, 1])
+        return sum_D / number_1.clamp(min=1)
+
+    def update_hidden_mean(self, inputs: SelectorInput) -> None:
+        """Takes in a micro-batch, all ranks' tokens together."""
+        assert self.hidden_totals is not None
+        x_ND = inputs.x.detach().to(self.hidden_totals.dtype)
+        valid_N = x_ND.new_ones(len(x_ND)) if inputs.valid is None else inputs.valid.to(x_ND.dtype)
+        # No matrix product, which autocast would have in half precision.
+        sum_D = (x_ND * valid_N.unsqueeze(1)).sum(dim=0)
+        totals = torch.cat([sum_D, valid_N.sum().unsqueeze(0)])
+        ranks, _ = inputs.gather_tokens(totals.unsqueeze(0))
+        self.hidden_totals.mul_(KEPT).add_(ranks.sum(dim=0))
+
+    def balance(self, logits_NB: Tensor, blocks_NA: Tensor, inputs: SelectorInput) -> None:
+        """Moves the biases by the load of a micro-batch, of all ranks' tokens together."""
+        assert self.balance_bias is not None
+        num_tokens, num_blocks = logits_NB.shape
+        valid_N = inputs.valid
+        valid_N1 = (logits_NB.new_ones(num_tokens) if valid_N is None else valid_N).unsqueeze(1)
+        counts_B = assignment_counts(blocks_NA, num_blocks, valid_N1.bool()).double()
+        scores_NB = logits_NB.double() * valid_N1
+        number = valid_N1.sum().double() * num_blocks
+        moments = torch.stack([number, scores_NB.sum(), scores_NB.square().sum()])
+        ranks, _ = inputs.gather_tokens(torch.cat([counts_B, moments]).unsqueeze(0))
+        counts_B, (number, first, second) = ranks.sum(dim=0).split([num_blocks, 3])
+        number = number.clamp(min=1)
+        deviation = (second / number - (first / number) ** 2).clamp(min=0).sqrt()
+        self.balance_bias += self.balance_rate * deviation * (counts_B.mean() - counts_B).sign()
+
+    def mean_keys(
+        self,
+        keys_CD: Tensor,
+        key_bias_C: Tensor | None,
+        gather: Callable[[Tensor], Tensor] = lambda part: part,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mean key (B, D) and mean key bias (B,) of each block.
+
+        Args:
+            gather: see :class:`SelectorInput`.
+        """
+
+        def form() -> tuple[Tensor, Tensor | None]:
+            keys_BD = gather(keys_CD.unflatten(0, (-1, self.block_size)).mean(dim=1))
+            if key_bias_C is None or self.exclude_bias:
+                return keys_BD, None
+            return keys_BD, gather(key_bias_C.unflatten(0, (-1, self.block_size)).mean(dim=1))
+
         if self.training or torch.is_grad_enabled():
             self._cache = None
-            return self._mean_keys(keys_CD, key_bias_C)
+            return form()
         tables = [table for table in (keys_CD, key_bias_C) if table is not None]
         if any(table.is_inference() for table in tables):  # they do not track changes
-            return self._mean_keys(keys_CD, key_bias_C)
+            return form()
         state = [(table, table._version) for table in tables]
         if self._cache is None or not _same(self._cache[0], state):
-            self._cache = state, self._mean_keys(keys_CD, key_bias_C)
+            self._cache = state, form()
         return self._cache[1]
-
-    def _mean_keys(
-        self, keys_CD: Tensor, key_bias_C: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        keys_BD = keys_CD.unflatten(0, (-1, self.block_size)).mean(dim=1)
-        if key_bias_C is None or self.exclude_bias:
-            return keys_BD, None
-        return keys_BD, key_bias_C.unflatten(0, (-1, self.block_size)).mean(dim=1)
 
     # The version counter of a tensor does not tell all changes, since optimizers write through
     # `.data`; but they come with one of these.
@@ -90,7 +191,10 @@ class AvgK(Selector):
 
     def _apply(self, *args: Any, **kwargs: Any) -> AvgK:
         self._cache = None
-        return super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)
+        for name, buffer in self.named_buffers():  # small steps would be lost in half precision
+            setattr(self, name, buffer.to(torch.promote_types(buffer.dtype, torch.float32)))
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._cache = None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Literal
+
 from ..assignment import balanced_assignment
 from ..config import ConfigError, MemoryConfig
-from ..selection import Selection, SelectorInput
+from ..selection import Selection, SelectorConfig, SelectorInput
 from .learned_gate import LearnedGate
 
 
@@ -16,10 +19,27 @@ class Base(LearnedGate):
     The training assignment sees all tokens of the micro-batch: which block a token gets depends on
     the others, on later ones too. Evaluation is causal. Padding is left out of the balance, and
     goes to its best block.
+
+    In several processes each assigns its own tokens, as in fairseq's BASE layer, or all assign the
+    tokens of all, each the same way.
     """
 
     name = "base"
     default_gate = "sigmoid"
+
+    @dataclass(frozen=True)
+    class Config(SelectorConfig):
+        scope: Literal["process", "world"] = field(
+            default="process",
+            metadata={
+                "help": "whose tokens load all blocks alike: those of each 'process', or of all of "
+                "them together ('world'), which every process assigns: time grows with their number"
+            },
+        )
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__(config)
+        self.scope = config.selector_options.scope
 
     @classmethod
     def validate(cls, config: MemoryConfig) -> None:
@@ -31,11 +51,15 @@ class Base(LearnedGate):
         if not self.training:
             return selection
         assert selection.scores is not None
-        scores_NB = selection.scores.logits.detach()
-        if inputs.valid is None:
-            blocks_N = balanced_assignment(scores_NB)
-        else:
+        scores_nB, valid_n = selection.scores.logits.detach(), None
+        if inputs.valid is not None:
             valid_n = inputs.valid.nonzero().squeeze(1)
-            blocks_N = selection.blocks.squeeze(1).clone()
-            blocks_N[valid_n] = balanced_assignment(scores_NB[valid_n])
-        return selection._replace(blocks=blocks_N.unsqueeze(1))
+            scores_nB = scores_nB[valid_n]
+        if self.scope == "world":
+            scores_nB, own = inputs.gather_tokens(scores_nB)
+            blocks_n = balanced_assignment(scores_nB)[own]
+        else:
+            blocks_n = balanced_assignment(scores_nB)
+        if valid_n is not None:
+            blocks_n = selection.blocks.squeeze(1).index_copy(0, valid_n, blocks_n)
+        return selection._replace(blocks=blocks_n.unsqueeze(1))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from oracle import assert_matches, build, close, tokens
 
+from fairseq_sffn.memory import ConfigError
 from fairseq_sffn.memory.selectors.avgk import AvgK
 
 
@@ -48,6 +49,174 @@ def test_the_keys_learn_from_gate_and_losses():
             blocks = grad.reshape(8, 4, -1)
             assert (blocks != 0).any(dim=2).all()
             close(blocks, blocks[:, :1].expand_as(blocks), tolerance=1e-14)  # a mean spreads evenly
+
+
+# Centred hidden states
+
+
+def centered(**options):
+    return build(selector=AvgK.Config(center=True, **options), gate="softmax")
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_hidden_states_are_scored_less_their_running_mean(padding):
+    memory = centered()
+    sums, number = [0.0] * 8, 0.0
+    for _ in range(3):
+        x, _ = tokens(20)
+        mask = torch.rand(20) < 0.3 if padding else None
+        mean = torch.tensor([s / max(number, 1) for s in sums]).double()
+        selection = memory(x, padding_mask=mask).selection
+        scores = right_scores(memory, x - mean)
+        close(selection.scores.logits, scores, tolerance=1e-6)
+        assert torch.equal(selection.blocks, scores.topk(4).indices)
+        real = [n for n in range(20) if not (padding and mask[n])]
+        sums = [0.99 * s + sum(x[n, d].item() for n in real) for d, s in enumerate(sums)]
+        number = 0.99 * number + len(real)
+    assert not torch.equal(scores.topk(4).indices, right_scores(memory, x).topk(4).indices)
+
+
+def test_centred_hidden_states_are_for_scores_alone():
+    memory = centered().eval()  # so that the mean stays
+    memory.selector.hidden_totals.copy_(torch.tensor([8.0, -4, 2, 1, 0, -1, -2, 6, 4]))
+    assert_matches(memory, tokens(20)[0])
+
+
+def test_the_running_mean_rests_without_training():
+    memory, (x, _) = centered(), tokens(20)
+    memory(x)
+    before = memory.selector.hidden_totals.clone()
+    with torch.no_grad():  # the first pass of activation checkpointing
+        memory(x)
+    memory.eval()
+    memory(x)
+    assert torch.equal(memory.selector.hidden_totals, before)
+    memory.train()(x, padding_mask=torch.ones(20, dtype=torch.bool))
+    close(memory.selector.hidden_mean(), before[:8] / before[8])
+
+
+def test_what_all_tokens_have_in_common_favours_no_block():
+    plain, (x, _) = build(), tokens(400)
+    shifted = x + 5 * torch.randn(8)
+    memory = build(selector=AvgK.Config(center=True))
+    memory.load_state_dict(plain.state_dict(), strict=False)
+    memory(shifted)
+    assert plain(shifted).usage.counts.max() > 1.8 * 200
+    assert memory(shifted).usage.counts.max() < 1.4 * 200
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_running_mean_in_half_precision(dtype):
+    memory = build(selector=AvgK.Config(center=True)).to(dtype)
+    x = tokens(50)[0].to(dtype) + 3
+    for _ in range(200):  # more tokens than half precision can count
+        memory(x)
+    close(memory.selector.hidden_mean().double(), x.double().mean(dim=0), tolerance=1e-4)
+
+
+def test_the_running_mean_under_autocast():
+    memory = build(selector=AvgK.Config(center=True), dtype=torch.float32)
+    x = tokens(400, dtype=torch.float32)[0] + 3
+    with torch.autocast("cpu", torch.bfloat16):
+        memory(x)
+    close(memory.selector.hidden_mean(), x.mean(dim=0), tolerance=1e-5)
+
+
+def test_centred_and_balanced():
+    memory, (x, _) = centered(balance_rate=0.3), tokens(20)
+    memory(x)
+    mean, bias = memory.selector.hidden_mean(), memory.selector.balance_bias.clone()
+    scores = right_scores(memory, x - mean)
+    assert torch.equal(memory(x).selection.blocks, (scores + bias).topk(4).indices)
+
+
+def test_a_checkpoint_has_the_running_mean():
+    memory = centered()
+    memory(tokens(20)[0])
+    other = centered()
+    other.load_state_dict(memory.state_dict())
+    close(other.selector.hidden_mean(), memory.selector.hidden_mean())
+    assert not any("hidden_totals" in name for name in build().state_dict())
+
+
+# Balance without a loss
+
+
+def balanced(**changes):
+    memory = build(selector=AvgK.Config(balance_rate=0.3), **changes)
+    memory.selector.balance_bias.copy_(torch.randn(8))
+    return memory
+
+
+def test_biases_choose_blocks_and_nothing_else():
+    memory, (x, _) = balanced(gate="softmax"), tokens(20)
+    bias = memory.selector.balance_bias.clone()
+    selection = memory(x).selection
+    scores = right_scores(memory, x)
+    close(selection.scores.logits, scores)
+    assert torch.equal(selection.blocks, (scores + bias).topk(4).indices)
+    assert not torch.equal(selection.blocks.sort().values, scores.topk(4).indices.sort().values)
+    close(selection.weights, scores.softmax(1).gather(1, selection.blocks))
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_biases_follow_the_load(padding):
+    memory, (x, _) = balanced(), tokens(20)
+    mask = torch.arange(20) % 3 == 0 if padding else None
+    wanted = memory.selector.balance_bias.tolist()
+    blocks = memory(x, padding_mask=mask).selection.blocks
+    real = [n for n in range(20) if not (padding and mask[n])]
+    counts = [sum(int(i in blocks[n]) for n in real) for i in range(8)]
+    scores = right_scores(memory, x)[real].flatten().tolist()
+    mean = sum(scores) / len(scores)
+    deviation = (sum((s - mean) ** 2 for s in scores) / len(scores)) ** 0.5
+    for i, count in enumerate(counts):
+        direction = (count < len(real) / 2) - (count > len(real) / 2)  # 4 of 8 blocks
+        wanted[i] += 0.3 * deviation * direction
+    close(memory.selector.balance_bias, torch.tensor(wanted).double(), tolerance=1e-5)
+
+
+def test_biases_rest_without_training():
+    memory, (x, _) = balanced(), tokens(20)
+    before = memory.selector.balance_bias.clone()
+    with torch.no_grad():  # the first pass of activation checkpointing
+        memory(x)
+    memory(x, padding_mask=torch.ones(20, dtype=torch.bool))
+    memory(x[:0])
+    memory.eval()
+    memory(x)
+    assert torch.equal(memory.selector.balance_bias, before)
+
+
+def test_biases_even_out_the_load():
+    memory, (x, _) = build(selector=AvgK.Config(balance_rate=0.02)), tokens(400)
+    x = x + 2 * torch.randn(8)  # what all tokens have in common
+    first = memory(x).usage.counts
+    for _ in range(300):
+        last = memory(x).usage.counts
+    assert first.max() > 1.5 * 200 and last.max() < 1.1 * 200
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_steps_in_half_precision(dtype):
+    memory = build(selector=AvgK.Config(balance_rate=1e-4)).to(dtype)
+    memory.selector.balance_bias.fill_(8)
+    memory(tokens(50)[0].to(dtype))
+    assert (memory.selector.balance_bias != 8).any()
+
+
+def test_a_checkpoint_has_the_biases():
+    memory = balanced()
+    other = build(selector=AvgK.Config(balance_rate=0.3))
+    other.load_state_dict(memory.state_dict())
+    assert torch.equal(other.selector.balance_bias, memory.selector.balance_bias)
+    assert not any("balance_bias" in name for name in build().state_dict())
+
+
+@pytest.mark.parametrize("rate", [-0.1, float("inf"), float("nan")])
+def test_rates_that_are_none(rate):
+    with pytest.raises(ConfigError, match="balance_rate"):
+        build(selector=AvgK.Config(balance_rate=rate))
 
 
 # The mean keys kept in evaluation

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from oracle import VOCAB_SIZE, build, close, tokens
+from oracle import CPU_ENGINES, VOCAB_SIZE, build, close, tokens
 
 from fairseq_sffn.memory import ConfigError
 from fairseq_sffn.memory.selectors.rand_hash import RandHash, random_blocks
@@ -57,7 +57,7 @@ def test_block_numbers_fit_their_dtype(num_blocks, dtype):
 
 
 @pytest.mark.parametrize("num_blocks", [32_768, 32_769])
-@pytest.mark.parametrize("engine", [None, "loop", "bags"])
+@pytest.mark.parametrize("engine", [*CPU_ENGINES, None])
 def test_the_last_block_is_computed(num_blocks, engine):
     memory = build("rand_hash", num_cells=num_blocks, block_size=1, engine=engine)
     with torch.no_grad():

@@ -1,0 +1,57 @@
+"""Which processes do what together."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch.distributed as dist
+from fairseq.distributed import utils as distributed_utils
+
+from ..errors import UsageError
+from ..memory.exchange import Sharing
+
+
+class ProcessGroups(NamedTuple):
+    """The groups that this process belongs to.
+
+    Attributes:
+        sharing: the group of all, whose tokens count together, and that over which the blocks of
+            each layer are shared out.
+        replicas: those that hold the same blocks, one in each group over which they are shared
+            out; ``None`` where every process has all blocks.
+    """
+
+    sharing: Sharing
+    replicas: dist.ProcessGroup | None = None
+
+
+@functools.cache
+def process_groups(expert_parallel: int) -> ProcessGroups:
+    """Groups of consecutive ranks share blocks out. To be called by all processes together.
+
+    Args:
+        expert_parallel: processes over which the blocks are shared out.
+
+    Raises:
+        UsageError: it does not divide the number of processes.
+    """
+    world_size = distributed_utils.get_global_world_size()
+    if expert_parallel < 1 or world_size % expert_parallel:
+        raise UsageError(
+            f"--sffn-expert-parallel {expert_parallel}: does not divide the number of processes, "
+            f"{world_size}"
+        )
+    if world_size == 1:
+        return ProcessGroups(Sharing())
+    tokens = distributed_utils.get_data_parallel_group()
+    if expert_parallel == 1:
+        return ProcessGroups(Sharing(tokens))
+    ranks = range(world_size)
+    blocks = distributed_utils.new_groups(
+        [list(ranks[i : i + expert_parallel]) for i in ranks[::expert_parallel]]
+    )
+    replicas = distributed_utils.new_groups(
+        [list(ranks[i::expert_parallel]) for i in range(expert_parallel)]
+    )
+    return ProcessGroups(Sharing(tokens, blocks), replicas)

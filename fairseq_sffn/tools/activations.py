@@ -1,0 +1,171 @@
+"""Bytes of the tensors that autograd keeps from the forward pass for the backward pass.
+
+They are computed from sizes, for GPUs: attention is fused, which keeps none of its weights, dropout
+keeps a byte for a number, and sparse layers run the engine that a GPU runs. Left out are the
+buffers of a moment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from fairseq.models.transformer_lm import TransformerLanguageModel
+from torch import Tensor, nn
+
+from ..memory import MemoryConfig, SparseMemory
+from ..memory.compute import ENGINES, choose_engine
+from ..memory.compute.engines import Bags
+from ..memory.selectors.avgk import AvgK
+from ..memory.selectors.learned_gate import LearnedGate
+from ..memory.selectors.lorkm import LoRKM
+from ..memory.selectors.pkm import PKM
+from ..memory.selectors.product_keys import ProductKeys
+from ..memory.selectors.vanilla_m import VanillaM
+from .traffic import visit_probability
+
+FP32, INDEX = torch.float32.itemsize, torch.int64.itemsize
+"""Bytes of a number where half precision would not do, and of an index."""
+
+
+def activation_bytes(
+    model: TransformerLanguageModel, tokens: int, context: int, shards: int, dtype: torch.dtype
+) -> dict[str, int]:
+    """Bytes that a rank keeps of a micro-batch, by part; a layer norm belongs to the part that it
+    precedes. With activation checkpointing, ``layer_inputs`` and all of one layer.
+
+    Args:
+        model: one of ours or fairseq's ``transformer_lm``, with all blocks of its sparse layers.
+        tokens: of the micro-batch.
+        context: tokens that a token attends to, no more than there are.
+        shards: ranks over which the blocks are to be shared out.
+        dtype: of parameters and hidden states.
+    """
+    decoder, cfg, size = model.decoder, model.decoder.cfg, dtype.itemsize
+    row = tokens * decoder.embed_dim * size
+    norm = row + tokens * 2 * FP32  # its input, with mean and deviation
+    mask = tokens * decoder.embed_dim if cfg.dropout else 0
+    layers = []
+    for layer in decoder.layers:
+        # x; queries, keys, values and output; for each head the logarithm of a sum.
+        attention = norm + 5 * row + tokens * layer.self_attn.num_heads * FP32 + mask
+        memory = next((m for m in layer.modules() if isinstance(m, SparseMemory)), None)
+        if memory is None:
+            dropout = layer.activation_dropout_module.p
+            hidden = tokens * layer.fc1.out_features
+            hidden *= hidden_bytes(layer.activation_fn, dropout, dtype)
+            layers.append({"attention": attention, "dense_ffn": norm + row + hidden + mask})
+        else:
+            kept = memory_bytes(memory, tokens, shards, dtype) + norm + mask
+            selection = selection_bytes(memory, tokens, dtype)
+            layers.append({"attention": attention, "selection": selection, "memory": kept})
+    inputs = 0
+    if cfg.checkpoint_activations:
+        inputs = 0 if cfg.offload_activations else len(layers) * row
+        layers = [max(layers, key=lambda parts: sum(parts.values()))]
+    names = ("attention", "dense_ffn", "selection", "memory")
+    kept_by = {name: sum(parts.get(name, 0) for parts in layers) for name in names}
+    kept_by["attention"] += context**2 * size  # the causal mask, of all layers
+    # Before and after the layers: a mask, norms, the inputs of linear maps, log-probabilities.
+    norms = [decoder.layernorm_embedding, decoder.layer_norm]
+    maps = [decoder.project_in_dim, decoder.project_out_dim, decoder.output_projection]
+    vocabulary = mask + sum(norm for module in norms if module is not None)
+    vocabulary += sum(tokens * module.in_features * size for module in maps if module is not None)
+    vocabulary += tokens * decoder.output_projection.out_features * FP32
+    return {"layer_inputs": inputs, **kept_by, "vocabulary": vocabulary}
+
+
+def hidden_bytes(activation: Callable[[Tensor], Tensor], dropout: float, dtype: torch.dtype) -> int:
+    """Bytes kept of a hidden unit of a token: what the activation keeps, and its result, which is
+    multiplied by the values, and may be the same number. Dropout makes the result another number,
+    and keeps its mask."""
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = activation(torch.zeros(1, dtype=dtype, requires_grad=True))
+    numbers = kept if dropout else [*kept, result]
+    sizes = {number.data_ptr(): number.itemsize for number in numbers}
+    return sum(sizes.values()) + (dtype.itemsize + 1 if dropout else 0)
+
+
+def selection_bytes(memory: SparseMemory, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that a selector keeps besides x. A balance loss is counted where it is the default."""
+    config, selector, size = memory.config, memory.selector, dtype.itemsize
+    if not scores_are_kept(config):
+        return 0
+    kept, gated = 0, config.gate_name != "none"
+    if isinstance(selector, ProductKeys):
+        # Queries, and as they were before their norm; the two halves of the scores; by which two
+        # numbers of halves each selected score is found.
+        heads, left, half_query = selector.left.shape
+        queries = 2 * half_query * (2 if isinstance(selector.norm, nn.LayerNorm) else 1)
+        kept += tokens * heads * (queries + left + selector.right.shape[1]) * size
+        kept += 2 * tokens * config.active_blocks * INDEX
+    else:
+        # The scores that a gate picks from, and the probabilities of all blocks.
+        wide = FP32 if isinstance(selector, LearnedGate) else size
+        normalised = config.gate_name == "softmax" or config.selector_class.default_balance_weight
+        kept += tokens * config.num_blocks * (wide * gated + FP32 * bool(normalised))
+    if isinstance(selector, VanillaM) and gated:
+        kept += tokens * config.num_cells * size  # pre-activations of all cells
+    if isinstance(selector, AvgK):
+        kept += config.num_blocks * config.embed_dim * size  # mean keys
+    if isinstance(selector, LearnedGate) and size < FP32:
+        kept += (tokens + config.num_blocks) * config.embed_dim * FP32  # copies of x and router
+    if isinstance(selector, LoRKM):
+        kept += tokens * selector.down.out_features * size  # x times the first factor of the keys
+    return kept
+
+
+def memory_bytes(memory: SparseMemory, tokens: int, shards: int, dtype: torch.dtype) -> int:
+    """Bytes that a sparse layer keeps besides its layer norm's and its selector's, where routing is
+    even."""
+    config, selector, size = memory.config, memory.selector, dtype.itemsize
+    width, gated = config.embed_dim, config.gate_name != "none"
+    pairs = tokens * config.active_blocks
+    shape = config.num_blocks // shards, config.block_size, width
+    engine = ENGINES[config.engine] if config.engine else choose_engine("cuda", dtype, pairs, shape)
+    bags = isinstance(engine, Bags)
+    kept = 0
+    if shards == 1 or scores_are_kept(config):
+        kept += tokens * width * size  # x, which blocks here multiply, or a selector does
+    if shards > 1:
+        # Rows that blocks here multiply, and the tokens whose rows come back.
+        rows = round(tokens * shards * visit_probability(config, shards))
+        kept += rows * (width * size + INDEX)
+        if bags:  # every row has as many slots as the fullest
+            pairs = rows * most_blocks(config, shards)
+    kept += pairs * (INDEX if bags else torch.int32.itemsize)  # block, or token, of each pair
+    if gated:
+        # Weights; sorted, or in half precision, they are another number.
+        kept += pairs * (FP32 + (0 if bags and size == FP32 else size))
+        # The blocks they are of, and the order of pairs; where they travel, who sends and receives.
+        kept += pairs * INDEX * ((0 if bags else 2) + (3 if shards > 1 else 0))
+    passed_by = isinstance(selector, PKM) and selector.uses_softmax
+    activation = nn.Identity() if passed_by else config.activation_fn
+    hidden = hidden_bytes(activation, memory.dropout.p, dtype)
+    if bags and (gated or shards > 1):  # before and after they are weighed, or slots left empty
+        hidden += size
+    return kept + pairs * config.block_size * hidden
+
+
+def most_blocks(config: MemoryConfig, shards: int) -> int:
+    """Blocks of a rank that one of many tokens uses at most, some four standard deviations of the
+    hypergeometric distribution above the mean."""
+    blocks, active = config.num_blocks, config.active_blocks
+    mean = active / shards
+    variance = mean * (1 - 1 / shards) * (blocks - active) / max(blocks - 1, 1)
+    return min(active, blocks // shards, math.ceil(mean + 4 * variance**0.5))
+
+
+def scores_are_kept(config: MemoryConfig) -> bool:
+    """Whether gradients flow through a selector's scores: to a gate, a balance loss where that is
+    the default, or to keys that it has itself. Autograd drops those of others."""
+    cls = config.selector_class
+    used = config.gate_name != "none" or cls.default_balance_weight or cls.key_table == "own"
+    return cls.scores_blocks and bool(used)

@@ -1,0 +1,230 @@
+"""What training on several ranks takes: memory, bytes sent, and the share of communication.
+
+All is of one rank and one update on one micro-batch, and computed from sizes alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import textwrap
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.models.transformer_lm import TransformerLanguageModel
+
+from ..errors import UsageError
+from ..memory import ConfigError, SparseMemory
+from ..memory.sparse_memory import SHARDED, check_sharding
+from ..models.config import flag
+from .activations import activation_bytes
+from .cost import align, cost_by_part, total, training_flops_per_token
+from .language_model import build_language_model
+from .traffic import all_reduce_bytes, expected_sent_bytes, mean_keys_bytes
+
+PRECISIONS = {
+    "fp32": (torch.float32, 8),
+    "fp16": (torch.float16, 16),
+    "memory_efficient_fp16": (torch.float16, 8),
+}
+"""Precision -> dtype of parameters, gradients and hidden states, and bytes of optimizer state for a
+parameter: Adam's two moments in fp32, and for ``fp16`` fp32 copies of parameter and gradient."""
+
+LEFT_OUT = (
+    "Not counted: buffers of a moment, such as logits, gradients of activations and copies that "
+    "kernels make; DDP's buckets; tables of token ids; what the allocator loses; sums of losses, "
+    "norms and logs."
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is trained.
+
+    Attributes:
+        world_size: ranks.
+        sffn_expert_parallel: ranks over which the blocks of each sparse layer are shared out.
+        tokens_per_rank: tokens of a micro-batch.
+        tokens_per_sample: tokens that a token attends to.
+        precision: a key of ``PRECISIONS``.
+        bandwidth: GB/s that a rank sends.
+        flops: TFLOP/s that a rank computes.
+    """
+
+    world_size: int
+    sffn_expert_parallel: int
+    tokens_per_rank: int
+    tokens_per_sample: int
+    precision: str
+    bandwidth: float
+    flops: float
+
+
+def plan_figures(model: TransformerLanguageModel, setting: Setting) -> dict[str, Any]:
+    """Every figure of the plan.
+
+    Args:
+        model: with all blocks of its sparse layers.
+
+    Returns:
+        ``params`` of a rank, ``replicated`` and ``sharded``; ``memory`` and ``sent``, bytes by
+        part, expected ones where they depend on routing; ``sent_per_sparse_layer``;
+        ``compute_seconds`` and ``communication_seconds``, which do not overlap, and the share of
+        the latter, ``communication_share``.
+    """
+    ranks, shards = setting.world_size, setting.sffn_expert_parallel
+    tokens = setting.tokens_per_rank
+    dtype, state_bytes = PRECISIONS[setting.precision]
+    size, recomputed = dtype.itemsize, bool(model.decoder.cfg.checkpoint_activations)
+    memories = [module for module in model.modules() if isinstance(module, SparseMemory)]
+    tables = [getattr(memory, name) for memory in memories for name in SHARDED]
+    in_tables = sum(table.numel() for table in tables if table is not None) if shards > 1 else 0
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    replicated, sharded = whole - in_tables, in_tables // shards
+    params = replicated + sharded
+
+    context = min(tokens, setting.tokens_per_sample)
+    activations = activation_bytes(model, tokens, context, shards, dtype)
+    memory = {
+        "parameters": params * size,
+        "gradients": params * size,
+        "optimizer_state": params * state_bytes,
+        "activations": sum(activations.values()),
+    }
+    layer, keys = 0.0, 0
+    if shards > 1:
+        config = memories[0].config
+        layer = expected_sent_bytes(config, shards, size, tokens, recomputed)
+        keys = mean_keys_bytes(config, shards, size, recomputed)
+    sent = {
+        "sparse_layers": round(layer * len(memories)),
+        "mean_keys": keys * len(memories),
+        "replicated_gradients": round(all_reduce_bytes(replicated * size, ranks)),
+        "sharded_gradients": round(all_reduce_bytes(sharded * size, ranks // shards)),
+    }
+    # A fourth pass only where activations are recomputed.
+    parts = cost_by_part(model, context)
+    flops = training_flops_per_token(parts) if recomputed else 3 * total(parts).flops_per_token
+    compute = tokens * flops / (setting.flops * 1e12)
+    communication = sum(sent.values()) / (setting.bandwidth * 1e9)
+    return {
+        "params": {"replicated": replicated, "sharded": sharded},
+        "memory": memory | {"total": sum(memory.values())},
+        "activations": activations,
+        "sent": sent | {"total": sum(sent.values())},
+        "sent_per_sparse_layer": round(layer),
+        "compute_seconds": compute,
+        "communication_seconds": communication,
+        "communication_share": communication / (communication + compute),
+    }
+
+
+# The command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``fairseq-sffn plan``; the model's own are left for :func:`run`."""
+    parser.add_argument("--arch", required=True, help="a language model, as for fairseq-train")
+    numbers = {
+        "vocab_size": (51200, "types in the dictionary, fairseq's special ones included"),
+        "world_size": (None, "ranks: processes, with a GPU each"),
+        "sffn_expert_parallel": (1, "ranks over which the blocks of each layer are shared out"),
+        "tokens_per_rank": (None, "tokens of the micro-batch on each rank"),
+        "tokens_per_sample": (1024, "tokens that a token attends to, and positions of the model"),
+        "bandwidth": (25.0, "GB/s that a rank sends"),
+        "flops": (100.0, "TFLOP/s that a rank achieves"),
+    }
+    for name, (default, text) in numbers.items():
+        parser.add_argument(
+            flag(name),
+            type=int if default is None else type(default),
+            default=default,
+            required=default is None,
+            help=text if default is None else f"{text} (default: {default})",
+        )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="as fairseq's flags, fp16 with --fp16-no-flatten-grads (default: fp32)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, with sizes in bytes")
+    parser.epilog = (
+        "Every other flag is the model's, such as --decoder-layers 12 or --checkpoint-activations. "
+        f"Memory is for Adam and fused attention; routing is taken to be even. {LEFT_OUT}"
+    )
+    parser.set_defaults(other_flags=[])
+
+
+def run(args: argparse.Namespace) -> str:
+    """What ``fairseq-sffn plan`` prints.
+
+    Raises:
+        UsageError: names the flag and the value that cannot be honoured.
+    """
+    whole = ("world_size", "sffn_expert_parallel", "tokens_per_rank", "tokens_per_sample")
+    at_least = dict.fromkeys(whole, 1) | {"vocab_size": Dictionary().nspecial + 1}
+    for name, least in at_least.items():
+        if (value := getattr(args, name)) < least:
+            raise UsageError(f"{flag(name)} {value}: must be at least {least}")
+    for name in ("bandwidth", "flops"):
+        if not 0 < (value := getattr(args, name)) < math.inf:
+            raise UsageError(f"{flag(name)} {value}: must be positive and finite")
+    shards = args.sffn_expert_parallel
+    if args.world_size % shards:
+        reason = f"does not divide --world-size {args.world_size}"
+        raise UsageError(f"--sffn-expert-parallel {shards}: {reason}")
+    model = build_language_model(
+        args.arch, args.vocab_size, args.tokens_per_sample, args.other_flags
+    )
+    check_shards(model, shards)
+    setting = Setting(**{name: getattr(args, name) for name in Setting.__dataclass_fields__})
+    asked = {"arch": args.arch, "vocab_size": args.vocab_size} | asdict(setting)
+    report = asked | plan_figures(model, setting)
+    return json.dumps(report, indent=2) if args.json else format_report(report)
+
+
+def check_shards(model: TransformerLanguageModel, shards: int) -> None:
+    """Raises UsageError unless the blocks of a model can be shared out over so many ranks."""
+    memories = [module for module in model.modules() if isinstance(module, SparseMemory)]
+    reason = "this model has no sparse layers" if shards > 1 and not memories else None
+    try:
+        for memory in memories[:1]:  # all alike
+            check_sharding(memory.config, shards)
+    except ConfigError as error:
+        reason = error.reason
+    if reason is not None:
+        raise UsageError(f"--sffn-expert-parallel {shards}: {reason}")
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """Tables of memory, and of what is sent and the time that it takes."""
+
+    def label(name: str) -> str:
+        return name.replace("_", " ").replace("ffn", "FFN")
+
+    memory = [["memory of a rank", "MB"]]
+    for name, size in report["memory"].items():
+        memory.append([label(name), f"{size / 1e6:,.1f}"])
+        if name == "activations":
+            parts = report["activations"].items()
+            memory += [[f"  {label(part)}", f"{kept / 1e6:,.1f}"] for part, kept in parts if kept]
+    sent = [["sent by a rank", "MB", "ms"]]
+    for name, size in report["sent"].items():
+        milliseconds = size / (report["bandwidth"] * 1e6)
+        sent.append([label(name), f"{size / 1e6:,.1f}", f"{milliseconds:,.1f}"])
+    sent.append(["compute", "", f"{report['compute_seconds'] * 1e3:,.1f}"])
+    params = ", ".join(f"{count:,} {name}" for name, count in report["params"].items())
+    lines = [
+        f"{report['arch']}: {report['vocab_size']:,} types, {report['precision']}",
+        f"{report['world_size']:,} ranks, blocks over {report['sffn_expert_parallel']:,}; "
+        f"of each {report['tokens_per_rank']:,} tokens, context {report['tokens_per_sample']:,}",
+        f"parameters of a rank: {params}",
+        *("", *align(memory), "", *align(sent), ""),
+        f"communication is {report['communication_share']:.1%} of a step without overlap",
+        *("", *textwrap.wrap(LEFT_OUT, 80)),
+    ]
+    return "\n".join(lines)

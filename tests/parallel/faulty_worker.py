@@ -1,0 +1,60 @@
+"""fairseq-train on one of several processes, of which one fails. Started by torchrun with the kind
+of fault, the rank that has it, and fairseq-train's arguments."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[2])]
+import torch  # noqa: E402
+from fairseq import checkpoint_utils  # noqa: E402
+from fairseq.optim import FairseqOptimizer  # noqa: E402
+from fairseq.trainer import Trainer  # noqa: E402
+from fairseq_cli.train import cli_main  # noqa: E402
+
+fault, rank, *arguments = sys.argv[1:]
+here = os.environ["RANK"] == rank
+sys.argv = ["fairseq-train", *arguments]
+train_step, torch_save = Trainer.train_step, torch.save
+all_reduce_grads = FairseqOptimizer.all_reduce_grads
+
+
+def failing_step(self, *args, **kwargs):
+    result = train_step(self, *args, **kwargs)
+    if self.get_num_updates() == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+
+def failing_reduction(self, module):
+    all_reduce_grads(self, module)
+    next(module.parameters()).grad.add_(0.1)
+
+
+def failing_save(state, file, *args, **kwargs):
+    torch_save(state, file, *args, **kwargs)
+    # Half of a part of the second checkpoint, or of the file that names the parts.
+    name, kind = str(file.name), "part" if fault == "killed saving a part" else "checkpoint_"
+    if Path(name).name.startswith(kind):
+        saves.append(name)
+        if len(saves) == 2:
+            file.flush()
+            os.truncate(name, os.path.getsize(name) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+saves: list[str] = []
+if here and fault == "killed":
+    Trainer.train_step = failing_step
+if here and fault == "diverged":
+    FairseqOptimizer.all_reduce_grads = failing_reduction
+if here and fault.startswith("killed saving"):
+    torch.save = checkpoint_utils.torch.save = failing_save
+if here and fault == "other flags":
+    sys.argv += ["--lr", "0.5"]
+if here and fault == "other code":
+    from fairseq_sffn.parallel import launch
+
+    launch.code_fingerprint = lambda: "another"
+cli_main()
