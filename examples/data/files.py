@@ -1,0 +1,68 @@
+"""Files that are complete or not there, checksums, and steps that are done once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write_documents(path: Path, documents: Iterable[tuple[str, str]]) -> None:
+    """A document a line: {"id": ..., "text": ...}."""
+    lines = (json.dumps({"id": i, "text": t}, ensure_ascii=False) + "\n" for i, t in documents)
+    write_atomically(path, "".join(lines).encode("utf-8"))
+
+
+def read_documents(path: Path) -> list[tuple[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return [(value["id"], value["text"]) for value in map(json.loads, file)]
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+class Steps:
+    """Runs each step of a build once for the same settings, and keeps what it reports."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def run(self, name: str, settings: Any, step: Callable[[], Any]) -> Any:
+        """Returns what `step()` returned, now or when it last completed with these settings.
+
+        `settings` is whatever decides the result: also the code and the settings of the steps
+        before.
+        """
+        marker = self.directory / f"{name}.json"
+        wanted = fingerprint(settings)
+        if marker.exists():
+            done = json.loads(marker.read_text(encoding="utf-8"))
+            if done["settings"] == wanted:
+                return done["report"]
+        start = time.monotonic()
+        print(f"== {name}", flush=True)
+        report = step()
+        write_json(marker, {"settings": wanted, "report": report})
+        print(f"   {time.monotonic() - start:.0f} s", flush=True)
+        return report

@@ -1,0 +1,84 @@
+"""Builds the splits of a folder of plain-text files, in the layout of the laptop corpus."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import corpus
+import readers
+from files import Steps, read_documents, sha256, write_documents, write_json
+
+NAME = "folder"
+
+
+def text_files(folder: Path) -> list[Path]:
+    """The files of a folder and the folders in it, in order of name, without hidden ones."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def read_folder(output: Path, folder: Path, paths: list[Path]) -> dict[str, int]:
+    documents: list[readers.Document] = []
+    for path in paths:
+        try:
+            data = path.read_bytes()
+            data.decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            sys.exit(f"{path}: not a readable file of UTF-8 text: {error}")
+        documents += readers.read_text(path.relative_to(folder).as_posix(), data)
+    write_documents(output / f"work/read/{NAME}.jsonl", documents)
+    return {"files": len(paths), "documents": len(documents)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="folder of UTF-8 text; a file is a document")
+    parser.add_argument("output", type=Path, help="folder to build in")
+    parser.add_argument("--pieces", type=int, default=4096, help="of the SentencePiece model")
+    parser.add_argument("--valid-share", type=float, default=0.03, help="of all characters")
+    parser.add_argument("--test-share", type=float, default=0.03, help="of all characters")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--seed", type=int, default=1, help="decides which files are held out")
+    args = parser.parse_args(argv)
+
+    if not args.folder.is_dir():
+        parser.error(f"{args.folder}: not a folder")
+    for option in ("valid_share", "test_share"):
+        if not 0 < getattr(args, option) < 0.5:
+            parser.error(f"--{option.replace('_', '-')}: must be more than 0 and less than 0.5")
+    if args.output.resolve().is_relative_to(args.folder.resolve()):
+        parser.error(f"{args.output}: is in the folder that is read")
+    paths = text_files(args.folder)
+    if not paths:
+        parser.error(f"{args.folder}: has no files")
+
+    history = [[[str(p.relative_to(args.folder)), sha256(p)] for p in paths], corpus.code(readers)]
+    steps = Steps(args.output / "work/steps")
+    steps.run(f"read-{NAME}", history, lambda: read_folder(args.output, args.folder, paths))
+    documents = read_documents(args.output / f"work/read/{NAME}.jsonl")
+    characters = sum(len(text) for _, text in documents)
+    settings = corpus.Settings(
+        pieces=args.pieces,
+        valid_characters=round(args.valid_share * characters),
+        test_characters=round(args.test_share * characters),
+        max_document_share=1.0,
+        domain_tokens=0,
+        seed=args.seed,
+    )
+    source = corpus.Source(NAME, "train", listings=False, history=history)
+    try:
+        manifest = corpus.build(args.output, [source], settings, args.workers)
+    except ValueError as error:
+        sys.exit(f"{args.folder}: {error}")
+    write_json(args.output / "manifest.json", manifest)
+    corpus.print_figures(manifest)
+
+
+if __name__ == "__main__":
+    main()
