@@ -1,0 +1,364 @@
+"""A study's figures. They need matplotlib."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+from matplotlib.transforms import Bbox
+
+from .outcomes import Outcome, Study
+from .plan import Row, Scale, Table
+from .statistics import Summary, summarize
+from .tables.perplexity import flops_unit
+from .tables.routing import layers_of, token_share
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
+"""Okabe and Ito's, which the colour-blind tell apart, and one more in the place of their yellow."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LINES = ("-", "--", ":", "-.")
+GREY = "#666666"
+DPI = 150
+
+
+def style(i: int) -> dict[str, Any]:
+    """Colour and marker of the i-th curve."""
+    return {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
+
+
+def line(i: int) -> dict[str, Any]:
+    """Colour and dashes of the i-th curve that has no markers."""
+    dashes = LINES[(i + i // len(COLORS)) % len(LINES)]
+    return {"color": COLORS[i % len(COLORS)], "linestyle": dashes, "linewidth": 1.5}
+
+
+def new(width: float = 8.0, height: float = 4.5) -> Figure:
+    """An empty figure, in inches."""
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def finish(axes: Axes) -> None:
+    """What all axes have in common."""
+    axes.grid(alpha=0.3, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def png(figure: Figure) -> bytes:
+    """The bytes of a PNG, the same whenever it is made."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def row_x(row: Row, scale: Scale) -> float | None:
+    """Where a row stands on the axis; ``None``: nowhere."""
+    value = str(row.x).replace("{ffn}", str(scale.ffn_embed_dim))
+    return float(value) if value else None
+
+
+def groups(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
+    """Group -> its rows."""
+    found: dict[str, list[Outcome]] = {}
+    for o in outcomes:
+        if o.row.group:
+            found.setdefault(o.row.group, []).append(o)
+    return found
+
+
+def error_bars(axes: Axes, points: Sequence[tuple[float, Summary]], label: str, i: int) -> None:
+    """A line through means, with their deviations."""
+    points = sorted(points, key=lambda point: point[0])
+    xs, found = [x for x, _ in points], [summary for _, summary in points]
+    several = any(summary.sd is not None for summary in found)
+    axes.errorbar(
+        xs,
+        [summary.mean for summary in found],
+        yerr=[summary.sd or 0.0 for summary in found] if several else None,
+        label=label,
+        capsize=3,
+        markersize=5,
+        linewidth=1.5,
+        **style(i),
+    )
+
+
+def log_axis(
+    axes: Axes, values: Iterable[float], base: float, show: Callable[[float], str]
+) -> None:
+    """A logarithmic horizontal axis, with ticks at the values that there are."""
+    ticks = sorted(set(values))
+    axes.set_xscale("log", base=base)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(ticks, [show(x) for x in ticks])
+
+
+def lines(study: Study, table: Table) -> Figure | None:
+    """Perplexity on validation against ``x``, a line for each group; other rows are levels."""
+    outcomes = study.outcomes(table)
+    figure = new()
+    axes = figure.subplots()
+    seen = []
+    for i, (name, rows) in enumerate(groups(outcomes).items()):
+        points = [
+            (row_x(o.row, study.scale), summarize(o.perplexity("valid").values())) for o in rows
+        ]
+        drawn = [(x, found) for x, found in points if x is not None and found is not None]
+        if drawn:
+            error_bars(axes, drawn, name, i)
+            seen += [x for x, _ in drawn]
+    for i, o in enumerate(o for o in outcomes if not o.row.group):
+        if found := summarize(o.perplexity("valid").values()):
+            axes.axhline(
+                found.mean, color=GREY, linestyle=("--", ":", "-.")[i % 3], label=o.row.label
+            )
+    if not seen:
+        return None
+    log_axis(axes, seen, 2, lambda x: f"{x:g}")
+    axes.set_xlabel(table.axis)
+    axes.set_ylabel("validation perplexity")
+    figure.legend(loc="outside right upper", frameon=False)
+    finish(axes)
+    return figure
+
+
+def flops(study: Study, table: Table) -> Figure | None:
+    """Perplexity on validation against the FLOPs of training."""
+    found = [
+        (o.row.label, study.training_flops(o), summarize(o.perplexity("valid").values()))
+        for o in study.outcomes(table)
+    ]
+    points = [(label, x, summary) for label, x, summary in found if summary is not None]
+    if not points:
+        return None
+    unit, name = flops_unit(max(x for _, x, _ in points))
+    figure = new()
+    axes = figure.subplots()
+    for i, (_, x, summary) in enumerate(points):
+        error_bars(axes, [(x / unit, summary)], "", i)
+    axes.margins(0.12)
+    axes.set_xlabel(f"training {name}")
+    axes.set_ylabel("validation perplexity")
+    finish(axes)
+    label_points(figure, axes, [(label, x / unit, summary.mean) for label, x, summary in points])
+    return figure
+
+
+OFFSETS = (
+    *((8, 0, "left", "center"), (-8, 0, "right", "center")),
+    *((0, 8, "center", "bottom"), (0, -8, "center", "top")),
+    *((8, 9, "left", "bottom"), (8, -9, "left", "top")),
+    *((-8, 9, "right", "bottom"), (-8, -9, "right", "top")),
+    *((8, 20, "left", "bottom"), (8, -20, "left", "top")),
+    *((-8, 20, "right", "bottom"), (-8, -20, "right", "top")),
+)
+"""Where a label may stand beside its point: right and up in points, and its alignment."""
+
+
+def label_points(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
+    """Puts a label beside each point, where it covers neither another one nor a point."""
+    figure.draw_without_rendering()  # settles where the axes are
+    around = [axes.transData.transform(point[1:]) for point in points]
+    taken = [Bbox.from_extents(x - 8, y - 8, x + 8, y + 8) for x, y in around]
+    frame = axes.get_window_extent()
+    for label, x, y in points:
+        options = []
+        for right, up, horizontal, vertical in OFFSETS:
+            written = axes.annotate(
+                label,
+                (x, y),
+                (right, up),
+                textcoords="offset points",
+                ha=horizontal,
+                va=vertical,
+                fontsize=9,
+            )
+            box = written.get_window_extent()
+            outside = not (frame.x0 <= box.x0 and box.x1 <= frame.x1)
+            options.append((sum(box.overlaps(other) for other in taken) + outside, written, box))
+        best = min(options, key=lambda option: option[0])
+        for option in options:
+            if option is not best:
+                option[1].remove()
+        taken.append(best[2])
+
+
+def curve(outcome: Outcome, name: str) -> tuple[list[float], list[float]]:
+    """Updates, and a value of the training's log at each, the mean of the seeds."""
+    values: dict[float, list[float]] = {}
+    for result in outcome.good.values():
+        for record in result["training"]["train"]:
+            if name in record:
+                values.setdefault(record["update"], []).append(record[name])
+    updates = sorted(values)
+    return updates, [statistics.fmean(values[update]) for update in updates]
+
+
+def load(study: Study, table: Table) -> Figure | None:
+    """How the load of blocks went in training."""
+    outcomes = [o for o in study.outcomes(table) if layers_of(o)]
+    if not outcomes:
+        return None
+    figure = new(10.0, 4.5)
+    loads, unused = figure.subplots(1, 2)
+    for i, o in enumerate(outcomes):
+        memory = study.model(o.row).memory
+        assert memory is not None
+        loads.plot(*curve(o, "load_max"), label=o.row.label, **line(i))
+        updates, blocks = curve(o, "unused_blocks")
+        unused.plot(updates, [b / memory.num_blocks for b in blocks], **line(i))
+    loads.set_ylabel("most loaded block / mean")
+    loads.set_yscale("log", base=2)
+    loads.yaxis.set_major_formatter("{x:g}")
+    unused.set_ylabel("unused blocks")
+    unused.yaxis.set_major_formatter(PercentFormatter(1.0, 0))
+    unused.set_ylim(bottom=0)
+    for axes in (loads, unused):
+        axes.set_xlabel("updates")
+        finish(axes)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+REFERENCE = "dense"
+"""The group that others are compared with."""
+
+
+def gap(study: Study, table: Table) -> Figure | None:
+    """How much higher each group's perplexity is than the reference's at the same ``x``, or at the
+    same training tokens where a row has none."""
+    scale = study.scale
+    by_group = groups(study.outcomes(table))
+
+    def where(o: Outcome) -> float:
+        x = row_x(o.row, scale)
+        return float(o.cells[0].tokens(scale)) if x is None else x
+
+    reference = {where(o): o.perplexity("valid") for o in by_group.pop(REFERENCE, [])}
+    figure = new()
+    axes = figure.subplots()
+    seen = []
+    for i, (name, rows) in enumerate(by_group.items()):
+        points = []
+        for o in rows:
+            base, own = reference.get(where(o), {}), o.perplexity("valid")
+            ratios = [own[seed] / base[seed] - 1 for seed in own if seed in base]
+            if found := summarize(ratios):
+                points.append((where(o), found))
+        if points:
+            error_bars(axes, points, name, i)
+            seen += [x for x, _ in points]
+    if not seen:
+        return None
+    axes.axhline(0, color=GREY, linestyle="--", label=REFERENCE)
+    log_axis(axes, seen, 10, short)
+    axes.yaxis.set_major_formatter("{x:+.0%}")
+    axes.set_xlabel(table.axis or "training tokens")
+    axes.set_ylabel("validation perplexity, against dense")
+    figure.legend(loc="outside right upper", frameon=False)
+    finish(axes)
+    return figure
+
+
+def short(value: float) -> str:
+    """A number with a suffix for thousands and millions."""
+    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{suffix}"
+    return f"{value:g}"
+
+
+def routing(study: Study, table: Table) -> Figure | None:
+    """Blocks by load, in each layer, and how far the token id decides the block."""
+    outcomes = [o for o in study.outcomes(table) if layers_of(o)]
+    layers = list(dict.fromkeys(layer for o in outcomes for layer in layers_of(o)))
+    if not layers:
+        return None
+    figure = new(3.6 * (len(layers) + 1), 4.2)
+    *loads, bars = figure.subplots(1, len(layers) + 1)
+    for axes, layer in zip(loads, layers, strict=True):
+        for i, o in enumerate(outcomes):
+            counts = o.good[min(o.good)]["routing"][layer]["counts"]
+            ordered = sorted(counts, reverse=True)
+            mean = sum(counts) / len(counts)
+            axes.step(
+                [j / len(counts) for j in range(len(counts) + 1)],
+                [count / mean for count in [*ordered, ordered[-1]]],
+                where="post",
+                label=o.row.label if layer == layers[0] else None,
+                **line(i),
+            )
+        axes.set_title(f"layer {layer}", fontsize=10)
+        axes.set_xlabel("blocks, most loaded first")
+        axes.set_ylabel("load / mean")
+        axes.set_yscale("symlog", base=2, linthresh=0.25, linscale=0.5)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, 0))
+        finish(axes)
+    token_bars(study, outcomes, layers, bars)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False)
+    return figure
+
+
+def token_bars(
+    study: Study, outcomes: Sequence[Outcome], layers: Sequence[str], axes: Axes
+) -> None:
+    """How far the token id decides the block: a bar for each row and layer."""
+    width = 0.8 / len(outcomes)
+    for i, o in enumerate(outcomes):
+        memory = study.model(o.row).memory
+        assert memory is not None
+        for j, layer in enumerate(layers):
+            found = [r["routing"][layer] for r in o.good.values()]
+            shares = [token_share(f, memory.active_blocks) for f in found]
+            if summary := summarize(share for share in shares if share is not None):
+                x = j + (i - (len(outcomes) - 1) / 2) * width
+                axes.bar(x, summary.mean, width, yerr=summary.sd, color=COLORS[i % len(COLORS)])
+    axes.set_xticks(range(len(layers)), [f"layer {layer}" for layer in layers])
+    axes.set_ylim(0, 1.05)
+    axes.set_title("how far the token decides", fontsize=10)
+    axes.set_ylabel("bits that the token tells / most there can be")
+    finish(axes)
+
+
+def bars(study: Study, table: Table) -> Figure | None:
+    """Test perplexity of each row: seeds, and their mean and deviation."""
+    found = [(o, o.perplexity("test")) for o in study.outcomes(table)]
+    found = [(o, values) for o, values in found if values]
+    if not found:
+        return None
+    figure = new(8.0, 1.2 + 0.34 * len(found))
+    axes = figure.subplots()
+    for i, (o, values) in enumerate(found):
+        summary = summarize(values.values())
+        assert summary is not None
+        axes.errorbar(
+            summary.mean, i, xerr=summary.sd, fmt="|", color=COLORS[0], capsize=4, markersize=14
+        )
+        if len(values) > 1:
+            axes.plot(
+                [*values.values()], [i] * len(values), "o", color=COLORS[1], markersize=4, zorder=3
+            )
+        if o.row.model == "dense":
+            axes.axvline(summary.mean, color=GREY, linestyle="--", linewidth=1, zorder=0)
+    axes.set_yticks(range(len(found)), [o.row.label for o, _ in found])
+    axes.invert_yaxis()
+    axes.set_xlabel("test perplexity (dots: seeds; bars: standard deviation; dashed: dense)")
+    finish(axes)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Study, Table], Figure | None]] = {
+    "lines": lines,
+    "flops": flops,
+    "load": load,
+    "gap": gap,
+    "routing": routing,
+    "bars": bars,
+}
+"""Kind of a figure -> what draws it; ``None``: there is nothing to draw."""

@@ -1,0 +1,152 @@
+"""What came out of a training: a JSON file each."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from .plan import Cell, Row, Scale, sweep_cells
+
+RECORD = re.compile(r"\| INFO \| (train_inner|valid|train) \| (\{.*\})$")
+"""A line of fairseq-train's log with ``--log-format json``."""
+
+
+def log_records(path: Path) -> list[tuple[str, dict[str, float]]]:
+    """The records of a log: ``train_inner`` or ``valid``, and what was logged. Where a training was
+    resumed, what it did twice is there once, as it was the second time."""
+    records: dict[tuple[str, float], tuple[str, dict[str, float]]] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        match = RECORD.search(line.rstrip())
+        if match is None or match[1] == "train":
+            continue
+        values = {name: _number(value) for name, value in json.loads(match[2]).items()}
+        prefix = "valid_" if match[1] == "valid" else ""
+        record = {name.removeprefix(prefix): value for name, value in values.items()}
+        records[match[1], record["num_updates"]] = (match[1], record)
+    return sorted(records.values(), key=lambda item: (item[1]["num_updates"], item[0]))
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return float("nan")
+
+
+ROUTING = ("load_max", "load_entropy", "unused_blocks", "load_kl", "dropped_share", "balance_loss")
+"""What is kept of a log beside losses, where it is there."""
+
+
+def curve(path: Path) -> dict[str, Any]:
+    """How a training went.
+
+    Returns:
+        ``train`` and ``valid``: a list each of update, loss (base 2), and the routing of blocks;
+        ``tokens_per_second``: of updates, validation excluded.
+    """
+    lists: dict[str, list[dict[str, float]]] = {"train": [], "valid": []}
+    words = seconds = 0.0
+    for kind, record in log_records(path):
+        kept = {"update": record["num_updates"], "loss": record["loss"]}
+        kept |= {name: record[name] for name in ROUTING if name in record}
+        lists["valid" if kind == "valid" else "train"].append(kept)
+        if kind == "train_inner" and record.get("wps"):
+            updates = record["wpb"] / record["wps"]
+            words, seconds = words + record["wpb"], seconds + updates
+    speed = words / seconds if seconds else 0.0
+    return {**lists, "tokens_per_second": round(speed, 1)}
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Writes a result, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(_json(result) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _json(value: Any, depth: int = 0) -> str:
+    """Readable JSON: lists on a line."""
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    indent = " " * (depth + 1)
+    items = [
+        f"{indent}{json.dumps(name)}: {_json(item, depth + 1)}" for name, item in value.items()
+    ]
+    return "{\n" + ",\n".join(items) + "\n" + " " * depth + "}"
+
+
+WHOLE = "routing"
+"""The part of a result that those of a sweep are without."""
+
+
+class Results:
+    """The results in a folder, by the key of their cell.
+
+    Args:
+        folder: of JSON files.
+        scale: that they are of.
+        data: fingerprint of the text; ``None``: whatever they were made with, if it is one text.
+
+    Raises:
+        UsageError: a file cannot be read, or results of several texts are there.
+    """
+
+    def __init__(self, folder: Path, scale: Scale, data: str | None = None) -> None:
+        self.folder, self.scale = folder, scale
+        self.by_key: dict[str, dict[str, Any]] = {}
+        for path in sorted(folder.glob("*.json")):
+            try:
+                result = json.loads(path.read_text(encoding="utf-8"))
+                fingerprint = result["data"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UsageError(f"{path}: is no result: {error}") from error
+            if data is None or fingerprint == data:
+                self.by_key[path.stem] = result
+        texts = {result["data"] for result in self.by_key.values()}
+        if len(texts) > 1:
+            raise UsageError(f"{folder}: has results of several texts: {', '.join(sorted(texts))}")
+
+    def get(self, cell: Cell) -> dict[str, Any] | None:
+        """The result of a cell, if it is there."""
+        return self.by_key.get(cell.key(self.scale))
+
+    def path(self, cell: Cell) -> Path:
+        """The file of a cell's result."""
+        return self.folder / f"{cell.key(self.scale)}.json"
+
+    def add(self, cell: Cell, result: dict[str, Any]) -> None:
+        """Keeps a result."""
+        self.by_key[cell.key(self.scale)] = result
+        write(self.path(cell), result)
+
+    def learning_rate(self, row: Row) -> float | None:
+        """The learning rate of a row: the one of the sweep with the lowest loss on the validation
+        split; ``None``: the sweep is not done."""
+        if row.lr is not None:
+            return row.lr
+        cells = sweep_cells(row, self.scale)
+        if not cells:  # one rate, or a row that is not trained
+            return self.scale.learning_rates[0]
+        losses = [self.get(cell) for cell in cells]
+        if not all(losses):
+            return None
+        return min(zip(losses, cells, strict=True), key=lambda pair: valid_loss(pair[0]))[1].lr
+
+
+def valid_loss(result: dict[str, Any] | None) -> float:
+    """Loss on the validation split, base 2, at the end; infinite where it is no number."""
+    assert result is not None
+    loss = result["evaluation"]["valid"]["loss"]
+    return float("inf") if loss is None or loss != loss else loss
+
+
+def missing(cells: Iterable[Cell], results: Results, part: str = "evaluation") -> list[Cell]:
+    """Those that have no such part of a result, each once, in order of seed."""
+    todo = [c for c in dict.fromkeys(cells) if part not in (results.get(c) or {})]
+    return sorted(todo, key=lambda cell: cell.seed)

@@ -1,0 +1,118 @@
+"""Which blocks a model's sparse layers use for which tokens."""
+
+from __future__ import annotations
+
+import math
+from types import TracebackType
+from typing import Any
+
+import torch
+from fairseq.data import Dictionary
+from torch import Tensor, nn
+
+from ..memory import SparseMemory
+
+POSITIONS = 256
+"""Of which the blocks themselves are kept, to compare models."""
+MOST_KEPT = 16
+"""Active blocks, up to which they are."""
+MOST_LISTED = 256
+"""Blocks, up to which the tokens of each are listed."""
+TOP = 8
+"""Tokens listed for a block."""
+
+
+class Routing:
+    """Watches a model's sparse layers while it is open.
+
+    Args:
+        model: a language model.
+        dictionary: of its tokens.
+    """
+
+    def __init__(self, model: nn.Module, dictionary: Dictionary) -> None:
+        self.dictionary = dictionary
+        self.memories = {
+            name.removeprefix("decoder.layers.").removesuffix(".fc1.memory"): module
+            for name, module in model.named_modules()
+            if isinstance(module, SparseMemory)
+        }
+        self.pairs_BV: dict[str, Tensor] = {}
+        """How often each block was used for each token."""
+        self.blocks: dict[str, list[list[int]]] = {name: [] for name in self.memories}
+        self.ids: list[int] = []
+        self.ids_N = torch.empty(0, dtype=torch.int64)
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> Routing:
+        for name, memory in self.memories.items():
+            blocks = memory.config.num_blocks
+            self.pairs_BV[name] = torch.zeros(blocks, len(self.dictionary), dtype=torch.int32)
+
+            def see(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+                self.see(name, output.selection.blocks)
+
+            self.handles.append(memory.register_forward_hook(see))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def tokens(self, ids_BT: Tensor) -> None:
+        """The tokens (batch, time) that the model is about to read."""
+        self.ids_N = ids_BT.t().reshape(-1).cpu()  # layers work on (time, batch)
+        kept = self.ids_N[self.ids_N != self.dictionary.pad()]
+        self.ids += kept[: POSITIONS - len(self.ids)].tolist()
+
+    def see(self, name: str, blocks_NA: Tensor) -> None:
+        """Counts what a layer selected."""
+        real_N = self.ids_N != self.dictionary.pad()
+        blocks_NA, ids_N = blocks_NA.cpu()[real_N], self.ids_N[real_N]
+        types = len(self.dictionary)
+        flat = (blocks_NA * types + ids_N[:, None]).reshape(-1)
+        pairs = self.pairs_BV[name]
+        pairs.view(-1).index_add_(0, flat, torch.ones_like(flat, dtype=pairs.dtype))
+        if blocks_NA.shape[1] <= MOST_KEPT:
+            kept = self.blocks[name]
+            kept += blocks_NA[: POSITIONS - len(kept)].tolist()
+
+    def report(self) -> dict[str, dict[str, Any]]:
+        """What was seen, by layer.
+
+        Returns:
+            ``counts``: uses of each block; ``block_bits``: entropy of a use's block;
+            ``token_bits``: its mutual information with the token id, of the sample, which is the
+            entropy less log2 of the active blocks where the id decides alone; ``top_tokens``: of
+            each block, those whose uses exceed the expected the most; ``blocks``: those selected at
+            the first positions, whose tokens are ``positions``. The last two are empty where there
+            are too many.
+        """
+        report = {}
+        for name, pairs_BV in self.pairs_BV.items():
+            joint = pairs_BV.double() / pairs_BV.sum().clamp(min=1)
+            block_B, token_V = joint.sum(1), joint.sum(0)
+            expected = block_B[:, None] * token_V[None, :]
+            used = joint > 0
+            bits = (joint[used] * (joint[used] / expected[used]).log2()).sum()
+            top: list[list[str]] = []
+            if len(pairs_BV) <= MOST_LISTED:
+                surplus, ids = (joint - expected).topk(TOP)
+                top = [
+                    [self.dictionary[i] for i, more in zip(row, extra, strict=True) if more > 0]
+                    for row, extra in zip(ids.tolist(), surplus.tolist(), strict=True)
+                ]
+            report[name] = {
+                "counts": pairs_BV.sum(1).tolist(),
+                "block_bits": round(float(torch.special.entr(block_B).sum()) / math.log(2), 4),
+                "token_bits": round(float(bits), 4),
+                "top_tokens": top,
+                "blocks": self.blocks[name],
+                "positions": self.ids if self.blocks[name] else [],
+            }
+        return report

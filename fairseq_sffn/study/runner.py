@@ -1,0 +1,336 @@
+"""Trains and evaluates the cells of a table that have no result yet."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fairseq
+import torch
+from fairseq import checkpoint_utils
+from fairseq.data import Dictionary
+
+from ..errors import UsageError
+from .plan import Cell, Launcher, Scale, domains_of, train_arguments
+from .results import Results, curve, log_records
+
+PLUGIN = Path(__file__).parents[1]
+SPLITS = ("valid", "test")
+
+
+def fingerprint(scale: Scale) -> str:
+    """Of the text: the binarised splits in and out of domain, and the dictionary.
+
+    Raises:
+        UsageError: there is no such text, or it has another dictionary than the scale says.
+    """
+    data = Path(scale.data)
+    files = [data / "dict.txt", *(data / f"{split}.bin" for split in ("train", *SPLITS))]
+    if not Path(scale.domains).is_dir():
+        raise UsageError(f"{scale.domains}: there is no such folder; see examples/data/README.md")
+    files += [domain / "test.bin" for domain in domains_of(scale)]
+    digest = hashlib.sha256()
+    for path in files:
+        if not path.exists():
+            raise UsageError(f"{path}: is missing; see examples/data/README.md")
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    if (types := len(Dictionary.load(str(files[0])))) != scale.dictionary:
+        raise UsageError(
+            f"dictionary {scale.dictionary} of scale {scale.name}: {files[0]} has {types} types"
+        )
+    return digest.hexdigest()[:12]
+
+
+@dataclass
+class Runner:
+    """Trains cells in processes of their own, several at a time.
+
+    Args:
+        scale: see :class:`Scale`.
+        launcher: that starts a training.
+        results: where results go.
+        work: folder for logs and checkpoints.
+        jobs: trainings at a time.
+        say: prints a line.
+    """
+
+    scale: Scale
+    launcher: Launcher
+    results: Results
+    work: Path
+    data: str
+    jobs: int
+    say: Callable[[str], None]
+    children: set[subprocess.Popen[str]] = field(default_factory=set)
+    running: set[Cell] = field(default_factory=set)
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+    def run(self, cells: Sequence[Cell], sweep: bool, zero_shot: bool = False) -> None:
+        """Brings all cells to their end.
+
+        Args:
+            cells: without results.
+            sweep: evaluate on the validation split alone, and keep no model.
+            zero_shot: evaluate zero-shot tasks too.
+
+        Raises:
+            UsageError: a training failed; the others that run are stopped, and go on at the next
+                call where they were.
+        """
+        start = time.monotonic()
+        total = sum(cell.expected_seconds(self.scale) for cell in cells)
+        done = 0.0
+        with ThreadPoolExecutor(self.jobs) as pool:
+            futures = {pool.submit(self.finish, cell, sweep, zero_shot): cell for cell in cells}
+            waiting = set(futures)
+            try:
+                while waiting:
+                    ended, waiting = wait(waiting, timeout=60, return_when=FIRST_COMPLETED)
+                    for future in ended:
+                        future.result()
+                        done += futures[future].expected_seconds(self.scale)
+                        left = (time.monotonic() - start) * (total - done) / max(done, 1e-9)
+                        name = futures[future].key(self.scale)
+                        self.say(
+                            f"{len(cells) - len(waiting)}/{len(cells)} {name} done, "
+                            f"{left / 60:.0f} minutes left"
+                        )
+                    if not ended:
+                        self.say("; ".join(self.progress()))
+            except BaseException:
+                self.stop()
+                for future in waiting:
+                    future.cancel()
+                raise
+
+    def stop(self) -> None:
+        """Ends all processes."""
+        self.stopping.set()
+        for child in list(self.children):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGTERM)
+
+    def progress(self) -> Iterable[str]:
+        """A line on each training that runs."""
+        for cell in sorted(self.running, key=lambda cell: cell.key(self.scale)):
+            log = self.folder(cell) / "train.log"
+            if log.exists():
+                records = log_records(log)
+                last = records[-1][1] if records else {"num_updates": 0, "loss": float("nan")}
+                where = f"{last['num_updates']:.0f}/{cell.updates}"
+                yield f"{cell.key(self.scale)} {where} loss {last['loss']:.3f}"
+
+    def folder(self, cell: Cell) -> Path:
+        """Of a cell's logs and checkpoints."""
+        return self.work / cell.key(self.scale)
+
+    def finish(self, cell: Cell, sweep: bool, zero_shot: bool) -> None:
+        """Trains a cell, or goes on with it, evaluates it and keeps the result."""
+        self.running.add(cell)
+        try:
+            self.bring_to_end(cell, sweep, zero_shot)
+        finally:
+            self.running.discard(cell)
+
+    def bring_to_end(self, cell: Cell, sweep: bool, zero_shot: bool) -> None:
+        """See :meth:`finish`."""
+        folder = self.folder(cell)
+        checkpoint = folder / "checkpoints" / "checkpoint_last.pt"
+        folder.mkdir(parents=True, exist_ok=True)
+        diverged = not self.train(cell)
+        result = self.describe(cell)
+        if diverged:
+            result |= {"evaluation": {"valid": {"loss": None}}, "routing": {}}
+        else:
+            drop_optimizer(checkpoint)
+            result |= self.evaluate(checkpoint, sweep)
+            if zero_shot:
+                result["zero_shot"] = self.zero_shot(checkpoint)
+        self.results.add(cell, result)
+        if sweep:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            if not diverged:  # a row may ask for this training, and its model
+                (folder / "trained").unlink()
+
+    def train(self, cell: Cell) -> bool:
+        """Trains a cell to its end; whether it got there, rather than to numbers that are none."""
+        folder = self.folder(cell)
+        trained = folder / "trained"
+        if trained.exists():
+            return trained.read_text() == "trained"
+        save_dir = str(folder / "checkpoints")
+        arguments = train_arguments(
+            cell, self.scale, self.launcher, self.scale.data, save_dir, str(PLUGIN)
+        )
+        command = [*python("fairseq_cli.train"), *arguments]
+        if self.launcher.command:
+            launched = [os.path.expandvars(word) for word in shlex.split(self.launcher.command)]
+            command = [*launched, "-m", "fairseq_cli.train", *arguments]
+        log = folder / "train.log"
+        with log.open("a", encoding="utf-8") as out:
+            code = self.call(command, stdout=out, stderr=subprocess.STDOUT)
+        outcome = "trained"
+        if code:
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+            if not any("FloatingPointError" in line for line in lines[-50:]):
+                raise UsageError(f"{log}: training failed: {lines[-1]}")
+            outcome = "diverged"
+        trained.write_text(outcome)
+        return not code
+
+    def evaluate(self, checkpoint: Path, sweep: bool) -> dict[str, Any]:
+        """Perplexity in and out of domain, and the routing on the validation split."""
+        sets = {"valid": f"{self.scale.data}:valid"}
+        if not sweep:
+            sets["test"] = f"{self.scale.data}:test"
+            sets |= {domain.name: f"{domain}:test" for domain in domains_of(self.scale)}
+        routing = [] if sweep else ["--routing", sets["valid"]]
+        flags = ["--tokens-per-sample", str(self.scale.tokens_per_sample), "--max-tokens", "8192"]
+        found = self.tool("evaluate", checkpoint, *sets.values(), *routing, *flags, *self.device())
+        evaluation = {name: found["sets"][path] for name, path in sets.items()}
+        return {"evaluation": evaluation, **({} if sweep else {"routing": found["routing"]})}
+
+    def zero_shot(self, checkpoint: Path) -> dict[str, Any]:
+        """Accuracy on the tasks."""
+        flags = ["--data", self.scale.data, "--requests", self.scale.requests]
+        flags += shlex.split(self.scale.encoder)
+        return self.tool("zero-shot", checkpoint, *flags, *self.device())
+
+    def device(self) -> list[str]:
+        """Flags of where evaluation runs."""
+        return ["--cpu"] if "--cpu" in shlex.split(self.scale.flags) else []
+
+    def tool(self, name: str, checkpoint: Path, *flags: str) -> dict[str, Any]:
+        """What a subcommand of ``fairseq-sffn`` finds."""
+        out = checkpoint.parents[1] / f"{name}.json"
+        errors = out.with_suffix(".log")
+        command = [*python("fairseq_sffn"), name, str(checkpoint), *flags, "--json"]
+        with out.open("w") as stdout, errors.open("w") as stderr:
+            code = self.call(command, stdout=stdout, stderr=stderr)
+        if code:
+            lines = errors.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+            raise UsageError(f"{errors}: fairseq-sffn {name} failed: {lines[-1]}")
+        return last_json(out.read_text())
+
+    def call(self, command: list[str], **streams: Any) -> int:
+        """Runs a process to its end, unless all are to stop."""
+        if self.stopping.is_set():
+            raise UsageError("stopped")
+        environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+        if not self.launcher.command:
+            environment["OMP_NUM_THREADS"] = "1"
+        child = subprocess.Popen(
+            command, **streams, text=True, env=environment, start_new_session=True
+        )
+        self.children.add(child)
+        try:
+            code = child.wait()
+        finally:
+            self.children.discard(child)
+        if self.stopping.is_set():
+            raise UsageError("stopped")
+        return code
+
+    def describe(self, cell: Cell) -> dict[str, Any]:
+        """All that is known of a training but its evaluation."""
+        arguments = train_arguments(
+            cell, self.scale, self.launcher, self.scale.data, "CHECKPOINTS", PLUGIN.name
+        )
+        settings = cell.settings(self.scale)
+        return {
+            **settings,
+            "data": self.data,
+            "command": shlex.join([*self.launcher.command.split(), "fairseq-train", *arguments]),
+            "versions": versions(),
+            "machine": machine(),
+            "training": curve(self.folder(cell) / "train.log"),
+        }
+
+
+def submit(
+    cells: Iterable[Cell], scale: Scale, launcher: Launcher, work: Path, again: Sequence[str]
+) -> Iterable[str]:
+    """Hands trainings to a batch system, a script each, which comes back here for its cell alone.
+
+    Args:
+        again: the command line that the scripts run, but for ``--only KEY``.
+    """
+    for cell in cells:
+        key = cell.key(scale)
+        script = work / key / "job.sh"
+        script.parent.mkdir(parents=True, exist_ok=True)
+        name = f"#SBATCH --job-name {key}"
+        command = shlex.join([*python("fairseq_sffn"), *again, "--only", key])
+        script.write_text("\n".join(["#!/bin/bash", name, *launcher.header, command]) + "\n")
+        done = subprocess.run(
+            [*shlex.split(launcher.submit), str(script)], capture_output=True, text=True
+        )
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [""])[-1]
+            raise UsageError(f"{launcher.submit} {script}: {reason}")
+        yield f"{key}: {done.stdout.strip()}"
+
+
+def last_json(text: str) -> dict[str, Any]:
+    """The object that ends a text, after lines that libraries printed."""
+    lines = text.splitlines()
+    start = max(i for i, line in enumerate(lines) if line.startswith("{"))
+    return json.loads("\n".join(lines[start:]))
+
+
+def python(module: str) -> list[str]:
+    """The command line that runs a module."""
+    return [sys.executable, "-W", "ignore", "-m", module]
+
+
+def drop_optimizer(checkpoint: Path) -> None:
+    """Leaves the model alone of all that a training keeps. A checkpoint in parts stays as it is."""
+    for path in checkpoint.parent.glob("checkpoint*.pt"):
+        if path != checkpoint:
+            path.unlink()
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if "last_optimizer_state" in state:
+        state["last_optimizer_state"] = None
+        checkpoint_utils.torch_persistent_save(state, str(checkpoint))
+
+
+def versions() -> dict[str, str]:
+    """Of what was run."""
+    commit = subprocess.run(
+        ["git", "-C", str(PLUGIN), "describe", "--always", "--dirty", "--abbrev=10"],
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fairseq": fairseq.__version__,
+        "fairseq_sffn": commit,
+    }
+
+
+def machine() -> str:
+    """The processor, or the GPU."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return f"{len(names)} cores of {names[0] if names else platform.processor()}"

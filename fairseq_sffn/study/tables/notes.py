@@ -1,0 +1,44 @@
+"""Sentences below a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..outcomes import Outcome, count_missing
+from ..plan import Table
+from .part import text
+
+
+def seeds_note(outcomes: Sequence[Outcome]) -> str:
+    """How many seeds there are, and what ± is."""
+    counts = {len(o.row.seeds) for o in outcomes}
+    if counts == {1}:
+        return "One seed: no deviation is known."
+    only = max(counts)
+    if len(counts) == 1:
+        return f"Mean ± standard deviation of {only} seeds."
+    return f"Mean ± standard deviation of up to {only} seeds; where there is no ±, one seed."
+
+
+def gaps_notes(outcomes: Sequence[Outcome]) -> list[str]:
+    """What is not there, and why."""
+    gone, all_ = count_missing(outcomes)
+    notes = [f"{gone} of {all_} trainings are missing."] if gone else []
+    if gone and any(0 < len(o.results) < len(o.cells) for o in outcomes):
+        notes.append("Rows with some of their seeds missing are of the others.")
+    for o in outcomes:
+        if o.diverged:
+            seeds = ", ".join(map(str, o.diverged))
+            notes.append(f"{text(o.row.label)} diverged (seed {seeds}).")
+    return notes
+
+
+def speed_note(outcomes: Sequence[Outcome]) -> str:
+    """What tokens/s are of."""
+    machines = dict.fromkeys(r["machine"] for o in outcomes for r in o.good.values())
+    return f"Speed beside other trainings, on {' or '.join(machines)}." if machines else ""
+
+
+def note_of(table: Table) -> list[str]:
+    """The table's own."""
+    return [table.note] if table.note else []

@@ -1,0 +1,97 @@
+"""What stands in one place of a document: a table in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..statistics import Summary
+
+Value = str | int | float | Summary | None
+Show = Callable[[Any], str]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What stands in one place of a document.
+
+    Attributes:
+        columns: heading -> how its values are written.
+        rows: heading -> value; ``None``, or no value: an empty cell.
+        notes: sentences below.
+        title: above.
+    """
+
+    columns: Mapping[str, Show]
+    rows: Sequence[Mapping[str, Value]]
+    notes: Sequence[str] = field(default=())
+    title: str = ""
+
+    def markdown(self) -> str:
+        """Title, table and notes."""
+        head = list(self.columns)
+        rule = ["---", *["---:"] * (len(head) - 1)]
+        if all(isinstance(row.get(head[-1]), str) for row in self.rows):
+            rule[-1] = "---"
+        body = [
+            [
+                "" if row.get(name) is None else show(row[name])
+                for name, show in self.columns.items()
+            ]
+            for row in self.rows
+        ]
+        lines = "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
+        title = f"**{self.title}**" if self.title else ""
+        return "\n\n".join(filter(None, [title, lines, " ".join(self.notes)]))
+
+
+Parts = dict[str, list[Part]]
+"""What a table consists of, by the names of its blocks in documents; ``""`` is the table itself."""
+
+
+def render(parts: Sequence[Part]) -> str:
+    """All parts of a block."""
+    return "\n\n".join(part.markdown() for part in parts)
+
+
+# How values are written
+
+
+def text(value: str) -> str:
+    """A word that is no Markdown by accident. Underscores within words are none."""
+    for special in ("\\", "|", "*", "`", "<", "["):
+        value = value.replace(special, "\\" + special)
+    return value
+
+
+def code(value: str) -> str:
+    """A word as code, whatever it has in it."""
+    fence = "``" if "`" in value else "`"
+    pad = " " if "`" in value else ""
+    return f"{fence}{pad}{value}{pad}{fence}".replace("|", "\\|")
+
+
+def whole(value: float) -> str:
+    """A count."""
+    return f"{value:,.0f}"
+
+
+def percent(value: float) -> str:
+    """A share, with its sign."""
+    return f"{value:+.2%}"
+
+
+def plain(value: float) -> str:
+    """A number that was typed by a person."""
+    return f"{value:g}"
+
+
+def summary(digits: int) -> Show:
+    """Mean ± standard deviation, or the mean where there is no deviation."""
+
+    def show(value: Summary) -> str:
+        sd = "" if value.sd is None else f" ± {value.sd:,.{digits}f}"
+        return f"{value.mean:,.{digits}f}{sd}"
+
+    return show

@@ -1,0 +1,93 @@
+"""Perplexities of rows, in and out of domain."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from ..outcomes import Outcome, Study
+from ..plan import Table
+from ..statistics import summarize
+from .notes import gaps_notes, note_of, seeds_note, speed_note
+from .part import Part, Parts, Show, Value, plain, summary, text, whole
+
+PREFIXES = {1e12: "TFLOPs", 1e15: "PFLOPs", 1e18: "EFLOPs", 1e21: "ZFLOPs"}
+
+
+def flops_unit(largest: float) -> tuple[float, str]:
+    """The unit in which the largest of some FLOPs is a number above 1."""
+    fitting = [unit for unit in PREFIXES if unit <= largest] or [min(PREFIXES)]
+    return fitting[-1], PREFIXES[fitting[-1]]
+
+
+def perplexity(study: Study, table: Table) -> Parts:
+    """Perplexities of rows, in and out of domain."""
+    outcomes = study.outcomes(table)
+    columns, rows = perplexity_columns(study, outcomes)
+    notes = [seeds_note(outcomes), *gaps_notes(outcomes), speed_note(outcomes), *note_of(table)]
+    part = Part(columns, rows, list(filter(None, notes)))
+    return {
+        "": [part],
+        "domains": [domains(outcomes)],
+        "learning_rates": [learning_rates(study, table)],
+    }
+
+
+def perplexity_columns(
+    study: Study, outcomes: Sequence[Outcome]
+) -> tuple[dict[str, Show], list[dict[str, Value]]]:
+    """The columns that tables of perplexity have in common, and their values."""
+    flops = [study.training_flops(o) for o in outcomes]
+    unit, name = flops_unit(max(flops))
+    columns: dict[str, Show] = {
+        "model": text,
+        "parameters": whole,
+        f"training {name}": "{:,.4g}".format,
+        "lr": plain,
+        "valid ppl": summary(2),
+        "test ppl": summary(2),
+        "out-of-domain ppl": summary(2),
+        "tokens/s": whole,
+    }
+    rows = []
+    for o, used in zip(outcomes, flops, strict=True):
+        speeds = [r["training"]["tokens_per_second"] for r in o.good.values()]
+        values: tuple[Value, ...] = (
+            *(o.row.label, study.model(o.row).cost["params"], used / unit, o.lr),
+            summarize(o.perplexity("valid").values()),
+            summarize(o.perplexity("test").values()),
+            summarize(o.out_of_domain().values()),
+            statistics.median(speeds) if speeds else None,
+        )
+        rows.append(dict(zip(columns, values, strict=True)))
+    return columns, rows
+
+
+def learning_rates(study: Study, table: Table) -> Part:
+    """Perplexity on validation of the short trainings that choose a method's learning rate."""
+    rates = study.scale.learning_rates
+    columns: dict[str, Show] = {"model": text, **{plain(rate): str for rate in rates}}
+    rows = []
+    for label, found in study.sweeps(table).items():
+        best = min(found, key=found.__getitem__) if len(found) == len(rates) else None
+        shown = {
+            rate: f"{ppl:,.1f}" if ppl < math.inf else "diverged" for rate, ppl in found.items()
+        }
+        cells = {plain(r): f"**{s}**" if r == best else s for r, s in shown.items()}
+        rows.append({"model": label, **cells})
+    updates = max(1, round(study.scale.sweep_share * study.scale.updates))
+    note = f"Validation perplexity after {updates} updates, one seed; bold: the rate that is used."
+    return Part(columns, rows, [note])
+
+
+def domains(outcomes: Sequence[Outcome]) -> Part:
+    """Perplexity on each set out of domain."""
+    names = list(dict.fromkeys(name for o in outcomes for name in o.domains))
+    columns: dict[str, Show] = {"model": text, **{name: summary(2) for name in names}}
+    rows = [
+        {"model": o.row.label}
+        | {name: summarize(o.perplexity(name).values()) for name in names if name in o.domains}
+        for o in outcomes
+    ]
+    return Part(columns, rows, [seeds_note(outcomes), *gaps_notes(outcomes)])

@@ -1,0 +1,132 @@
+"""How the blocks of each layer are used, and for which tokens."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ...memory import usage
+from ..outcomes import Outcome, Study
+from ..plan import Table
+from ..statistics import correlation, same_token, shared_blocks, summarize
+from .notes import gaps_notes, note_of, seeds_note
+from .part import Part, Parts, Show, Value, code, summary, text, whole
+
+LISTED_BLOCKS = 3
+
+
+def routing(study: Study, table: Table) -> Parts:
+    """How each layer's blocks are used, and for which tokens."""
+    outcomes = study.outcomes(table)
+    columns: dict[str, Show] = {
+        "model": text,
+        "layer": str,
+        "most loaded / mean": summary(2),
+        "unused blocks": summary(1),
+        "block bits": summary(2),
+        "token decides": summary(2),
+        "overlap of seeds": summary(2),
+        "overlap with tokens": summary(2),
+    }
+    rows = [
+        dict(zip(columns, (o.row.label, layer, *layer_values(study, o, layer)), strict=True))
+        for o in outcomes
+        for layer in layers_of(o)
+    ]
+    notes = [
+        seeds_note(outcomes),
+        "Block bits: entropy of the block of a use. Token decides: how much of it the token id "
+        "tells, 1 where it decides alone: mutual information over the most that there can be, "
+        "block bits - log2 of the active blocks (of the validation split, where an id that occurs "
+        "once seems to decide). Blocks have no numbering that seeds share, so selections are "
+        "compared by pairs of positions: how many blocks two positions share. Overlap of seeds is "
+        "the correlation of these shares between two seeds (mean ± standard deviation of the "
+        "pairs of seeds), 1 where they put the same positions together; overlap with tokens is "
+        "their correlation with whether the two positions have the same token.",
+        *gaps_notes(outcomes),
+        *note_of(table),
+    ]
+    return {"": [Part(columns, rows, notes)], "blocks": [example_blocks(outcomes)]}
+
+
+def layers_of(outcome: Outcome) -> list[str]:
+    """Names of the layers whose routing is known."""
+    return list(dict.fromkeys(name for r in outcome.good.values() for name in r["routing"]))
+
+
+def layer_values(study: Study, outcome: Outcome, layer: str) -> list[Value]:
+    """The figures of a layer."""
+    memory = study.model(outcome.row).memory
+    assert memory is not None
+    found = [result["routing"][layer] for result in outcome.good.values()]
+    counts = [torch.tensor(f["counts"]) for f in found]
+    shares = [token_share(f, memory.active_blocks) for f in found]
+    alike = [shared_blocks(f["blocks"]) for f in found if f["blocks"]]
+    positions = [f["positions"] for f in found if f["blocks"]]
+    seeds = [
+        correlation(alike[i], alike[j])
+        for i, j in itertools.combinations(range(len(alike)), 2)
+        if positions[i] == positions[j]
+    ]
+    tokens = [correlation(a, same_token(p)) for a, p in zip(alike, positions, strict=True)]
+    return [
+        summarize(map(usage.load_max, counts)),
+        summarize(map(usage.unused_blocks, counts)),
+        summarize(f["block_bits"] for f in found),
+        summarize(known(shares)),
+        summarize(known(seeds)),
+        summarize(known(tokens)),
+    ]
+
+
+def token_share(layer: Mapping[str, Any], active_blocks: int) -> float | None:
+    """How much of a use's block the token id tells, of what it could at most: even where it decides
+    a token's blocks, it leaves open which of them a use is. ``None``: nothing is to be told."""
+    most = layer["block_bits"] - math.log2(active_blocks)
+    return layer["token_bits"] / most if most > 1e-3 else None
+
+
+def known(values: Iterable[float | None]) -> list[float]:
+    """Those that are numbers."""
+    return [value for value in values if value is not None]
+
+
+def example_blocks(outcomes: Sequence[Outcome]) -> Part:
+    """The tokens of some blocks of each layer, of the first seed."""
+    columns: dict[str, Show] = {
+        "model": text,
+        "layer": str,
+        "block": whole,
+        "load / mean": "{:.1f}".format,
+        "tokens": str,
+    }
+    rows = []
+    for o in outcomes:
+        for layer in layers_of(o):
+            found = o.good[min(o.good)]["routing"][layer]
+            for block, load_, tokens_ in most_loaded(found):
+                shown = " ".join(map(code, tokens_))
+                values: tuple[Value, ...] = (o.row.label, layer, block, load_, shown)
+                rows.append(dict(zip(columns, values, strict=True)))
+    note = (
+        f"The {LISTED_BLOCKS} most loaded blocks of each layer, first seed, validation split: the "
+        "tokens that use the block most often beyond what its load and theirs would give."
+    )
+    return Part(columns, rows, [note])
+
+
+def most_loaded(layer: Mapping[str, Any]) -> list[tuple[int, float, list[str]]]:
+    """Number, load over mean and top tokens of the most loaded blocks; the lower number first where
+    loads are alike. Empty where tokens were not listed."""
+    counts, top = layer["counts"], layer["top_tokens"]
+    mean = sum(counts) / len(counts)
+    order = sorted(range(len(counts)), key=lambda block: (-counts[block], block))
+    return [
+        (block, counts[block] / mean, top[block])
+        for block in order[:LISTED_BLOCKS]
+        if top and counts[block]
+    ]

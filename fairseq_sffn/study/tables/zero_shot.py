@@ -1,0 +1,114 @@
+"""Accuracy on zero-shot tasks."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..outcomes import Outcome, Study
+from ..plan import Table
+from ..statistics import Summary
+from .notes import gaps_notes, note_of
+from .part import Part, Parts, Show, Value, summary, text
+
+
+def zero_shot(study: Study, table: Table) -> Parts:
+    """Accuracy on tasks, of the first seed of each row."""
+    outcomes = study.outcomes(table)
+    found = {o.row.label: tasks(o) for o in outcomes}
+    known = {name: task for of_row in found.values() for name, task in of_row.items()}
+    columns: dict[str, Show] = {
+        "model": text,
+        **{name: summary(1) for name in known},
+        "mean": "{:.1f}".format,
+    }
+    rows = [accuracies(o.row.label, found[o.row.label]) for o in outcomes]
+    chance = {name: replace(task, accuracy=task.random, error=None) for name, task in known.items()}
+    rows.append(accuracies("random", chance))
+    notes = [
+        "Accuracy in % ± standard error, by the likelihood of a character of each answer; of "
+        "tasks without answers to choose from, by the likeliest word.",
+        documents_note(known.values()),
+        above_chance(found),
+        *gaps_notes(outcomes),
+        *note_of(table),
+    ]
+    return {"": [Part(columns, rows, list(filter(None, notes)))]}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What was found on a zero-shot task.
+
+    Attributes:
+        documents: of the task.
+        accuracy: with likelihoods normalised by length, where there are choices.
+        error: its standard error; ``None``: not known.
+        random: accuracy of guesses.
+    """
+
+    documents: int
+    accuracy: float
+    error: float | None
+    random: float
+
+    @property
+    def apart(self) -> bool:
+        """Whether it differs from random by more than two standard errors."""
+        return self.error is not None and abs(self.accuracy - self.random) > 2 * self.error
+
+
+def tasks(outcome: Outcome) -> dict[str, Task]:
+    """Name -> what was found, of the first seed that is there."""
+    if not outcome.good:
+        return {}
+    found = outcome.good[min(outcome.good)]["zero_shot"]["tasks"]
+    return {task["task"]: read_task(task) for task in found}
+
+
+def read_task(task: Mapping[str, Any]) -> Task:
+    """A task as ``fairseq-sffn zero-shot --json`` has it."""
+    kind = "" if task["accuracy_norm"] is None else "_norm"
+    accuracy, error = task[f"accuracy{kind}"], task[f"standard_error{kind}"]
+    return Task(task["documents"], accuracy, error, task["random"])
+
+
+def accuracies(label: str, found: Mapping[str, Task]) -> dict[str, Value]:
+    """A row: accuracies in %, and their mean."""
+    row: dict[str, Value] = {"model": label}
+    for name, task in found.items():
+        error = None if task.error is None else 100 * task.error
+        row[name] = Summary(100 * task.accuracy, error, task.documents)
+    if found:
+        row["mean"] = 100 * statistics.fmean(task.accuracy for task in found.values())
+    return row
+
+
+def documents_note(found: Iterable[Task]) -> str:
+    """How many documents there are."""
+    counts = [task.documents for task in found]
+    if not counts:
+        return ""
+    least, most = f"{min(counts):,}", f"{max(counts):,}"
+    return f"{most if least == most else f'{least} to {most}'} documents a task."
+
+
+def above_chance(found: Mapping[str, Mapping[str, Task]]) -> str:
+    """Which accuracies differ from random."""
+    apart = [
+        f"{text(label)} on {text(name)} ({100 * (task.accuracy - task.random):+.1f})"
+        for label, of_row in found.items()
+        for name, task in of_row.items()
+        if task.apart
+    ]
+    checks = sum(map(len, found.values()))
+    if not checks:
+        return ""
+    if not apart:
+        return f"None of the {checks} accuracies is more than two standard errors from random."
+    return (
+        f"{len(apart)} of the {checks} accuracies are more than two standard errors from random "
+        f"({0.0455 * checks:.0f} would be by chance): {', '.join(apart)}."
+    )

@@ -1,0 +1,145 @@
+"""Perplexity of a language model on several data sets, and how it uses its blocks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq import checkpoint_utils, options, tasks, utils
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq_cli import eval_lm
+
+from ..compat import check_checkpoint
+from ..errors import UsageError
+from ..study.routing import Routing
+from .cost import align
+
+PLUGIN = Path(__file__).parents[1]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    parser.add_argument("checkpoint", help="as for fairseq-eval-lm --path")
+    parser.add_argument(
+        "sets",
+        nargs="+",
+        metavar="FOLDER:SPLIT",
+        help="folders made by fairseq-preprocess, each with the split to evaluate, as in "
+        "DATA-BIN:valid DATA-BIN:test",
+    )
+    parser.add_argument(
+        "--routing", metavar="FOLDER:SPLIT", help="a set on which to tell how blocks are used"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.epilog = (
+        "Every other flag is fairseq-eval-lm's, such as --cpu --tokens-per-sample 128 "
+        "--batch-size 32. Losses are in bits a token."
+    )
+    parser.set_defaults(other_flags=[])
+
+
+def run(args: argparse.Namespace) -> str:
+    """What the command prints.
+
+    Raises:
+        UsageError: names what cannot be read.
+    """
+    check_checkpoint(args.checkpoint)
+    sets = {name: split_name(name) for name in [*args.sets, *filter(None, [args.routing])]}
+    for name, (folder, split) in sets.items():
+        if not (folder / f"{split}.idx").exists():
+            raise UsageError(f"{name}: there is no {folder / split}.idx")
+    report: dict[str, Any] = {"checkpoint": args.checkpoint, "sets": {}}
+    for name in args.sets:
+        print(f"evaluating {name}", file=sys.stderr, flush=True)
+        report["sets"][name] = perplexity(args.checkpoint, *sets[name], args.other_flags)
+    if args.routing:
+        report["routing"] = routing(args.checkpoint, *sets[args.routing], args.other_flags)
+    return json.dumps(report) if args.json else format_report(report)
+
+
+def split_name(name: str) -> tuple[Path, str]:
+    """Folder and split of a set.
+
+    Raises:
+        UsageError: it is not of that form.
+    """
+    folder, colon, split = name.rpartition(":")
+    if not (folder and colon and split):
+        raise UsageError(f"{name}: must be FOLDER:SPLIT, as in DATA-BIN:test")
+    return Path(folder), split
+
+
+def configuration(checkpoint: str, folder: Path, split: str, flags: list[str]) -> Any:
+    """That of ``fairseq-eval-lm``."""
+    parser = options.get_eval_lm_parser()
+    words = [str(folder), "--user-dir", str(PLUGIN), "--path", checkpoint, "--gen-subset", split]
+    parsed = options.parse_args_and_arch(parser, [*words, "--no-progress-bar", *flags])
+    return convert_namespace_to_omegaconf(parsed)
+
+
+def perplexity(checkpoint: str, folder: Path, split: str, flags: list[str]) -> dict[str, float]:
+    """What ``fairseq-eval-lm`` finds, and how many tokens there are.
+
+    Returns:
+        ``loss`` in bits a token, ``perplexity``, ``tokens``.
+    """
+    cfg = configuration(checkpoint, folder, split, flags)
+    logging.disable(logging.INFO)
+    try:
+        found = eval_lm.main(cfg)
+        task = tasks.setup_task(cfg.task)
+        task.load_dataset(split)
+    finally:
+        logging.disable(logging.NOTSET)
+    loss = float(found["loss"])
+    tokens = int(task.dataset(split).sizes.sum(dtype="int64"))  # they are of a small type
+    return {"loss": loss, "perplexity": float(2**loss), "tokens": tokens}
+
+
+def routing(checkpoint: str, folder: Path, split: str, flags: list[str]) -> dict[str, Any]:
+    """How the sparse layers of a model use their blocks; see :class:`Routing`. Empty where it has
+    none."""
+    cfg = configuration(checkpoint, folder, split, flags)
+    task = tasks.setup_task(cfg.task)
+    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([checkpoint], task=task)
+    cuda = torch.cuda.is_available() and not cfg.common.cpu
+    model = (model.cuda() if cuda else model).eval()
+    task.load_dataset(split)
+    batches = task.eval_lm_dataloader(
+        dataset=task.dataset(split),
+        max_tokens=cfg.dataset.max_tokens or 36000,
+        batch_size=cfg.dataset.batch_size,
+        max_positions=utils.resolve_max_positions(model.max_positions()),
+    )
+    with torch.no_grad(), Routing(model, task.source_dictionary) as seen:
+        for sample in batches:
+            sample = utils.move_to_cuda(sample) if cuda else sample
+            seen.tokens(sample["net_input"]["src_tokens"])
+            model(**sample["net_input"])
+    return seen.report()
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """Tables for a person."""
+    rows = [["", "tokens", "bits/token", "perplexity"]]
+    for name, found in report["sets"].items():
+        loss = found["loss"]
+        shown = f"{found['perplexity']:.2f}" if math.isfinite(loss) else "inf"
+        rows.append([name, f"{found['tokens']:,}", f"{loss:.4f}", shown])
+    lines = align(rows)
+    if layers := report.get("routing"):
+        table = [["layer", "blocks", "most loaded / mean", "unused", "bits of token / of block"]]
+        for name, layer in layers.items():
+            share = f"{layer['token_bits']:.2f} / {layer['block_bits']:.2f}"
+            counts = layer["counts"]
+            load = f"{max(counts) * len(counts) / max(sum(counts), 1):.2f}"
+            table.append([name, f"{len(counts):,}", load, f"{counts.count(0):,}", share])
+        lines += ["", *align(table)]
+    return "\n".join(lines)

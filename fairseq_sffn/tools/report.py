@@ -1,0 +1,223 @@
+"""Renders a study's tables, figures and claims from its results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ..errors import UsageError
+from ..study import claims
+from ..study.outcomes import Study
+from ..study.pages import fill
+from ..study.plan import Table, load_scale, load_table
+from ..study.results import Results
+from ..study.tables import KINDS
+from ..study.tables.part import Parts, render
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    parser.add_argument("study", type=Path, help="folder of TOML files, one a table")
+    parser.add_argument("--scale", type=Path, required=True, help="TOML file of the scale")
+    parser.add_argument(
+        "--results", type=Path, help="folder of the JSON files (default: STUDY/results/SCALE)"
+    )
+    parser.add_argument(
+        "--write",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE.md",
+        help="files in which what stands between the lines '<!-- report: BLOCK -->' and "
+        "'<!-- end -->' is replaced; BLOCK is TABLE, or TABLE.PART, where parts are claims, "
+        "figure and what the table's kind has besides, such as domains",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="change nothing, and fail where --write would change a file",
+    )
+    parser.add_argument("--no-figures", action="store_true", help="leave the PNG files as they are")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+@dataclass
+class Report:
+    """What a study's results are rendered as.
+
+    Attributes:
+        study: of the results.
+        folder: of the study.
+        parts: name of a table -> its parts.
+        done: names of the tables that have results, or need none.
+        verdicts: name of a table -> the verdicts on its claims.
+    """
+
+    study: Study
+    folder: Path
+    parts: dict[str, Parts] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
+    verdicts: dict[str, list[claims.Verdict]] = field(default_factory=dict)
+
+    def figure(self, table: Table) -> Path:
+        """The file of a table's figure."""
+        return self.folder / "figures" / self.study.scale.name / f"{table.name}.png"
+
+    def markdown(self, table: Table, part: str, beside: Path) -> str:
+        """A part of a table.
+
+        Args:
+            table: of the study.
+            part: ``""``, the table itself, ``claims``, ``figure``, or another one that it has.
+            beside: folder of the document, from which links go.
+
+        Raises:
+            UsageError: it has no such part.
+        """
+        parts = self.parts[table.name]
+        known = {*parts, *(["claims"] if table.claims else []), *(["figure"] * bool(table.figure))}
+        if part not in known:
+            names = ", ".join(".".join(filter(None, [table.name, name])) for name in sorted(known))
+            raise UsageError(f"{table.name}.{part}: is none of {names}")
+        if part == "claims":
+            return claims.markdown(self.verdicts[table.name])
+        if part == "figure":
+            if table.name not in self.done:
+                return ""
+            link = os.path.relpath(self.figure(table), beside)
+            return f"![{table.title}]({Path(link).as_posix()})"
+        return render(parts[part])
+
+    def block(self, name: str, beside: Path) -> str:
+        """What belongs into a block of a document.
+
+        Raises:
+            UsageError: there is no such table or part.
+        """
+        table, _, part = name.partition(".")
+        if table not in self.study.tables:
+            raise UsageError(f"{table}: is none of {', '.join(self.study.tables)}")
+        return self.markdown(self.study.tables[table], part, beside)
+
+    def text(self) -> str:
+        """All tables that have results."""
+        texts = []
+        for table in self.tables():
+            texts.append(f"## {table.title}")
+            also = [*(["figure"] * bool(table.figure)), *(["claims"] * bool(table.claims))]
+            names = [*self.parts[table.name], *also]
+            texts += [self.markdown(table, part, self.folder) for part in names]
+        return "\n\n".join(texts)
+
+    def json(self) -> str:
+        """All figures that the tables show."""
+        found = {
+            table.name: {
+                "parts": {
+                    name: [{"title": p.title, "rows": p.rows, "notes": p.notes} for p in parts]
+                    for name, parts in self.parts[table.name].items()
+                },
+                "claims": self.verdicts[table.name],
+            }
+            for table in self.tables()
+        }
+        return json.dumps(found, default=asdict, ensure_ascii=False)
+
+    def tables(self) -> list[Table]:
+        """Those that have results."""
+        return [table for name, table in self.study.tables.items() if name in self.done]
+
+
+def run(args: argparse.Namespace) -> str:
+    """Renders what there are results of.
+
+    Raises:
+        UsageError: a file is wrong, or with ``--check`` not what the results give.
+    """
+    if args.check and not args.write:
+        raise UsageError("--check: needs --write FILE.md")
+    report = make(args.study, args.scale, args.results)
+    changed = {}
+    for path in args.write:
+        text = filled(report, path)
+        if text != path.read_text(encoding="utf-8"):
+            changed[path] = text
+    if args.check:
+        if changed:
+            names = ", ".join(map(str, changed))
+            raise UsageError(f"{names}: differs from what the results give; run without --check")
+        return "all blocks are what the results give"
+    for path, text in changed.items():
+        path.write_text(text, encoding="utf-8")
+    if not args.no_figures:
+        draw(report)
+    return report.json() if args.json else report.text()
+
+
+def make(folder: Path, scale_path: Path, results: Path | None) -> Report:
+    """The report of a study.
+
+    Raises:
+        UsageError: a file is wrong.
+    """
+    scale = load_scale(scale_path)
+    paths = sorted(folder.glob("*.toml"))
+    if not paths:
+        raise UsageError(f"{folder}: has no *.toml")
+    tables = {path.stem: load_table(path) for path in paths}
+    for path in paths:
+        if tables[path.stem].kind not in KINDS:
+            kind = tables[path.stem].kind
+            raise UsageError(f"{path}: kind {kind}: is none of {', '.join(KINDS)}")
+    found = Results(results or folder / "results" / scale.name, scale)
+    report = Report(Study(scale, found, tables), folder)
+    for table in tables.values():
+        outcomes = report.study.outcomes(table)
+        if any(o.results for o in outcomes) or not any(o.cells for o in outcomes):
+            report.done.add(table.name)
+        report.parts[table.name] = KINDS[table.kind](report.study, table)
+        report.verdicts[table.name] = claims.verdicts(report.study, table)
+    return report
+
+
+def filled(report: Report, path: Path) -> str:
+    """A document as the results make it.
+
+    Raises:
+        UsageError: it cannot be read, or has a block that is none.
+    """
+
+    def block(name: str) -> str:
+        try:
+            return report.block(name, path.parent)
+        except UsageError as error:
+            raise UsageError(f"{path}: <!-- report: {name} -->: {error}") from error
+
+    return fill(path, block)
+
+
+def draw(report: Report) -> None:
+    """Writes the figures.
+
+    Raises:
+        UsageError: there is no matplotlib, or no such kind of figure.
+    """
+    for table in (table for table in report.tables() if table.figure):
+        try:
+            from ..study.figures import FIGURES, png
+        except ImportError as error:
+            raise UsageError(
+                "figures need matplotlib: pip install 'fairseq-sffn[plots]', or --no-figures"
+            ) from error
+        if table.figure not in FIGURES:
+            raise UsageError(
+                f"{table.name}: figure {table.figure}: is none of {', '.join(FIGURES)}"
+            )
+        figure = FIGURES[table.figure](report.study, table)
+        if figure is not None:
+            path = report.figure(table)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(figure))

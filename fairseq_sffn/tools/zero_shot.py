@@ -1,0 +1,474 @@
+"""Evaluates a language model on zero-shot tasks: HellaSwag, PIQA, WinoGrande, ARC, ...
+
+A choice is scored by the log-likelihood of its continuation, given its context. ``accuracy`` is the
+share of documents whose right choice scores highest (the first of equals counts), and
+``accuracy_norm`` the same of scores divided by the characters of the choice: ``acc`` and
+``acc_norm`` of lm-evaluation-harness. WinoGrande's choices are contexts with the same continuation,
+"partial evaluation" (Trinh and Le 2018, arXiv 1806.02847). LAMBADA's document is right if every
+token of its last word is the most likely one; ``perplexity`` is that of its last words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq import checkpoint_utils, models, registry
+from fairseq.data import Dictionary, encoders
+from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.models import FairseqLanguageModel
+from omegaconf import MISSING
+
+from ..errors import UsageError
+from ..memory import SparseMemory
+from ..models.config import flag
+from .cost import align
+from .likelihood import Encoder, Score, Scorer
+
+LAMBADA = "lambada"
+TASKS = (
+    *("hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "sciq"),
+    LAMBADA,
+)
+FILES = (
+    *("sentencepiece_model", "gpt2_encoder_json", "gpt2_vocab_bpe", "bpe_codes", "bpe_merges"),
+    "bpe_vocab",
+)
+"""Options of fairseq's encoders that name a file."""
+MAX_UNKNOWN = 0.5
+"""Share of tokens outside the dictionary from which on the encoder is not the model's."""
+
+
+# Requests
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document with all of its requests.
+
+    Attributes:
+        number: in its task.
+        choices: context and continuation of each.
+        label: which is right.
+    """
+
+    number: int
+    choices: tuple[tuple[str, str], ...]
+    label: int
+
+
+def read_documents(folder: Path, task: str) -> list[Document]:
+    """The documents of a task, in the order of their numbers.
+
+    Raises:
+        UsageError: the file is missing, or a document is not what it should be.
+    """
+    path = folder / f"{task}.jsonl"
+    if not path.is_file():
+        raise UsageError(f"--requests {folder}: has no {path.name}")
+    choices: dict[int, dict[int, tuple[str, str]]] = {}
+    labels: dict[int, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            request = json.loads(line)
+            pair = request["request"]["context"], request["request"]["continuation"]
+            doc_id, choice = int(request["doc_id"]), int(request["idx"])
+            # LAMBADA's label is its word, and the right choice the only one.
+            label = 0 if task == LAMBADA else int(request["label"])
+            well_formed = pair[1].strip() and choice not in choices.setdefault(doc_id, {})
+        except (ValueError, TypeError, KeyError, AttributeError):
+            well_formed = False
+        if not well_formed or labels.setdefault(doc_id, label) != label:
+            raise UsageError(f"--requests {folder}: {path.name}, line {number} is no request")
+        choices[doc_id][choice] = pair
+    documents = []
+    for doc_id in sorted(choices):
+        of_document = choices[doc_id]
+        if (
+            sorted(of_document) != list(range(len(of_document)))
+            or labels[doc_id] not in of_document
+        ):
+            raise UsageError(f"--requests {folder}: {path.name}, document {doc_id} lacks requests")
+        pairs = tuple(of_document[choice] for choice in range(len(of_document)))
+        documents.append(Document(doc_id, pairs, labels[doc_id]))
+    if not documents:
+        raise UsageError(f"--requests {folder}: {path.name} is empty")
+    return documents
+
+
+def draw(documents: list[Document], task: str, count: int, seed: int) -> list[Document]:
+    """So many documents, or all if there are fewer, in their order. They are fixed by the seed and
+    their numbers alone, and a smaller draw is part of a larger one."""
+
+    def rank(document: Document) -> bytes:
+        return hashlib.sha256(f"{seed} {task} {document.number}".encode()).digest()
+
+    drawn = sorted(documents, key=rank)[:count]
+    return sorted(drawn, key=lambda document: document.number)
+
+
+def subset_hash(documents: list[Document]) -> str:
+    """Names a set of documents, by their numbers."""
+    numbers = "\n".join(str(document.number) for document in documents)
+    return hashlib.sha256(numbers.encode()).hexdigest()[:16]
+
+
+# Figures
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How a model does on a task.
+
+    Attributes:
+        accuracy: share of the documents that are right.
+        standard_error: of ``accuracy``; ``None`` of one document.
+        accuracy_norm: with scores for each character; ``None`` of LAMBADA.
+        standard_error_norm: of ``accuracy_norm``.
+        random: the accuracy to expect of guesses.
+        perplexity: of the last words of LAMBADA, each with all of its tokens, else ``None``.
+    """
+
+    accuracy: float
+    standard_error: float | None
+    accuracy_norm: float | None
+    standard_error_norm: float | None
+    random: float
+    perplexity: float | None
+
+
+def choice_figures(documents: list[Document], scores: list[list[Score]]) -> Figures:
+    """Figures of a task with choices.
+
+    Args:
+        documents: of the task.
+        scores: of their choices.
+    """
+    right = right_norm = 0
+    for document, of_choices in zip(documents, scores, strict=True):
+        raw = [score.log_likelihood for score in of_choices]
+        # lm-evaluation-harness counts characters, without the space before them.
+        lengths = [len(text.removeprefix(" ")) for _, text in document.choices]
+        norm = [score / length for score, length in zip(raw, lengths, strict=True)]
+        right += raw.index(max(raw)) == document.label
+        right_norm += norm.index(max(norm)) == document.label
+    count = len(documents)
+    return Figures(
+        accuracy=right / count,
+        standard_error=standard_error(right / count, count),
+        accuracy_norm=right_norm / count,
+        standard_error_norm=standard_error(right_norm / count, count),
+        random=sum(1 / len(document.choices) for document in documents) / count,
+        perplexity=None,
+    )
+
+
+def word_figures(scores: list[Score], types: int) -> Figures:
+    """Figures of LAMBADA.
+
+    Args:
+        scores: of the documents' last words.
+        types: that the model predicts.
+    """
+    count = len(scores)
+    accuracy = sum(score.greedy for score in scores) / count
+    mean = sum(score.log_likelihood for score in scores) / count
+    return Figures(
+        accuracy=accuracy,
+        standard_error=standard_error(accuracy, count),
+        accuracy_norm=None,
+        standard_error_norm=None,
+        random=1 / types,
+        perplexity=math.exp(min(-mean, 700)),  # about as much as a float holds
+    )
+
+
+def standard_error(share: float, count: int) -> float | None:
+    """Of a share of so many documents: the standard deviation of its mean."""
+    return math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None
+
+
+# The model
+
+
+def load_model(
+    checkpoint: Path, data: Path, overrides: dict[str, Any]
+) -> tuple[FairseqLanguageModel, Any]:
+    """A trained model, and its task, as ``fairseq-eval-lm`` loads them.
+
+    Args:
+        checkpoint: of the model, in parts or not.
+        data: folder with its ``dict.txt``.
+        overrides: options of model or task -> value.
+
+    Raises:
+        UsageError: names the flag and the value that cannot be honoured.
+    """
+    if not (data / "dict.txt").is_file():
+        raise UsageError(f"--data {data}: has no dict.txt")
+    overrides = {**overrides, "data": str(data)}
+    state = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint), overrides)
+    arch = state["cfg"].model._name
+    model_class = models.ARCH_MODEL_REGISTRY.get(arch) or models.MODEL_REGISTRY[arch]
+    if not issubclass(model_class, FairseqLanguageModel):
+        raise UsageError(f"checkpoint {checkpoint}: holds no language model, but a {arch}")
+    types = len(Dictionary.load(str(data / "dict.txt")))
+    embedding = state["model"].get("decoder.embed_tokens.weight")
+    if embedding is not None and len(embedding) != types:
+        raise UsageError(
+            f"--data {data}: its dict.txt makes {types} types, the model has {len(embedding)}"
+        )
+    try:
+        loaded = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], state=state)
+    except Exception as error:  # fairseq's own models say in many ways that something does not fit
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"checkpoint {checkpoint} with --data {data}: {reason}") from error
+    model, task = loaded[0][0], loaded[2]
+    for module in model.modules():
+        if isinstance(module, SparseMemory) and module.config.eval_capacity_factor:
+            raise UsageError(
+                f"checkpoint {checkpoint}: --sffn-eval-capacity-factor "
+                f"{module.config.eval_capacity_factor} lets documents compete for room; give "
+                "--model-overrides \"{'sffn_eval_capacity_factor': 0}\""
+            )
+    return model.eval(), task
+
+
+def build_encoder(name: str, flags: list[str]) -> Any:
+    """One of fairseq's encoders.
+
+    Args:
+        name: of the encoder, for ``--bpe``.
+        flags: of the encoder.
+
+    Raises:
+        UsageError: names the flag and the value that cannot be honoured.
+    """
+    parser = argparse.ArgumentParser(
+        prog="fairseq-sffn zero-shot",
+        usage=f"%(prog)s CHECKPOINT ... --bpe {name} [flags of the encoder]",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    dataclasses = registry.REGISTRIES["bpe"]["dataclass_registry"]
+    if name in dataclasses:
+        gen_parser_from_dataclass(parser, dataclasses[name]())
+    options = parser.parse_args(flags)
+    for option, value in vars(options).items():
+        if value == MISSING:
+            raise UsageError(f"{flag(option)}: is required by --bpe {name}")
+        if option in FILES and value and "://" not in value and not Path(value).is_file():
+            raise UsageError(f"{flag(option)} {value}: there is no such file")
+    try:
+        return encoders.build_bpe(argparse.Namespace(bpe=name, **vars(options)))
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{' '.join(['--bpe', name, *flags])}: {reason}") from error
+
+
+# The command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``fairseq-sffn zero-shot``; the encoder's own are left for :func:`run`."""
+    parser.add_argument("checkpoint", type=Path, help="the .pt file, in parts or not")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with the model's dict.txt, as in training"
+    )
+    parser.add_argument(
+        "--requests",
+        type=Path,
+        required=True,
+        help="folder of TASK.jsonl, as examples/data/zero_shot.sh makes it",
+    )
+    parser.add_argument(
+        "--bpe",
+        required=True,
+        choices=sorted(encoders.BPE_REGISTRY),
+        help="what the training text was encoded with, as for fairseq-interactive",
+    )
+    parser.add_argument(
+        "--tasks", default=",".join(TASKS), help="separated by commas (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--documents", type=int, default=1000, help="drawn from each task (default: 1000)"
+    )
+    parser.add_argument("--full", action="store_true", help="all documents of each task")
+    parser.add_argument("--seed", type=int, default=1, help="of the draw (default: 1)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=4096, help="in a batch, with padding (default: 4096)"
+    )
+    parser.add_argument(
+        "--model-overrides", default="{}", metavar="DICT", help="as for fairseq-eval-lm"
+    )
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.epilog = (
+        "Every other flag is the encoder's, such as --sentencepiece-model FILE, or "
+        "--gpt2-encoder-json FILE --gpt2-vocab-bpe FILE. Scores are log-likelihoods, or "
+        "those for each character of the choice."
+    )
+    parser.set_defaults(other_flags=[])
+
+
+def run(args: argparse.Namespace) -> str:
+    """What ``fairseq-sffn zero-shot`` prints.
+
+    Raises:
+        UsageError: names the flag and the value that cannot be honoured.
+    """
+    report = evaluate(args)
+    return json.dumps(report, indent=2) if args.json else format_report(report)
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """The figures of every task, and what they depend on. Everything is read and encoded before a
+    model scores anything.
+
+    Raises:
+        UsageError: names the flag and the value that cannot be honoured.
+    """
+    for name in ("documents", "max_tokens"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"{flag(name)} {getattr(args, name)}: must be at least 1")
+    overrides = parse_overrides(args.model_overrides)
+    tasks = parse_tasks(args.tasks)
+    if not args.requests.is_dir():
+        raise UsageError(f"--requests {args.requests}: there is no such folder")
+    documents = {task: read_documents(args.requests, task) for task in tasks}
+    bpe = build_encoder(args.bpe, args.other_flags)
+    model, fairseq_task = load_model(args.checkpoint, args.data, overrides)
+    dictionary = fairseq_task.source_dictionary
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    scorer = Scorer(
+        model.to(device),
+        dictionary,
+        # Of a text, as LanguageModelingTask.inference_step has it.
+        start=dictionary.bos() if fairseq_task.args.add_bos_token else dictionary.eos(),
+        types=len(fairseq_task.target_dictionary),
+        max_tokens=args.max_tokens,
+        device=device,
+    )
+    encoder = Encoder(bpe, dictionary)
+    drawn = {
+        task: everything if args.full else draw(everything, task, args.documents, args.seed)
+        for task, everything in documents.items()
+    }
+    pairs = {
+        task: [
+            encoder.encode_pair(*choice) for document in drawn[task] for choice in document.choices
+        ]
+        for task in tasks
+    }
+    for task in tasks:
+        check_known(pairs[task], dictionary.unk(), f"--bpe {args.bpe}: {task}", args.data)
+    report = []
+    for task in tasks:
+        scores = scorer.score(pairs[task], progress=Progress(task))
+        if any(math.isnan(score.log_likelihood) for score in scores):
+            raise UsageError(f"checkpoint {args.checkpoint}: predicts what is not a number")
+        figures = task_figures(task, drawn[task], scores, scorer.types)
+        report.append(
+            {
+                "task": task,
+                "documents": len(drawn[task]),
+                "documents_of_task": len(documents[task]),
+                **asdict(figures),
+                "cut_requests": sum(scorer.is_cut(tokens) for tokens, _ in pairs[task]),
+                "subset": subset_hash(drawn[task]),
+            }
+        )
+    return {"checkpoint": str(args.checkpoint), "seed": args.seed, "tasks": report}
+
+
+def parse_tasks(names: str) -> list[str]:
+    """The tasks that ``--tasks`` asks for, each once.
+
+    Raises:
+        UsageError: one is unknown.
+    """
+    tasks = list(dict.fromkeys(names.split(",")))
+    for task in tasks:
+        if task not in TASKS:
+            raise UsageError(f"--tasks {names}: {task!r} is none of {', '.join(TASKS)}")
+    return tasks
+
+
+def parse_overrides(text: str) -> dict[str, Any]:
+    """The dictionary that ``--model-overrides`` gives.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        overrides = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        overrides = None
+    if not isinstance(overrides, dict):
+        raise UsageError(f"--model-overrides {text}: is no dictionary")
+    return overrides
+
+
+def check_known(pairs: list[tuple[list[int], int]], unknown: int, what: str, data: Path) -> None:
+    """Raises UsageError where most of the tokens are not in the dictionary, which is then of
+    another encoder; the scores would be those of ``<unk>``."""
+    tokens = [token for ids, _ in pairs for token in ids]
+    share = tokens.count(unknown) / len(tokens)
+    if share > MAX_UNKNOWN:
+        raise UsageError(f"{what}: {share:.0%} of the tokens are not in the dict.txt of {data}")
+
+
+def task_figures(task: str, documents: list[Document], scores: list[Score], types: int) -> Figures:
+    """Figures of a task from the scores of all of its requests, one document after another."""
+    if task == LAMBADA:
+        return word_figures(scores, types)
+    remaining: Iterator[Score] = iter(scores)
+    by_document = [[next(remaining) for _ in document.choices] for document in documents]
+    return choice_figures(documents, by_document)
+
+
+class Progress:
+    """Writes to stderr how much of a task is done, in tenths."""
+
+    def __init__(self, task: str) -> None:
+        self.task, self.tenths = task, 0
+
+    def __call__(self, done: int, of: int) -> None:
+        if 10 * done // of > self.tenths:
+            self.tenths = 10 * done // of
+            print(f"{self.task}: {done / of:.0%}", file=sys.stderr, flush=True)
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """A table of the tasks."""
+
+    def percent(share: float | None) -> str:
+        return "" if share is None else f"{share:.1%}"
+
+    def accuracy(share: float | None, error: float | None) -> str:
+        return percent(share) + ("" if error is None else f" ± {percent(error)}")
+
+    rows = [["", "documents", "accuracy", "by character", "random", "perplexity"]]
+    for figures in report["tasks"]:
+        perplexity = figures["perplexity"]
+        rows.append(
+            [
+                figures["task"],
+                f"{figures['documents']:,} of {figures['documents_of_task']:,}",
+                accuracy(figures["accuracy"], figures["standard_error"]),
+                accuracy(figures["accuracy_norm"], figures["standard_error_norm"]),
+                percent(figures["random"]),
+                "" if perplexity is None else f"{perplexity:,.1f}",
+            ]
+        )
+    title = f"{report['checkpoint']}: zero-shot, seed {report['seed']}"
+    return "\n".join([title, "", *(line.rstrip() for line in align(rows))])

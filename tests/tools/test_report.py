@@ -1,0 +1,408 @@
+"""``fairseq-sffn report``, on results that were made up."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import io
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from study import made
+
+from fairseq_sffn.study import outcomes
+from fairseq_sffn.study.outcomes import Model, build_model
+from fairseq_sffn.study.plan import Cell, Row, Scale, load_scale, load_table, sweep_cells
+from fairseq_sffn.study.results import Results
+from fairseq_sffn.study.tables.routing import token_share
+from fairseq_sffn.tools import cli
+from fairseq_sffn.tools.cost import cost_figures
+from fairseq_sffn.tools.language_model import build_language_model
+
+SCALE = """
+size = "tiny"
+data = "data"
+domains = "domains"
+dictionary = 100
+updates = 40
+batch_size = 8
+tokens_per_sample = 16
+ffn_embed_dim = 512
+learning_rates = [1e-3, 2e-3]
+flags = "--cpu --weight-decay 0.01"
+tokens_per_second = 1000
+"""
+ROWS = """
+rows = [
+    { label = "dense", model = "dense" },
+    { label = "Avg-K", model = "avgk" },
+    { label = "Switch", model = "switch" },
+]
+"""
+TABLES = {
+    "main": 'title = "Main"\nkind = "perplexity"\nfigure = "bars"\nseeds = [1, 2, 3]'
+    + ROWS
+    + '[[claims]]\ntext = "Avg-K beats dense."\nbetter = "Avg-K"\nworse = "dense"\n',
+    "balance": 'title = "Balance"\nkind = "balance"\nfigure = "load"\nrows = ['
+    '{ label = "Avg-K", model = "avgk", flags = "--balance-loss-weight 0.1" },'
+    '{ label = "dense", model = "dense" }]',
+    "lines": 'title = "Lines"\nkind = "perplexity"\nfigure = "lines"\naxis = "length"\n'
+    'note = "A note."\nrows = ['
+    '{ label = "dense", model = "dense" },'
+    '{ label = "a", model = "avgk", group = "Avg-K", x = 1 },'
+    '{ label = "b", model = "avgk", length = 2, group = "Avg-K", x = "{ffn}" }]',
+    "gap": 'title = "Gap"\nkind = "perplexity"\nfigure = "gap"\nrows = ['
+    '{ label = "d", model = "dense", group = "dense" },'
+    '{ label = "a", model = "avgk", group = "Avg-K" }]',
+    "flops": 'title = "FLOPs"\nkind = "perplexity"\nfigure = "flops"' + ROWS,
+    "routing": 'title = "Routing"\nkind = "routing"\nfigure = "routing"\nseeds = [1, 2]\n'
+    'rows = [{ label = "Switch", model = "switch" }]',
+    "zero": 'title = "Zero"\nkind = "zero_shot"\nzero_shot = true' + ROWS,
+    "methods": 'title = "Methods"\nkind = "taxonomy"\nseeds = []\nrows = ['
+    '{ label = "dense", model = "dense" }, { label = "Avg-K", model = "avgk" }]',
+    "later": 'title = "Later"\nkind = "perplexity"\nfigure = "bars"\nrows = ['
+    '{ label = "dense", model = "dense", length = 9 }]',
+}
+TEST = {"dense": 100.0, "avgk": 90.0, "switch": 95.0}
+SPREAD = (0.0, 2.0, 7.0)
+BLOCKS = {"dense": 0, "avgk": 128, "switch": 16}
+
+
+def zero_shot(right: float, word: float) -> dict[str, Any]:
+    """As ``fairseq-sffn zero-shot --json`` has it."""
+    choice = {
+        **{"task": "piqa", "documents": 1000, "accuracy": 0.9, "standard_error": 0.5},
+        **{"accuracy_norm": right, "standard_error_norm": 0.02, "random": 0.5},
+    }
+    last = {
+        **{"task": "lambada", "documents": 500, "accuracy": word, "standard_error": 0.01},
+        **{"accuracy_norm": None, "standard_error_norm": None, "random": 0.001},
+    }
+    return {"checkpoint": "c", "seed": 1, "tasks": [choice, last]}
+
+
+def make(row: Row, cell: Cell) -> Any:
+    found = made.result(
+        TEST[cell.model] + SPREAD[cell.seed - 1], BLOCKS[cell.model], cell.seed, valid=50.0
+    )
+    if cell.model != "switch":
+        found["zero_shot"] = zero_shot(0.5 if cell.model == "dense" else 0.55, 0.0015)
+    return found
+
+
+def missing_two(row: Row, cell: Cell) -> Any:
+    gone = cell.updates == 360 or (cell.model, cell.seed) in {("switch", 3), ("avgk", 3)}
+    return None if gone else make(row, cell)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def models_built_once() -> Iterator[None]:
+    """Building a model takes half a second, and each report builds a dozen."""
+    built: dict[tuple[str, str, str], Model] = {}
+
+    def build(model: str, flags: str, scale: Scale) -> Model:
+        key = model, flags, scale.size
+        if key not in built:
+            built[key] = build_model(*key[:2], scale)
+        return built[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outcomes, "build_model", build)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study: tables, scale, results."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "scales").mkdir()
+    (folder / "scales" / "small.toml").write_text(SCALE)
+    for name, text in TABLES.items():
+        (folder / f"{name}.toml").write_text(text)
+    write_results(folder, missing_two)
+    return folder
+
+
+def write_results(folder: Path, make: Callable[[Row, Cell], Any]) -> None:
+    scale = load_scale(folder / "scales" / "small.toml")
+    results = Results(folder / "results" / "small", scale)
+    for name in TABLES:
+        made.fill(results, load_table(folder / f"{name}.toml").rows, make)
+
+
+def report(folder: Path, *flags: str | Path) -> str:
+    """What the command printed."""
+    out = io.StringIO()
+    scale = folder / "scales" / "small.toml"
+    with contextlib.redirect_stdout(out):
+        cli.main(["report", str(folder), "--scale", str(scale), *map(str, flags)])
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def printed(folder: Path) -> str:
+    return report(folder)
+
+
+def section(printed: str, title: str) -> str:
+    """Of a table."""
+    return re.split(r"^## ", printed.partition(f"## {title}\n")[2], flags=re.M)[0]
+
+
+def cells(text: str, label: str) -> list[str]:
+    """A row's cells, but for the label, in the first table that has it."""
+    lines = [line for line in text.splitlines() if line.startswith(f"| {label} |")]
+    return [cell.strip() for cell in lines[0].strip("|").split("|")][1:]
+
+
+def test_perplexity(printed: str) -> None:
+    text = section(printed, "Main")
+    scale = made.scale(flags="--cpu --weight-decay 0.01")
+    model = build_language_model("transformer_lm_dense_tiny", 100, 16, [])
+    tokens = scale.updates * scale.batch_size * scale.tokens_per_sample
+    cost = cost_figures(model, 16, tokens)
+    assert cells(text, "dense") == [
+        *(f"{cost['params']:,}", f"{cost['train_zettaflops'] * 1e9:.4g}", "0.002"),
+        *("50.00 ± 0.00", "103.00 ± 3.61", "123.00 ± 3.61", "1,002"),
+    ]
+    assert cells(text, "Avg-K")[3:6] == ["50.00 ± 0.00", "91.00 ± 1.41", "111.00 ± 1.41"]
+    domains = text[text.index("| model | fiction | law |") :]
+    assert cells(domains, "dense") == ["113.00 ± 3.61", "133.00 ± 3.61"]
+
+
+def test_learning_rates(printed: str, folder: Path, tmp_path: Path) -> None:
+    def rates(printed: str) -> str:
+        text = section(printed, "Main")
+        return text[text.index("| model | 0.001 | 0.002 |") :]
+
+    for label in ("dense", "Avg-K", "Switch"):
+        assert cells(rates(printed), label) == ["8.0", "**4.0**"]
+    assert "after 13 updates" in rates(printed)  # a third of 40
+
+    shutil.copytree(folder, tmp_path / "study")
+    study = tmp_path / "study"
+    scale = load_scale(study / "scales" / "small.toml")
+    results = Results(study / "results" / "small", scale)
+    for model, number in {"dense": 0, "avgk": 1}.items():
+        gone, diverged = sweep_cells(Row(model, model), scale)[:: 1 if number else -1]
+        results.path(gone).unlink()
+        results.add(diverged, made.swept(None))
+    text = rates(report(study, "--no-figures"))
+    assert cells(text, "dense") == ["diverged", ""]
+    assert cells(text, "Avg-K") == ["", "diverged"]
+
+
+def test_what_is_missing_is_said(printed: str) -> None:
+    text = section(printed, "Main")
+    assert "2 of 9 trainings are missing." in text
+    assert "Mean ± standard deviation of 3 seeds." in text
+    assert "## Later" not in printed
+    lines = section(printed, "Lines")
+    assert "One seed: no deviation is known. Speed" in lines and "±" not in lines
+    assert "A note." in lines
+
+
+def test_a_claim(printed: str) -> None:
+    assert (
+        "- Avg-K beats dense. This scale **supports** it: test perplexity 91.00 (Avg-K) against "
+        "101.00 (dense), lower by 10.00 ± 0.00 (standard error of 2 seeds, paired)"
+    ) in section(printed, "Main")
+
+
+def test_balance(printed: str) -> None:
+    text = section(printed, "Balance")
+    blocks = [10 * (i + 1) for i in range(127)], [10 * (i + 2) for i in range(127)]
+    loads = [max(b) * 128 / sum(b) for b in blocks]
+    assert cells(text, "Avg-K")[-3:-1] == [f"{sum(loads) / 2:.2f}", "1.0"]
+    assert 0.9 < float(cells(text, "Avg-K")[-1]) < 1
+    assert cells(text, "dense")[-3:] == ["", "", ""]
+
+
+def test_routing(printed: str) -> None:
+    text = section(printed, "Routing")
+    assert cells(text, "Switch")[0] == "1"
+    assert cells(text, "Switch")[3:5] == ["3.50 ± 0.00", "0.50 ± 0.00"]
+    blocks = text[text.index("| model | layer | block |") :]
+    assert cells(blocks.replace("\\|", "/"), "Switch")[1:] == ["14", "2.0", "`t14` `` a/b` ``"]
+
+
+def test_a_tokens_blocks_do_not_tell_which_of_them_a_use_is() -> None:
+    """Ids that decide 8 of 128 blocks tell 4 of the 7 bits of a use."""
+    assert token_share({"block_bits": 7.0, "token_bits": 4.0}, 8) == 1.0
+    assert token_share({"block_bits": 7.0, "token_bits": 3.5}, 1) == 0.5
+    assert token_share({"block_bits": 3.0, "token_bits": 0.0}, 8) is None
+
+
+def test_zero_shot(printed: str) -> None:
+    text = section(printed, "Zero")
+    assert cells(text, "dense") == ["50.0 ± 2.0", "0.1 ± 1.0", "25.1"]
+    assert cells(text, "Avg-K") == ["55.0 ± 2.0", "0.1 ± 1.0", "27.6"]
+    assert cells(text, "Switch") == ["", "", ""]
+    assert cells(text, "random") == ["50.0", "0.1", "25.1"]
+    assert "1 of the 4 accuracies are more than two standard errors from random" in text
+    assert "Avg-K on piqa (+5.0)" in text and "500 to 1,000 documents a task." in text
+    assert "1 of 3 trainings are missing." in text
+
+
+def test_taxonomy(printed: str) -> None:
+    text = section(printed, "Methods")
+    small, large = text.split("**`_gpt3_medium`, 51,200 types, context 2,048**")
+    assert cells(small, "Avg-K")[:2] == ["64", "8"]
+    assert cells(large, "Avg-K") == [
+        *("64", "64", "858,302,464", "354,740,224", "918.553", "+0.95%", "+0.95%"),
+        "the blocks whose mean key fits best",
+    ]
+    assert cells(large, "dense")[:3] == ["", "", "354,740,224"]
+
+
+def test_figures_are_drawn_alike_each_time(folder: Path, printed: str) -> None:
+    figures = folder / "figures" / "small"
+    names = ["balance", "flops", "gap", "lines", "main", "routing"]
+    assert [path.stem for path in sorted(figures.iterdir())] == names
+    first = {path.name: path.read_bytes() for path in figures.iterdir()}
+    assert all(image.startswith(b"\x89PNG") for image in first.values())
+    assert report(folder) == printed
+    assert {path.name: path.read_bytes() for path in figures.iterdir()} == first
+
+
+def test_json(folder: Path) -> None:
+    found = json.loads(report(folder, "--json", "--no-figures"))
+    assert "later" not in found
+    row = found["main"]["parts"][""][0]["rows"][0]
+    assert row["test ppl"] == {
+        "mean": 103.0,
+        "sd": pytest.approx(3.6055513),
+        "count": 3,
+    }
+    claim = found["main"]["claims"][0]
+    assert claim["word"] == "supports" and claim["difference"]["count"] == 2
+
+
+PAGE = """before
+<!-- report: main -->
+<!-- end -->
+<!-- report: main.domains -->
+<!-- end -->
+<!-- report: main.claims -->
+<!-- end -->
+<!-- report: main.figure -->
+<!-- end -->
+<!-- report: later -->
+<!-- end -->
+<!-- report: later.figure -->
+<!-- end -->
+after
+"""
+
+
+@pytest.fixture()
+def page(folder: Path) -> Path:
+    path = folder / "docs" / "page.md"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(PAGE)
+    return path
+
+
+def test_pages(folder: Path, page: Path) -> None:
+    with pytest.raises(SystemExit, match=r"page\.md: differs"):
+        report(folder, "--write", page, "--check")
+    assert page.read_text() == PAGE
+    report(folder, "--write", page, "--no-figures")
+    text = page.read_text()
+    assert "| dense |" in text and "**supports**" in text and "| model | fiction | law |" in text
+    assert "![Main](../figures/small/main.png)" in text and "later.png" not in text
+    assert "1 of 1 trainings are missing." in text
+    assert text.startswith("before\n") and text.endswith("after\n")
+    assert "all blocks are" in report(folder, "--write", page, "--check")
+    page.write_text(text.replace("103.00", "103.01", 1))
+    with pytest.raises(SystemExit, match=r"page\.md: differs"):
+        report(folder, "--write", page, "--check")
+    assert "103.01" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error"),
+    [
+        ("report: main ", "report: nain ", r"page\.md: <!-- report: nain -->: nain: is none of"),
+        ("main.domains", "main.x", r"main\.x: is none of .*main\.domains"),
+        ("later.figure", "later.claims", r"later\.claims: is none of"),
+        ("<!-- end -->\nafter", "after", r"page\.md:12: this block has no <!-- end -->"),
+    ],
+)
+def test_wrong_pages(old: str, new: str, error: str, folder: Path, page: Path) -> None:
+    page.write_text(PAGE.replace(old, new))
+    with pytest.raises(SystemExit, match=error) as stopped:
+        report(folder, "--write", page)
+    assert "\n" not in str(stopped.value)
+    assert page.read_text() == PAGE.replace(old, new)
+
+
+def test_without_matplotlib(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.delitem(sys.modules, "fairseq_sffn.study.figures", raising=False)
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(SystemExit, match=r"^figures need matplotlib: pip install") as stopped:
+        report(folder)
+    assert "\n" not in str(stopped.value)
+    assert "## Main" in report(folder, "--no-figures")
+
+
+def test_a_diverged_training_is_said_and_not_averaged(folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(folder, tmp_path / "study")
+    for name in TABLES:
+        if name != "main":
+            (other / f"{name}.toml").unlink()
+    scale = load_scale(other / "scales" / "small.toml")
+    results = Results(other / "results" / "small", scale)
+
+    def diverge(row: Row, cell: Cell) -> Any:
+        gone = (cell.model, cell.seed) == ("avgk", 2)
+        return made.diverged() if gone else make(row, cell)
+
+    made.fill(results, load_table(other / "main.toml").rows, diverge)
+    text = report(other)
+    assert cells(text, "Avg-K")[3:6] == ["", "", ""]
+    assert "Avg-K diverged (seed 2)." in text and "are missing" not in text
+    assert "**does not decide** it: Avg-K diverged." in text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "error"),
+    [
+        ("bad", 'title = "B"\nkind = "x"' + ROWS, r"bad\.toml: kind x: is none of taxonomy"),
+        (
+            "main",
+            TABLES["main"].replace("bars", "pie"),
+            "main: figure pie: is none of lines",
+        ),
+    ],
+)
+def test_wrong_tables(name: str, text: str, error: str, folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "study"
+    other.mkdir()
+    for kept in ("scales", "results"):
+        shutil.copytree(folder / kept, other / kept)
+    (other / f"{name}.toml").write_text(text)
+    with pytest.raises(SystemExit, match=error):
+        report(other)
+
+
+def test_wrong_input(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--check: needs --write"):
+        report(folder, "--check")
+    with pytest.raises(SystemExit, match=r"has no \*\.toml"):
+        cli.main(["report", str(tmp_path), "--scale", str(folder / "scales" / "small.toml")])
+    with pytest.raises(SystemExit, match=r"x\.toml: cannot be read"):
+        cli.main(["report", str(folder), "--scale", str(tmp_path / "x.toml")])

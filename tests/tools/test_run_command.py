@@ -1,0 +1,246 @@
+"""``fairseq-sffn run`` from data to results, on a small corpus."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import commands
+import pytest
+import torch
+from fairseq.data import Dictionary
+
+from fairseq_sffn.study.plan import Launcher, load_scale, load_table, row_cells, train_arguments
+from fairseq_sffn.study.results import log_records
+from fairseq_sffn.study.runner import Runner
+from fairseq_sffn.tools import cli
+
+UPDATES = 8
+
+
+class Study:
+    """A table and a scale in a folder, and what became of them.
+
+    Args:
+        folder: of the files.
+        data: binarised corpus.
+        rows: of the table.
+        rates: to choose from.
+    """
+
+    def __init__(self, folder: Path, data: Path, rows: str, rates: str = "[1e-2]") -> None:
+        self.folder, self.data = folder, data
+        self.table, self.scale = folder / "t.toml", folder / "small.toml"
+        shutil.copytree(data, folder / "domains" / "law")
+        self.table.write_text(f'title = "T"\nkind = "perplexity"\nrows = [{rows}]\n')
+        flags = shlex.join(commands.SMALL)
+        self.scale.write_text(
+            f'size = "tiny"\ndata = "{data}"\ndomains = "{folder / "domains"}"\n'
+            f"dictionary = {len(Dictionary.load(str(data / 'dict.txt')))}\nupdates = {UPDATES}\n"
+            "batch_size = 8\ntokens_per_sample = 16\nffn_embed_dim = 32\nsweep_share = 0.5\n"
+            f"learning_rates = {rates}\ntokens_per_second = 1000\n"
+            f'flags = "--optimizer adam --cpu --num-workers 0 {flags}"\n'
+        )
+        self.work = folder / "work" / "small"
+
+    def run(self, *flags: str) -> None:
+        """The command."""
+        cli.main(
+            [
+                *("run", str(self.table), "--scale", str(self.scale), "--jobs", "1"),
+                *("--work", str(self.folder / "work"), *flags),
+            ]
+        )
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        """Key -> result."""
+        folder = self.folder / "results" / "small"
+        return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+@pytest.fixture()
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Processes that were started: they run in this one instead, which is quicker."""
+    started: list[list[str]] = []
+
+    def call(self: Runner, command: list[str], stdout: Any, stderr: Any) -> int:
+        module, *arguments = command[command.index("-m") + 1 :]
+        started.append([module, *arguments])
+        try:
+            if module == "fairseq_cli.train":
+                stdout.write(commands.run("train", *arguments))
+            else:
+                with contextlib.redirect_stdout(stdout):
+                    cli.main(arguments)
+        except (Exception, SystemExit):
+            stdout.write(traceback.format_exc())
+            return 1
+        return 0
+
+    monkeypatch.setattr(Runner, "call", call)
+    return started
+
+
+def trained(calls: list[list[str]]) -> int:
+    """How many trainings were started."""
+    return sum(call[0] == "fairseq_cli.train" for call in calls)
+
+
+def test_trains_evaluates_and_does_nothing_twice(
+    tmp_path: Path, data_bin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In processes of their own."""
+    study = Study(tmp_path, data_bin, '{ label = "dense", model = "dense", seeds = [2] }')
+    study.run()
+    ((key, result),) = study.results().items()
+    assert (result["model"], result["seed"], result["lr"]) == ("dense", 2, 0.01)
+    assert key.startswith("dense-")
+    assert list(result["evaluation"]) == ["valid", "test", "law"]
+    assert result["evaluation"]["test"] == result["evaluation"]["law"]  # the same text
+    assert 1 < result["evaluation"]["test"]["perplexity"] < 100
+    assert [r["update"] for r in result["training"]["train"]] == list(range(1, UPDATES + 1))
+    assert result["training"]["tokens_per_second"] > 0
+    assert result["routing"] == {} and "fairseq-train" in result["command"]
+    state = torch.load(study.work / key / "checkpoints" / "checkpoint_last.pt", weights_only=True)
+    assert state["last_optimizer_state"] is None
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    study.run()
+    assert study.results() == {key: result}
+
+
+AVGK = 'label = "Avg-K", model = "avgk", flags = "--sffn-block-size 8"'
+
+
+def test_a_learning_rate_that_diverges_is_not_chosen(
+    tmp_path: Path, data_bin: Path, calls: list[list[str]]
+) -> None:
+    rows = '{ label = "dense", model = "dense" }'
+    study = Study(tmp_path, data_bin, rows, rates="[1e30, 1e-2]")
+    study.run()
+    results = list(study.results().values())
+    assert trained(calls) == len(results) == 3
+    by_rate = {(r["lr"], r["updates"]): r["evaluation"] for r in results}
+    assert by_rate[1e30, UPDATES // 2] == {"valid": {"loss": None}}
+    assert list(by_rate[0.01, UPDATES // 2]) == ["valid"]
+    assert list(by_rate[0.01, UPDATES]) == ["valid", "test", "law"]
+    assert len(list(study.work.glob("*/checkpoints/checkpoint_last.pt"))) == 1
+    study.run()
+    assert trained(calls) == 3
+
+
+def test_a_row_that_asks_for_what_the_sweep_trained(
+    tmp_path: Path, data_bin: Path, calls: list[list[str]]
+) -> None:
+    """It is trained again, and evaluated on all sets."""
+    rows = '{ label = "short", model = "dense", length = 0.5 }'
+    study = Study(tmp_path, data_bin, rows, rates="[1e-2, 1e-3]")
+    study.run()
+    results = study.results().values()
+    assert trained(calls) == 3 and len(results) == 2
+    assert sorted(len(r["evaluation"]) for r in results) == [1, 3]
+    assert all(len(r["training"]["train"]) == UPDATES // 2 for r in results)
+
+
+def test_an_interrupted_training_goes_on(
+    tmp_path: Path, data_bin: Path, calls: list[list[str]]
+) -> None:
+    study = Study(tmp_path, data_bin, f"{{ {AVGK} }}")
+    scale = load_scale(study.scale)
+    (cell,) = row_cells(load_table(study.table).rows[0], scale, 0.01)
+    folder = study.work / cell.key(scale)
+    folder.mkdir(parents=True)
+    arguments = train_arguments(
+        *(cell, scale, Launcher(), str(data_bin), str(folder / "checkpoints"), commands.USER_DIR)
+    )
+    log = commands.run("train", *arguments, "--max-update", "5")
+    (folder / "train.log").write_text(log)
+    study.run()
+    text = (folder / "train.log").read_text()
+    assert text.startswith(log) and "Loaded checkpoint" in text[len(log) :]
+    resumed = folder / "resumed.log"
+    resumed.write_text(text[len(log) :])
+    again = [record["num_updates"] for kind, record in log_records(resumed)]
+    assert min(again) == 6 and max(again) == UPDATES
+    (result,) = study.results().values()
+    assert [r["update"] for r in result["training"]["train"]] == list(range(1, UPDATES + 1))
+    assert len(result["routing"]["1"]["counts"]) == 64
+    assert trained(calls) == 1
+
+
+def test_zero_shot_tasks_are_added_to_what_is_done(
+    tmp_path: Path, data_bin: Path, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study(tmp_path, data_bin, f"{{ {AVGK} }}")
+    study.run()
+    monkeypatch.setattr(Runner, "zero_shot", lambda self, checkpoint: {"tasks": []})
+    study.table.write_text("zero_shot = true\n" + study.table.read_text())
+    study.run()
+    (result,) = study.results().values()
+    assert result["zero_shot"] == {"tasks": []} and "test" in result["evaluation"]
+    assert trained(calls) == 1
+
+
+def test_a_training_that_fails_is_told_in_one_line(
+    tmp_path: Path, data_bin: Path, calls: list[list[str]]
+) -> None:
+    rows = '{ label = "bad", model = "avgk", flags = "--sffn-block-size 7" }'
+    study = Study(tmp_path, data_bin, rows)
+    with pytest.raises(SystemExit, match=r"train\.log: training failed: .*block-size 7") as stopped:
+        study.run()
+    line = str(stopped.value)
+    assert "\n" not in line and Path(line.partition(":")[0]).is_file()
+    assert study.results() == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (("--jobs", "0"), "--jobs 0: must be at least 1"),
+        (("--launcher", "x"), "--launcher x: is none of local"),
+    ],
+)
+def test_wrong_flags(flags: tuple[str, ...], error: str, tmp_path: Path, data_bin: Path) -> None:
+    with pytest.raises(SystemExit, match=error):
+        Study(tmp_path, data_bin, f"{{ {AVGK} }}").run(*flags)
+
+
+def test_trainings_end_with_the_command(data_bin, tmp_path):
+    study = Study(tmp_path, data_bin, '{ label = "dense", model = "dense", length = 10000 }')
+    words = ["run", str(study.table), "--scale", str(study.scale), "--work", str(tmp_path / "work")]
+    command = [sys.executable, "-W", "ignore", "-m", "fairseq_sffn", *words]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        for _ in range(3000):
+            if any("train_inner" in log.read_text() for log in study.work.glob("*/train.log")):
+                break
+            time.sleep(0.1)
+        assert trainings(study.work)
+        run.terminate()
+        assert run.wait(timeout=60) != 0
+    for _ in range(100):  # to die takes them a moment
+        if not (left := trainings(study.work)):
+            break
+        time.sleep(0.1)
+    assert not left
+
+
+def trainings(work: Path) -> list[str]:
+    """Processes that write to a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has just ended
+            words = path.read_bytes().decode().split("\0")
+            if f"{work}/" in "".join(words) and "fairseq_cli.train" in words:
+                found.append(path.parent.name)
+    return found
