@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Trains, evaluates and prints tables of the study; the others in this folder call it.
+#
+#   bash examples/paper/main.sh                     at laptop scale, on the cores there are
+#   SCALE=paper bash examples/paper/main.sh         the paper's models, on eight GPUs
+#   SCALE=paper bash examples/paper/main.sh --launcher slurm     submits a job for each training
+#   SCALE=paper bash examples/paper/main.sh --dry-run            trains nothing, checks everything
+#
+# What is done is not done again, and what was interrupted goes on.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+. examples/venv.sh
+
+SCALE=${SCALE:-laptop}
+FILE=examples/paper/scales/$SCALE.toml
+[ -e "$FILE" ] || { echo "SCALE=$SCALE: there is no $FILE" >&2; exit 1; }
+tables=()
+while [ $# -gt 0 ] && [[ $1 != -* ]]; do
+    tables+=("examples/paper/$1.toml")
+    shift
+done
+fairseq-sffn run "${tables[@]}" --scale "$FILE" "$@"
+case " $* " in *" --dry-run "* | *" --launcher slurm "* | *" --only "*) exit ;; esac
+fairseq-sffn report examples/paper --scale "$FILE"
