@@ -22,7 +22,7 @@ from ..memory.selectors.learned_gate import LearnedGate
 from ..memory.selectors.lorkm import LoRKM
 from ..memory.selectors.pkm import PKM
 from ..memory.selectors.product_keys import ProductKeys
-from ..memory.selectors.vanilla_m import VanillaM
+from ..memory.selectors.vanilla_m import VanillaM, scores_are_cells
 from .traffic import visit_probability
 
 FP32, INDEX = torch.float32.itemsize, torch.int64.itemsize
@@ -112,7 +112,8 @@ def selection_bytes(memory: SparseMemory, tokens: int, dtype: torch.dtype) -> in
         normalised = config.gate_name == "softmax" or config.selector_class.default_balance_weight
         kept += tokens * config.num_blocks * (wide * gated + FP32 * bool(normalised))
     if isinstance(selector, VanillaM) and gated:
-        kept += tokens * config.num_cells * size  # pre-activations of all cells
+        apart = not scores_are_cells(config.block_size, selector.aggregate)
+        kept += tokens * config.num_cells * size * apart  # pre-activations of all cells
     if isinstance(selector, AvgK):
         kept += config.num_blocks * config.embed_dim * size  # mean keys
     if isinstance(selector, LearnedGate) and size < FP32:

@@ -21,11 +21,12 @@ def torchrun(world_size: int, *command: Any) -> list[str]:
     return [*launcher, "--nproc_per_node", str(world_size), *map(str, command)]
 
 
-def run(world_size: int, *command: Any, timeout: float = 240) -> "subprocess.CompletedProcess[str]":
-    """Runs so many processes to their end."""
+def run(world_size: int, *command: Any) -> "subprocess.CompletedProcess[str]":
+    """Runs so many processes to their end. Collective operations give up after half an hour, so a
+    job that waits for a rank which is gone is told from a slow machine."""
     return subprocess.run(
         torchrun(world_size, *command),
-        **{"env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": timeout},
+        **{"env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 1200},
     )
 
 

@@ -317,6 +317,8 @@ def test_activations_are_what_autograd_keeps(method: str, activation: str) -> No
         ("avgk", dict(sffn_gate="softmax")),
         ("avgk", dict(sffn_gate="sigmoid", sffn_freq=1)),
         ("vanilla_m", dict(sffn_gate="sigmoid")),
+        ("vanilla_m", dict(sffn_gate="softmax", sffn_block_size=16)),
+        ("vanilla_m", dict(sffn_gate="sigmoid", vanilla_m_aggregate="avg_abs")),
         ("pkm", dict(pkm_coefficients="activation")),
         ("switch", dict(decoder_output_dim=32, share_decoder_input_output_embed=False)),
         ("switch", dict(decoder_input_dim=32, share_decoder_input_output_embed=False)),

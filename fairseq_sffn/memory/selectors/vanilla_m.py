@@ -103,9 +103,14 @@ class VanillaM(Selector):
         return Selection(blocks_NA, pre_activations=pre_NAG)
 
 
+def scores_are_cells(block_size: int, aggregate: str) -> bool:
+    """Whether the score of a block is the pre-activation of its one cell."""
+    return block_size == 1 and aggregate != "avg_abs"
+
+
 def aggregated(pre_NBG: Tensor, aggregate: str) -> Tensor:
     """Score of each block, of the pre-activations of its cells: (N, B)."""
-    if pre_NBG.shape[2] == 1 and aggregate != "avg_abs":  # saves a copy of what may be large
+    if scores_are_cells(pre_NBG.shape[2], aggregate):  # saves a copy of what may be large
         return pre_NBG.squeeze(2)
     return AGGREGATES[aggregate](pre_NBG)
 
