@@ -21,7 +21,7 @@ setup(
     ],
     extras_require={
         "plots": ["matplotlib"],
-        "tests": ["pytest", "ruff", "mypy", "tensorboardX"],
+        "tests": ["pytest", "pytest-xdist", "ruff", "mypy", "tensorboardX"],
     },
     entry_points={"console_scripts": ["fairseq-sffn = fairseq_sffn.tools.cli:main"]},
     classifiers=["Programming Language :: Python :: 3.11"],

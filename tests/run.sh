@@ -7,4 +7,5 @@ cd "$(dirname "$0")/.."
 ruff format --check .
 ruff check .
 mypy
-OMP_NUM_THREADS=1 python -m pytest "$@"
+# A file's tests share what they train, so a file is one worker's.
+OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile "$@"
