@@ -73,18 +73,16 @@ class ProductScores(Scores):
     def top(self, active_blocks: int) -> Tensor:
         heads, right_size = self.left.shape[1], self.right.shape[2]
         each = active_blocks // heads
-        left, right = (
-            half.topk(min(each, half.shape[2]), dim=-1) for half in (self.left, self.right)
-        )
+        left, lefts = _best(self.left, each)
+        right, rights = _best(self.right, each)
         # The pair of the l-th best and the r-th best is beaten by (l + 1) * (r + 1) - 1 others.
-        ranks_l = torch.arange(left.values.shape[2], device=self.left.device).unsqueeze(1)
-        ranks_r = torch.arange(right.values.shape[2], device=self.left.device).unsqueeze(0)
+        ranks_l = torch.arange(left.shape[1], device=self.device).unsqueeze(1)
+        ranks_r = torch.arange(right.shape[1], device=self.device).unsqueeze(0)
         ranks_l, ranks_r = torch.nonzero((ranks_l + 1) * (ranks_r + 1) <= each, as_tuple=True)
-        sums = left.values[..., ranks_l] + right.values[..., ranks_r]
-        best = sums.topk(each, dim=-1).indices
-        lefts = left.indices.gather(2, ranks_l[best])
-        rights = right.indices.gather(2, ranks_r[best])
-        return (lefts * right_size + rights).transpose(1, 2).flatten(1)
+        sums = left.index_select(1, ranks_l).add_(right.index_select(1, ranks_r))
+        best = top_blocks(sums, each)
+        pairs = lefts.gather(1, ranks_l[best]) * right_size + rights.gather(1, ranks_r[best])
+        return pairs.unflatten(0, (-1, heads)).transpose(1, 2).flatten(1)
 
     def of(self, blocks_NA: Tensor) -> Tensor:
         blocks_NaH = self._by_rank(blocks_NA)
@@ -117,6 +115,13 @@ class ProductScores(Scores):
             return (left.flatten(0, 1).t() @ right.flatten(0, 1)).flatten()
 
 
+def _best(half_NHX: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The highest scores of a half, or all of them, and their indices, best first: (N * H, X')."""
+    flat = half_NHX.detach().flatten(0, 1)
+    indices = top_blocks(flat, min(count, flat.shape[1]))
+    return flat.gather(1, indices), indices
+
+
 def top_blocks(scores_NB: Tensor, active_blocks: int) -> Tensor:
     """The blocks with the highest scores, best first: (N, A) int64. Which of equal ones is open."""
     scores_NB = scores_NB.detach()
@@ -129,6 +134,8 @@ def top_blocks(scores_NB: Tensor, active_blocks: int) -> Tensor:
     ):
         return scores_NB.topk(active_blocks, dim=-1).indices
     # Sorts that compare many scores at once, several times faster than PyTorch's.
+    if active_blocks == scores_NB.shape[1]:
+        return torch.from_numpy(scores_NB.numpy().argsort(axis=1)).flip(1)
     parted = np.argpartition(scores_NB.numpy(), -active_blocks, axis=1)
     blocks_NA = torch.from_numpy(parted[:, -active_blocks:])
     order_NA = torch.from_numpy(scores_NB.gather(1, blocks_NA).numpy().argsort(axis=1))
