@@ -37,7 +37,8 @@ def _filled(path: Path, lines: list[str], block: Callable[[str], str]) -> Iterab
             raise UsageError(f"{path}:{opened}: this block has no {END}")
         if start:
             opened = number
-            yield from (line, "", block(start[1]), "")
+            filling = block(start[1])
+            yield from (line, "", *([filling, ""] if filling else []))
         elif line.strip() == END:
             if not opened:
                 raise UsageError(f"{path}:{number}: {END} ends no block")

@@ -31,9 +31,7 @@ class Part:
     def markdown(self) -> str:
         """Title, table and notes."""
         head = list(self.columns)
-        rule = ["---", *["---:"] * (len(head) - 1)]
-        if all(isinstance(row.get(head[-1]), str) for row in self.rows):
-            rule[-1] = "---"
+        rule = ["---" if show in (text, markdown) else "---:" for show in self.columns.values()]
         body = [
             [
                 "" if row.get(name) is None else show(row[name])
@@ -62,6 +60,11 @@ def text(value: str) -> str:
     """A word that is no Markdown by accident. Underscores within words are none."""
     for special in ("\\", "|", "*", "`", "<", "["):
         value = value.replace(special, "\\" + special)
+    return value
+
+
+def markdown(value: str) -> str:
+    """Words that are Markdown already."""
     return value
 
 

@@ -14,7 +14,7 @@ from ..outcomes import Outcome, Study
 from ..plan import Table
 from ..statistics import correlation, same_token, shared_blocks, summarize
 from .notes import gaps_notes, note_of, seeds_note
-from .part import Part, Parts, Show, Value, code, summary, text, whole
+from .part import Part, Parts, Show, Value, code, markdown, summary, text, whole
 
 LISTED_BLOCKS = 3
 
@@ -102,7 +102,7 @@ def example_blocks(outcomes: Sequence[Outcome]) -> Part:
         "layer": str,
         "block": whole,
         "load / mean": "{:.1f}".format,
-        "tokens": str,
+        "tokens": markdown,
     }
     rows = []
     for o in outcomes:

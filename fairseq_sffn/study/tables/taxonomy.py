@@ -35,7 +35,7 @@ def costs(study: Study, table: Table, scale: Scale) -> Part:
         "forward MFLOPs/token": "{:,.3f}".format,
         "selection": percent,
         "all, against dense": percent,
-        "selection by": str,
+        "selection by": text,
     }
     rows = []
     for row in table.rows:
