@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shlex
 import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ..errors import UsageError
 
 T = TypeVar("T")
+
+KINDS = ("taxonomy", "perplexity", "balance", "zero_shot", "routing")
+"""Kinds of tables; see :mod:`fairseq_sffn.study.tables`."""
+
+FIGURES = ("", "lines", "flops", "load", "gap", "routing", "bars")
+"""Kinds of figures; see :mod:`fairseq_sffn.study.figures`."""
+
+ABOVE_ZERO = {
+    *("updates", "batch_size", "tokens_per_sample", "ffn_embed_dim", "dictionary"),
+    *("learning_rates", "tokens_per_second", "relative_time", "processes", "update_freq"),
+    *("length", "batch", "lr", "sweep_share", "warmup_share"),
+}
+"""Keys whose numbers are above 0."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +58,7 @@ class Scale:
         name: of the scale.
         size: suffix of the architectures, such as ``tiny``.
         data: folder made by fairseq-preprocess, with train, valid and test splits.
-        domains: folder of such folders, with a test split each, out of domain.
+        domains: folder of such folders, with a test split each, out of domain; ``""``: none.
         dictionary: types of the text's dictionary, fairseq's special ones included.
         encoder: flags of ``fairseq-sffn zero-shot`` that name what the text was encoded with.
         requests: folder of the zero-shot tasks.
@@ -63,7 +78,6 @@ class Scale:
     name: str
     size: str
     data: str
-    domains: str
     dictionary: int
     updates: int
     batch_size: int
@@ -74,6 +88,7 @@ class Scale:
     tokens_per_second: float
     sweep_share: float = 1 / 3
     warmup_share: float = 0.1
+    domains: str = ""
     encoder: str = ""
     requests: str = ""
     relative_time: Mapping[str, float] = field(default_factory=dict)
@@ -130,12 +145,12 @@ class Table:
     Attributes:
         name: of its file.
         title: above it.
-        kind: how it is rendered: one of the names in ``report.KINDS``.
+        kind: how it is rendered: one of ``KINDS``.
         rows: of it.
         claims: that it bears on.
         zero_shot: whether zero-shot tasks are evaluated.
         note: below it.
-        figure: one of the names in ``report.FIGURES``; ``""``: none.
+        figure: one of ``FIGURES``; ``""``: none.
         axis: what the figure's horizontal axis shows.
     """
 
@@ -203,7 +218,7 @@ def build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     """An object of one of the classes above.
 
     Raises:
-        UsageError: a key is unknown, or missing.
+        UsageError: a key is unknown or missing, or its value is none that it can have.
     """
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(values.keys() - known.keys()):
@@ -211,7 +226,74 @@ def build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     needed = {n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
     if missing := sorted(needed - values.keys()):
         raise UsageError(f"{where}: {missing[0]}: is missing")
-    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    hints = get_type_hints(kind)
+    found = {n: convert(value, hints[n], f"{where}: {n}") for n, value in values.items()}
+    for name in ABOVE_ZERO & found.keys():
+        if any(number <= 0 for number in numbers(found[name])):
+            raise UsageError(f"{where}: {name} {values[name]!r}: must be above 0")
+    return kind(**found)
+
+
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """A value of a TOML file as a field's type.
+
+    Raises:
+        UsageError: it is of another type.
+    """
+    items = get_args(hint)
+    if get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(convert(item, items[0], f"{where}[{i}]") for i, item in enumerate(value))
+    if get_origin(hint) is Mapping and isinstance(value, dict):
+        return {key: convert(item, items[1], f"{where}.{key}") for key, item in value.items()}
+    if is_dataclass(hint) and isinstance(value, dict):
+        return build(hint, value, where)  # type: ignore[arg-type]
+    if get_origin(hint) in (tuple, Mapping) or not any(is_of(value, k) for k in items or [hint]):
+        raise UsageError(f"{where} {value!r}: must be {described(hint)}")
+    return value
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of a simple type. A whole number may stand for one with a fraction."""
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind  # a bool is no int
+
+
+def described(hint: Any) -> str:
+    """A field's type in words."""
+    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+    if get_origin(hint) is tuple:
+        return "a list"
+    if get_origin(hint) is Mapping or is_dataclass(hint):
+        return "a table"
+    return " or ".join(names[one] for one in get_args(hint) or [hint] if one is not NoneType)
+
+
+def numbers(value: Any) -> Iterable[float]:
+    """The numbers of a key that may have none, or several."""
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, tuple) else [value]
+
+
+def split_flags(flags: str, where: str) -> list[str]:
+    """Flags as a shell splits them, but none that :func:`train_arguments` sets.
+
+    Raises:
+        UsageError: a quote is left open, or it is one of these.
+    """
+    try:
+        words = shlex.split(flags)
+    except ValueError as error:
+        raise UsageError(f"{where}: flags {flags!r}: {error}") from error
+    cell = Cell("", "", seed=1, lr=1.0, updates=1, batch_size=1)
+    shape = {"updates": 1, "batch_size": 1, "tokens_per_sample": 1, "ffn_embed_dim": 1}
+    scale = Scale("", "", "", 1, **shape, learning_rates=(1.0,), flags="", tokens_per_second=1.0)
+    ours = set(train_arguments(cell, scale, Launcher(), "", "", ""))
+    for word in words:
+        if word.startswith("--") and word.partition("=")[0] in ours:
+            raise UsageError(f"{where}: flags: {word}: is set by what the file says elsewhere")
+    return words
 
 
 def load_scale(path: Path) -> Scale:
@@ -221,16 +303,14 @@ def load_scale(path: Path) -> Scale:
         UsageError: it does not.
     """
     values = {"name": path.stem, **read(path)}
-    if "launchers" in values:
-        values["launchers"] = {
-            name: build(Launcher, launcher, f"{path}: launchers.{name}")
-            for name, launcher in values["launchers"].items()
-        }
     scale = build(Scale, values, str(path))
-    scale = replace(scale, flags=shlex.join(shlex.split(scale.flags)))
-    if not scale.learning_rates:
-        raise UsageError(f"{path}: learning_rates: is empty")
-    return scale
+    for name in ("learning_rates", "launchers"):
+        if not getattr(scale, name):
+            raise UsageError(f"{path}: {name}: is empty")
+    for name in ("sweep_share", "warmup_share"):
+        if getattr(scale, name) > 1:
+            raise UsageError(f"{path}: {name} {getattr(scale, name)}: must be at most 1")
+    return replace(scale, flags=shlex.join(split_flags(scale.flags, str(path))))
 
 
 def load_table(path: Path) -> Table:
@@ -241,20 +321,29 @@ def load_table(path: Path) -> Table:
         UsageError: it does not describe one.
     """
     values = {"name": path.stem, **read(path)}
-    defaults = {"seeds": values.pop("seeds", (1,))}
-    for name, kind in (("rows", Row), ("claims", Claim)):
-        items = values.get(name, [])
-        shared = defaults if kind is Row else {}
-        values[name] = [
-            build(kind, {**shared, **item}, f"{path}: {name}[{i}]") for i, item in enumerate(items)
-        ]
+    seeds = values.pop("seeds", [1])
+    if isinstance(rows := values.get("rows"), list):
+        values["rows"] = [{"seeds": seeds, **r} if isinstance(r, dict) else r for r in rows]
     table = build(Table, values, str(path))
+    for name, known in (("kind", KINDS), ("figure", FIGURES)):
+        if (value := getattr(table, name)) not in known:
+            raise UsageError(
+                f"{path}: {name} {value!r}: is none of {', '.join(filter(None, known))}"
+            )
     labels = [row.label for row in table.rows]
     if not labels:
         raise UsageError(f"{path}: rows: there are none")
-    for i, label in enumerate(labels):
-        if label in labels[:i]:
-            raise UsageError(f"{path}: label {label!r}: is that of two rows")
+    for i, row in enumerate(table.rows):
+        where = f"{path}: row {row.label!r}"
+        if row.label in labels[:i]:
+            raise UsageError(f"{path}: label {row.label!r}: is that of two rows")
+        if len(set(row.seeds)) < len(row.seeds):
+            raise UsageError(f"{where}: seeds {list(row.seeds)}: are not all different")
+        if not row.seeds and table.kind != "taxonomy":
+            raise UsageError(f"{where}: seeds: is empty")
+        if row.x not in ("", "{ffn}") and not isinstance(row.x, int | float):
+            raise UsageError(f"{where}: x {row.x!r}: must be a number or '{{ffn}}'")
+        split_flags(row.flags, where)
     for claim in table.claims:
         for label in (claim.better, claim.worse):
             if label not in labels:
@@ -333,5 +422,5 @@ def train_arguments(
 
 def domains_of(scale: Scale) -> Iterator[Path]:
     """Folders of the sets out of domain, by name."""
-    folder = Path(scale.domains)
-    yield from sorted(path for path in folder.iterdir() if path.is_dir())
+    if scale.domains:
+        yield from sorted(path for path in Path(scale.domains).iterdir() if path.is_dir())

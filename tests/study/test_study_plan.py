@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from study import made
 
+from fairseq_sffn.study import plan
+from fairseq_sffn.study.figures import FIGURES
 from fairseq_sffn.study.plan import (
     Cell,
     Launcher,
@@ -18,6 +20,7 @@ from fairseq_sffn.study.plan import (
     sweep_cells,
     train_arguments,
 )
+from fairseq_sffn.study.tables import KINDS
 
 TABLE = """
 title = "T"
@@ -73,7 +76,31 @@ def test_a_table(tmp_path: Path) -> None:
         ('worse = "dense"', 'worse = "x"', r"t\.toml: claim about 'x': is the label of no row"),
         ('better = "Avg-K"\n', "", r"t\.toml: claims\[0\]: better: is missing"),
         ("rows = [", "rows = {", r"t\.toml: cannot be read"),
-        ("rows = [", "rows = []\nnote = [", r"t\.toml: rows: there are none"),
+        (
+            '"perplexity"',
+            '"perplexed"',
+            r"t\.toml: kind 'perplexed': is none of taxonomy, .*routing",
+        ),
+        ('title = "T"', 'title = "T"\nfigure = "pie"', r"figure 'pie': is none of lines, .*bars"),
+        ('title = "T"', "title = 3", r"t\.toml: title 3: must be a text"),
+        ('title = "T"', 'title = "T"\nzero_shot = 1', r"zero_shot 1: must be true or false"),
+        ("seeds = [3]", "seeds = 3", r"t\.toml: rows\[1\]: seeds 3: must be a list"),
+        ("seeds = [3]", "seeds = [1.5]", r"rows\[1\]: seeds\[0\] 1\.5: must be a whole number"),
+        ("seeds = [3]", "seeds = [true]", r"rows\[1\]: seeds\[0\] True: must be a whole number"),
+        ("seeds = [1, 2]", 'seeds = "12"', r"rows\[0\]: seeds '12': must be a list"),
+        ("seeds = [3]", "seeds = [3, 3]", r"row 'Avg-K': seeds \[3, 3\]: are not all different"),
+        ("seeds = [3]", "seeds = []", r"row 'Avg-K': seeds: is empty"),
+        ("seeds = [3]", "length = 0", r"rows\[1\]: length 0: must be above 0"),
+        ("seeds = [3]", "length = nan", r"rows\[1\]: length nan: must be a number"),
+        ("seeds = [3]", 'length = "2"', r"rows\[1\]: length '2': must be a number"),
+        ("seeds = [3]", "lr = -1", r"rows\[1\]: lr -1: must be above 0"),
+        ("seeds = [3]", 'lr = "x"', r"rows\[1\]: lr 'x': must be a number"),
+        ("seeds = [3]", 'x = "ffn"', r"row 'Avg-K': x 'ffn': must be a number or '\{ffn\}'"),
+        ("--sffn-block-size ", "--a 'b", r"row 'Avg-K': flags .*No closing quotation"),
+        ("--sffn-block-size ", "--lr 1", r"row 'Avg-K': flags: --lr: is set by what the file says"),
+        ("--sffn-block-size ", "--seed=1", r"flags: --seed=1: is set by what the file says"),
+        ('"--sffn-block-size  {ffn}"', "[]", r"rows\[1\]: flags \[\]: must be a text"),
+        ("[[claims]]", 'claims = "x"\n[[other]]', r"t\.toml: (claims|other)"),
     ],
 )
 def test_wrong_tables(old: str, new: str, error: str, tmp_path: Path) -> None:
@@ -89,13 +116,34 @@ def test_wrong_tables(old: str, new: str, error: str, tmp_path: Path) -> None:
         ("updates = 40\n", "", "updates: is missing"),
         ("updates", "udpates", "udpates: is none of"),
         ("learning_rates = [1e-3, 2e-3]", "learning_rates = []", "learning_rates: is empty"),
-        ("flags", "[launchers.a]\nprocesse = 2\n[x]\nflags", "launchers.a: processe: is none of"),
+        ("= 1000", "= 1000\n[launchers.a]\nprocesse = 2", "launchers.a: processe: is none of"),
+        ("= 1000", "= 1000\n[launchers.a]\nprocesses = 0", "a: processes 0: must be above 0"),
+        ("= 1000", "= 1000\nlaunchers.a = 3", "t.toml: launchers.a 3: must be a table"),
+        ("= 1000", "= 1000\n[launchers]", "t.toml: launchers: is empty"),
+        ("= 1000", "= 1000\nrelative_time.pkm = 'x'", "relative_time.pkm 'x': must be a number"),
+        ("= 1000", "= 1000\nwarmup_share = 7", "warmup_share 7: must be at most 1"),
+        ("= 1000", "= 0", "tokens_per_second 0: must be above 0"),
+        ("updates = 40", 'updates = "40"', "updates '40': must be a whole number"),
+        ("updates = 40", "updates = -5", "updates -5: must be above 0"),
+        ("[1e-3, 2e-3]", "2e-3", "learning_rates 0.002: must be a list"),
+        ("[1e-3, 2e-3]", "[1e-3, 0]", r"learning_rates \[0.001, 0\]: must be above 0"),
+        ("--dropout", "--max-update 3 --dropout", "t.toml: flags: --max-update: is set by what"),
     ],
 )
 def test_wrong_scales(old: str, new: str, error: str, tmp_path: Path) -> None:
     assert old in SCALE
     with pytest.raises(SystemExit, match=error):
         load_scale(write(tmp_path, SCALE.replace(old, new)))
+
+
+def test_a_table_without_rows(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"t\.toml: rows: there are none"):
+        load_table(write(tmp_path, 'title = "T"\nkind = "perplexity"\nrows = []'))
+
+
+def test_kinds_and_figures_are_those_that_are_rendered() -> None:
+    assert set(plan.KINDS) == set(KINDS)
+    assert set(plan.FIGURES) == {"", *FIGURES}
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
