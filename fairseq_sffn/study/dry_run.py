@@ -3,6 +3,11 @@ parameters, every flag is parsed, and a narrow copy is trained for an update."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import difflib
+import io
+import itertools
 import os
 import random
 import shlex
@@ -13,6 +18,7 @@ from pathlib import Path
 
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models import ARCH_MODEL_REGISTRY
 
 from ..errors import UsageError
 from ..tools.language_model import build_language_model
@@ -45,23 +51,29 @@ def dry_run(cells: Sequence[Cell], scale: Scale, launcher: Launcher) -> Iterator
             arguments = train_arguments(
                 cell, scale, launcher, str(data), f"{folder}/saved", str(PLUGIN)
             )
-            parse(arguments)
+            convert_namespace_to_omegaconf(parse(arguments))
             parameters = build(cell, scale)
             update(arguments)
             yield f"{cell.model} {cell.flags}: {parameters:,} parameters, an update done"
 
 
-def parse(arguments: list[str]) -> None:
+def parse(arguments: list[str]) -> argparse.Namespace:
     """Parses the arguments of fairseq-train.
 
     Raises:
         UsageError: it would not take them.
     """
-    parser = options.get_training_parser()
+    words = dict(itertools.pairwise(arguments))
+    if (arch := words["--arch"]) not in ARCH_MODEL_REGISTRY:
+        close = ", ".join(difflib.get_close_matches(arch, ARCH_MODEL_REGISTRY))
+        raise UsageError(f"--arch {arch}: is unknown" + (f"; there is {close}" if close else ""))
+    said = io.StringIO()
     try:
-        convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, arguments))
+        with contextlib.redirect_stderr(said):
+            return options.parse_args_and_arch(options.get_training_parser(), arguments)
     except SystemExit as error:
-        raise UsageError(f"fairseq-train {shlex.join(arguments)}: {error}") from error
+        reason = said.getvalue().strip().rpartition("error: ")[2] or str(error)
+        raise UsageError(f"fairseq-train does not take these flags: {reason}") from error
 
 
 def build(cell: Cell, scale: Scale) -> int:

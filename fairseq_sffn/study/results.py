@@ -85,36 +85,55 @@ WHOLE = "routing"
 """The part of a result that those of a sweep are without."""
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A result.
+
+    Raises:
+        UsageError: the file has none.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        result["data"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: is no result: {error}") from error
+    return result
+
+
 class Results:
     """The results in a folder, by the key of their cell.
 
     Args:
         folder: of JSON files.
         scale: that they are of.
-        data: fingerprint of the text; ``None``: whatever they were made with, if it is one text.
+        data: fingerprint of the text; ``None``: whatever they were made with.
 
     Raises:
-        UsageError: a file cannot be read, or results of several texts are there.
+        UsageError: a file cannot be read, or results of another text are there.
     """
 
     def __init__(self, folder: Path, scale: Scale, data: str | None = None) -> None:
         self.folder, self.scale = folder, scale
         self.by_key: dict[str, dict[str, Any]] = {}
         for path in sorted(folder.glob("*.json")):
-            try:
-                result = json.loads(path.read_text(encoding="utf-8"))
-                fingerprint = result["data"]
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UsageError(f"{path}: is no result: {error}") from error
-            if data is None or fingerprint == data:
-                self.by_key[path.stem] = result
+            self.by_key[path.stem] = read(path)
         texts = {result["data"] for result in self.by_key.values()}
+        if data is not None and texts - {data}:
+            others = ", ".join(sorted(texts - {data}))
+            raise UsageError(
+                f"{folder}: has results of the text {others}, and this is {data}; keep those of "
+                "this text in another folder, with --results"
+            )
         if len(texts) > 1:
             raise UsageError(f"{folder}: has results of several texts: {', '.join(sorted(texts))}")
 
     def get(self, cell: Cell) -> dict[str, Any] | None:
         """The result of a cell, if it is there."""
         return self.by_key.get(cell.key(self.scale))
+
+    def refresh(self, cell: Cell) -> None:
+        """Takes note of a result that another run has written since."""
+        if (path := self.path(cell)).exists():
+            self.by_key[path.stem] = read(path)
 
     def path(self, cell: Cell) -> Path:
         """The file of a cell's result."""

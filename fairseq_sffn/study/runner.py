@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -14,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +29,7 @@ from fairseq.data import Dictionary
 
 from ..errors import UsageError
 from .plan import Cell, Launcher, Scale, domains_of, train_arguments
-from .results import Results, curve, log_records
+from .results import WHOLE, Results, curve, log_records, missing
 
 PLUGIN = Path(__file__).parents[1]
 SPLITS = ("valid", "test")
@@ -41,14 +43,15 @@ def fingerprint(scale: Scale) -> str:
     """
     data = Path(scale.data)
     files = [data / "dict.txt", *(data / f"{split}.bin" for split in ("train", *SPLITS))]
-    if not Path(scale.domains).is_dir():
+    if scale.domains and not Path(scale.domains).is_dir():
         raise UsageError(f"{scale.domains}: there is no such folder; see examples/data/README.md")
     files += [domain / "test.bin" for domain in domains_of(scale)]
     digest = hashlib.sha256()
     for path in files:
         if not path.exists():
             raise UsageError(f"{path}: is missing; see examples/data/README.md")
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     if (types := len(Dictionary.load(str(files[0])))) != scale.dictionary:
         raise UsageError(
             f"dictionary {scale.dictionary} of scale {scale.name}: {files[0]} has {types} types"
@@ -79,6 +82,7 @@ class Runner:
     children: set[subprocess.Popen[str]] = field(default_factory=set)
     running: set[Cell] = field(default_factory=set)
     stopping: threading.Event = field(default_factory=threading.Event)
+    failure: Exception | None = None
 
     def run(self, cells: Sequence[Cell], sweep: bool, zero_shot: bool = False) -> None:
         """Brings all cells to their end.
@@ -112,18 +116,17 @@ class Runner:
                         )
                     if not ended:
                         self.say("; ".join(self.progress()))
-            except BaseException:
+            except BaseException as error:
                 self.stop()
                 for future in waiting:
                     future.cancel()
-                raise
+                raise self.failure or error from None
 
     def stop(self) -> None:
         """Ends all processes."""
         self.stopping.set()
         for child in list(self.children):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGTERM)
+            end(child)
 
     def progress(self) -> Iterable[str]:
         """A line on each training that runs."""
@@ -143,15 +146,41 @@ class Runner:
         """Trains a cell, or goes on with it, evaluates it and keeps the result."""
         self.running.add(cell)
         try:
-            self.bring_to_end(cell, sweep, zero_shot)
+            with self.locked(cell):
+                self.results.refresh(cell)
+                if missing([cell], self.results, part_of(sweep, zero_shot)):
+                    self.bring_to_end(cell, sweep, zero_shot)
+        except Exception as error:
+            if not self.stopping.is_set():
+                self.failure = error
+                self.stop()
+            raise
         finally:
             self.running.discard(cell)
+
+    @contextlib.contextmanager
+    def locked(self, cell: Cell) -> Iterator[None]:
+        """Of all runs, one trains a cell at a time; the others wait."""
+        folder = self.folder(cell)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("a") as file:
+            for tries in itertools.count():
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                if not tries:
+                    self.say(f"{folder.name}: another run trains it; waiting")
+                if self.stopping.wait(1):
+                    raise UsageError("stopped")
+            try:
+                yield
+            finally:
+                fcntl.flock(file, fcntl.LOCK_UN)  # a process that was forked may keep it open
 
     def bring_to_end(self, cell: Cell, sweep: bool, zero_shot: bool) -> None:
         """See :meth:`finish`."""
         folder = self.folder(cell)
         checkpoint = folder / "checkpoints" / "checkpoint_last.pt"
-        folder.mkdir(parents=True, exist_ok=True)
         diverged = not self.train(cell)
         result = self.describe(cell)
         if diverged:
@@ -238,6 +267,8 @@ class Runner:
             command, **streams, text=True, env=environment, start_new_session=True
         )
         self.children.add(child)
+        if self.stopping.is_set():  # after all others were ended
+            end(child)
         try:
             code = child.wait()
         finally:
@@ -262,25 +293,44 @@ class Runner:
         }
 
 
+def part_of(sweep: bool, zero_shot: bool) -> str:
+    """The part of a result that comes last."""
+    return "evaluation" if sweep else "zero_shot" if zero_shot else WHOLE
+
+
+def end(child: subprocess.Popen[str]) -> None:
+    """Ends a process and those that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGTERM)
+
+
 def submit(
     cells: Iterable[Cell], scale: Scale, launcher: Launcher, work: Path, again: Sequence[str]
 ) -> Iterable[str]:
     """Hands trainings to a batch system, a script each, which comes back here for its cell alone.
+    One that was handed over and has not ended since is not handed over again.
 
     Args:
         again: the command line that the scripts run, but for ``--only KEY``.
     """
     for cell in cells:
         key = cell.key(scale)
-        script = work / key / "job.sh"
+        script, submitted = work / key / "job.sh", work / key / "submitted"
+        if submitted.exists():
+            yield f"{key}: submitted before; if it is gone, delete {submitted}"
+            continue
         script.parent.mkdir(parents=True, exist_ok=True)
         name = f"#SBATCH --job-name {key}"
+        trap = f"trap {shlex.quote(shlex.join(['rm', '-f', str(submitted.absolute())]))} EXIT"
         command = shlex.join([*python("fairseq_sffn"), *again, "--only", key])
-        script.write_text("\n".join(["#!/bin/bash", name, *launcher.header, command]) + "\n")
+        lines = ["#!/bin/bash", name, *launcher.header, trap, command]
+        script.write_text("\n".join(lines) + "\n")
+        submitted.touch()
         done = subprocess.run(
             [*shlex.split(launcher.submit), str(script)], capture_output=True, text=True
         )
         if done.returncode:
+            submitted.unlink(missing_ok=True)
             reason = (done.stderr.strip().splitlines() or [""])[-1]
             raise UsageError(f"{launcher.submit} {script}: {reason}")
         yield f"{key}: {done.stdout.strip()}"

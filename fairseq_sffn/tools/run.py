@@ -6,14 +6,24 @@ import argparse
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import UsageError
-from ..study.dry_run import dry_run
-from ..study.plan import Cell, Scale, Table, load_scale, load_table, row_cells, sweep_cells
+from ..study.dry_run import dry_run, parse
+from ..study.plan import (
+    Cell,
+    Launcher,
+    Scale,
+    Table,
+    load_scale,
+    load_table,
+    row_cells,
+    sweep_cells,
+    train_arguments,
+)
 from ..study.results import WHOLE, Results, missing
-from ..study.runner import Runner, fingerprint, submit
+from ..study.runner import PLUGIN, Runner, fingerprint, submit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,42 +71,95 @@ def run(args: argparse.Namespace) -> str:
     def say(line: str) -> None:
         print(line, flush=True)
 
+    check(tables, scale, launcher)
     if args.dry_run:
         cells = [cell for row in rows for cell in row_cells(row, scale, scale.learning_rates[0])]
         for line in dry_run(cells, scale, launcher):
             say(line)
         return f"{len(cells)} trainings are ready"
+    if not any(row.seeds for row in rows):
+        return "nothing is trained for these tables"
     data = fingerprint(scale)
     folder = args.results or args.tables[0].parent / "results" / scale.name
     results = Results(folder, scale, data)
-    work = args.work / scale.name
+    if args.only:
+        check_only(args.only, tables, results)
+    # A text of its own has trainings of its own.
+    work = args.work / scale.name / data
     runner = Runner(scale, launcher, results, work, data, jobs, say)
+
+    def chosen(cells: Iterable[Cell]) -> list[Cell]:
+        return [cell for cell in cells if args.only in (None, cell.key(scale))]
+
+    def finish(cells: list[Cell], sweep: bool, zero_shot: bool = False) -> None:
+        if not launcher.submit or args.only:
+            runner.run(cells, sweep, zero_shot)
+            return
+        for line in submit(cells, scale, launcher, work, again(args)):
+            say(line)
+
     sweeps = missing((cell for row in rows for cell in sweep_cells(row, scale)), results)
     # Learning rates change no time.
     cells = list(dict.fromkeys(cell for table in tables for cell in to_do(table, results)))
     say(f"up to {len(sweeps) + len(cells)} trainings: {expected(sweeps + cells, scale, jobs)}")
     say(f"{len(sweeps)} to choose learning rates: {expected(sweeps, scale, jobs)}")
     with ended_by_signals():
-        runner.run(sweeps, sweep=True)
+        finish(chosen(sweeps), sweep=True)
+        if launcher.submit and sweeps and not args.only:
+            return "when these have ended, the same command submits the others"
         for table in tables:
-            todo = [cell for cell in to_do(table, results) if args.only in (None, cell.key(scale))]
+            todo = chosen(to_do(table, results))
             say(f"{table.name}: {len(todo)} trainings: {expected(todo, scale, jobs)}")
-            if launcher.submit and not args.only:
-                for line in submit(todo, scale, launcher, work, again(args)):
-                    say(line)
-            else:
-                runner.run(todo, sweep=False, zero_shot=table.zero_shot)
+            finish(todo, sweep=False, zero_shot=table.zero_shot)
     return f"results are in {folder}"
+
+
+def check(tables: Sequence[Table], scale: Scale, launcher: Launcher) -> None:
+    """Looks at all trainings before any is begun.
+
+    Raises:
+        UsageError: fairseq-train would not take the flags of one.
+    """
+    seen = set()
+    for table in tables:
+        for row in table.rows:
+            try:
+                for cell in row_cells(row, scale, scale.learning_rates[0]):
+                    words = train_arguments(cell, scale, launcher, "DATA", "FOLDER", str(PLUGIN))
+                    if (cell.model, cell.flags) not in seen:
+                        parse(words)
+                        seen.add((cell.model, cell.flags))
+            except UsageError as error:
+                raise UsageError(f"{table.name}, row {row.label!r}: {error}") from error
+
+
+def check_only(key: str, tables: Sequence[Table], results: Results) -> None:
+    """Raises UsageError unless it names a training of these tables."""
+    scale = results.scale
+    for table in tables:
+        for row in table.rows:
+            cells = row_cells(row, scale, results.learning_rate(row) or 0.0)
+            if key in {cell.key(scale) for cell in [*cells, *sweep_cells(row, scale)]}:
+                return
+    raise UsageError(f"--only {key}: is no training of {', '.join(t.name for t in tables)}")
 
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Trainings end with this process when it is terminated too, and at Ctrl-C where a shell made
-    it ignore that, as in the background."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    """Trainings end with this process when it is terminated or its terminal closed too, and at
+    Ctrl-C where a shell made it ignore that, as in the background.
+
+    Raises:
+        UsageError: it was.
+    """
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
+        numbers.append(signal.SIGHUP)
     before = [signal.signal(number, signal.default_int_handler) for number in numbers]
     try:
         yield
+    except KeyboardInterrupt:
+        raise UsageError("stopped; the same command goes on where this one was") from None
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)

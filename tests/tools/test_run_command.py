@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -20,7 +23,7 @@ from fairseq.data import Dictionary
 
 from fairseq_sffn.study.plan import Launcher, load_scale, load_table, row_cells, train_arguments
 from fairseq_sffn.study.results import log_records
-from fairseq_sffn.study.runner import Runner
+from fairseq_sffn.study.runner import Runner, fingerprint
 from fairseq_sffn.tools import cli
 
 UPDATES = 8
@@ -49,7 +52,12 @@ class Study:
             f"learning_rates = {rates}\ntokens_per_second = 1000\n"
             f'flags = "--optimizer adam --cpu --num-workers 0 {flags}"\n'
         )
-        self.work = folder / "work" / "small"
+
+    @property
+    def work(self) -> Path:
+        """The folder of the trainings."""
+        scale = load_scale(self.scale)
+        return self.folder / "work" / scale.name / fingerprint(scale)
 
     def run(self, *flags: str) -> None:
         """The command."""
@@ -202,6 +210,140 @@ def test_a_training_that_fails_is_told_in_one_line(
     line = str(stopped.value)
     assert "\n" not in line and Path(line.partition(":")[0]).is_file()
     assert study.results() == {}
+
+
+def test_no_training_is_begun_after_one_that_failed(
+    tmp_path: Path, data_bin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the other threads are doing then: here one is about to start a process."""
+    study = Study(tmp_path, data_bin, '{ label = "a", model = "dense", seeds = [1, 2] }')
+    failed, ended = threading.Event(), []
+    start = subprocess.Popen
+
+    def popen(command: list[str], **options: Any) -> Any:
+        if command[command.index("--seed") + 1] == "1":
+            return start([sys.executable, "-c", "raise SystemExit(3)"], **options)
+        assert failed.wait(60)
+        ended.append(start(["sleep", "600"], **options))
+        return ended[0]
+
+    def stop(self: Runner) -> None:
+        real_stop(self)
+        failed.set()
+
+    real_stop = Runner.stop
+    monkeypatch.setattr(Runner, "stop", stop)
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with pytest.raises(SystemExit, match="training failed"):
+        study.run("--jobs", "2")
+    assert ended[0].wait(60) == -signal.SIGTERM
+    assert study.results() == {}
+
+
+def test_two_runs_train_a_cell_once(
+    tmp_path: Path, data_bin: Path, calls: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second waits for the first, and takes its result."""
+    study = Study(tmp_path, data_bin, '{ label = "dense", model = "dense" }')
+    study.run()
+    ((key, result),) = study.results().items()
+    path = study.folder / "results" / "small" / f"{key}.json"
+    path.unlink()
+    with (study.work / key / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def other() -> None:
+            while "another run trains it; waiting" not in capsys.readouterr().out:
+                time.sleep(0.1)
+            path.write_text(json.dumps(result))
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        study.run()
+        thread.join()
+    assert trained(calls) == 1
+
+
+def test_another_text_has_trainings_and_results_of_its_own(
+    tmp_path: Path, data_bin: Path, calls: list[list[str]]
+) -> None:
+    study = Study(tmp_path, data_bin, '{ label = "dense", model = "dense" }')
+    study.run()
+    before = study.results()
+    with (study.folder / "domains" / "law" / "test.bin").open("ab") as file:
+        file.write(bytes(2))
+    with pytest.raises(SystemExit, match=r"has results of the text .* with --results"):
+        study.run()
+    study.run("--results", str(tmp_path / "others"))
+    assert trained(calls) == 2 and study.results() == before
+    assert [path.stem for path in (tmp_path / "others").iterdir()] == list(before)
+
+
+def test_a_batch_system_gets_each_training_once(
+    tmp_path: Path, data_bin: Path, calls: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = Study(tmp_path, data_bin, '{ label = "dense", model = "dense" }', "[1e-2, 2e-2]")
+    with study.scale.open("a") as scale:
+        scale.write('[launchers.batch]\nsubmit = "echo job"\nheader = ["#SBATCH --nodes 1"]\n')
+    study.run()
+    said = capsys.readouterr().out
+    assert said.count(": job ") == 2 and "the same command submits the others" in said
+    study.run()
+    assert capsys.readouterr().out.count(": submitted before") == 2
+    for _ in range(2):  # what the jobs do: those of the sweep, then the other
+        for script in study.work.glob("*/job.sh"):
+            text = script.read_text()
+            assert text.startswith("#!/bin/bash\n#SBATCH --job-name dense-")
+            assert "\n#SBATCH --nodes 1\n" in text
+            trap, command = text.splitlines()[-2:]
+            subprocess.run(["bash", "-c", trap], check=True)
+            assert not (script.parent / "submitted").exists()
+            cli.main(shlex.split(command)[5:])
+        study.run()
+    assert trained(calls) == 3 and len(study.results()) == 3
+    with pytest.raises(SystemExit, match="--only dense-x: is no training of t"):
+        study.run("--only", "dense-x")
+
+
+def test_a_study_without_texts_out_of_domain(
+    tmp_path: Path, data_bin: Path, calls: list[list[str]]
+) -> None:
+    study = Study(tmp_path, data_bin, '{ label = "dense", model = "dense" }')
+    lines = study.scale.read_text().splitlines(keepends=True)
+    study.scale.write_text("".join(line for line in lines if not line.startswith("domains")))
+    study.run()
+    (result,) = study.results().values()
+    assert list(result["evaluation"]) == ["valid", "test"]
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        ('model = "avgkk"', "t, row 'b': --arch transformer_lm_avgkk_tiny: is unknown; there is"),
+        ('model = "avgk", flags = "--no-such 3"', "row 'b': .*unrecognized arguments: --no-such 3"),
+        ('model = "avgk", flags = "--sffn-gate x"', "row 'b': .*--sffn-gate: invalid choice: 'x'"),
+    ],
+)
+def test_all_rows_are_looked_at_before_any_is_trained(
+    row: str, error: str, tmp_path: Path, data_bin: Path, calls: list[list[str]]
+) -> None:
+    rows = f'{{ label = "a", model = "dense" }}, {{ label = "b", {row} }}'
+    study = Study(tmp_path, data_bin, rows)
+    with pytest.raises(SystemExit, match=error) as stopped:
+        study.run()
+    assert "\n" not in str(stopped.value)
+    assert calls == [] and study.results() == {}
+
+
+def test_tables_that_train_nothing_need_no_text(
+    tmp_path: Path, data_bin: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = Study(tmp_path, data_bin, '{ label = "dense", model = "dense", seeds = [] }')
+    study.table.write_text(study.table.read_text().replace("perplexity", "taxonomy"))
+    study.scale.write_text(study.scale.read_text().replace(str(data_bin), "nowhere"))
+    study.run()
+    assert "nothing is trained" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
