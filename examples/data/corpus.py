@@ -24,6 +24,7 @@ from files import Steps, read_documents, sha256, write_documents
 from splits import Documents
 
 HELD_OUT = ("valid", "test")
+STEPS = ("deduplicate", "split", "encode", "check", "binarise")  # after those of each source
 PACKAGES = ("sentencepiece", "lxml", "numpy", "ve-fairseq")
 
 
@@ -55,6 +56,11 @@ def code(*modules: Any) -> list[str]:
     return [sha256(Path(path)) for path in paths]
 
 
+def source_steps(output: Path, name: str) -> Steps:
+    """The steps of one source, and those of all sources together, which come after."""
+    return Steps(output, [f"read-{name}", f"clean-{name}", *STEPS])
+
+
 def clean_source(output: Path, source: Source) -> dict[str, int]:
     documents = read_documents(output / f"work/read/{source.name}.jsonl")
     kept, dropped = clean.clean_documents(documents, source.listings)
@@ -68,8 +74,11 @@ def clean_settings(source: Source) -> Any:
 
 def clean_step(output: Path, source: Source) -> dict[str, int]:
     """Returns how much was dropped and why."""
-    return Steps(output / "work/steps").run(
-        f"clean-{source.name}", clean_settings(source), lambda: clean_source(output, source)
+    return source_steps(output, source.name).run(
+        f"clean-{source.name}",
+        clean_settings(source),
+        [output / f"work/clean/{source.name}.jsonl"],
+        lambda: clean_source(output, source),
     )
 
 
@@ -195,23 +204,27 @@ def check_overlap(output: Path, names: list[str]) -> dict[str, Any]:
     }
 
 
+def binarised(output: Path, domain_names: list[str]) -> dict[str, Path]:
+    """FOLDER/SPLIT of what fairseq-preprocess makes."""
+    domains = {f"domains/{name}": output / f"domains/{name}/test" for name in domain_names}
+    return {split: output / f"bin/{split}" for split in ("train", *HELD_OUT)} | domains
+
+
 def binarise(output: Path, domain_names: list[str], workers: int) -> dict[str, dict[str, str]]:
     """Returns checksums of what fairseq-preprocess made."""
     encoded = output / "work/encoded"
     prefixes = {split: encoded / f"{split}.bpe" for split in ("train", *HELD_OUT)}
     encode.binarise(output / "dict.txt", prefixes, output / "bin", workers)
-    made = {split: output / f"bin/{split}" for split in prefixes}
     for name in domain_names:
         prefix = {"test": encoded / f"domains/{name}.bpe"}
         encode.binarise(output / "dict.txt", prefix, output / f"domains/{name}")
-        made[f"domains/{name}"] = output / f"domains/{name}/test"
     return {
         name: {
             "text_sha256": sha256(output / f"text/{name}.txt"),
             "bin_sha256": sha256(path.with_suffix(".bin")),
             "idx_sha256": sha256(path.with_suffix(".idx")),
         }
-        for name, path in made.items()
+        for name, path in binarised(output, domain_names).items()
     }
 
 
@@ -220,25 +233,47 @@ def build(output: Path, sources: list[Source], settings: Settings, workers: int)
 
     Of what several sources have, training sources keep it, and of these the first.
     """
-    steps = Steps(output / "work/steps")
+    steps = Steps(output, STEPS)
     train_names = [source.name for source in sources if source.role == "train"]
     domain_names = [source.name for source in sources if source.role == "domain"]
+    made = binarised(output, domain_names)
+
+    def work(stage: str, names: Iterable[str], ending: str = "jsonl") -> list[Path]:
+        return [output / f"work/{stage}/{name}.{ending}" for name in names]
+
     cleaned = {source.name: clean_step(output, source) for source in sources}
     history: list[Any] = [[s.name, s.role, clean_settings(s)] for s in sources]
 
     history = [history, code(deduplicate, ngrams, clean)]
     distinct = steps.run(
-        "deduplicate", history, lambda: deduplicate_sources(output, train_names + domain_names)
+        "deduplicate",
+        history,
+        work("distinct", train_names + domain_names),
+        lambda: deduplicate_sources(output, train_names + domain_names),
     )
     history = [history, asdict(settings), code(splits, ngrams)]
     overlapping = steps.run(
-        "split", history, lambda: split_sources(output, train_names, domain_names, settings)
+        "split",
+        history,
+        work("split", ["train", *HELD_OUT, *domain_names]),
+        lambda: split_sources(output, train_names, domain_names, settings),
     )
     history = [history, code(encode, splits), version("sentencepiece")]
-    report = steps.run("encode", history, lambda: encode_splits(output, domain_names, settings))
+    texts = [output / f"text/{name}.txt" for name in made]
+    report = steps.run(
+        "encode",
+        history,
+        [output / "spm.model", output / "dict.txt", *texts, *work("encoded", made, "bpe")],
+        lambda: encode_splits(output, domain_names, settings),
+    )
     held_out = [name for name in report if name != "train"]
-    checked = steps.run("check", history, lambda: check_overlap(output, held_out))
-    checksums = steps.run("binarise", history, lambda: binarise(output, domain_names, workers))
+    checked = steps.run("check", history, [], lambda: check_overlap(output, held_out))
+    checksums = steps.run(
+        "binarise",
+        history,
+        encode.binarised_files(made.values()),
+        lambda: binarise(output, domain_names, workers),
+    )
     for name in report:
         report[name] |= checksums[name]
         report[name] |= overlapping.get(name.removeprefix("domains/"), {})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import corpus
 import readers
-from files import Steps, read_documents, sha256, write_documents, write_json
+from files import read_documents, sha256, write_documents, write_json
 
 NAME = "folder"
 
@@ -59,9 +59,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{args.folder}: has no files")
 
     history = [[[str(p.relative_to(args.folder)), sha256(p)] for p in paths], corpus.code(readers)]
-    steps = Steps(args.output / "work/steps")
-    steps.run(f"read-{NAME}", history, lambda: read_folder(args.output, args.folder, paths))
-    documents = read_documents(args.output / f"work/read/{NAME}.jsonl")
+    read = args.output / f"work/read/{NAME}.jsonl"
+    corpus.source_steps(args.output, NAME).run(
+        f"read-{NAME}", history, [read], lambda: read_folder(args.output, args.folder, paths)
+    )
+    documents = read_documents(read)
     characters = sum(len(text) for _, text in documents)
     settings = corpus.Settings(
         pieces=args.pieces,

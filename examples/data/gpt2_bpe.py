@@ -126,14 +126,14 @@ def main(argv: list[str] | None = None) -> None:
     folder = args.bpe or fetch_bpe(args.output / "downloads")
     size = len(encoder_of(folder).encoder)
 
-    steps = Steps(args.output / "work/steps")
     encoded = {split: args.output / f"work/{split}.bpe" for split in SPLITS}
     how = [sha256(path) for path in (Path(__file__), *(folder / name for name in CHECKSUMS))]
     texts = {split: [sha256(path) for path in paths[split]] for split in SPLITS}
     counts = {
-        split: steps.run(
+        split: Steps(args.output, [f"encode-{split}", "binarise"]).run(
             f"encode-{split}",
             [how, texts[split]],
+            [encoded[split]],
             partial(encode_split, folder, paths[split], encoded[split], args.workers),
         )
         for split in SPLITS
@@ -145,7 +145,12 @@ def main(argv: list[str] | None = None) -> None:
         encode.binarise(args.output / "dict.txt", encoded, args.output / "bin", args.workers)
         return len(entries)
 
-    entries = steps.run("binarise", [how, texts, sha256(Path(encode.__file__))], binarise)
+    entries = Steps(args.output, ["binarise"]).run(
+        "binarise",
+        [how, texts, sha256(Path(encode.__file__))],
+        encode.binarised_files(args.output / "bin" / split for split in SPLITS),
+        binarise,
+    )
     print(f"{entries:,} entries in the dictionary, {size:,} of them GPT-2 tokens and 4 of fairseq")
     for split in SPLITS:
         lines = sum(1 for _ in encoded[split].open(encoding="utf-8"))

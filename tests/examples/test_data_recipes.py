@@ -11,6 +11,7 @@ import lzma
 import os
 import random
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -519,6 +520,50 @@ def test_interrupted_recipe_is_taken_up(
     assert not [*tmp_path.rglob("*.tmp"), *tmp_path.rglob("*.partial")]
 
 
+def test_interrupted_build_with_other_settings_leaves_nothing_behind(
+    data: SimpleNamespace,
+    small: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = small(tmp_path)
+    model = data.files.sha256(tmp_path / "spm.model")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data.encode, "dictionary_text", interrupt)
+        small(tmp_path, seed=2)
+    assert data.files.sha256(tmp_path / "spm.model") != model
+    assert not (tmp_path / "manifest.json").exists()
+
+    assert small(tmp_path) == first
+    assert data.files.sha256(tmp_path / "spm.model") == model
+    for name, split in first["splits"].items():
+        assert data.files.sha256(tmp_path / f"text/{name}.txt") == split["text_sha256"]
+
+
+def test_what_is_gone_is_made_again_and_so_is_what_depends_on_it(
+    small: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = small(tmp_path)
+    steps = ["deduplicate", "split", "encode", "check", "binarise"]
+    for gone, first in (
+        ("work/read/guide.jsonl", "deduplicate"),  # after two steps in a process of their own
+        ("work/distinct", "deduplicate"),
+        ("work/split/poems.jsonl", "split"),
+        ("spm.model", "encode"),
+        ("text/domains/poems.txt", "encode"),
+        ("bin", "binarise"),
+        ("bin/valid.idx", "binarise"),
+        ("domains/poems/dict.txt", "binarise"),
+    ):
+        path = tmp_path / gone
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        capsys.readouterr()
+        assert small(tmp_path) == manifest
+        done = re.findall(r"^== (.*)", capsys.readouterr().out, re.MULTILINE)
+        assert done == steps[steps.index(first) :]
+        assert path.exists()
+
+
 def interrupt(*args: object) -> None:
     raise KeyboardInterrupt
 
@@ -724,6 +769,25 @@ def test_gpt2_recipe(data: SimpleNamespace, tmp_path: Path) -> None:
             assert [counts[i] for i in range(4, 263)] == dictionary.count[4:263]
     first = indexed_dataset.make_dataset(str(out / "bin/train"), "mmap")[0]
     assert [encoder.decode([int(dictionary[t])]) for t in first[:3]] == ["th", "e", " th"]
+
+
+def test_gpt2_recipe_makes_again_what_is_gone(
+    data: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("the thin cloth\n")
+    texts = [arg for split in data.gpt2_bpe.SPLITS for arg in (f"--{split}", tmp_path / "text.txt")]
+    argv = [tmp_path / "out", *texts, "--bpe", make_bpe(tmp_path / "bpe"), "--workers", 1]
+
+    def done() -> list[str]:
+        data.gpt2_bpe.main(list(map(str, argv)))
+        return re.findall(r"^== (.*)", capsys.readouterr().out, re.MULTILINE)
+
+    assert done() == ["encode-train", "encode-valid", "encode-test", "binarise"]
+    assert done() == []
+    shutil.rmtree(tmp_path / "out/bin")
+    assert done() == ["binarise"]
+    (tmp_path / "out/work/valid.bpe").unlink()
+    assert done() == ["encode-valid", "binarise"]
 
 
 def test_gpt2_recipe_refuses_what_is_no_text(data: SimpleNamespace, tmp_path: Path) -> None:
