@@ -103,7 +103,10 @@ def named_documents(output: Path, stage: str, name: str) -> Documents:
 def split_sources(
     output: Path, train_names: list[str], domain_names: list[str], settings: Settings
 ) -> dict[str, dict[str, int]]:
-    """Splits the training sources, and takes what is in train out of everything else."""
+    """Splits the training sources, and takes what is in train out of everything else.
+
+    Raises ValueError where nothing is left to evaluate on.
+    """
     collection = [d for name in train_names for d in named_documents(output, "distinct", name)]
     sizes = {"valid": settings.valid_characters, "test": settings.test_characters}
     dealt = splits.split_documents(collection, sizes, settings.max_document_share, settings.seed)
@@ -113,6 +116,12 @@ def split_sources(
     report = {}
     for name, documents in held_out.items():
         rest, report[name] = splits.remove_overlap(documents, overlap)
+        if not rest:
+            common = overlap.common(documents[0][1])
+            raise ValueError(
+                f"nothing is left for {name}, whose every paragraph shares {splits.OVERLAP_NGRAM} "
+                f'consecutive words with train: take out of the texts what repeats, as "{common}"'
+            )
         write_documents(output / f"work/split/{name}.jsonl", rest)
     write_documents(output / "work/split/train.jsonl", dealt["train"])
     return report

@@ -725,6 +725,25 @@ def test_folder_recipe_refuses_in_one_line(
     assert re.fullmatch(r"\S+bad\.txt: not a readable .*", message(folder, tmp_path / "bad"))
 
 
+def test_folder_recipe_refuses_to_leave_held_out_splits_empty(
+    data: SimpleNamespace, tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "texts", tmp_path / "out"
+    folder.mkdir()
+    common = "This notice must be kept with every copy of the text that follows"
+    for i in range(40):
+        before, after = make_text(("common", i), paragraphs=2).split("\n")
+        (folder / f"{i}.txt").write_text(f"{before} {common}: {after}")
+    with pytest.raises(SystemExit) as stop:
+        data.folder.main([str(folder), str(out), *FLAGS])
+    assert re.fullmatch(
+        rf'{folder}: nothing is left for valid, .* shares 13 .* as "{common.lower()}"',
+        str(stop.value.code),
+    )
+    assert not (out / "work/steps/split.json").exists()
+    assert not (out / "manifest.json").exists()
+
+
 # gpt2_bpe.py
 
 
