@@ -7,6 +7,7 @@ text/domains/ and domains/ with a test set a domain, spm.model, dict.txt and man
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -94,6 +95,30 @@ def deduplicate_sources(output: Path, names: Iterable[str]) -> dict[str, dict[st
     return report
 
 
+def dropped_documents(reports: Iterable[dict[str, int]]) -> str:
+    """How many documents cleaning and de-duplication dropped and why, as the end of a message."""
+    least = clean.MIN_DOCUMENT_LENGTH
+    reasons = {
+        "short": f"with less than {least} characters of text",
+        "no_prose": "with hardly any prose",
+        "copies": "that are copies",
+        "short_without_copied_paragraphs": f"with less than {least} characters that are no copy",
+    }
+    counts: Counter[str] = Counter()
+    for report in reports:
+        counts.update({reason: report[reason] for reason in reasons})
+    dropped = [f"{counts[key]:,} {reason}" for key, reason in reasons.items() if counts[key]]
+    return f"; dropped were {', '.join(dropped)}" if dropped else ""
+
+
+def check_documents(reports: dict[str, dict[str, int]], use: str) -> None:
+    """Raises ValueError if of no source a document is left."""
+    if not any(report["documents_kept"] for report in reports.values()):
+        read = sum(report["documents_read"] for report in reports.values())
+        dropped = dropped_documents(reports.values())
+        raise ValueError(f"no document of {read:,} is left for {use}{dropped}")
+
+
 def named_documents(output: Path, stage: str, name: str) -> Documents:
     """Documents of a source, with names that are unique over all sources."""
     documents = read_documents(output / f"work/{stage}/{name}.jsonl")
@@ -101,15 +126,24 @@ def named_documents(output: Path, stage: str, name: str) -> Documents:
 
 
 def split_sources(
-    output: Path, train_names: list[str], domain_names: list[str], settings: Settings
+    output: Path,
+    train_names: list[str],
+    domain_names: list[str],
+    settings: Settings,
+    dropped: str,
 ) -> dict[str, dict[str, int]]:
     """Splits the training sources, and takes what is in train out of everything else.
 
-    Raises ValueError where nothing is left to evaluate on.
+    Raises ValueError where nothing is left to evaluate on. `dropped` ends the message if there
+    are too few documents.
     """
     collection = [d for name in train_names for d in named_documents(output, "distinct", name)]
     sizes = {"valid": settings.valid_characters, "test": settings.test_characters}
-    dealt = splits.split_documents(collection, sizes, settings.max_document_share, settings.seed)
+    share = settings.max_document_share
+    try:
+        dealt = splits.split_documents(collection, sizes, share, settings.seed)
+    except ValueError as error:
+        raise ValueError(f"{error}{dropped}") from error
     held_out = {split: dealt[split] for split in HELD_OUT}
     held_out |= {name: named_documents(output, "distinct", name) for name in domain_names}
     overlap = ngrams.Overlap((text for _, text in dealt["train"]), splits.OVERLAP_NGRAM)
@@ -260,12 +294,18 @@ def build(output: Path, sources: list[Source], settings: Settings, workers: int)
         work("distinct", train_names + domain_names),
         lambda: deduplicate_sources(output, train_names + domain_names),
     )
+    documents = {name: cleaned[name] | distinct[name] for name in cleaned}
+    training = {name: documents[name] for name in train_names}
+    check_documents(training, "train")
+    for name in domain_names:
+        check_documents({name: documents[name]}, name)
+    dropped = dropped_documents(training.values())
     history = [history, asdict(settings), code(splits, ngrams)]
     overlapping = steps.run(
         "split",
         history,
         work("split", ["train", *HELD_OUT, *domain_names]),
-        lambda: split_sources(output, train_names, domain_names, settings),
+        lambda: split_sources(output, train_names, domain_names, settings, dropped),
     )
     history = [history, code(encode, splits), version("sentencepiece")]
     texts = [output / f"text/{name}.txt" for name in made]
@@ -290,7 +330,7 @@ def build(output: Path, sources: list[Source], settings: Settings, workers: int)
         "settings": asdict(settings),
         "sentencepiece": encode.SENTENCEPIECE | {"sample_characters": encode.SAMPLE},
         "splits": report,
-        "documents": {name: cleaned[name] | distinct[name] for name in cleaned},
+        "documents": documents,
         "overlap_check": checked,
         "spm.model_sha256": sha256(output / "spm.model"),
         "dict.txt_sha256": sha256(output / "dict.txt"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -36,6 +37,20 @@ def read_documents(path: Path) -> list[tuple[str, str]]:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_at_least_1(flag: str, value: int) -> None:
+    """Ends the program in one line where the value of a flag is less."""
+    if value < 1:
+        sys.exit(f"{flag} {value}: must be at least 1")
+
+
+def make_output(path: Path) -> None:
+    """Makes the folder to build in; ends the program in one line where that cannot be."""
+    try:
+        (path / "work").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"{path}: cannot be made a folder to build in: {error.strerror}")
 
 
 def fingerprint(value: Any) -> str:

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import corpus
 import readers
-from files import read_documents, sha256, write_documents, write_json
+from files import (
+    check_at_least_1,
+    make_output,
+    read_documents,
+    sha256,
+    write_documents,
+    write_json,
+)
 
 NAME = "folder"
 
@@ -47,16 +54,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1, help="decides which files are held out")
     args = parser.parse_args(argv)
 
+    for flag, value in (("--pieces", args.pieces), ("--workers", args.workers)):
+        check_at_least_1(flag, value)
+    for flag, share in (("--valid-share", args.valid_share), ("--test-share", args.test_share)):
+        if not 0 < share < 0.5:
+            sys.exit(f"{flag} {share:g}: must be more than 0 and less than 0.5")
     if not args.folder.is_dir():
-        parser.error(f"{args.folder}: not a folder")
-    for option in ("valid_share", "test_share"):
-        if not 0 < getattr(args, option) < 0.5:
-            parser.error(f"--{option.replace('_', '-')}: must be more than 0 and less than 0.5")
+        sys.exit(f"{args.folder}: not a folder")
     if args.output.resolve().is_relative_to(args.folder.resolve()):
-        parser.error(f"{args.output}: is in the folder that is read")
+        sys.exit(f"{args.output}: is in the folder that is read")
     paths = text_files(args.folder)
     if not paths:
-        parser.error(f"{args.folder}: has no files")
+        sys.exit(f"{args.folder}: has no files")
+    make_output(args.output)
 
     history = [[[str(p.relative_to(args.folder)), sha256(p)] for p in paths], corpus.code(readers)]
     read = args.output / f"work/read/{NAME}.jsonl"

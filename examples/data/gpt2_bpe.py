@@ -17,7 +17,7 @@ import fetch
 from archives import archive_files
 from fairseq.data import Dictionary
 from fairseq.data.encoders.gpt2_bpe_utils import Encoder, get_encoder
-from files import Steps, sha256, write_atomically
+from files import Steps, check_at_least_1, make_output, sha256, write_atomically
 
 PACKAGE = {
     "name": "gpt2_bpe",
@@ -119,10 +119,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--bpe", type=Path, help="folder of encoder.json and vocab.bpe, if at hand")
     args = parser.parse_args(argv)
 
+    check_at_least_1("--workers", args.workers)
     paths = {split: getattr(args, split) for split in SPLITS}
     for path in (path for split in SPLITS for path in paths[split]):
         if not path.is_file():
-            parser.error(f"{path}: no such file")
+            sys.exit(f"{path}: no such file")
+    make_output(args.output)
     folder = args.bpe or fetch_bpe(args.output / "downloads")
     size = len(encoder_of(folder).encoder)
 

@@ -13,7 +13,7 @@ import archives
 import corpus
 import fetch
 import readers
-from files import write_documents, write_json
+from files import check_at_least_1, make_output, write_documents, write_json
 
 HERE = Path(__file__).parent
 SETTINGS = corpus.Settings(
@@ -80,6 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--reference", type=Path, default=HERE / "laptop-manifest.json")
     args = parser.parse_args(argv)
 
+    check_at_least_1("--workers", args.workers)
+    make_output(args.output)
     sources = {source["name"]: source for source in json.loads(args.sources.read_text())}
     packages, paths = {}, {}
     for i, (name, source) in enumerate(sources.items(), 1):

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -704,25 +704,67 @@ def test_folder_recipe(data: SimpleNamespace, tmp_path: Path) -> None:
     assert sorted(everything) == sorted(expected)
 
 
-def test_folder_recipe_refuses_in_one_line(
-    data: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folder_recipe_refuses_in_one_line(data: SimpleNamespace, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "texts")
+    out = tmp_path / "out"
 
     def message(*argv: object) -> str:
-        with pytest.raises(SystemExit) as stop:
-            data.folder.main(list(map(str, argv)))
-        return str(stop.value) if isinstance(stop.value.code, str) else capsys.readouterr().err
+        return refusal(data.folder, *argv)
 
-    assert "nowhere: not a folder" in message(tmp_path / "nowhere", tmp_path / "out")
+    assert message(tmp_path / "nowhere", out) == f"{tmp_path}/nowhere: not a folder"
     assert "is in the folder" in message(folder, folder / "out")
-    assert "--valid-share: must" in message(folder, tmp_path / "out", "--valid-share", "0.6")
+    for flag in ("--workers", "--pieces"):
+        for value in (0, -2):
+            assert message(folder, out, flag, value) == f"{flag} {value}: must be at least 1"
+    for value in ("0.6", "nan"):
+        assert f"--test-share {value}: must" in message(folder, out, "--test-share", value)
     few = message(folder, tmp_path / "few", "--valid-share", "0.001")
-    assert re.search(r"texts: no document for valid among 60: .*longer", few)
+    assert re.search(r"texts: no document for valid among 60: .*longer.*; dropped were 1 that", few)
     many = message(folder, tmp_path / "many", *FLAGS, "--pieces", "90000")
     assert "no vocabulary of 90000 pieces" in many
     (folder / "bad.txt").write_bytes(b"\xff\xfe")
     assert re.fullmatch(r"\S+bad\.txt: not a readable .*", message(folder, tmp_path / "bad"))
+
+
+def refusal(script: ModuleType, *argv: object) -> str:
+    """The one line with which a script refuses its arguments."""
+    with pytest.raises(SystemExit) as stop:
+        script.main(list(map(str, argv)))
+    assert isinstance(stop.value.code, str)
+    assert "\n" not in stop.value.code
+    return stop.value.code
+
+
+def test_folder_recipe_says_that_files_are_too_short(data: SimpleNamespace, tmp_path: Path) -> None:
+    folder, out = tmp_path / "texts", tmp_path / "out"
+    folder.mkdir()
+    (folder / "a.txt").write_text(make_text("short", paragraphs=1)[:80])
+    short = "dropped were 1 with less than 200 characters of text"
+    nothing = refusal(data.folder, folder, out)
+    assert nothing == f"{folder}: no document of 1 is left for train; {short}"
+    (folder / "b.txt").write_text(make_text("long"))
+    few = refusal(data.folder, folder, out)
+    assert re.fullmatch(f"{folder}: no document for valid among 1: .*too few.*; {short}", few)
+
+
+def test_recipes_refuse_a_file_as_output(data: SimpleNamespace, tmp_path: Path) -> None:
+    folder, file = make_folder(tmp_path / "texts"), tmp_path / "file"
+    file.write_text("")
+    texts = [arg for split in data.gpt2_bpe.SPLITS for arg in (f"--{split}", file)]
+    for out in (file, file / "inner"):
+        expected = f"{out}: cannot be made a folder to build in: Not a directory"
+        assert refusal(data.folder, folder, out) == expected
+        assert refusal(data.laptop, "--output", out) == expected
+        assert refusal(data.gpt2_bpe, out, *texts) == expected
+
+
+def test_recipes_refuse_to_work_with_no_process(data: SimpleNamespace, tmp_path: Path) -> None:
+    texts = [arg for split in data.gpt2_bpe.SPLITS for arg in (f"--{split}", tmp_path / "no.txt")]
+    out, expected = tmp_path / "out", "--workers 0: must be at least 1"
+    assert refusal(data.laptop, "--output", out, "--workers", 0) == expected
+    assert refusal(data.gpt2_bpe, out, *texts, "--workers", 0) == expected
+    assert refusal(data.gpt2_bpe, out, *texts) == f"{tmp_path}/no.txt: no such file"
+    assert not out.exists()
 
 
 def test_folder_recipe_refuses_to_leave_held_out_splits_empty(
