@@ -1,4 +1,4 @@
-"""Builds the splits of a folder of plain-text files, in the layout of the laptop corpus."""
+"""Builds train, valid and test of a folder of text files, as the laptop corpus has them."""
 
 from __future__ import annotations
 

@@ -699,6 +699,11 @@ def test_folder_recipe(data: SimpleNamespace, tmp_path: Path) -> None:
     assert 6 <= documents["test"] <= 7
     assert manifest["documents"]["folder"]["copies"] == 1
     assert len(Dictionary.load(str(tmp_path / "out/bin/dict.txt"))) == 350 - 1 + 4
+    # As the README says: what the laptop corpus has, without domains and downloads.
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("bin", "text", "spm.model", "dict.txt", "manifest.json", "work")
+    }
+    assert "leave `domains` out of its scale file" in (SCRIPTS / "README.md").read_text()
     everything = [p for s in documents for p in lines(tmp_path / f"out/text/{s}.txt")]
     expected = [p for i in range(60) for p in make_text(("folder", i)).split("\n")]
     assert sorted(everything) == sorted(expected)
