@@ -7,6 +7,7 @@ text/domains/ and domains/ with a test set a domain, spm.model, dict.txt and man
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -24,6 +25,7 @@ from files import Steps, read_documents, sha256, write_documents
 from splits import Documents
 
 HELD_OUT = ("valid", "test")
+STEPS = ("deduplicate", "split", "encode", "check", "binarise")  # after those of each source
 PACKAGES = ("sentencepiece", "lxml", "numpy", "ve-fairseq")
 
 
@@ -55,6 +57,11 @@ def code(*modules: Any) -> list[str]:
     return [sha256(Path(path)) for path in paths]
 
 
+def source_steps(output: Path, name: str) -> Steps:
+    """The steps of one source, and those of all sources together, which come after."""
+    return Steps(output, [f"read-{name}", f"clean-{name}", *STEPS])
+
+
 def clean_source(output: Path, source: Source) -> dict[str, int]:
     documents = read_documents(output / f"work/read/{source.name}.jsonl")
     kept, dropped = clean.clean_documents(documents, source.listings)
@@ -68,8 +75,11 @@ def clean_settings(source: Source) -> Any:
 
 def clean_step(output: Path, source: Source) -> dict[str, int]:
     """Returns how much was dropped and why."""
-    return Steps(output / "work/steps").run(
-        f"clean-{source.name}", clean_settings(source), lambda: clean_source(output, source)
+    return source_steps(output, source.name).run(
+        f"clean-{source.name}",
+        clean_settings(source),
+        [output / f"work/clean/{source.name}.jsonl"],
+        lambda: clean_source(output, source),
     )
 
 
@@ -85,6 +95,30 @@ def deduplicate_sources(output: Path, names: Iterable[str]) -> dict[str, dict[st
     return report
 
 
+def dropped_documents(reports: Iterable[dict[str, int]]) -> str:
+    """How many documents cleaning and de-duplication dropped and why, as the end of a message."""
+    least = clean.MIN_DOCUMENT_LENGTH
+    reasons = {
+        "short": f"with less than {least} characters of text",
+        "no_prose": "with hardly any prose",
+        "copies": "that are copies",
+        "short_without_copied_paragraphs": f"with less than {least} characters that are no copy",
+    }
+    counts: Counter[str] = Counter()
+    for report in reports:
+        counts.update({reason: report[reason] for reason in reasons})
+    dropped = [f"{counts[key]:,} {reason}" for key, reason in reasons.items() if counts[key]]
+    return f"; dropped were {', '.join(dropped)}" if dropped else ""
+
+
+def check_documents(reports: dict[str, dict[str, int]], use: str) -> None:
+    """Raises ValueError if of no source a document is left."""
+    if not any(report["documents_kept"] for report in reports.values()):
+        read = sum(report["documents_read"] for report in reports.values())
+        dropped = dropped_documents(reports.values())
+        raise ValueError(f"no document of {read:,} is left for {use}{dropped}")
+
+
 def named_documents(output: Path, stage: str, name: str) -> Documents:
     """Documents of a source, with names that are unique over all sources."""
     documents = read_documents(output / f"work/{stage}/{name}.jsonl")
@@ -92,18 +126,36 @@ def named_documents(output: Path, stage: str, name: str) -> Documents:
 
 
 def split_sources(
-    output: Path, train_names: list[str], domain_names: list[str], settings: Settings
+    output: Path,
+    train_names: list[str],
+    domain_names: list[str],
+    settings: Settings,
+    dropped: str,
 ) -> dict[str, dict[str, int]]:
-    """Splits the training sources, and takes what is in train out of everything else."""
+    """Splits the training sources, and takes what is in train out of everything else.
+
+    Raises ValueError where nothing is left to evaluate on. `dropped` ends the message if there
+    are too few documents.
+    """
     collection = [d for name in train_names for d in named_documents(output, "distinct", name)]
     sizes = {"valid": settings.valid_characters, "test": settings.test_characters}
-    dealt = splits.split_documents(collection, sizes, settings.max_document_share, settings.seed)
+    share = settings.max_document_share
+    try:
+        dealt = splits.split_documents(collection, sizes, share, settings.seed)
+    except ValueError as error:
+        raise ValueError(f"{error}{dropped}") from error
     held_out = {split: dealt[split] for split in HELD_OUT}
     held_out |= {name: named_documents(output, "distinct", name) for name in domain_names}
     overlap = ngrams.Overlap((text for _, text in dealt["train"]), splits.OVERLAP_NGRAM)
     report = {}
     for name, documents in held_out.items():
         rest, report[name] = splits.remove_overlap(documents, overlap)
+        if not rest:
+            common = overlap.common(documents[0][1])
+            raise ValueError(
+                f"nothing is left for {name}, whose every paragraph shares {splits.OVERLAP_NGRAM} "
+                f'consecutive words with train: take out of the texts what repeats, as "{common}"'
+            )
         write_documents(output / f"work/split/{name}.jsonl", rest)
     write_documents(output / "work/split/train.jsonl", dealt["train"])
     return report
@@ -195,23 +247,27 @@ def check_overlap(output: Path, names: list[str]) -> dict[str, Any]:
     }
 
 
+def binarised(output: Path, domain_names: list[str]) -> dict[str, Path]:
+    """FOLDER/SPLIT of what fairseq-preprocess makes."""
+    domains = {f"domains/{name}": output / f"domains/{name}/test" for name in domain_names}
+    return {split: output / f"bin/{split}" for split in ("train", *HELD_OUT)} | domains
+
+
 def binarise(output: Path, domain_names: list[str], workers: int) -> dict[str, dict[str, str]]:
     """Returns checksums of what fairseq-preprocess made."""
     encoded = output / "work/encoded"
     prefixes = {split: encoded / f"{split}.bpe" for split in ("train", *HELD_OUT)}
     encode.binarise(output / "dict.txt", prefixes, output / "bin", workers)
-    made = {split: output / f"bin/{split}" for split in prefixes}
     for name in domain_names:
         prefix = {"test": encoded / f"domains/{name}.bpe"}
         encode.binarise(output / "dict.txt", prefix, output / f"domains/{name}")
-        made[f"domains/{name}"] = output / f"domains/{name}/test"
     return {
         name: {
             "text_sha256": sha256(output / f"text/{name}.txt"),
             "bin_sha256": sha256(path.with_suffix(".bin")),
             "idx_sha256": sha256(path.with_suffix(".idx")),
         }
-        for name, path in made.items()
+        for name, path in binarised(output, domain_names).items()
     }
 
 
@@ -220,25 +276,53 @@ def build(output: Path, sources: list[Source], settings: Settings, workers: int)
 
     Of what several sources have, training sources keep it, and of these the first.
     """
-    steps = Steps(output / "work/steps")
+    steps = Steps(output, STEPS)
     train_names = [source.name for source in sources if source.role == "train"]
     domain_names = [source.name for source in sources if source.role == "domain"]
+    made = binarised(output, domain_names)
+
+    def work(stage: str, names: Iterable[str], ending: str = "jsonl") -> list[Path]:
+        return [output / f"work/{stage}/{name}.{ending}" for name in names]
+
     cleaned = {source.name: clean_step(output, source) for source in sources}
     history: list[Any] = [[s.name, s.role, clean_settings(s)] for s in sources]
 
     history = [history, code(deduplicate, ngrams, clean)]
     distinct = steps.run(
-        "deduplicate", history, lambda: deduplicate_sources(output, train_names + domain_names)
+        "deduplicate",
+        history,
+        work("distinct", train_names + domain_names),
+        lambda: deduplicate_sources(output, train_names + domain_names),
     )
+    documents = {name: cleaned[name] | distinct[name] for name in cleaned}
+    training = {name: documents[name] for name in train_names}
+    check_documents(training, "train")
+    for name in domain_names:
+        check_documents({name: documents[name]}, name)
+    dropped = dropped_documents(training.values())
     history = [history, asdict(settings), code(splits, ngrams)]
     overlapping = steps.run(
-        "split", history, lambda: split_sources(output, train_names, domain_names, settings)
+        "split",
+        history,
+        work("split", ["train", *HELD_OUT, *domain_names]),
+        lambda: split_sources(output, train_names, domain_names, settings, dropped),
     )
     history = [history, code(encode, splits), version("sentencepiece")]
-    report = steps.run("encode", history, lambda: encode_splits(output, domain_names, settings))
+    texts = [output / f"text/{name}.txt" for name in made]
+    report = steps.run(
+        "encode",
+        history,
+        [output / "spm.model", output / "dict.txt", *texts, *work("encoded", made, "bpe")],
+        lambda: encode_splits(output, domain_names, settings),
+    )
     held_out = [name for name in report if name != "train"]
-    checked = steps.run("check", history, lambda: check_overlap(output, held_out))
-    checksums = steps.run("binarise", history, lambda: binarise(output, domain_names, workers))
+    checked = steps.run("check", history, [], lambda: check_overlap(output, held_out))
+    checksums = steps.run(
+        "binarise",
+        history,
+        encode.binarised_files(made.values()),
+        lambda: binarise(output, domain_names, workers),
+    )
     for name in report:
         report[name] |= checksums[name]
         report[name] |= overlapping.get(name.removeprefix("domains/"), {})
@@ -246,7 +330,7 @@ def build(output: Path, sources: list[Source], settings: Settings, workers: int)
         "settings": asdict(settings),
         "sentencepiece": encode.SENTENCEPIECE | {"sample_characters": encode.SAMPLE},
         "splits": report,
-        "documents": {name: cleaned[name] | distinct[name] for name in cleaned},
+        "documents": documents,
         "overlap_check": checked,
         "spm.model_sha256": sha256(output / "spm.model"),
         "dict.txt_sha256": sha256(output / "dict.txt"),

@@ -105,5 +105,14 @@ def binarise(dictionary: Path, prefixes: dict[str, Path], output: Path, workers:
     partial.rename(output)
 
 
+def binarised_files(prefixes: Iterable[Path]) -> list[Path]:
+    """The files that `binarise` makes for each split, given as FOLDER/SPLIT."""
+    return [
+        file
+        for path in prefixes
+        for file in (path.with_suffix(".bin"), path.with_suffix(".idx"), path.parent / "dict.txt")
+    ]
+
+
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     write_atomically(path, "".join(f"{line}\n" for line in lines).encode("utf-8"))

@@ -1,4 +1,4 @@
-"""Builds the splits of a folder of plain-text files, in the layout of the laptop corpus."""
+"""Builds train, valid and test of a folder of text files, as the laptop corpus has them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from pathlib import Path
 
 import corpus
 import readers
-from files import Steps, read_documents, sha256, write_documents, write_json
+from files import (
+    check_at_least_1,
+    make_output,
+    read_documents,
+    sha256,
+    write_documents,
+    write_json,
+)
 
 NAME = "folder"
 
@@ -47,21 +54,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1, help="decides which files are held out")
     args = parser.parse_args(argv)
 
+    for flag, value in (("--pieces", args.pieces), ("--workers", args.workers)):
+        check_at_least_1(flag, value)
+    for flag, share in (("--valid-share", args.valid_share), ("--test-share", args.test_share)):
+        if not 0 < share < 0.5:
+            sys.exit(f"{flag} {share:g}: must be more than 0 and less than 0.5")
     if not args.folder.is_dir():
-        parser.error(f"{args.folder}: not a folder")
-    for option in ("valid_share", "test_share"):
-        if not 0 < getattr(args, option) < 0.5:
-            parser.error(f"--{option.replace('_', '-')}: must be more than 0 and less than 0.5")
+        sys.exit(f"{args.folder}: not a folder")
     if args.output.resolve().is_relative_to(args.folder.resolve()):
-        parser.error(f"{args.output}: is in the folder that is read")
+        sys.exit(f"{args.output}: is in the folder that is read")
     paths = text_files(args.folder)
     if not paths:
-        parser.error(f"{args.folder}: has no files")
+        sys.exit(f"{args.folder}: has no files")
+    make_output(args.output)
 
     history = [[[str(p.relative_to(args.folder)), sha256(p)] for p in paths], corpus.code(readers)]
-    steps = Steps(args.output / "work/steps")
-    steps.run(f"read-{NAME}", history, lambda: read_folder(args.output, args.folder, paths))
-    documents = read_documents(args.output / f"work/read/{NAME}.jsonl")
+    read = args.output / f"work/read/{NAME}.jsonl"
+    corpus.source_steps(args.output, NAME).run(
+        f"read-{NAME}", history, [read], lambda: read_folder(args.output, args.folder, paths)
+    )
+    documents = read_documents(read)
     characters = sum(len(text) for _, text in documents)
     settings = corpus.Settings(
         pieces=args.pieces,

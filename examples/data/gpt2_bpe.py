@@ -17,7 +17,7 @@ import fetch
 from archives import archive_files
 from fairseq.data import Dictionary
 from fairseq.data.encoders.gpt2_bpe_utils import Encoder, get_encoder
-from files import Steps, sha256, write_atomically
+from files import Steps, check_at_least_1, make_output, sha256, write_atomically
 
 PACKAGE = {
     "name": "gpt2_bpe",
@@ -119,21 +119,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--bpe", type=Path, help="folder of encoder.json and vocab.bpe, if at hand")
     args = parser.parse_args(argv)
 
+    check_at_least_1("--workers", args.workers)
     paths = {split: getattr(args, split) for split in SPLITS}
     for path in (path for split in SPLITS for path in paths[split]):
         if not path.is_file():
-            parser.error(f"{path}: no such file")
+            sys.exit(f"{path}: no such file")
+    make_output(args.output)
     folder = args.bpe or fetch_bpe(args.output / "downloads")
     size = len(encoder_of(folder).encoder)
 
-    steps = Steps(args.output / "work/steps")
     encoded = {split: args.output / f"work/{split}.bpe" for split in SPLITS}
     how = [sha256(path) for path in (Path(__file__), *(folder / name for name in CHECKSUMS))]
     texts = {split: [sha256(path) for path in paths[split]] for split in SPLITS}
     counts = {
-        split: steps.run(
+        split: Steps(args.output, [f"encode-{split}", "binarise"]).run(
             f"encode-{split}",
             [how, texts[split]],
+            [encoded[split]],
             partial(encode_split, folder, paths[split], encoded[split], args.workers),
         )
         for split in SPLITS
@@ -145,7 +147,12 @@ def main(argv: list[str] | None = None) -> None:
         encode.binarise(args.output / "dict.txt", encoded, args.output / "bin", args.workers)
         return len(entries)
 
-    entries = steps.run("binarise", [how, texts, sha256(Path(encode.__file__))], binarise)
+    entries = Steps(args.output, ["binarise"]).run(
+        "binarise",
+        [how, texts, sha256(Path(encode.__file__))],
+        encode.binarised_files(args.output / "bin" / split for split in SPLITS),
+        binarise,
+    )
     print(f"{entries:,} entries in the dictionary, {size:,} of them GPT-2 tokens and 4 of fairseq")
     for split in SPLITS:
         lines = sum(1 for _ in encoded[split].open(encoding="utf-8"))

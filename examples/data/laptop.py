@@ -13,7 +13,7 @@ import archives
 import corpus
 import fetch
 import readers
-from files import Steps, write_documents, write_json
+from files import check_at_least_1, make_output, write_documents, write_json
 
 HERE = Path(__file__).parent
 SETTINGS = corpus.Settings(
@@ -43,8 +43,12 @@ def read_and_clean(output: Path, source: fetch.Source, path: Path, checksum: str
     name = source["name"]
     how = {key: source[key] for key in source.keys() - {"licence", "version"}}
     history = [how, checksum, corpus.code(archives, readers)]
-    steps = Steps(output / "work/steps")
-    steps.run(f"read-{name}", history, lambda: read_source(output, source, path))
+    corpus.source_steps(output, name).run(
+        f"read-{name}",
+        history,
+        [output / f"work/read/{name}.jsonl"],
+        lambda: read_source(output, source, path),
+    )
     collection = corpus.Source(name, source["role"], source.get("listings", False), history)
     corpus.clean_step(output, collection)
     return collection
@@ -76,6 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--reference", type=Path, default=HERE / "laptop-manifest.json")
     args = parser.parse_args(argv)
 
+    check_at_least_1("--workers", args.workers)
+    make_output(args.output)
     sources = {source["name"]: source for source in json.loads(args.sources.read_text())}
     packages, paths = {}, {}
     for i, (name, source) in enumerate(sources.items(), 1):

@@ -50,9 +50,17 @@ class Overlap:
 
     def contains(self, paragraph: str) -> bool:
         """Whether a paragraph has an n-gram of the texts, which may run over their paragraphs."""
+        return self.common(paragraph) != ""
+
+    def common(self, paragraph: str) -> str:
+        """The first n words of a paragraph that the texts have, in lower case; "" if none."""
         words = self.words(paragraph)
         if len(words) < self.n or not len(self.known):
-            return False
+            return ""
         hashes = ngram_hashes(words, self.n)
         places = np.searchsorted(self.known, hashes).clip(max=len(self.known) - 1)
-        return bool((self.known[places] == hashes).any())
+        found = self.known[places] == hashes
+        if not found.any():
+            return ""
+        start = int(found.argmax())
+        return " ".join(WORD.findall(paragraph.lower())[start : start + self.n])

@@ -49,10 +49,13 @@ def split_documents(
     chosen["train"] += order
     for split, places in chosen.items():
         if not places:
-            raise ValueError(
-                f"no document for {split} among {len(documents)}: there are too few, or those left "
-                f"are longer than {max_share:g} of the characters that it is to have"
-            )
+            reason = f"no document for {split} among {len(documents)}: there are too few"
+            if split in sizes:
+                reason += (
+                    f", or those left are longer than {max_share:.0%} of the {sizes[split]:,} "
+                    "characters that it is to have"
+                )
+            raise ValueError(reason)
     return {split: [documents[i] for i in sorted(places)] for split, places in chosen.items()}
 
 

@@ -11,6 +11,7 @@ import lzma
 import os
 import random
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -519,6 +520,50 @@ def test_interrupted_recipe_is_taken_up(
     assert not [*tmp_path.rglob("*.tmp"), *tmp_path.rglob("*.partial")]
 
 
+def test_interrupted_build_with_other_settings_leaves_nothing_behind(
+    data: SimpleNamespace,
+    small: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = small(tmp_path)
+    model = data.files.sha256(tmp_path / "spm.model")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data.encode, "dictionary_text", interrupt)
+        small(tmp_path, seed=2)
+    assert data.files.sha256(tmp_path / "spm.model") != model
+    assert not (tmp_path / "manifest.json").exists()
+
+    assert small(tmp_path) == first
+    assert data.files.sha256(tmp_path / "spm.model") == model
+    for name, split in first["splits"].items():
+        assert data.files.sha256(tmp_path / f"text/{name}.txt") == split["text_sha256"]
+
+
+def test_what_is_gone_is_made_again_and_so_is_what_depends_on_it(
+    small: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = small(tmp_path)
+    steps = ["deduplicate", "split", "encode", "check", "binarise"]
+    for gone, first in (
+        ("work/read/guide.jsonl", "deduplicate"),  # after two steps in a process of their own
+        ("work/distinct", "deduplicate"),
+        ("work/split/poems.jsonl", "split"),
+        ("spm.model", "encode"),
+        ("text/domains/poems.txt", "encode"),
+        ("bin", "binarise"),
+        ("bin/valid.idx", "binarise"),
+        ("domains/poems/dict.txt", "binarise"),
+    ):
+        path = tmp_path / gone
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        capsys.readouterr()
+        assert small(tmp_path) == manifest
+        done = re.findall(r"^== (.*)", capsys.readouterr().out, re.MULTILINE)
+        assert done == steps[steps.index(first) :]
+        assert path.exists()
+
+
 def interrupt(*args: object) -> None:
     raise KeyboardInterrupt
 
@@ -654,30 +699,96 @@ def test_folder_recipe(data: SimpleNamespace, tmp_path: Path) -> None:
     assert 6 <= documents["test"] <= 7
     assert manifest["documents"]["folder"]["copies"] == 1
     assert len(Dictionary.load(str(tmp_path / "out/bin/dict.txt"))) == 350 - 1 + 4
+    # As the README says: what the laptop corpus has, without domains and downloads.
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("bin", "text", "spm.model", "dict.txt", "manifest.json", "work")
+    }
+    assert "leave `domains` out of its scale file" in (SCRIPTS / "README.md").read_text()
     everything = [p for s in documents for p in lines(tmp_path / f"out/text/{s}.txt")]
     expected = [p for i in range(60) for p in make_text(("folder", i)).split("\n")]
     assert sorted(everything) == sorted(expected)
 
 
-def test_folder_recipe_refuses_in_one_line(
-    data: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folder_recipe_refuses_in_one_line(data: SimpleNamespace, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "texts")
+    out = tmp_path / "out"
 
     def message(*argv: object) -> str:
-        with pytest.raises(SystemExit) as stop:
-            data.folder.main(list(map(str, argv)))
-        return str(stop.value) if isinstance(stop.value.code, str) else capsys.readouterr().err
+        return refusal(data.folder, *argv)
 
-    assert "nowhere: not a folder" in message(tmp_path / "nowhere", tmp_path / "out")
+    assert message(tmp_path / "nowhere", out) == f"{tmp_path}/nowhere: not a folder"
     assert "is in the folder" in message(folder, folder / "out")
-    assert "--valid-share: must" in message(folder, tmp_path / "out", "--valid-share", "0.6")
+    for flag in ("--workers", "--pieces"):
+        for value in (0, -2):
+            assert message(folder, out, flag, value) == f"{flag} {value}: must be at least 1"
+    for value in ("0.6", "nan"):
+        assert f"--test-share {value}: must" in message(folder, out, "--test-share", value)
     few = message(folder, tmp_path / "few", "--valid-share", "0.001")
-    assert re.search(r"texts: no document for valid among 60: .*longer", few)
+    assert re.search(r"texts: no document for valid among 60: .*longer.*; dropped were 1 that", few)
     many = message(folder, tmp_path / "many", *FLAGS, "--pieces", "90000")
     assert "no vocabulary of 90000 pieces" in many
     (folder / "bad.txt").write_bytes(b"\xff\xfe")
     assert re.fullmatch(r"\S+bad\.txt: not a readable .*", message(folder, tmp_path / "bad"))
+
+
+def refusal(script: ModuleType, *argv: object) -> str:
+    """The one line with which a script refuses its arguments."""
+    with pytest.raises(SystemExit) as stop:
+        script.main(list(map(str, argv)))
+    assert isinstance(stop.value.code, str)
+    assert "\n" not in stop.value.code
+    return stop.value.code
+
+
+def test_folder_recipe_says_that_files_are_too_short(data: SimpleNamespace, tmp_path: Path) -> None:
+    folder, out = tmp_path / "texts", tmp_path / "out"
+    folder.mkdir()
+    (folder / "a.txt").write_text(make_text("short", paragraphs=1)[:80])
+    short = "dropped were 1 with less than 200 characters of text"
+    nothing = refusal(data.folder, folder, out)
+    assert nothing == f"{folder}: no document of 1 is left for train; {short}"
+    (folder / "b.txt").write_text(make_text("long"))
+    few = refusal(data.folder, folder, out)
+    assert re.fullmatch(f"{folder}: no document for valid among 1: .*too few.*; {short}", few)
+
+
+def test_recipes_refuse_a_file_as_output(data: SimpleNamespace, tmp_path: Path) -> None:
+    folder, file = make_folder(tmp_path / "texts"), tmp_path / "file"
+    file.write_text("")
+    texts = [arg for split in data.gpt2_bpe.SPLITS for arg in (f"--{split}", file)]
+    for out in (file, file / "inner"):
+        expected = f"{out}: cannot be made a folder to build in: Not a directory"
+        assert refusal(data.folder, folder, out) == expected
+        assert refusal(data.laptop, "--output", out) == expected
+        assert refusal(data.gpt2_bpe, out, *texts) == expected
+
+
+def test_recipes_refuse_to_work_with_no_process(data: SimpleNamespace, tmp_path: Path) -> None:
+    texts = [arg for split in data.gpt2_bpe.SPLITS for arg in (f"--{split}", tmp_path / "no.txt")]
+    out, expected = tmp_path / "out", "--workers 0: must be at least 1"
+    assert refusal(data.laptop, "--output", out, "--workers", 0) == expected
+    assert refusal(data.gpt2_bpe, out, *texts, "--workers", 0) == expected
+    assert refusal(data.gpt2_bpe, out, *texts) == f"{tmp_path}/no.txt: no such file"
+    assert not out.exists()
+
+
+def test_folder_recipe_refuses_to_leave_held_out_splits_empty(
+    data: SimpleNamespace, tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "texts", tmp_path / "out"
+    folder.mkdir()
+    common = "This notice must be kept with every copy of the text that follows"
+    for i in range(40):
+        before, after = make_text(("common", i), paragraphs=2).split("\n")
+        (folder / f"{i}.txt").write_text(f"{before} {common}: {after}")
+    with pytest.raises(SystemExit) as stop:
+        data.folder.main([str(folder), str(out), *FLAGS])
+    assert re.fullmatch(
+        rf'{folder}: nothing is left for valid, .* shares 13 .* as "{common.lower()}"',
+        str(stop.value.code),
+    )
+    assert not (out / "work/steps/split.json").exists()
+    assert not (out / "manifest.json").exists()
 
 
 # gpt2_bpe.py
@@ -724,6 +835,25 @@ def test_gpt2_recipe(data: SimpleNamespace, tmp_path: Path) -> None:
             assert [counts[i] for i in range(4, 263)] == dictionary.count[4:263]
     first = indexed_dataset.make_dataset(str(out / "bin/train"), "mmap")[0]
     assert [encoder.decode([int(dictionary[t])]) for t in first[:3]] == ["th", "e", " th"]
+
+
+def test_gpt2_recipe_makes_again_what_is_gone(
+    data: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("the thin cloth\n")
+    texts = [arg for split in data.gpt2_bpe.SPLITS for arg in (f"--{split}", tmp_path / "text.txt")]
+    argv = [tmp_path / "out", *texts, "--bpe", make_bpe(tmp_path / "bpe"), "--workers", 1]
+
+    def done() -> list[str]:
+        data.gpt2_bpe.main(list(map(str, argv)))
+        return re.findall(r"^== (.*)", capsys.readouterr().out, re.MULTILINE)
+
+    assert done() == ["encode-train", "encode-valid", "encode-test", "binarise"]
+    assert done() == []
+    shutil.rmtree(tmp_path / "out/bin")
+    assert done() == ["binarise"]
+    (tmp_path / "out/work/valid.bpe").unlink()
+    assert done() == ["encode-valid", "binarise"]
 
 
 def test_gpt2_recipe_refuses_what_is_no_text(data: SimpleNamespace, tmp_path: Path) -> None:
