@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# Every table: about 15 hours of a core at laptop scale.
+# Every table; README.md says how long that takes.
 exec bash "$(dirname "$0")/table.sh" main block_size keys aggregates balance expansion zero_shot routing scaling factors "$@"
