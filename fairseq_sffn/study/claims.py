@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .outcomes import Outcome, Study
-from .plan import Claim, Table
-from .statistics import Difference, paired_difference, pooled_deviation, summarize
+from .outcomes import Outcome, Study, count_missing
+from .plan import Cell, Claim, Table
+from .statistics import Deviation, Difference, Summary, difference, pooled_deviation, summarize
+from .tables.part import text
 
 SUPPORTS, CONTRADICTS, UNDECIDED = "supports", "contradicts", "does not decide"
 
@@ -19,6 +18,7 @@ class Verdict:
 
     Attributes:
         claim: that it is on.
+        flops: training FLOPs of the better row over those of the worse one.
         word: one of the three above.
         reason: the figures that it follows from.
         difference: test perplexity of the worse row minus that of the better one; ``None``:
@@ -26,98 +26,96 @@ class Verdict:
     """
 
     claim: Claim
+    flops: float
     word: str
     reason: str
     difference: Difference | None = None
 
     def markdown(self) -> str:
         """A sentence."""
-        return f"{self.claim.text} This scale **{self.word}** it: {self.reason}."
+        better, worse = text(self.claim.better), text(self.claim.worse)
+        share = abs(self.flops - 1)
+        size = f"{share:.1%} {'more' if self.flops > 1 else 'fewer'} FLOPs than"
+        cost = f"{better} at {size if share >= 0.0005 else 'as many FLOPs as'} {worse}"
+        return f"{self.claim.text} This scale, with {cost}, **{self.word}** it: {self.reason}."
 
 
-def decide(mean: float, error: float) -> str:
+def decide(found: Difference) -> str:
     """The verdict on a difference that should be positive."""
-    if abs(mean) <= 2 * error:
+    if found.least is None or abs(found.mean) <= found.least:
         return UNDECIDED
-    return SUPPORTS if mean > 0 else CONTRADICTS
+    return SUPPORTS if found.mean > 0 else CONTRADICTS
 
 
 def judge(
-    claim: Claim, better: Outcome, worse: Outcome, yardstick: tuple[float, int] | None
+    claim: Claim, better: Outcome, worse: Outcome, flops: float, within: Deviation | None
 ) -> Verdict:
     """The verdict on a claim.
 
     Args:
         claim: that the one row has lower perplexity than the other.
         better, worse: the rows.
-        yardstick: standard deviation between the seeds of a row, of how many rows, for where rows
-            share a single seed; ``None``: not known.
+        flops: training FLOPs of the better row over those of the worse one.
+        within: of perplexity between the seeds of a row; ``None``: not known.
     """
     for outcome in (better, worse):
         if outcome.diverged:
-            return Verdict(claim, UNDECIDED, f"{outcome.row.label} diverged")
-    first, second = worse.perplexity("test"), better.perplexity("test")
-    difference = paired_difference(first, second)
-    if difference is None:
-        return Verdict(claim, UNDECIDED, "results are missing")
-    figures = compared(claim, first, second, difference)
-    if difference.error is not None:
-        word = decide(difference.mean, difference.error)
-        reason = (
-            f"{figures} ± {difference.error:.2f} (standard error of {difference.count} seeds, "
-            f"paired), {_size(word)} two standard errors"
-        )
-        return Verdict(claim, word, reason, difference)
-    reason = f"{figures}; one seed: no deviation known"
-    if yardstick is None:
-        return Verdict(claim, UNDECIDED, reason, difference)
-    deviation, rows = yardstick
-    error = math.sqrt(2) * deviation
-    word = decide(difference.mean, error)
-    reason += (
-        f". By that of the {rows} rows of the study that have several seeds, {deviation:.2f}, a "
-        f"difference has standard error {error:.2f}, and this one is {_size(word)} two of it"
-    )
-    return Verdict(claim, word, reason, difference)
+            return Verdict(claim, flops, UNDECIDED, f"{text(outcome.row.label)} diverged")
+    low, high = (summarize(o.perplexity("test").values()) for o in (better, worse))
+    gone, _ = count_missing((better, worse))
+    if low is None or high is None or gone:
+        return Verdict(claim, flops, UNDECIDED, "results are missing")
+    found = difference(high, low, within)
+    return Verdict(claim, flops, decide(found), compared(claim, low, high, found, within), found)
 
 
 def compared(
-    claim: Claim, worse: Mapping[int, float], better: Mapping[int, float], difference: Difference
+    claim: Claim, better: Summary, worse: Summary, found: Difference, within: Deviation | None
 ) -> str:
-    """The two perplexities, means of the seeds that both have, and their difference."""
-    shared = sorted(worse.keys() & better.keys())
-    low, high = (sum(found[seed] for seed in shared) / len(shared) for found in (better, worse))
+    """The two perplexities, means of seeds, and their difference beside what decides."""
+    figures = (
+        f"test perplexity {better.mean:.2f} ({text(claim.better)}, {seeds(better)}) against "
+        f"{worse.mean:.2f} ({text(claim.worse)}, {seeds(worse)}), "
+        f"{'lower' if found.mean >= 0 else 'higher'} by {abs(found.mean):.2f}"
+    )
+    if within is None or found.error is None or found.least is None:
+        return f"{figures}; how far seeds deviate is not known"
+    size = "not more" if decide(found) == UNDECIDED else "more"
     return (
-        f"test perplexity {low:.2f} ({claim.better}) against {high:.2f} ({claim.worse}), "
-        f"{'lower' if difference.mean >= 0 else 'higher'} by {abs(difference.mean):.2f}"
+        f"{figures} ± {found.error:.2f} (standard error), {size} than the {found.least:.2f} that "
+        f"decides: 95% of Student's t, by the standard deviation {within.sd:.2f} between the seeds "
+        f"of a row ({within.freedom} degrees of freedom, of {within.groups} rows)"
     )
 
 
-def _size(word: str) -> str:
-    return "not more than" if word == UNDECIDED else "more than"
+def seeds(row: Summary) -> str:
+    """How many a mean is of."""
+    return "one seed" if row.count == 1 else f"{row.count} seeds"
 
 
-def seed_deviation(study: Study) -> tuple[float, int] | None:
-    """Standard deviation of test perplexity between the seeds of a row, pooled over the study's
-    rows that have several, and how many these are; ``None``: none has."""
-    summaries = {}
+def seed_deviation(study: Study) -> Deviation | None:
+    """Deviation of test perplexity between the seeds of a row, pooled over the study's rows that
+    have several; ``None``: none has."""
+    rows: dict[Cell, dict[int, float]] = {}  # by training but for the seed: tables share rows
     for table in study.tables.values():
         for outcome in study.outcomes(table):
-            found = summarize(outcome.perplexity("test").values())
-            if found is not None and found.sd is not None:
-                summaries[outcome.cells] = found  # tables have rows in common
-    deviation = pooled_deviation(summaries.values())
-    return None if deviation is None else (deviation, len(summaries))
+            for cell in outcome.cells[:1]:
+                rows.setdefault(replace(cell, seed=0), {}).update(outcome.perplexity("test"))
+    return pooled_deviation(filter(None, (summarize(row.values()) for row in rows.values())))
 
 
 def verdicts(study: Study, table: Table) -> list[Verdict]:
     """Of all claims of a table."""
+    if not table.claims:
+        return []
     by_label = {outcome.row.label: outcome for outcome in study.outcomes(table)}
-    yardstick = seed_deviation(study) if table.claims else None
-    return [
-        judge(claim, by_label[claim.better], by_label[claim.worse], yardstick)
-        for claim in table.claims
-    ]
+    within = seed_deviation(study)
+    found = []
+    for claim in table.claims:
+        better, worse = by_label[claim.better], by_label[claim.worse]
+        flops = study.training_flops(better) / study.training_flops(worse)
+        found.append(judge(claim, better, worse, flops, within))
+    return found
 
 
 def markdown(found: list[Verdict]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,36 +36,72 @@ def summarize(values: Iterable[float]) -> Summary | None:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A mean of differences.
+class Deviation:
+    """Standard deviation within groups of values, if it is the same in all of them.
 
     Attributes:
-        mean: of the differences.
-        error: its standard error; ``None``: of one difference.
-        count: of differences.
+        sd: root of the groups' mean variance, each weighed by its degrees of freedom.
+        freedom: degrees of freedom of all groups.
+        groups: of several values.
     """
 
-    mean: float
-    error: float | None
-    count: int
+    sd: float
+    freedom: int
+    groups: int
 
 
-def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference | None:
-    """First minus second, seed by seed, where both have that seed; ``None``: they share none."""
-    summary = summarize(first[seed] - second[seed] for seed in sorted(first.keys() & second.keys()))
-    if summary is None:
-        return None
-    error = None if summary.sd is None else summary.sd / math.sqrt(summary.count)
-    return Difference(summary.mean, error, summary.count)
-
-
-def pooled_deviation(summaries: Iterable[Summary]) -> float | None:
-    """Root of the mean variance, each weighed by its degrees of freedom; ``None``: none is
-    known."""
+def pooled_deviation(summaries: Iterable[Summary]) -> Deviation | None:
+    """Deviation within the groups that are summarised; ``None``: none has several values."""
     known = [(s.sd, s.count - 1) for s in summaries if s.sd is not None]
     if not known:
         return None
-    return math.sqrt(sum(sd**2 * n for sd, n in known) / sum(n for _, n in known))
+    freedom = sum(n for _, n in known)
+    return Deviation(math.sqrt(sum(sd**2 * n for sd, n in known) / freedom), freedom, len(known))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One mean less another.
+
+    Attributes:
+        mean: the difference.
+        error: its standard error; ``None``: not known.
+        least: what it has to exceed to differ from 0 at 95%; ``None``: not known.
+    """
+
+    mean: float
+    error: float | None = None
+    least: float | None = None
+
+
+def difference(first: Summary, second: Summary, within: Deviation | None) -> Difference:
+    """First mean minus second, of independent values that deviate as others do within groups."""
+    mean = first.mean - second.mean
+    if within is None:
+        return Difference(mean)
+    error = within.sd * math.sqrt(1 / first.count + 1 / second.count)
+    return Difference(mean, error, t_quantile(within.freedom) * error)
+
+
+def t_quantile(freedom: int, share: float = 0.95) -> float:
+    """What Student's t stays within, on both sides of 0, with that probability."""
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):  # halvings, down to rounding
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_share(middle, freedom) < share else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def t_share(angle: float, freedom: int) -> float:
+    """Probability that Student's t stays within sqrt(freedom) tan(angle) on both sides of 0:
+    equations 26.7.3 and 26.7.4 of Abramowitz and Stegun 1964."""
+    odd = freedom % 2
+    term = math.sin(angle) * math.cos(angle) ** odd
+    total = angle if odd else 0.0
+    for power in range(odd, freedom - 1, 2):
+        total += term
+        term *= (power + 1) / (power + 2) * math.cos(angle) ** 2
+    return 2 / math.pi * total if odd else total
 
 
 def shared_blocks(blocks_PA: Sequence[Sequence[int]]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from study import made
@@ -19,13 +20,15 @@ from fairseq_sffn.study.claims import (
 from fairseq_sffn.study.outcomes import Outcome, Study
 from fairseq_sffn.study.plan import Claim, Row, row_cells
 from fairseq_sffn.study.results import Results
+from fairseq_sffn.study.statistics import Deviation
 
 CLAIM = Claim("A beats B.", "A", "B")
 
 
 def outcome(label: str, *perplexities: float | None) -> Outcome:
     """Of seeds 1, 2, ...; ``None``: that one is missing."""
-    row = Row(label, "avgk", f"--sffn-block-size {2 ** (ord(label) - 60)}")
+    seeds = tuple(range(1, len(perplexities) + 1))
+    row = Row(label, "avgk", f"--sffn-block-size {2 ** (ord(label) - 60)}", seeds)
     results = {
         seed: made.result(value, valid=1000 / value)  # validation would say the opposite
         for seed, value in enumerate(perplexities, 1)
@@ -34,79 +37,103 @@ def outcome(label: str, *perplexities: float | None) -> Outcome:
     return Outcome(row, 0.1, tuple(row_cells(row, made.scale(), 0.1)), results)
 
 
+WITHIN = Deviation(3.0, 4, 2)
+LEAST = 2.7764451 * 3.0
+"""That decides between two seeds, times the root of the sum of 1 / seeds: 95% of t with 4 degrees
+of freedom."""
+
+
 def verdict(
     better: tuple[float | None, ...],
     worse: tuple[float | None, ...],
-    yardstick: tuple[float, int] | None = None,
+    within: Deviation | None = WITHIN,
+    flops: float = 1.025,
 ) -> Verdict:
-    return judge(CLAIM, outcome("A", *better), outcome("B", *worse), yardstick)
+    return judge(CLAIM, outcome("A", *better), outcome("B", *worse), flops, within)
 
 
 def test_the_three_verdicts() -> None:
-    better, worse = (10.0, 12.0, 11.0), (20.0, 22.5, 20.5)  # differences 10, 10.5, 9.5
+    better, worse = (10.0, 12.0, 11.0), (20.0, 22.5, 20.5)
     assert verdict(better, worse).word == SUPPORTS
     assert verdict(worse, better).word == CONTRADICTS
     assert verdict((10.0, 12.0, 11.0), (20.0, 1.0, 11.5)).word == UNDECIDED
     found = verdict(better, worse)
     assert found.difference is not None and found.difference.mean == pytest.approx(10)
-    error = 0.5 / math.sqrt(3)
+    error = 3 * math.sqrt(2 / 3)
     assert found.markdown() == (
-        "A beats B. This scale **supports** it: test perplexity 11.00 (A) against 21.00 (B), "
-        f"lower by 10.00 ± {error:.2f} (standard error of 3 seeds, paired), more than two standard "
-        "errors."
+        "A beats B. This scale, with A at 2.5% more FLOPs than B, **supports** it: test perplexity "
+        f"11.00 (A, 3 seeds) against 21.00 (B, 3 seeds), lower by 10.00 ± {error:.2f} (standard "
+        "error), more than the 6.80 that decides: 95% of Student's t, by the standard deviation "
+        "3.00 between the seeds of a row (4 degrees of freedom, of 2 rows)."
     )
     assert "higher by 10.00 ±" in verdict(worse, better).markdown()
 
 
-def test_seeds_are_paired() -> None:
-    """What seeds have in common cancels: unpaired, these deviations would hide the difference."""
-    assert verdict((10.0, 50.0, 90.0), (11.0, 51.0, 91.1)).word == SUPPORTS
-    found = verdict((10.0, None, 90.0), (11.0, 3.0, 91.1))
-    assert found.difference is not None and found.difference.count == 2
+def test_two_seeds_that_agree_by_chance_decide_nothing() -> None:
+    """Their own standard error would be 0."""
+    assert verdict((10.0, 11.0), (11.0, 12.0)).word == UNDECIDED
 
 
-@pytest.mark.parametrize(("mean", "word"), [(2.01, SUPPORTS), (1.99, UNDECIDED)])
-def test_two_standard_errors_decide(mean: float, word: str) -> None:
-    half = (
-        math.sqrt(2) / 2
-    )  # two differences, mean +- half: standard error half * sqrt(2) / sqrt(2)
-    worse = (10 + mean * half - half, 10 + mean * half + half)
-    found = verdict((10.0, 10.0), worse)
-    assert found.difference is not None and found.difference.error == pytest.approx(half)
-    assert found.word == word
-    assert verdict(worse, (10.0, 10.0)).word == (CONTRADICTS if word == SUPPORTS else UNDECIDED)
+@pytest.mark.parametrize(("share", "word"), [(1.001, SUPPORTS), (0.999, UNDECIDED)])
+@pytest.mark.parametrize("seeds", [(2, 2), (3, 3), (1, 3), (1, 1)])
+def test_what_decides(seeds: tuple[int, int], share: float, word: str) -> None:
+    first, second = seeds
+    low = (10.0,) * first
+    high = (10.0 + share * LEAST * math.sqrt(1 / first + 1 / second),) * second
+    assert verdict(low, high).word == word
+    assert verdict(high, low).word == (CONTRADICTS if word == SUPPORTS else UNDECIDED)
+
+
+@pytest.mark.parametrize(
+    ("flops", "words"),
+    [
+        (1.4996, "A at 50.0% more FLOPs than B"),
+        (0.9, "A at 10.0% fewer FLOPs than B"),
+        (1.0001, "A at as many FLOPs as B"),
+    ],
+)
+def test_flops_are_said(flops: float, words: str) -> None:
+    found = verdict((), (), flops=flops)
+    assert found.markdown() == (
+        f"A beats B. This scale, with {words}, **does not decide** it: results are missing."
+    )
 
 
 def test_one_seed() -> None:
-    alone = verdict((10.0,), (20.0,))
-    assert alone.word == UNDECIDED and "one seed: no deviation known" in alone.reason
-    by_others = verdict((10.0,), (20.0,), (3.0, 11))
-    assert by_others.word == SUPPORTS  # 10 > 2 * sqrt(2) * 3
-    assert "one seed: no deviation known" in by_others.reason
-    assert "the 11 rows of the study that have several seeds, 3.00" in by_others.reason
-    assert "standard error 4.24, and this one is more than two" in by_others.reason
-    assert verdict((10.0,), (20.0,), (4.0, 11)).word == UNDECIDED
-    assert verdict((20.0,), (10.0,), (3.0, 11)).word == CONTRADICTS
+    """Its deviation is that of the rows that have several."""
+    found = verdict((10.0,), (30.0,))
+    assert found.word == SUPPORTS
+    assert "10.00 (A, one seed) against 30.00 (B, one seed), lower by 20.00 ± 4.24" in found.reason
+    alone = verdict((10.0,), (30.0,), None)
+    assert alone.word == UNDECIDED and "how far seeds deviate is not known" in alone.reason
 
 
-def test_no_results() -> None:
-    found = verdict((), (10.0, 11.0), (3.0, 11))
-    assert (found.word, found.reason) == (UNDECIDED, "results are missing")
+@pytest.mark.parametrize("some", [(), (10.0, None, 11.0), (None, 10.0, 12.0)])
+def test_results_are_missing(some: tuple[float | None, ...]) -> None:
+    """One seed of a row may be far from the others, so there is no verdict before the last."""
+    for found in (verdict(some, (90.0, 91.0, 92.0)), verdict((90.0, 91.0, 92.0), some)):
+        assert (found.word, found.reason) == (UNDECIDED, "results are missing")
+
+
+def test_a_row_that_diverged() -> None:
     gone = outcome("A", 10.0)
     gone.results[1]["evaluation"] = made.diverged()["evaluation"]
-    assert judge(CLAIM, gone, outcome("B", 10.0), None).reason == "A diverged"
+    assert judge(CLAIM, gone, outcome("B", 10.0), 1.0, WITHIN).reason == "A diverged"
 
 
-def test_the_yardstick_is_of_each_training_once(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tables have rows in common."""
+def test_the_deviation_is_of_each_training_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tables have rows in common, some with fewer of their seeds."""
     results: Results = made.empty(tmp_path_factory.mktemp("study"))
     a, b, c = Row("A", "avgk", seeds=(1, 2, 3)), Row("B", "switch", seeds=(1, 2)), Row("C", "dense")
     values = {"avgk": (10.0, 12.0, 14.0), "switch": (20.0, 21.0), "dense": (30.0,)}
     made.fill(results, [a, b, c], lambda r, cell: made.result(values[r.model][cell.seed - 1]))
-    tables = {"t": made.table(a, b, c, claims=(CLAIM,)), "u": made.table(a)}
+    tables = {"t": made.table(a, b, c, claims=(CLAIM,)), "u": made.table(replace(a, seeds=(2, 3)))}
     study = Study(results.scale, results, tables)
     found = seed_deviation(study)
-    assert found is not None and found[1] == 2
-    assert found[0] == pytest.approx(math.sqrt((8.0 + 0.5) / 3))
-    assert [v.word for v in verdicts(study, tables["t"])] == [SUPPORTS]
+    assert found is not None and (found.groups, found.freedom) == (2, 3)
+    assert found.sd == pytest.approx(math.sqrt((8.0 + 0.5) / 3))
+    (claim,) = verdicts(study, tables["t"])
+    assert claim.word == SUPPORTS and "±" in claim.markdown()
+    avgk, switch = map(study.training_flops, study.outcomes(tables["t"])[:2])
+    assert claim.flops == avgk / switch
     assert seed_deviation(Study(results.scale, results, {"t": made.table(c)})) is None

@@ -1,19 +1,23 @@
 """Means, deviations, and how alike two models choose."""
 
 import itertools
+import statistics
 
 import numpy as np
 import pytest
 import torch
 
 from fairseq_sffn.study.statistics import (
+    Deviation,
+    Difference,
     Summary,
     correlation,
-    paired_difference,
+    difference,
     pooled_deviation,
     same_token,
     shared_blocks,
     summarize,
+    t_quantile,
 )
 
 
@@ -27,24 +31,49 @@ def test_summary_is_of_a_sample() -> None:
     assert summarize([]) is None
 
 
-def test_differences_are_of_the_seeds_that_both_have() -> None:
-    first, second = {1: 10.0, 2: 13.0, 3: 11.0, 5: 99.0}, {3: 10.0, 2: 9.0, 1: 8.0, 4: -99.0}
-    differences = np.array([2.0, 4.0, 1.0])
-    found = paired_difference(first, second)
-    assert found is not None and found.count == 3
-    assert found.mean == pytest.approx(differences.mean())
-    assert found.error == pytest.approx(differences.std(ddof=1) / np.sqrt(3))
-    single = paired_difference({1: 4.0}, {1: 3.0, 2: 0.0})
-    assert single is not None and (single.mean, single.error) == (1.0, None)
-    assert paired_difference({1: 4.0}, {2: 3.0}) is None
-
-
 def test_pooled_deviation() -> None:
     groups = [[1.0, 2.0, 4.0], [10.0, 30.0]]
     within = sum(float(((np.array(g) - np.mean(g)) ** 2).sum()) for g in groups)
     summaries = [s for g in [*groups, [5.0]] if (s := summarize(g))]
-    assert pooled_deviation(summaries) == pytest.approx(np.sqrt(within / 3))
+    found = pooled_deviation(summaries)
+    assert found is not None and (found.freedom, found.groups) == (3, 2)
+    assert found.sd == pytest.approx(np.sqrt(within / 3))
     assert pooled_deviation([Summary(5.0, None, 1)]) is None
+
+
+def test_a_difference_of_means() -> None:
+    first, second = Summary(10.0, 99.0, 3), Summary(7.0, None, 1)
+    found = difference(first, second, Deviation(2.0, 22, 11))
+    error = 2 * np.sqrt(1 / 3 + 1)  # by the deviation of all groups, not by theirs
+    assert found.mean == 3 and found.error == pytest.approx(error)
+    assert found.least == pytest.approx(2.0738731 * error)
+    assert difference(first, second, None) == Difference(3.0)
+
+
+# From printed tables.
+QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 10: 2.228, 22: 2.074, 120: 1.980}
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), QUANTILES.items())
+def test_the_quantile_of_students_t(freedom: int, quantile: float) -> None:
+    assert t_quantile(freedom) == pytest.approx(quantile, abs=5e-4)
+
+
+def test_the_quantile_of_another_share_and_of_many_values() -> None:
+    assert t_quantile(5, 0.99) == pytest.approx(4.032, abs=5e-4)
+    assert t_quantile(20000) == pytest.approx(statistics.NormalDist().inv_cdf(0.975), abs=2e-4)
+
+
+def test_values_that_do_not_differ_are_told_apart_in_5_of_100_cases() -> None:
+    """Of three seeds each, in four groups; two standard errors of paired seeds are 18 of 100."""
+    draws = np.random.default_rng(1).normal(size=(2000, 4, 3)).tolist()
+    apart = 0
+    for groups in draws:
+        first, second, *others = (s for g in groups if (s := summarize(g)))
+        found = difference(first, second, pooled_deviation([first, second, *others]))
+        assert found.least is not None
+        apart += abs(found.mean) > found.least
+    assert apart / len(draws) == pytest.approx(0.05, abs=0.015)
 
 
 def by_loop(first: list[list[int]], second: list[list[int]]) -> float:
