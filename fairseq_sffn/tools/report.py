@@ -168,10 +168,6 @@ def make(folder: Path, scale_path: Path, results: Path | None) -> Report:
     if not paths:
         raise UsageError(f"{folder}: has no *.toml")
     tables = {path.stem: load_table(path) for path in paths}
-    for path in paths:
-        if tables[path.stem].kind not in KINDS:
-            kind = tables[path.stem].kind
-            raise UsageError(f"{path}: kind {kind}: is none of {', '.join(KINDS)}")
     found = Results(results or folder / "results" / scale.name, scale)
     report = Report(Study(scale, found, tables), folder)
     for table in tables.values():
@@ -203,7 +199,7 @@ def draw(report: Report) -> None:
     """Writes the figures.
 
     Raises:
-        UsageError: there is no matplotlib, or no such kind of figure.
+        UsageError: there is no matplotlib.
     """
     for table in (table for table in report.tables() if table.figure):
         try:
@@ -212,10 +208,6 @@ def draw(report: Report) -> None:
             raise UsageError(
                 "figures need matplotlib: pip install 'fairseq-sffn[plots]', or --no-figures"
             ) from error
-        if table.figure not in FIGURES:
-            raise UsageError(
-                f"{table.name}: figure {table.figure}: is none of {', '.join(FIGURES)}"
-            )
         figure = FIGURES[table.figure](report.study, table)
         if figure is not None:
             path = report.figure(table)

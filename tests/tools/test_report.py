@@ -384,24 +384,16 @@ def test_a_diverged_training_is_said_and_not_averaged(folder: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "error"),
+    ("old", "new", "error"),
     [
-        ("bad", 'title = "B"\nkind = "x"' + ROWS, r"bad\.toml: kind x: is none of taxonomy"),
-        (
-            "main",
-            TABLES["main"].replace("bars", "pie"),
-            "main: figure pie: is none of lines",
-        ),
+        ('"perplexity"', '"x"', r"main\.toml: kind 'x': is none of taxonomy"),
+        ("bars", "pie", r"main\.toml: figure 'pie': is none of lines"),
     ],
 )
-def test_wrong_tables(name: str, text: str, error: str, folder: Path, tmp_path: Path) -> None:
-    other = tmp_path / "study"
-    other.mkdir()
-    for kept in ("scales", "results"):
-        shutil.copytree(folder / kept, other / kept)
-    (other / f"{name}.toml").write_text(text)
+def test_wrong_tables(old: str, new: str, error: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "main.toml").write_text(TABLES["main"].replace(old, new))
     with pytest.raises(SystemExit, match=error):
-        report(other)
+        cli.main(["report", str(tmp_path), "--scale", str(folder / "scales" / "small.toml")])
 
 
 def test_wrong_input(folder: Path, tmp_path: Path) -> None:
