@@ -21,6 +21,7 @@ from fairseq_sffn.study.outcomes import Model, build_model
 from fairseq_sffn.study.plan import Cell, Row, Scale, load_scale, load_table, sweep_cells
 from fairseq_sffn.study.results import Results
 from fairseq_sffn.study.tables.routing import token_share
+from fairseq_sffn.study.tables.zero_shot import Task
 from fairseq_sffn.tools import cli
 from fairseq_sffn.tools.cost import cost_figures
 from fairseq_sffn.tools.language_model import build_language_model
@@ -214,8 +215,8 @@ def test_claims(printed: str) -> None:
     flops = float(cells(text, "Avg-K")[1]) / float(cells(text, "dense")[1]) - 1
     assert (
         f"- Avg-K beats dense. This scale, with Avg-K at {flops:.1%} more FLOPs than dense, "
-        "**supports** it: test perplexity 93.00 (Avg-K, 3 seeds) against 103.00 (dense, 3 seeds), lower by "
-        "10.00 ± 2.68 (standard error), more than the 6.90 that decides"
+        "**supports** it: test perplexity 93.00 (Avg-K, 3 seeds) against 103.00 (dense, 3 seeds), "
+        "lower by 10.00 ± 2.68 (standard error), more than the 6.90 that decides"
     ) in text
     assert "**does not decide** it: results are missing." in text.partition("beats Switch.")[2]
 
@@ -250,9 +251,33 @@ def test_zero_shot(printed: str) -> None:
     assert cells(text, "Avg-K") == ["55.0 ± 2.0", "0.1 ± 1.0", "27.6"]
     assert cells(text, "Switch") == ["", "", ""]
     assert cells(text, "random") == ["50.0", "0.1", "25.1"]
-    assert "1 of the 4 accuracies are more than two standard errors from random" in text
-    assert "Avg-K on piqa (+5.0)" in text and "500 to 1,000 documents a task." in text
+    assert (
+        "1 of the 4 accuracies are more than two standard errors of guesses, sqrt(random (1 - "
+        "random) / documents), from random (0 would be by chance): Avg-K on piqa (+5.0)."
+    ) in text
+    assert "500 to 1,000 documents a task." in text
     assert "1 of 3 trainings are missing." in text
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "random", "apart"),
+    [
+        (0.0, 0.0, False),
+        (0.002, 0.0, True),
+        (0.0, 0.001, False),  # its own standard error is 0
+        (0.01, 0.001, True),
+        (0.0, 0.25, True),
+        (1.0, 0.25, True),
+        (0.54, 0.5, False),  # 2 sqrt(0.25 / 500) is 0.0447
+        (0.55, 0.5, True),
+        (0.45, 0.5, True),
+    ],
+)
+@pytest.mark.parametrize("error", [None, 0.0, 0.5])
+def test_apart_from_random(
+    accuracy: float, random: float, apart: bool, error: float | None
+) -> None:
+    assert Task(500, accuracy, error, random).apart is apart
 
 
 def test_taxonomy(printed: str) -> None:

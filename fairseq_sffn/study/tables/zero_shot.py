@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -56,8 +57,10 @@ class Task:
 
     @property
     def apart(self) -> bool:
-        """Whether it differs from random by more than two standard errors."""
-        return self.error is not None and abs(self.accuracy - self.random) > 2 * self.error
+        """Whether it differs from random by more than two standard errors of guesses. Its own would
+        be 0 where all or no documents are right."""
+        error = math.sqrt(self.random * (1 - self.random) / self.documents)
+        return abs(self.accuracy - self.random) > 2 * error
 
 
 def tasks(outcome: Outcome) -> dict[str, Task]:
@@ -106,9 +109,10 @@ def above_chance(found: Mapping[str, Mapping[str, Task]]) -> str:
     checks = sum(map(len, found.values()))
     if not checks:
         return ""
+    far = "two standard errors of guesses, sqrt(random (1 - random) / documents), from random"
     if not apart:
-        return f"None of the {checks} accuracies is more than two standard errors from random."
+        return f"None of the {checks} accuracies is more than {far}."
     return (
-        f"{len(apart)} of the {checks} accuracies are more than two standard errors from random "
-        f"({0.0455 * checks:.0f} would be by chance): {', '.join(apart)}."
+        f"{len(apart)} of the {checks} accuracies are more than {far} ({0.0455 * checks:.0f} would "
+        f"be by chance): {', '.join(apart)}."
     )
