@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from ..errors import UsageError
@@ -84,19 +86,79 @@ def _json(value: Any, depth: int = 0) -> str:
 WHOLE = "routing"
 """The part of a result that those of a sweep are without."""
 
+NUMBER = (int, float)
+OR_NONE = (*NUMBER, NoneType)
+OTHERS = "*"
+"""Stands for the names of an object that its shape does not have."""
+
+RESULT = {
+    "data": str,
+    "machine": str,
+    "versions": {"fairseq_sffn": str},
+    "training": {"train": [{"update": NUMBER, OTHERS: NUMBER}], "tokens_per_second": NUMBER},
+    "evaluation": {"valid": {"loss": OR_NONE}},
+}
+"""What is read of a result: a type or several, a list of one shape, or an object with shapes by
+name."""
+EVALUATION = {name: {"perplexity": NUMBER} for name in ("valid", "test", OTHERS)}
+LAYER = {
+    **{"counts": [int], "block_bits": NUMBER, "token_bits": NUMBER},
+    **{"top_tokens": [[str]], "blocks": [[int]], "positions": [int]},
+}
+TASK = {
+    **{"task": str, "documents": int, "random": NUMBER, "accuracy": NUMBER},
+    **{"standard_error": OR_NONE, "accuracy_norm": OR_NONE, "standard_error_norm": OR_NONE},
+}
+PARTS = {
+    WHOLE: {"evaluation": EVALUATION, WHOLE: {OTHERS: LAYER}},
+    "zero_shot": {"evaluation": EVALUATION, "zero_shot": {"tasks": [TASK]}},
+}
+"""What is read besides where a result has that part, unless the training diverged."""
+KINDS = {str: "a text", int: "a whole number", NUMBER: "a number", OR_NONE: "a number or null"}
+
 
 def read(path: Path) -> dict[str, Any]:
     """A result.
 
     Raises:
-        UsageError: the file has none.
+        UsageError: it cannot be read, or has not what is read of a result.
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        result["data"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        check(result, RESULT)
+        for part, shape in PARTS.items():
+            if part in result and math.isfinite(valid_loss(result)):
+                check(result, shape)
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path}: is no result: {error}") from error
     return result
+
+
+def check(value: Any, shape: Any, where: str = "") -> None:
+    """Compares a value with a shape as above.
+
+    Raises:
+        ValueError: it has another one.
+    """
+    if isinstance(shape, dict):
+        expect(value, dict, "an object", where)
+        for name in shape:
+            if name not in value and name != OTHERS:
+                raise ValueError(f"{where}{name}: is missing")
+        for name in value.keys() if OTHERS in shape else shape.keys():
+            check(value[name], shape.get(name, shape.get(OTHERS)), f"{where}{name}.")
+    elif isinstance(shape, list):
+        expect(value, list, "a list", where)
+        for item in value:
+            check(item, shape[0], where)
+    else:
+        expect(value, shape, KINDS[shape], where)
+
+
+def expect(value: Any, kind: Any, name: str, where: str) -> None:
+    """Raises a ``ValueError`` if a value is not of a type."""
+    if not isinstance(value, kind):
+        raise ValueError(": ".join(filter(None, [where.removesuffix("."), f"must be {name}"])))
 
 
 class Results:
@@ -108,7 +170,7 @@ class Results:
         data: fingerprint of the text; ``None``: whatever they were made with.
 
     Raises:
-        UsageError: a file cannot be read, or results of another text are there.
+        UsageError: a file is no result, or results of another text are there.
     """
 
     def __init__(self, folder: Path, scale: Scale, data: str | None = None) -> None:

@@ -60,6 +60,7 @@ def result(test: float, blocks: int = 0, seed: int = 1, valid: float | None = No
     return {
         "data": "abc",
         "machine": "2 cores of a processor",
+        "versions": {"fairseq_sffn": "c0"},
         "training": {"train": records, "valid": records, "tokens_per_second": 1000.0 + seed},
         "evaluation": evaluation,
         "routing": layers,

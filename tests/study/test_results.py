@@ -90,11 +90,75 @@ def test_what_is_missing_is_there_once_and_by_seed(tmp_path: Path) -> None:
 
 def test_results_of_two_texts_are_refused(tmp_path: Path) -> None:
     results = made.empty(tmp_path)
-    write(results.folder / "a.json", {"data": "one"})
-    write(results.folder / "b.json", {"data": "two"})
-    assert set(Results(results.folder, results.scale, "one").by_key) == {"a"}
+    write(results.folder / "a.json", made.result(1.0) | {"data": "one"})
+    write(results.folder / "b.json", made.result(1.0) | {"data": "two"})
+    with pytest.raises(SystemExit, match="results of the text two, and this is one"):
+        Results(results.folder, results.scale, "one")
     with pytest.raises(SystemExit, match="several texts: one, two"):
         Results(results.folder, results.scale)
     (results.folder / "c.json").write_text("{")
     with pytest.raises(SystemExit, match=r"c\.json: is no result"):
         Results(results.folder, results.scale, "one")
+
+
+def changed(path: str, *value: object) -> str:
+    """A result with something else, or nothing, in the place of what is at a path."""
+    result = made.result(50.0, blocks=4)
+    result["zero_shot"] = {"tasks": []}
+    *names, last = path.split(".")
+    inside = result
+    for name in names:
+        inside = inside[name]
+    del inside[last]
+    inside.update(zip([last], value, strict=False))
+    return json.dumps(result)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ('{"data": "abc", "routing": {}}', "machine: is missing"),
+        ("[1]", "must be an object"),
+        (changed("data", ["a"]), "data: must be a text"),
+        (changed("evaluation"), "evaluation: is missing"),
+        (changed("evaluation.valid.loss"), r"evaluation\.valid\.loss: is missing"),
+        (
+            changed("evaluation.valid.loss", "1"),
+            r"evaluation\.valid\.loss: must be a number or null",
+        ),
+        (changed("evaluation.test"), r"evaluation\.test: is missing"),
+        (changed("evaluation.law", {}), r"evaluation\.law\.perplexity: is missing"),
+        (
+            changed("evaluation.law", {"perplexity": None}),
+            r"evaluation\.law\.perplexity: must be a number",
+        ),
+        (changed("machine", 2), "machine: must be a text"),
+        (changed("versions.fairseq_sffn"), r"versions\.fairseq_sffn: is missing"),
+        (changed("training.train", [{}]), r"training\.train\.update: is missing"),
+        (changed("training.train", {}), r"training\.train: must be a list"),
+        (changed("training.tokens_per_second"), r"training\.tokens_per_second: is missing"),
+        (changed("routing", []), "routing: must be an object"),
+        (changed("routing.3.counts"), r"routing\.3\.counts: is missing"),
+        (changed("routing.3.blocks", [1]), r"routing\.3\.blocks: must be a list"),
+        (changed("routing.3.counts", [1.5]), r"routing\.3\.counts: must be a whole number"),
+        (changed("zero_shot", {}), r"zero_shot\.tasks: is missing"),
+        (
+            changed("zero_shot.tasks", [{"task": "piqa"}]),
+            r"zero_shot\.tasks\.documents: is missing",
+        ),
+    ],
+)
+def test_a_file_that_is_no_result(text: str, error: str, tmp_path: Path) -> None:
+    results = made.empty(tmp_path)
+    results.folder.mkdir()
+    (results.folder / "a.json").write_text(text)
+    with pytest.raises(SystemExit, match=rf"a\.json: is no result: {error}$") as stopped:
+        Results(results.folder, results.scale)
+    assert "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("result", [made.result(50.0, 4), made.diverged(), made.swept(None)])
+def test_what_a_training_leaves_is_a_result(result: object, tmp_path: Path) -> None:
+    results = made.empty(tmp_path)
+    write(results.folder / "a.json", result)
+    assert Results(results.folder, results.scale).by_key == {"a": result}
