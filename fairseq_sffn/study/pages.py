@@ -12,6 +12,18 @@ START = re.compile(r"<!-- report: (\S+) -->")
 END = "<!-- end -->"
 
 
+def read(path: Path) -> str:
+    """A document, with the line ends that it has.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        return path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from error
+
+
 def fill(path: Path, block: Callable[[str], str]) -> str:
     """A document with its blocks replaced.
 
@@ -20,13 +32,12 @@ def fill(path: Path, block: Callable[[str], str]) -> str:
         block: name of a block -> what should be in it.
 
     Raises:
-        UsageError: the document cannot be read, or a marker has no other end.
+        UsageError: the document cannot be read, has no block, or a marker has no other end.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from error
-    return "\n".join(_filled(path, lines, block)) + "\n"
+    lines = read(path).splitlines(keepends=True)
+    if not any(START.fullmatch(line.strip()) or line.strip() == END for line in lines):
+        raise UsageError(f"{path}: has no block <!-- report: BLOCK -->")
+    return "".join(_filled(path, lines, block))
 
 
 def _filled(path: Path, lines: list[str], block: Callable[[str], str]) -> Iterable[str]:
@@ -38,7 +49,9 @@ def _filled(path: Path, lines: list[str], block: Callable[[str], str]) -> Iterab
         if start:
             opened = number
             filling = block(start[1])
-            yield from (line, "", *([filling, ""] if filling else []))
+            inside = ["", *([*filling.split("\n"), ""] if filling else [])]
+            yield line
+            yield from (text + _end(line) for text in inside)
         elif line.strip() == END:
             if not opened:
                 raise UsageError(f"{path}:{number}: {END} ends no block")
@@ -47,3 +60,8 @@ def _filled(path: Path, lines: list[str], block: Callable[[str], str]) -> Iterab
             yield line
     if opened:
         raise UsageError(f"{path}:{opened}: this block has no {END}")
+
+
+def _end(line: str) -> str:
+    """What ends a line."""
+    return line[len(line.rstrip("\r\n")) :]

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import UsageError
 from ..study import claims
 from ..study.outcomes import Study
-from ..study.pages import fill
+from ..study.pages import fill, read
 from ..study.plan import Table, load_scale, load_table
 from ..study.results import Results
 from ..study.tables import KINDS
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> str:
     changed = {}
     for path in args.write:
         text = filled(report, path)
-        if text != path.read_text(encoding="utf-8"):
+        if text != read(path):
             changed[path] = text
     if args.check:
         if changed:
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> str:
             raise UsageError(f"{names}: differs from what the results give; run without --check")
         return "all blocks are what the results give"
     for path, text in changed.items():
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(text.encode())
     if not args.no_figures:
         draw(report)
     return report.json() if args.json else report.text()
@@ -183,7 +183,7 @@ def filled(report: Report, path: Path) -> str:
     """A document as the results make it.
 
     Raises:
-        UsageError: it cannot be read, or has a block that is none.
+        UsageError: it cannot be read, or has no block, or one that is none.
     """
 
     def block(name: str) -> str:

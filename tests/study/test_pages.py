@@ -19,7 +19,7 @@ last
 
 def filled(tmp_path: Path, text: str) -> str:
     page = tmp_path / "page.md"
-    page.write_text(text)
+    page.write_bytes(text.encode())
     return fill(page, lambda name: f"of {name}")
 
 
@@ -30,9 +30,30 @@ def test_blocks_are_replaced_and_the_rest_stays(tmp_path: Path) -> None:
     assert filled(tmp_path, expected) == expected
 
 
+def test_line_ends_stay(tmp_path: Path) -> None:
+    page = "a\r\n<!-- report: x -->\r\nold\r\n<!-- end -->\r\nb\x0cc\u2028\r\n"
+    lines = page.replace("old\r\n", "\r\nof x\r\n\r\n")
+    assert filled(tmp_path, page) == lines
+    assert filled(tmp_path, "a\n" + page) == "a\n" + lines
+    assert filled(tmp_path, page.replace("\r", "")) == lines.replace("\r", "")
+    unended = page.rstrip()
+    assert filled(tmp_path, unended) == lines.rstrip()
+
+
+def test_several_lines_have_the_line_ends_of_their_place(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_bytes(b"<!-- report: x -->\r\n<!-- end -->\r\n")
+    expected = "<!-- report: x -->\r\n\r\n1\r\n2\r\n\r\n<!-- end -->\r\n"
+    assert fill(page, lambda name: "1\n2") == expected
+
+
 @pytest.mark.parametrize(
     ("text", "error"),
     [
+        ("a\nb\n", r"page\.md: has no block <!-- report: BLOCK -->$"),
+        ("", r"page\.md: has no block"),
+        ("<!--report: t-->\n", r"page\.md: has no block"),
+        ("<!--report: t-->\n<!-- end -->\n", r"page\.md:2: <!-- end --> ends no block"),
         ("a\n<!-- report: x -->\nb\n", r"page\.md:2: this block has no <!-- end -->"),
         (
             "<!-- report: x -->\n<!-- report: y -->\n<!-- end -->\n",
@@ -41,7 +62,7 @@ def test_blocks_are_replaced_and_the_rest_stays(tmp_path: Path) -> None:
         ("a\nb\n<!-- end -->\n", r"page\.md:3: <!-- end --> ends no block"),
     ],
 )
-def test_markers_without_an_end(text: str, error: str, tmp_path: Path) -> None:
+def test_wrong_markers(text: str, error: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=error):
         filled(tmp_path, text)
 

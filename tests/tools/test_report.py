@@ -356,6 +356,21 @@ def test_pages(folder: Path, page: Path) -> None:
     assert "103.01" in page.read_text()
 
 
+def test_line_ends_of_a_page_stay(folder: Path, page: Path) -> None:
+    page.write_bytes(PAGE.replace("\n", "\r\n").encode())
+    report(folder, "--write", page, "--no-figures")
+    text = page.read_bytes()
+    assert b"| dense |" in text and text.count(b"\n") == text.count(b"\r\n")
+    assert "all blocks are" in report(folder, "--write", page, "--check")
+
+
+def test_a_page_without_a_block(folder: Path, page: Path) -> None:
+    page.write_text("<!--report: main-->\n")
+    for flags in (["--check"], ["--no-figures"]):
+        with pytest.raises(SystemExit, match=r"page\.md: has no block"):
+            report(folder, "--write", page, *flags)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "error"),
     [
