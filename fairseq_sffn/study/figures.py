@@ -12,11 +12,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 
-from .outcomes import Outcome, Study
-from .plan import Row, Scale, Table
+from .outcomes import (
+    REFERENCE,
+    Outcome,
+    Study,
+    flops_points,
+    gap_points,
+    line_points,
+    routed,
+    tested,
+)
+from .plan import Table
 from .statistics import Summary, summarize
 from .tables.perplexity import flops_unit
-from .tables.routing import layers_of, token_share
+from .tables.routing import token_share
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 """Okabe and Ito's, which the colour-blind tell apart, and one more in the place of their yellow."""
@@ -55,21 +64,6 @@ def png(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def row_x(row: Row, scale: Scale) -> float | None:
-    """Where a row stands on the axis; ``None``: nowhere."""
-    value = str(row.x).replace("{ffn}", str(scale.ffn_embed_dim))
-    return float(value) if value else None
-
-
-def groups(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
-    """Group -> its rows."""
-    found: dict[str, list[Outcome]] = {}
-    for o in outcomes:
-        if o.row.group:
-            found.setdefault(o.row.group, []).append(o)
-    return found
-
-
 def error_bars(axes: Axes, points: Sequence[tuple[float, Summary]], label: str, i: int) -> None:
     """A line through means, with their deviations."""
     points = sorted(points, key=lambda point: point[0])
@@ -98,27 +92,20 @@ def log_axis(
     axes.set_xticks(ticks, [show(x) for x in ticks])
 
 
-def lines(study: Study, table: Table) -> Figure | None:
+def lines(study: Study, table: Table) -> Figure:
     """Perplexity on validation against ``x``, a line for each group; other rows are levels."""
-    outcomes = study.outcomes(table)
     figure = new()
     axes = figure.subplots()
-    seen = []
-    for i, (name, rows) in enumerate(groups(outcomes).items()):
-        points = [
-            (row_x(o.row, study.scale), summarize(o.perplexity("valid").values())) for o in rows
-        ]
-        drawn = [(x, found) for x, found in points if x is not None and found is not None]
-        if drawn:
-            error_bars(axes, drawn, name, i)
-            seen += [x for x, _ in drawn]
-    for i, o in enumerate(o for o in outcomes if not o.row.group):
+    groups = line_points(study, table)
+    for i, (name, points) in enumerate(groups.items()):
+        error_bars(axes, points, name, i)
+    levels = [o for o in study.outcomes(table) if not o.row.group]
+    for i, o in enumerate(levels):
         if found := summarize(o.perplexity("valid").values()):
             axes.axhline(
                 found.mean, color=GREY, linestyle=("--", ":", "-.")[i % 3], label=o.row.label
             )
-    if not seen:
-        return None
+    seen = [x for points in groups.values() for x, _ in points]
     log_axis(axes, seen, 2, lambda x: f"{x:g}")
     axes.set_xlabel(table.axis)
     axes.set_ylabel("validation perplexity")
@@ -127,15 +114,9 @@ def lines(study: Study, table: Table) -> Figure | None:
     return figure
 
 
-def flops(study: Study, table: Table) -> Figure | None:
+def flops(study: Study, table: Table) -> Figure:
     """Perplexity on validation against the FLOPs of training."""
-    found = [
-        (o.row.label, study.training_flops(o), summarize(o.perplexity("valid").values()))
-        for o in study.outcomes(table)
-    ]
-    points = [(label, x, summary) for label, x, summary in found if summary is not None]
-    if not points:
-        return None
+    points = flops_points(study, table)
     unit, name = flops_unit(max(x for _, x, _ in points))
     figure = new()
     axes = figure.subplots()
@@ -199,11 +180,9 @@ def curve(outcome: Outcome, name: str) -> tuple[list[float], list[float]]:
     return updates, [statistics.fmean(values[update]) for update in updates]
 
 
-def load(study: Study, table: Table) -> Figure | None:
+def load(study: Study, table: Table) -> Figure:
     """How the load of blocks went in training."""
-    outcomes = [o for o in study.outcomes(table) if layers_of(o)]
-    if not outcomes:
-        return None
+    outcomes = routed(study, table)
     figure = new(10.0, 4.5)
     loads, unused = figure.subplots(1, 2)
     for i, o in enumerate(outcomes):
@@ -225,36 +204,14 @@ def load(study: Study, table: Table) -> Figure | None:
     return figure
 
 
-REFERENCE = "dense"
-"""The group that others are compared with."""
-
-
-def gap(study: Study, table: Table) -> Figure | None:
-    """How much higher each group's perplexity is than the reference's at the same ``x``, or at the
-    same training tokens where a row has none."""
-    scale = study.scale
-    by_group = groups(study.outcomes(table))
-
-    def where(o: Outcome) -> float:
-        x = row_x(o.row, scale)
-        return float(o.cells[0].tokens(scale)) if x is None else x
-
-    reference = {where(o): o.perplexity("valid") for o in by_group.pop(REFERENCE, [])}
+def gap(study: Study, table: Table) -> Figure:
+    """How much higher each group's perplexity is than the reference's."""
     figure = new()
     axes = figure.subplots()
-    seen = []
-    for i, (name, rows) in enumerate(by_group.items()):
-        points = []
-        for o in rows:
-            base, own = reference.get(where(o), {}), o.perplexity("valid")
-            ratios = [own[seed] / base[seed] - 1 for seed in own if seed in base]
-            if found := summarize(ratios):
-                points.append((where(o), found))
-        if points:
-            error_bars(axes, points, name, i)
-            seen += [x for x, _ in points]
-    if not seen:
-        return None
+    groups = gap_points(study, table)
+    for i, (name, points) in enumerate(groups.items()):
+        error_bars(axes, points, name, i)
+    seen = [x for points in groups.values() for x, _ in points]
     axes.axhline(0, color=GREY, linestyle="--", label=REFERENCE)
     log_axis(axes, seen, 10, short)
     axes.yaxis.set_major_formatter("{x:+.0%}")
@@ -273,12 +230,10 @@ def short(value: float) -> str:
     return f"{value:g}"
 
 
-def routing(study: Study, table: Table) -> Figure | None:
+def routing(study: Study, table: Table) -> Figure:
     """Blocks by load, in each layer, and how far the token id decides the block."""
-    outcomes = [o for o in study.outcomes(table) if layers_of(o)]
-    layers = list(dict.fromkeys(layer for o in outcomes for layer in layers_of(o)))
-    if not layers:
-        return None
+    outcomes = routed(study, table)
+    layers = list(dict.fromkeys(layer for o in outcomes for layer in o.layers))
     figure = new(3.6 * (len(layers) + 1), 4.2)
     *loads, bars = figure.subplots(1, len(layers) + 1)
     for axes, layer in zip(loads, layers, strict=True):
@@ -326,15 +281,13 @@ def token_bars(
     finish(axes)
 
 
-def bars(study: Study, table: Table) -> Figure | None:
+def bars(study: Study, table: Table) -> Figure:
     """Test perplexity of each row: seeds, and their mean and deviation."""
-    found = [(o, o.perplexity("test")) for o in study.outcomes(table)]
-    found = [(o, values) for o, values in found if values]
-    if not found:
-        return None
+    found = tested(study, table)
     figure = new(8.0, 1.2 + 0.34 * len(found))
     axes = figure.subplots()
-    for i, (o, values) in enumerate(found):
+    for i, o in enumerate(found):
+        values = o.perplexity("test")
         summary = summarize(values.values())
         assert summary is not None
         axes.errorbar(
@@ -346,14 +299,14 @@ def bars(study: Study, table: Table) -> Figure | None:
             )
         if o.row.model == "dense":
             axes.axvline(summary.mean, color=GREY, linestyle="--", linewidth=1, zorder=0)
-    axes.set_yticks(range(len(found)), [o.row.label for o, _ in found])
+    axes.set_yticks(range(len(found)), [o.row.label for o in found])
     axes.invert_yaxis()
     axes.set_xlabel("test perplexity (dots: seeds; bars: standard deviation; dashed: dense)")
     finish(axes)
     return figure
 
 
-FIGURES: dict[str, Callable[[Study, Table], Figure | None]] = {
+FIGURES: dict[str, Callable[[Study, Table], Figure]] = {
     "lines": lines,
     "flops": flops,
     "load": load,
@@ -361,4 +314,4 @@ FIGURES: dict[str, Callable[[Study, Table], Figure | None]] = {
     "routing": routing,
     "bars": bars,
 }
-"""Kind of a figure -> what draws it; ``None``: there is nothing to draw."""
+"""Kind of a figure -> what draws it, where there is something to draw."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ..memory import MemoryConfig
@@ -13,6 +13,7 @@ from ..tools.cost import cost_by_part, cost_figures, training_flops_per_token
 from ..tools.language_model import build_language_model
 from .plan import Cell, Row, Scale, Table, row_cells, row_flags, sweep_cells
 from .results import WHOLE, Results, valid_loss
+from .statistics import Summary, summarize
 
 OF_DOMAIN = ("valid", "test")
 """The sets of an evaluation that are of the training's text."""
@@ -76,6 +77,11 @@ class Outcome:
         """Names of the sets out of domain."""
         sets = dict.fromkeys(name for r in self.good.values() for name in r["evaluation"])
         return [name for name in sets if name not in OF_DOMAIN]
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers whose routing is known."""
+        return list(dict.fromkeys(name for r in self.good.values() for name in r["routing"]))
 
     def perplexity(self, name: str) -> dict[int, float]:
         """Seed -> perplexity on a set. Empty where a training diverged: the mean of the others
@@ -150,9 +156,13 @@ class Study:
             self.models[key] = build_model(*key[:2], scale)
         return self.models[key]
 
+    def tokens(self, row: Row) -> int:
+        """That each training of a row is of, or would be where there is none."""
+        return row_cells(replace(row, seeds=(1,)), self.scale, 0.0)[0].tokens(self.scale)
+
     def training_flops(self, outcome: Outcome) -> float:
         """Of each training of a row."""
-        return self.model(outcome.row).training_flops * outcome.cells[0].tokens(self.scale)
+        return self.model(outcome.row).training_flops * self.tokens(outcome.row)
 
 
 def count_missing(outcomes: Iterable[Outcome]) -> tuple[int, int]:
@@ -160,3 +170,85 @@ def count_missing(outcomes: Iterable[Outcome]) -> tuple[int, int]:
     outcomes = list(outcomes)
     cells = {cell: cell.seed in o.results for o in outcomes for cell in o.cells}
     return sum(not done for done in cells.values()), len(cells)
+
+
+# What figures show
+
+
+Points = dict[str, list[tuple[float, Summary]]]
+"""Group -> where its rows stand on the axis, and what was found there."""
+
+REFERENCE = "dense"
+"""The group that others are compared with."""
+
+
+def row_x(row: Row, scale: Scale) -> float | None:
+    """Where a row stands on the axis; ``None``: nowhere."""
+    value = str(row.x).replace("{ffn}", str(scale.ffn_embed_dim))
+    return float(value) if value else None
+
+
+def groups(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
+    """Group -> its rows."""
+    found: dict[str, list[Outcome]] = {}
+    for o in outcomes:
+        if o.row.group:
+            found.setdefault(o.row.group, []).append(o)
+    return found
+
+
+def line_points(study: Study, table: Table) -> Points:
+    """Perplexity on validation against ``x``, of the groups that have any."""
+    found: Points = {}
+    for name, rows in groups(study.outcomes(table)).items():
+        for o in rows:
+            x, ppl = row_x(o.row, study.scale), summarize(o.perplexity("valid").values())
+            if x is not None and ppl is not None:
+                found.setdefault(name, []).append((x, ppl))
+    return found
+
+
+def gap_points(study: Study, table: Table) -> Points:
+    """How much higher each group's perplexity is than the reference's at the same ``x``, or at the
+    same training tokens where a row has none; of the groups that have any."""
+    by_group = groups(study.outcomes(table))
+
+    def where(o: Outcome) -> float:
+        x = row_x(o.row, study.scale)
+        return float(study.tokens(o.row)) if x is None else x
+
+    reference = {where(o): o.perplexity("valid") for o in by_group.pop(REFERENCE, [])}
+    found: Points = {}
+    for name, rows in by_group.items():
+        for o in rows:
+            base, own = reference.get(where(o), {}), o.perplexity("valid")
+            if ratio := summarize(own[seed] / base[seed] - 1 for seed in own if seed in base):
+                found.setdefault(name, []).append((where(o), ratio))
+    return found
+
+
+def flops_points(study: Study, table: Table) -> list[tuple[str, float, Summary]]:
+    """Label, FLOPs of training and perplexity on validation."""
+    found = [(o, summarize(o.perplexity("valid").values())) for o in study.outcomes(table)]
+    return [(o.row.label, study.training_flops(o), ppl) for o, ppl in found if ppl is not None]
+
+
+def tested(study: Study, table: Table) -> list[Outcome]:
+    """Rows whose perplexity on test is known."""
+    return [o for o in study.outcomes(table) if o.perplexity("test")]
+
+
+def routed(study: Study, table: Table) -> list[Outcome]:
+    """Rows that have layers whose routing is known."""
+    return [o for o in study.outcomes(table) if o.layers]
+
+
+SHOWN: dict[str, Callable[[Study, Table], Sized]] = {
+    "lines": line_points,
+    "flops": flops_points,
+    "load": routed,
+    "gap": gap_points,
+    "routing": routed,
+    "bars": tested,
+}
+"""Kind of a figure -> what it shows; empty: there is nothing to draw."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..study import claims
-from ..study.outcomes import Study
+from ..study.outcomes import SHOWN, Study
 from ..study.pages import fill, read
 from ..study.plan import Table, load_scale, load_table
 from ..study.results import Results
@@ -62,8 +62,10 @@ class Report:
     done: set[str] = field(default_factory=set)
     verdicts: dict[str, list[claims.Verdict]] = field(default_factory=dict)
 
-    def figure(self, table: Table) -> Path:
-        """The file of a table's figure."""
+    def figure(self, table: Table) -> Path | None:
+        """The file of a table's figure; ``None``: it has none, or nothing to show yet."""
+        if not table.figure or not SHOWN[table.figure](self.study, table):
+            return None
         return self.folder / "figures" / self.study.scale.name / f"{table.name}.png"
 
     def markdown(self, table: Table, part: str, beside: Path) -> str:
@@ -85,10 +87,10 @@ class Report:
         if part == "claims":
             return claims.markdown(self.verdicts[table.name])
         if part == "figure":
-            if table.name not in self.done:
+            figure = self.figure(table)
+            if figure is None:
                 return ""
-            link = os.path.relpath(self.figure(table), beside)
-            return f"![{table.title}]({Path(link).as_posix()})"
+            return f"![{table.title}]({Path(os.path.relpath(figure, beside)).as_posix()})"
         return render(parts[part])
 
     def block(self, name: str, beside: Path) -> str:
@@ -109,7 +111,7 @@ class Report:
             texts.append(f"## {table.title}")
             also = [*(["figure"] * bool(table.figure)), *(["claims"] * bool(table.claims))]
             names = [*self.parts[table.name], *also]
-            texts += [self.markdown(table, part, self.folder) for part in names]
+            texts += filter(None, (self.markdown(table, part, self.folder) for part in names))
         return "\n\n".join(texts)
 
     def json(self) -> str:
@@ -201,15 +203,15 @@ def draw(report: Report) -> None:
     Raises:
         UsageError: there is no matplotlib.
     """
-    for table in (table for table in report.tables() if table.figure):
-        try:
-            from ..study.figures import FIGURES, png
-        except ImportError as error:
-            raise UsageError(
-                "figures need matplotlib: pip install 'fairseq-sffn[plots]', or --no-figures"
-            ) from error
-        figure = FIGURES[table.figure](report.study, table)
-        if figure is not None:
-            path = report.figure(table)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(png(figure))
+    drawn = [(table, path) for table in report.tables() if (path := report.figure(table))]
+    if not drawn:
+        return
+    try:
+        from ..study.figures import FIGURES, png
+    except ImportError as error:
+        raise UsageError(
+            "figures need matplotlib: pip install 'fairseq-sffn[plots]', or --no-figures"
+        ) from error
+    for table, path in drawn:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(FIGURES[table.figure](report.study, table)))

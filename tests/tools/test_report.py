@@ -62,6 +62,9 @@ TABLES = {
     "gap": 'title = "Gap"\nkind = "perplexity"\nfigure = "gap"\nrows = ['
     '{ label = "d", model = "dense", group = "dense" },'
     '{ label = "a", model = "avgk", group = "Avg-K" }]',
+    "alone": 'title = "Gap of one"\nkind = "perplexity"\nfigure = "gap"\nrows = ['
+    '{ label = "d", model = "dense", length = 9, group = "dense" },'
+    '{ label = "a", model = "avgk", group = "Avg-K" }]',
     "flops": 'title = "FLOPs"\nkind = "perplexity"\nfigure = "flops"' + ROWS,
     "routing": 'title = "Routing"\nkind = "routing"\nfigure = "routing"\nseeds = [1, 2]\n'
     'rows = [{ label = "Switch", model = "switch" }]',
@@ -301,6 +304,16 @@ def test_figures_are_drawn_alike_each_time(folder: Path, printed: str) -> None:
     assert {path.name: path.read_bytes() for path in figures.iterdir()} == first
 
 
+@pytest.mark.parametrize("flags", [[], ["--no-figures"]])
+def test_what_is_linked_is_what_is_drawn(flags: list[str], folder: Path, printed: str) -> None:
+    """With nothing to compare with, or no layers, nothing is drawn, though rows are done."""
+    drawn = {path.name for path in (folder / "figures" / "small").iterdir()}
+    text = report(folder, *flags)
+    assert {Path(link).name for link in re.findall(r"!\[.*\]\((.*)\)", text)} == drawn
+    assert "1 of 2 trainings are missing." in section(text, "Gap of one")
+    assert "\n\n\n" not in text
+
+
 def test_json(folder: Path) -> None:
     found = json.loads(report(folder, "--json", "--no-figures"))
     assert "later" not in found
@@ -327,6 +340,8 @@ PAGE = """before
 <!-- end -->
 <!-- report: later.figure -->
 <!-- end -->
+<!-- report: alone.figure -->
+<!-- end -->
 after
 """
 
@@ -346,7 +361,7 @@ def test_pages(folder: Path, page: Path) -> None:
     report(folder, "--write", page, "--no-figures")
     text = page.read_text()
     assert "| dense |" in text and "**supports**" in text and "| model | fiction | law |" in text
-    assert "![Main](../figures/small/main.png)" in text and "later.png" not in text
+    assert "![Main](../figures/small/main.png)" in text and text.count("![") == 1
     assert "1 of 1 trainings are missing." in text
     assert text.startswith("before\n") and text.endswith("after\n")
     assert "all blocks are" in report(folder, "--write", page, "--check")
@@ -377,7 +392,7 @@ def test_a_page_without_a_block(folder: Path, page: Path) -> None:
         ("report: main ", "report: nain ", r"page\.md: <!-- report: nain -->: nain: is none of"),
         ("main.domains", "main.x", r"main\.x: is none of .*main\.domains"),
         ("later.figure", "later.claims", r"later\.claims: is none of"),
-        ("<!-- end -->\nafter", "after", r"page\.md:12: this block has no <!-- end -->"),
+        ("<!-- end -->\nafter", "after", r"page\.md:14: this block has no <!-- end -->"),
     ],
 )
 def test_wrong_pages(old: str, new: str, error: str, folder: Path, page: Path) -> None:

@@ -35,7 +35,7 @@ def routing(study: Study, table: Table) -> Parts:
     rows = [
         dict(zip(columns, (o.row.label, layer, *layer_values(study, o, layer)), strict=True))
         for o in outcomes
-        for layer in layers_of(o)
+        for layer in o.layers
     ]
     notes = [
         seeds_note(outcomes),
@@ -51,11 +51,6 @@ def routing(study: Study, table: Table) -> Parts:
         *note_of(table),
     ]
     return {"": [Part(columns, rows, notes)], "blocks": [example_blocks(outcomes)]}
-
-
-def layers_of(outcome: Outcome) -> list[str]:
-    """Names of the layers whose routing is known."""
-    return list(dict.fromkeys(name for r in outcome.good.values() for name in r["routing"]))
 
 
 def layer_values(study: Study, outcome: Outcome, layer: str) -> list[Value]:
@@ -106,7 +101,7 @@ def example_blocks(outcomes: Sequence[Outcome]) -> Part:
     }
     rows = []
     for o in outcomes:
-        for layer in layers_of(o):
+        for layer in o.layers:
             found = o.good[min(o.good)]["routing"][layer]
             for block, load_, tokens_ in most_loaded(found):
                 shown = " ".join(map(code, tokens_))
