@@ -20,6 +20,7 @@ from fairseq_sffn.study import outcomes
 from fairseq_sffn.study.outcomes import Model, build_model
 from fairseq_sffn.study.plan import Cell, Row, Scale, load_scale, load_table, sweep_cells
 from fairseq_sffn.study.results import Results
+from fairseq_sffn.study.tables.part import text as escaped
 from fairseq_sffn.study.tables.routing import token_share
 from fairseq_sffn.study.tables.zero_shot import Task
 from fairseq_sffn.tools import cli
@@ -449,6 +450,28 @@ def test_wrong_tables(old: str, new: str, error: str, folder: Path, tmp_path: Pa
     (tmp_path / "main.toml").write_text(TABLES["main"].replace(old, new))
     with pytest.raises(SystemExit, match=error):
         cli.main(["report", str(tmp_path), "--scale", str(folder / "scales" / "small.toml")])
+
+
+@pytest.mark.parametrize("figure", ["lines", "flops", "load", "gap", "routing", "bars"])
+def test_a_table_that_trains_nothing(figure: str, folder: Path, tmp_path: Path) -> None:
+    changes = {"perplexity": "{kind}", "bars": figure, "[1, 2, 3]": "[]"}
+    text = TABLES["main"].replace('"Avg-K", model', '"Avg-K", group = "a", model')
+    for old, new in changes.items():
+        text = text.replace(old, new, 1)
+    scale = str(folder / "scales" / "small.toml")
+    out = io.StringIO()
+    (tmp_path / "main.toml").write_text(text.replace("{kind}", "taxonomy"))
+    with contextlib.redirect_stdout(out):
+        cli.main(["report", str(tmp_path), "--scale", scale])
+    assert cells(out.getvalue(), "dense") and "![" not in out.getvalue()
+    assert "more FLOPs than dense, **does not decide** it: results are missing." in out.getvalue()
+    (tmp_path / "main.toml").write_text(text.replace("{kind}", "perplexity"))
+    with pytest.raises(SystemExit, match=r"main\.toml: row 'dense': seeds: is empty"):
+        cli.main(["report", str(tmp_path), "--scale", scale])
+
+
+def test_a_label_with_a_line_end_stays_in_its_row() -> None:
+    assert escaped("a\nb\r\n|c*") == "a b \\|c\\*"
 
 
 def test_wrong_input(folder: Path, tmp_path: Path) -> None:

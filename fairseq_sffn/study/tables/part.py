@@ -57,7 +57,8 @@ def render(parts: Sequence[Part]) -> str:
 
 
 def text(value: str) -> str:
-    """A word that is no Markdown by accident. Underscores within words are none."""
+    """A word that is no Markdown by accident, on one line. Underscores within words are none."""
+    value = " ".join(value.splitlines())
     for special in ("\\", "|", "*", "`", "<", "["):
         value = value.replace(special, "\\" + special)
     return value
