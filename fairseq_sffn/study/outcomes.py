@@ -165,6 +165,11 @@ class Study:
         return self.model(outcome.row).training_flops * self.tokens(outcome.row)
 
 
+def all_results(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
+    """Of all trainings that are done."""
+    return [result for o in outcomes for result in o.results.values()]
+
+
 def count_missing(outcomes: Iterable[Outcome]) -> tuple[int, int]:
     """Trainings that are not done, and all, each counted once."""
     outcomes = list(outcomes)

@@ -452,6 +452,34 @@ def test_wrong_tables(old: str, new: str, error: str, folder: Path, tmp_path: Pa
         cli.main(["report", str(tmp_path), "--scale", str(folder / "scales" / "small.toml")])
 
 
+def test_versions_of_the_code_are_counted_by_table(folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(folder, tmp_path / "study")
+    assert "versions of the code" not in report(other, "--no-figures")
+
+    def with_version(row: Row, cell: Cell) -> Any:
+        """Each seed of Switch is of a version of its own."""
+        found = make(row, cell) | {"zero_shot": zero_shot(0.5, 0.0)}
+        version = f"s{cell.seed}" if cell.model == "switch" else "c0"
+        return found | {"versions": {"fairseq_sffn": version}}
+
+    write_results(other, with_version)
+    text = report(other, "--no-figures")
+    said = {
+        title: re.findall(r"Trained with (\d) versions of the code\.", section(text, title))
+        for title in ("Main", "Balance", "Zero", "Routing", "Lines")
+    }
+    # In the first also below the sets out of domain; what chose learning rates is of one version.
+    expected = {"Main": ["4", "4"], "Balance": [], "Zero": ["2"], "Routing": ["2"], "Lines": []}
+    assert said == expected
+
+    scale = load_scale(other / "scales" / "small.toml")
+    results = Results(other / "results" / "small", scale)
+    swept = sweep_cells(Row("d", "dense"), scale)[0]
+    results.add(swept, made.swept(3.0) | {"versions": {"fairseq_sffn": "c1"}})
+    rates = section(report(other, "--no-figures"), "Balance").partition("| model | 0.001")[2]
+    assert "Trained with 2 versions of the code." in rates
+
+
 @pytest.mark.parametrize("figure", ["lines", "flops", "load", "gap", "routing", "bars"])
 def test_a_table_that_trains_nothing(figure: str, folder: Path, tmp_path: Path) -> None:
     changes = {"perplexity": "{kind}", "bars": figure, "[1, 2, 3]": "[]"}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from ..outcomes import Outcome, count_missing
 from ..plan import Table
@@ -31,6 +32,12 @@ def gaps_notes(outcomes: Sequence[Outcome]) -> list[str]:
             seeds = ", ".join(map(str, o.diverged))
             notes.append(f"{text(o.row.label)} diverged (seed {seeds}).")
     return notes
+
+
+def versions_notes(results: Iterable[Mapping[str, Any]]) -> list[str]:
+    """How many versions of the code the results are of, if several."""
+    count = len({result["versions"]["fairseq_sffn"] for result in results})
+    return [f"Trained with {count} versions of the code."] if count > 1 else []
 
 
 def speed_note(outcomes: Sequence[Outcome]) -> str:

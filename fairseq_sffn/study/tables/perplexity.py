@@ -6,10 +6,10 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from ..outcomes import Outcome, Study
-from ..plan import Table
+from ..outcomes import Outcome, Study, all_results
+from ..plan import Table, sweep_cells
 from ..statistics import summarize
-from .notes import gaps_notes, note_of, seeds_note, speed_note
+from .notes import gaps_notes, note_of, seeds_note, speed_note, versions_notes
 from .part import Part, Parts, Show, Value, plain, summary, text, whole
 
 PREFIXES = {1e12: "TFLOPs", 1e15: "PFLOPs", 1e18: "EFLOPs", 1e21: "ZFLOPs"}
@@ -25,7 +25,10 @@ def perplexity(study: Study, table: Table) -> Parts:
     """Perplexities of rows, in and out of domain."""
     outcomes = study.outcomes(table)
     columns, rows = perplexity_columns(study, outcomes)
-    notes = [seeds_note(outcomes), *gaps_notes(outcomes), speed_note(outcomes), *note_of(table)]
+    notes = [
+        *(seeds_note(outcomes), *gaps_notes(outcomes), *versions_notes(all_results(outcomes))),
+        *(speed_note(outcomes), *note_of(table)),
+    ]
     part = Part(columns, rows, list(filter(None, notes)))
     return {
         "": [part],
@@ -78,7 +81,10 @@ def learning_rates(study: Study, table: Table) -> Part:
         rows.append({"model": label, **cells})
     updates = max(1, round(study.scale.sweep_share * study.scale.updates))
     note = f"Validation perplexity after {updates} updates, one seed; bold: the rate that is used."
-    return Part(columns, rows, [note])
+    swept = [
+        study.results.get(cell) for row in table.rows for cell in sweep_cells(row, study.scale)
+    ]
+    return Part(columns, rows, [note, *versions_notes(filter(None, swept))])
 
 
 def domains(outcomes: Sequence[Outcome]) -> Part:
@@ -90,4 +96,5 @@ def domains(outcomes: Sequence[Outcome]) -> Part:
         | {name: summarize(o.perplexity(name).values()) for name in names if name in o.domains}
         for o in outcomes
     ]
-    return Part(columns, rows, [seeds_note(outcomes), *gaps_notes(outcomes)])
+    notes = [seeds_note(outcomes), *gaps_notes(outcomes), *versions_notes(all_results(outcomes))]
+    return Part(columns, rows, notes)

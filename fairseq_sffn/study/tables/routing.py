@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ...memory import usage
-from ..outcomes import Outcome, Study
+from ..outcomes import Outcome, Study, all_results
 from ..plan import Table
 from ..statistics import correlation, same_token, shared_blocks, summarize
-from .notes import gaps_notes, note_of, seeds_note
+from .notes import gaps_notes, note_of, seeds_note, versions_notes
 from .part import Part, Parts, Show, Value, code, markdown, summary, text, whole
 
 LISTED_BLOCKS = 3
@@ -48,6 +48,7 @@ def routing(study: Study, table: Table) -> Parts:
         "pairs of seeds), 1 where they put the same positions together; overlap with tokens is "
         "their correlation with whether the two positions have the same token.",
         *gaps_notes(outcomes),
+        *versions_notes(all_results(outcomes)),
         *note_of(table),
     ]
     return {"": [Part(columns, rows, notes)], "blocks": [example_blocks(outcomes)]}

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..outcomes import Outcome, Study
+from ..outcomes import Outcome, Study, all_results
 from ..plan import Table
 from ..statistics import Summary
-from .notes import gaps_notes, note_of
+from .notes import gaps_notes, note_of, versions_notes
 from .part import Part, Parts, Show, Value, summary, text
 
 
@@ -34,6 +34,7 @@ def zero_shot(study: Study, table: Table) -> Parts:
         documents_note(known.values()),
         above_chance(found),
         *gaps_notes(outcomes),
+        *versions_notes(all_results(outcomes)),
         *note_of(table),
     ]
     return {"": [Part(columns, rows, list(filter(None, notes)))]}
