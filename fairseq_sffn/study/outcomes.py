@@ -12,7 +12,7 @@ from ..memory import MemoryConfig
 from ..tools.cost import cost_by_part, cost_figures, training_flops_per_token
 from ..tools.language_model import build_language_model
 from .plan import Cell, Row, Scale, Table, row_cells, row_flags, sweep_cells
-from .results import WHOLE, Results, valid_loss
+from .results import WHOLE, Results, is_done, valid_loss
 from .statistics import Summary, summarize
 
 OF_DOMAIN = ("valid", "test")
@@ -103,13 +103,8 @@ def outcome(row: Row, results: Results, part: str = WHOLE) -> Outcome:
     lr = results.learning_rate(row)
     cells = tuple(row_cells(row, results.scale, lr or 0.0))
     found = {cell.seed: results.get(cell) for cell in cells if lr is not None}
-    done = {s: r for s, r in found.items() if r is not None and _done(r, part)}
+    done = {s: r for s, r in found.items() if r is not None and is_done(r, part)}
     return Outcome(row, lr, cells, done)
-
-
-def _done(result: dict[str, Any], part: str) -> bool:
-    """Whether there is nothing more to come."""
-    return part in result or (WHOLE in result and math.isinf(valid_loss(result)))
 
 
 @dataclass

@@ -228,6 +228,11 @@ def valid_loss(result: dict[str, Any] | None) -> float:
 
 
 def missing(cells: Iterable[Cell], results: Results, part: str = "evaluation") -> list[Cell]:
-    """Those that have no such part of a result, each once, in order of seed."""
-    todo = [c for c in dict.fromkeys(cells) if part not in (results.get(c) or {})]
+    """Those of which such a part of a result is to come, each once, in order of seed."""
+    todo = [c for c in dict.fromkeys(cells) if not is_done(results.get(c) or {}, part)]
     return sorted(todo, key=lambda cell: cell.seed)
+
+
+def is_done(result: dict[str, Any], part: str) -> bool:
+    """Whether a result has that part, or never will, since the training diverged."""
+    return part in result or (WHOLE in result and math.isinf(valid_loss(result)))

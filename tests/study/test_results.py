@@ -86,6 +86,8 @@ def test_what_is_missing_is_there_once_and_by_seed(tmp_path: Path) -> None:
     results.add(cells[1], made.result(50.0))
     assert missing([*cells[::-1], *cells], results) == [cells[0], cells[2]]
     assert missing(cells, results, "zero_shot") == cells
+    results.add(cells[0], made.diverged())
+    assert missing(cells, results, "zero_shot") == cells[1:]  # it diverged
 
 
 def test_results_of_two_texts_are_refused(tmp_path: Path) -> None:
