@@ -230,6 +230,7 @@ class Runner:
             sets |= {domain.name: f"{domain}:test" for domain in domains_of(self.scale)}
         routing = [] if sweep else ["--routing", sets["valid"]]
         flags = ["--tokens-per-sample", str(self.scale.tokens_per_sample), "--max-tokens", "8192"]
+        flags += ["--num-workers", "0"]  # for many small sets a process each takes longer
         found = self.tool("evaluate", checkpoint, *sets.values(), *routing, *flags, *self.device())
         evaluation = {name: found["sets"][path] for name, path in sets.items()}
         return {"evaluation": evaluation, **({} if sweep else {"routing": found["routing"]})}
