@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fairseq_sffn.tools.zero_shot import TASKS, read_documents
+from fairseq_sffn.tools.zero_shot_tasks import TASKS, read_documents
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "data"
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fairseq_sffn.tools import cli
 from fairseq_sffn.tools.likelihood import Encoder, Score, Scorer, batches, windows
-from fairseq_sffn.tools.zero_shot import (
+from fairseq_sffn.tools.zero_shot_tasks import (
     TASKS,
     Document,
     choice_figures,

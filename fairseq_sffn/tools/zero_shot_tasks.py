@@ -1,0 +1,179 @@
+"""Zero-shot tasks: their documents, and how right a model is on them.
+
+A choice is scored by the log-likelihood of its continuation, given its context. ``accuracy`` is the
+share of documents whose right choice scores highest (the first of equals counts), and
+``accuracy_norm`` the same of scores divided by the characters of the choice: ``acc`` and
+``acc_norm`` of lm-evaluation-harness. WinoGrande's choices are contexts with the same continuation,
+"partial evaluation" (Trinh and Le 2018, arXiv 1806.02847). LAMBADA's document is right if every
+token of its last word is the most likely one; ``perplexity`` is that of its last words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UsageError
+from .likelihood import Score
+
+LAMBADA = "lambada"
+TASKS = (
+    *("hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "sciq"),
+    LAMBADA,
+)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document with all of its requests.
+
+    Attributes:
+        number: in its task.
+        choices: context and continuation of each.
+        label: which is right.
+    """
+
+    number: int
+    choices: tuple[tuple[str, str], ...]
+    label: int
+
+
+def read_documents(folder: Path, task: str) -> list[Document]:
+    """The documents of a task, in the order of their numbers.
+
+    Raises:
+        UsageError: the file is missing, or a document is not what it should be.
+    """
+    path = folder / f"{task}.jsonl"
+    if not path.is_file():
+        raise UsageError(f"--requests {folder}: has no {path.name}")
+    choices: dict[int, dict[int, tuple[str, str]]] = {}
+    labels: dict[int, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            request = json.loads(line)
+            pair = request["request"]["context"], request["request"]["continuation"]
+            doc_id, choice = int(request["doc_id"]), int(request["idx"])
+            # LAMBADA's label is its word, and the right choice the only one.
+            label = 0 if task == LAMBADA else int(request["label"])
+            well_formed = pair[1].strip() and choice not in choices.setdefault(doc_id, {})
+        except (ValueError, TypeError, KeyError, AttributeError):
+            well_formed = False
+        if not well_formed or labels.setdefault(doc_id, label) != label:
+            raise UsageError(f"--requests {folder}: {path.name}, line {number} is no request")
+        choices[doc_id][choice] = pair
+    documents = []
+    for doc_id in sorted(choices):
+        of_document = choices[doc_id]
+        if (
+            sorted(of_document) != list(range(len(of_document)))
+            or labels[doc_id] not in of_document
+        ):
+            raise UsageError(f"--requests {folder}: {path.name}, document {doc_id} lacks requests")
+        pairs = tuple(of_document[choice] for choice in range(len(of_document)))
+        documents.append(Document(doc_id, pairs, labels[doc_id]))
+    if not documents:
+        raise UsageError(f"--requests {folder}: {path.name} is empty")
+    return documents
+
+
+def draw(documents: list[Document], task: str, count: int, seed: int) -> list[Document]:
+    """So many documents, or all if there are fewer, in their order. They are fixed by the seed and
+    their numbers alone, and a smaller draw is part of a larger one."""
+
+    def rank(document: Document) -> bytes:
+        return hashlib.sha256(f"{seed} {task} {document.number}".encode()).digest()
+
+    drawn = sorted(documents, key=rank)[:count]
+    return sorted(drawn, key=lambda document: document.number)
+
+
+def subset_hash(documents: list[Document]) -> str:
+    """Names a set of documents, by their numbers."""
+    numbers = "\n".join(str(document.number) for document in documents)
+    return hashlib.sha256(numbers.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How a model does on a task.
+
+    Attributes:
+        accuracy: share of the documents that are right.
+        standard_error: of ``accuracy``; ``None`` of one document.
+        accuracy_norm: with scores for each character; ``None`` of LAMBADA.
+        standard_error_norm: of ``accuracy_norm``.
+        random: the accuracy to expect of guesses.
+        perplexity: of the last words of LAMBADA, each with all of its tokens, else ``None``.
+    """
+
+    accuracy: float
+    standard_error: float | None
+    accuracy_norm: float | None
+    standard_error_norm: float | None
+    random: float
+    perplexity: float | None
+
+
+def choice_figures(documents: list[Document], scores: list[list[Score]]) -> Figures:
+    """Figures of a task with choices.
+
+    Args:
+        documents: of the task.
+        scores: of their choices.
+    """
+    right = right_norm = 0
+    for document, of_choices in zip(documents, scores, strict=True):
+        raw = [score.log_likelihood for score in of_choices]
+        # lm-evaluation-harness counts characters, without the space before them.
+        lengths = [len(text.removeprefix(" ")) for _, text in document.choices]
+        norm = [score / length for score, length in zip(raw, lengths, strict=True)]
+        right += raw.index(max(raw)) == document.label
+        right_norm += norm.index(max(norm)) == document.label
+    count = len(documents)
+    return Figures(
+        accuracy=right / count,
+        standard_error=standard_error(right / count, count),
+        accuracy_norm=right_norm / count,
+        standard_error_norm=standard_error(right_norm / count, count),
+        random=sum(1 / len(document.choices) for document in documents) / count,
+        perplexity=None,
+    )
+
+
+def word_figures(scores: list[Score], types: int) -> Figures:
+    """Figures of LAMBADA.
+
+    Args:
+        scores: of the documents' last words.
+        types: that the model predicts.
+    """
+    count = len(scores)
+    accuracy = sum(score.greedy for score in scores) / count
+    mean = sum(score.log_likelihood for score in scores) / count
+    return Figures(
+        accuracy=accuracy,
+        standard_error=standard_error(accuracy, count),
+        accuracy_norm=None,
+        standard_error_norm=None,
+        random=1 / types,
+        perplexity=math.exp(min(-mean, 700)),  # about as much as a float holds
+    )
+
+
+def standard_error(share: float, count: int) -> float | None:
+    """Of a share of so many documents: the standard deviation of its mean."""
+    return math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None
+
+
+def task_figures(task: str, documents: list[Document], scores: list[Score], types: int) -> Figures:
+    """Figures of a task from the scores of all of its requests, one document after another."""
+    if task == LAMBADA:
+        return word_figures(scores, types)
+    remaining: Iterator[Score] = iter(scores)
+    by_document = [[next(remaining) for _ in document.choices] for document in documents]
+    return choice_figures(documents, by_document)
