@@ -29,7 +29,7 @@ from fairseq.data import Dictionary
 
 from ..errors import UsageError
 from .plan import Cell, Launcher, Scale, domains_of, train_arguments
-from .results import WHOLE, Results, curve, log_records, missing
+from .results import WHOLE, Results, curve, log_records, missing, write
 
 PLUGIN = Path(__file__).parents[1]
 SPLITS = ("valid", "test")
@@ -181,8 +181,9 @@ class Runner:
         """See :meth:`finish`."""
         folder = self.folder(cell)
         checkpoint = folder / "checkpoints" / "checkpoint_last.pt"
-        diverged = not self.train(cell)
-        result = self.describe(cell)
+        trained = self.train(cell)
+        diverged = trained.pop("outcome") == "diverged"
+        result = self.describe(cell) | trained
         if diverged:
             result |= {"evaluation": {"valid": {"loss": None}}, "routing": {}}
         else:
@@ -194,14 +195,19 @@ class Runner:
         if sweep:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             if not diverged:  # a row may ask for this training, and its model
-                (folder / "trained").unlink()
+                (folder / "trained.json").unlink()
 
-    def train(self, cell: Cell) -> bool:
-        """Trains a cell to its end; whether it got there, rather than to numbers that are none."""
+    def train(self, cell: Cell) -> dict[str, Any]:
+        """Trains a cell to its end, unless that was done.
+
+        Returns:
+            ``outcome``, which is ``trained``, or ``diverged`` to numbers that are none, and with
+            which ``versions`` on which ``machine``: evaluation may come later.
+        """
         folder = self.folder(cell)
-        trained = folder / "trained"
+        trained = folder / "trained.json"
         if trained.exists():
-            return trained.read_text() == "trained"
+            return json.loads(trained.read_text())
         save_dir = str(folder / "checkpoints")
         arguments = train_arguments(
             cell, self.scale, self.launcher, self.scale.data, save_dir, str(PLUGIN)
@@ -219,8 +225,9 @@ class Runner:
             if not any("FloatingPointError" in line for line in lines[-50:]):
                 raise UsageError(f"{log}: training failed: {lines[-1]}")
             outcome = "diverged"
-        trained.write_text(outcome)
-        return not code
+        found = {"outcome": outcome, "versions": versions(), "machine": machine()}
+        write(trained, found)
+        return found
 
     def evaluate(self, checkpoint: Path, sweep: bool) -> dict[str, Any]:
         """Perplexity in and out of domain, and the routing on the validation split."""
@@ -279,7 +286,7 @@ class Runner:
         return code
 
     def describe(self, cell: Cell) -> dict[str, Any]:
-        """All that is known of a training but its evaluation."""
+        """What a training was, and how it went."""
         arguments = train_arguments(
             cell, self.scale, self.launcher, self.scale.data, "CHECKPOINTS", PLUGIN.name
         )
@@ -288,8 +295,6 @@ class Runner:
             **settings,
             "data": self.data,
             "command": shlex.join([*self.launcher.command.split(), "fairseq-train", *arguments]),
-            "versions": versions(),
-            "machine": machine(),
             "training": curve(self.folder(cell) / "train.log"),
         }
 
@@ -361,12 +366,17 @@ def drop_optimizer(checkpoint: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of what was run."""
-    commit = subprocess.run(
-        ["git", "-C", str(PLUGIN), "describe", "--always", "--dirty", "--abbrev=10"],
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+    """Of what is run; of the plugin the last commit that changed it, empty if it has none."""
+
+    def git(*words: str) -> str:
+        if not shutil.which("git"):
+            return ""
+        command = ["git", "-C", str(PLUGIN), *words, "--", "."]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    commit = git("log", "-1", "--format=%h", "--abbrev=10")
+    if git("status", "--porcelain"):
+        commit += "-dirty"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -21,6 +21,7 @@ import pytest
 import torch
 from fairseq.data import Dictionary
 
+from fairseq_sffn.study import runner
 from fairseq_sffn.study.plan import Launcher, load_scale, load_table, row_cells, train_arguments
 from fairseq_sffn.study.results import log_records
 from fairseq_sffn.study.runner import Runner, fingerprint
@@ -192,11 +193,14 @@ def test_zero_shot_tasks_are_added_to_what_is_done(
 ) -> None:
     study = Study(tmp_path, data_bin, f"{{ {AVGK} }}")
     study.run()
+    before = study.results()
     monkeypatch.setattr(Runner, "zero_shot", lambda self, checkpoint: {"tasks": []})
+    monkeypatch.setattr(runner, "versions", lambda: {"fairseq_sffn": "a later one"})
+    monkeypatch.setattr(runner, "machine", lambda: "another one")
     study.table.write_text("zero_shot = true\n" + study.table.read_text())
     study.run()
-    (result,) = study.results().values()
-    assert result["zero_shot"] == {"tasks": []} and "test" in result["evaluation"]
+    ((key, result),) = study.results().items()
+    assert result == before[key] | {"zero_shot": {"tasks": []}} and "test" in result["evaluation"]
     assert trained(calls) == 1
 
 
