@@ -53,13 +53,18 @@ def curve(path: Path) -> dict[str, Any]:
     """
     lists: dict[str, list[dict[str, float]]] = {"train": [], "valid": []}
     words = seconds = 0.0
+    validated = False
     for kind, record in log_records(path):
         kept = {"update": record["num_updates"], "loss": record["loss"]}
         kept |= {name: record[name] for name in ROUTING if name in record}
         lists["valid" if kind == "valid" else "train"].append(kept)
-        if kind == "train_inner" and record.get("wps"):
-            updates = record["wpb"] / record["wps"]
-            words, seconds = words + record["wpb"], seconds + updates
+        if kind == "valid":
+            validated = True
+        elif kind == "train_inner":
+            # fairseq's clock goes on in validation, as the next record of training shows.
+            if record.get("wps") and not validated:
+                words, seconds = words + record["wpb"], seconds + record["wpb"] / record["wps"]
+            validated = False
     speed = words / seconds if seconds else 0.0
     return {**lists, "tokens_per_second": round(speed, 1)}
 

@@ -28,9 +28,10 @@ class Routing:
     Args:
         model: a language model.
         dictionary: of its tokens.
+        tokens: that it is about to read, of which positions are drawn.
     """
 
-    def __init__(self, model: nn.Module, dictionary: Dictionary) -> None:
+    def __init__(self, model: nn.Module, dictionary: Dictionary, tokens: int) -> None:
         self.dictionary = dictionary
         self.memories = {
             name.removeprefix("decoder.layers.").removesuffix(".fc1.memory"): module
@@ -41,7 +42,11 @@ class Routing:
         """How often each block was used for each token."""
         self.blocks: dict[str, list[list[int]]] = {name: [] for name in self.memories}
         self.ids: list[int] = []
+        generator = torch.Generator().manual_seed(0)  # the same positions for every model
+        self.drawn = torch.randperm(tokens, generator=generator)[:POSITIONS]
+        self.read = 0
         self.ids_N = torch.empty(0, dtype=torch.int64)
+        self.is_drawn_N = torch.empty(0, dtype=torch.bool)
         self.handles: list[Any] = []
 
     def __enter__(self) -> Routing:
@@ -67,20 +72,23 @@ class Routing:
     def tokens(self, ids_BT: Tensor) -> None:
         """The tokens (batch, time) that the model is about to read."""
         self.ids_N = ids_BT.t().reshape(-1).cpu()  # layers work on (time, batch)
-        kept = self.ids_N[self.ids_N != self.dictionary.pad()]
-        self.ids += kept[: POSITIONS - len(self.ids)].tolist()
+        real_N = self.ids_N != self.dictionary.pad()
+        number_N = self.read + real_N.cumsum(0) - 1
+        self.is_drawn_N = real_N & torch.isin(number_N, self.drawn)
+        self.read += int(real_N.sum())
+        self.ids += self.ids_N[self.is_drawn_N].tolist()
 
     def see(self, name: str, blocks_NA: Tensor) -> None:
         """Counts what a layer selected."""
+        blocks_NA = blocks_NA.cpu()
+        if blocks_NA.shape[1] <= MOST_KEPT:
+            self.blocks[name] += blocks_NA[self.is_drawn_N].tolist()
         real_N = self.ids_N != self.dictionary.pad()
-        blocks_NA, ids_N = blocks_NA.cpu()[real_N], self.ids_N[real_N]
+        blocks_NA, ids_N = blocks_NA[real_N], self.ids_N[real_N]
         types = len(self.dictionary)
         flat = (blocks_NA * types + ids_N[:, None]).reshape(-1)
         pairs = self.pairs_BV[name]
         pairs.view(-1).index_add_(0, flat, torch.ones_like(flat, dtype=pairs.dtype))
-        if blocks_NA.shape[1] <= MOST_KEPT:
-            kept = self.blocks[name]
-            kept += blocks_NA[: POSITIONS - len(kept)].tolist()
 
     def report(self) -> dict[str, dict[str, Any]]:
         """What was seen, by layer.
@@ -90,8 +98,8 @@ class Routing:
             ``token_bits``: its mutual information with the token id, of the sample, which is the
             entropy less log2 of the active blocks where the id decides alone; ``top_tokens``: of
             each block, those whose uses exceed the expected the most; ``blocks``: those selected at
-            the first positions, whose tokens are ``positions``. The last two are empty where there
-            are too many.
+            positions drawn from all, whose tokens are ``positions``. These three are empty where
+            there are too many blocks.
         """
         report = {}
         for name, pairs_BV in self.pairs_BV.items():

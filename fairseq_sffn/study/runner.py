@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from fairseq.data import Dictionary
 
 from ..errors import UsageError
 from .plan import Cell, Launcher, Scale, domains_of, train_arguments
-from .results import WHOLE, Results, curve, log_records, missing, write
+from .results import WHOLE, Results, curve, is_done, log_records, missing, write
 
 PLUGIN = Path(__file__).parents[1]
 SPLITS = ("valid", "test")
@@ -81,16 +81,17 @@ class Runner:
     say: Callable[[str], None]
     children: set[subprocess.Popen[str]] = field(default_factory=set)
     running: set[Cell] = field(default_factory=set)
+    locks: dict[Path, int] = field(default_factory=dict)
     stopping: threading.Event = field(default_factory=threading.Event)
     failure: Exception | None = None
 
-    def run(self, cells: Sequence[Cell], sweep: bool, zero_shot: bool = False) -> None:
+    def run(self, cells: Sequence[Cell], sweep: bool, zero_shot: Container[Cell] = ()) -> None:
         """Brings all cells to their end.
 
         Args:
             cells: without results.
             sweep: evaluate on the validation split alone, and keep no model.
-            zero_shot: evaluate zero-shot tasks too.
+            zero_shot: those that are evaluated on zero-shot tasks too.
 
         Raises:
             UsageError: a training failed; the others that run are stopped, and go on at the next
@@ -100,7 +101,9 @@ class Runner:
         total = sum(cell.expected_seconds(self.scale) for cell in cells)
         done = 0.0
         with ThreadPoolExecutor(self.jobs) as pool:
-            futures = {pool.submit(self.finish, cell, sweep, zero_shot): cell for cell in cells}
+            futures = {
+                pool.submit(self.finish, cell, sweep, cell in zero_shot): cell for cell in cells
+            }
             waiting = set(futures)
             try:
                 while waiting:
@@ -172,9 +175,11 @@ class Runner:
                     self.say(f"{folder.name}: another run trains it; waiting")
                 if self.stopping.wait(1):
                     raise UsageError("stopped")
+            self.locks[folder] = file.fileno()
             try:
                 yield
             finally:
+                del self.locks[folder]
                 fcntl.flock(file, fcntl.LOCK_UN)  # a process that was forked may keep it open
 
     def bring_to_end(self, cell: Cell, sweep: bool, zero_shot: bool) -> None:
@@ -184,14 +189,18 @@ class Runner:
         trained = self.train(cell)
         diverged = trained.pop("outcome") == "diverged"
         result = self.describe(cell) | trained
+        before = self.results.get(cell) or {}
+        if before.get("training") == result["training"]:  # what it has is of this training
+            result = before | result
         if diverged:
             result |= {"evaluation": {"valid": {"loss": None}}, "routing": {}}
         else:
             drop_optimizer(checkpoint)
-            result |= self.evaluate(checkpoint, sweep)
-            if zero_shot:
-                result["zero_shot"] = self.zero_shot(checkpoint)
+            if not is_done(result, part_of(sweep, zero_shot=False)):
+                result |= self.evaluate(checkpoint, sweep)
         self.results.add(cell, result)
+        if zero_shot and not diverged:
+            self.results.add(cell, result | {"zero_shot": self.zero_shot(checkpoint)})
         if sweep:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             if not diverged:  # a row may ask for this training, and its model
@@ -205,12 +214,13 @@ class Runner:
             which ``versions`` on which ``machine``: evaluation may come later.
         """
         folder = self.folder(cell)
-        trained = folder / "trained.json"
+        trained, save_dir = folder / "trained.json", folder / "checkpoints"
         if trained.exists():
-            return json.loads(trained.read_text())
-        save_dir = str(folder / "checkpoints")
+            found = json.loads(trained.read_text())
+            if found["outcome"] == "diverged" or (save_dir / "checkpoint_last.pt").exists():
+                return found
         arguments = train_arguments(
-            cell, self.scale, self.launcher, self.scale.data, save_dir, str(PLUGIN)
+            cell, self.scale, self.launcher, self.scale.data, str(save_dir), str(PLUGIN)
         )
         command = [*python("fairseq_cli.train"), *arguments]
         if self.launcher.command:
@@ -218,14 +228,16 @@ class Runner:
             command = [*launched, "-m", "fairseq_cli.train", *arguments]
         log = folder / "train.log"
         with log.open("a", encoding="utf-8") as out:
-            code = self.call(command, stdout=out, stderr=subprocess.STDOUT)
+            code = self.call(command, folder, stdout=out, stderr=subprocess.STDOUT)
         outcome = "trained"
         if code:
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-            if not any("FloatingPointError" in line for line in lines[-50:]):
+            errors = [line for line in lines[-50:] if "FloatingPointError" in line]
+            # Workers that disagree are a fault that says nothing of the model.
+            if not errors or any("inconsistent between workers" in line for line in errors):
                 raise UsageError(f"{log}: training failed: {lines[-1]}")
             outcome = "diverged"
-        found = {"outcome": outcome, "versions": versions(), "machine": machine()}
+        found = {"outcome": outcome, "versions": versions(), "machine": machine(*self.device())}
         write(trained, found)
         return found
 
@@ -254,25 +266,32 @@ class Runner:
 
     def tool(self, name: str, checkpoint: Path, *flags: str) -> dict[str, Any]:
         """What a subcommand of ``fairseq-sffn`` finds."""
-        out = checkpoint.parents[1] / f"{name}.json"
+        folder = checkpoint.parents[1]
+        out = folder / f"{name}.json"
         errors = out.with_suffix(".log")
         command = [*python("fairseq_sffn"), name, str(checkpoint), *flags, "--json"]
         with out.open("w") as stdout, errors.open("w") as stderr:
-            code = self.call(command, stdout=stdout, stderr=stderr)
+            code = self.call(command, folder, stdout=stdout, stderr=stderr)
         if code:
             lines = errors.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
             raise UsageError(f"{errors}: fairseq-sffn {name} failed: {lines[-1]}")
         return last_json(out.read_text())
 
-    def call(self, command: list[str], **streams: Any) -> int:
-        """Runs a process to its end, unless all are to stop."""
+    def call(self, command: list[str], folder: Path, **streams: Any) -> int:
+        """Runs a process to its end, unless all are to stop. It holds the lock of the cell in that
+        folder, if this process is killed, until it ends."""
         if self.stopping.is_set():
             raise UsageError("stopped")
         environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
         if not self.launcher.command:
             environment["OMP_NUM_THREADS"] = "1"
         child = subprocess.Popen(
-            command, **streams, text=True, env=environment, start_new_session=True
+            command,
+            **streams,
+            text=True,
+            env=environment,
+            start_new_session=True,
+            pass_fds=[self.locks[folder]],
         )
         self.children.add(child)
         if self.stopping.is_set():  # after all others were ended
@@ -385,13 +404,13 @@ def versions() -> dict[str, str]:
     }
 
 
-def machine() -> str:
-    """The processor, or the GPU."""
-    if torch.cuda.is_available():
+def machine(device: str = "") -> str:
+    """The processor with ``--cpu``, or the GPU if there is one."""
+    if device != "--cpu" and torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     names = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
+        if line.startswith("model name")  # on some processors there is no such line
     ]
-    return f"{len(names)} cores of {names[0] if names else platform.processor()}"
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"

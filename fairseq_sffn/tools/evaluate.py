@@ -118,7 +118,8 @@ def routing(checkpoint: str, folder: Path, split: str, flags: list[str]) -> dict
         batch_size=cfg.dataset.batch_size,
         max_positions=utils.resolve_max_positions(model.max_positions()),
     )
-    with torch.no_grad(), Routing(model, task.source_dictionary) as seen:
+    tokens = int(task.dataset(split).sizes.sum(dtype="int64"))  # they are of a small type
+    with torch.no_grad(), Routing(model, task.source_dictionary, tokens) as seen:
         for sample in batches:
             sample = utils.move_to_cuda(sample) if cuda else sample
             seen.tokens(sample["net_input"]["src_tokens"])

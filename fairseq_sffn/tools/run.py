@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import UsageError
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> str:
     def chosen(cells: Iterable[Cell]) -> list[Cell]:
         return [cell for cell in cells if args.only in (None, cell.key(scale))]
 
-    def finish(cells: list[Cell], sweep: bool, zero_shot: bool = False) -> None:
+    def finish(cells: list[Cell], sweep: bool, zero_shot: Container[Cell] = ()) -> None:
         if not launcher.submit or args.only:
             runner.run(cells, sweep, zero_shot)
             return
@@ -107,10 +108,13 @@ def run(args: argparse.Namespace) -> str:
         finish(chosen(sweeps), sweep=True)
         if launcher.submit and sweeps and not args.only:
             return "when these have ended, the same command submits the others"
-        for table in tables:
-            todo = chosen(to_do(table, results))
-            say(f"{table.name}: {len(todo)} trainings: {expected(todo, scale, jobs)}")
-            finish(todo, sweep=False, zero_shot=table.zero_shot)
+        todo = {table.name: chosen(to_do(table, results)) for table in tables}
+        for name, of_table in todo.items():
+            say(f"{name}: {len(of_table)} trainings: {expected(of_table, scale, jobs)}")
+        zero_shot = {cell for table in tables if table.zero_shot for cell in todo[table.name]}
+        # Of all tables together, so that no core waits for the last training of each.
+        cells = list(dict.fromkeys(itertools.chain.from_iterable(todo.values())))
+        finish(cells, sweep=False, zero_shot=zero_shot)
     return f"results are in {folder}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -21,6 +22,7 @@ import pytest
 import torch
 from fairseq.data import Dictionary
 
+from fairseq_sffn.errors import UsageError
 from fairseq_sffn.study import runner
 from fairseq_sffn.study.plan import Launcher, load_scale, load_table, row_cells, train_arguments
 from fairseq_sffn.study.results import log_records
@@ -80,7 +82,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Processes that were started: they run in this one instead, which is quicker."""
     started: list[list[str]] = []
 
-    def call(self: Runner, command: list[str], stdout: Any, stderr: Any) -> int:
+    def call(self: Runner, command: list[str], folder: Path, stdout: Any, stderr: Any) -> int:
         module, *arguments = command[command.index("-m") + 1 :]
         started.append([module, *arguments])
         try:
@@ -196,12 +198,69 @@ def test_zero_shot_tasks_are_added_to_what_is_done(
     before = study.results()
     monkeypatch.setattr(Runner, "zero_shot", lambda self, checkpoint: {"tasks": []})
     monkeypatch.setattr(runner, "versions", lambda: {"fairseq_sffn": "a later one"})
-    monkeypatch.setattr(runner, "machine", lambda: "another one")
+    monkeypatch.setattr(runner, "machine", lambda device: "another one")
     study.table.write_text("zero_shot = true\n" + study.table.read_text())
     study.run()
     ((key, result),) = study.results().items()
     assert result == before[key] | {"zero_shot": {"tasks": []}} and "test" in result["evaluation"]
+    assert [call[1] for call in calls if call[0] == "fairseq_sffn"] == ["evaluate"]
     assert trained(calls) == 1
+
+
+def test_what_was_found_is_kept_where_a_zero_shot_task_fails(
+    tmp_path: Path, data_bin: Path, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Runner, checkpoint: Path) -> None:
+        raise UsageError("no such task")
+
+    study = Study(tmp_path, data_bin, f"{{ {AVGK} }}")
+    study.table.write_text("zero_shot = true\n" + study.table.read_text())
+    monkeypatch.setattr(Runner, "zero_shot", fail)
+    with pytest.raises(SystemExit, match="no such task"):
+        study.run()
+    (result,) = study.results().values()
+    assert "test" in result["evaluation"] and "zero_shot" not in result
+
+
+def test_a_training_whose_checkpoint_is_gone_is_done_again(
+    tmp_path: Path, data_bin: Path, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study(tmp_path, data_bin, f"{{ {AVGK} }}")
+    study.run()
+    ((key, before),) = study.results().items()
+    shutil.rmtree(study.work / key / "checkpoints")
+    monkeypatch.setattr(Runner, "zero_shot", lambda self, checkpoint: {"tasks": []})
+    study.table.write_text("zero_shot = true\n" + study.table.read_text())
+    study.run()
+    assert trained(calls) == 2
+    assert study.results()[key]["evaluation"] == before["evaluation"]  # exactly
+    assert study.results()[key]["zero_shot"] == {"tasks": []}
+
+
+@pytest.mark.parametrize(
+    ("error", "diverges"),
+    [
+        ("Minimum loss scale reached (0.0001). Your loss is probably exploding.", True),
+        ("Fatal error: gradients are inconsistent between workers. Try --ddp-backend", False),
+    ],
+)
+def test_what_is_a_divergence(
+    error: str, diverges: bool, tmp_path: Path, data_bin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call(self: Runner, command: list[str], folder: Path, stdout: Any, stderr: Any) -> int:
+        stdout.write(f"Traceback\nFloatingPointError: {error}\n")
+        return 1
+
+    monkeypatch.setattr(Runner, "call", call)
+    study = Study(tmp_path, data_bin, '{ label = "dense", model = "dense" }')
+    if diverges:
+        study.run()
+    else:
+        with pytest.raises(SystemExit, match=r"training failed: .*inconsistent between workers"):
+            study.run()
+    assert [r["evaluation"] for r in study.results().values()] == (
+        [{"valid": {"loss": None}}] if diverges else []
+    )
 
 
 def test_a_training_that_fails_is_told_in_one_line(
@@ -380,6 +439,25 @@ def test_trainings_end_with_the_command(data_bin, tmp_path):
             break
         time.sleep(0.1)
     assert not left
+
+
+def test_a_training_that_outlives_a_killed_command_is_waited_for(data_bin, tmp_path):
+    study = Study(tmp_path, data_bin, '{ label = "dense", model = "dense", length = 10000 }')
+    words = ["run", str(study.table), "--scale", str(study.scale), "--work", str(tmp_path / "work")]
+    command = [sys.executable, "-W", "ignore", "-m", "fairseq_sffn", *words]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        for _ in range(3000):
+            if any("train_inner" in log.read_text() for log in study.work.glob("*/train.log")):
+                break
+            time.sleep(0.1)
+        run.kill()
+    (training,) = trainings(study.work)
+    (lock,) = study.work.glob("*/lock")
+    with lock.open("a") as file:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.kill(int(training), signal.SIGKILL)
+        fcntl.flock(file, fcntl.LOCK_EX)  # as soon as it has ended
 
 
 def trainings(work: Path) -> list[str]:
