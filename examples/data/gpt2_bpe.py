@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -108,6 +110,17 @@ def dictionary(size: int, counts: Counter[str]) -> Dictionary:
     return result
 
 
+def domain_paths(domains: list[list[str]]) -> dict[str, list[Path]]:
+    """Name of each domain, as the folder it will have -> its files."""
+    found: dict[str, list[Path]] = {}
+    for name, *files in domains:
+        folder = f"domains/{name}"
+        if not files or folder in found or not re.fullmatch(r"\w[\w.-]*", name):
+            sys.exit(f"--domain {' '.join([name, *files])}: must be a NAME of its own and FILES")
+        found[folder] = list(map(Path, files))
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, help="folder to build in; the data are in its bin")
@@ -115,48 +128,68 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(
             f"--{split}", type=Path, nargs="+", required=True, help="UTF-8 text, a paragraph a line"
         )
+    parser.add_argument(
+        "--domain",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "FILE"),
+        help="a test set of another domain: its name, and its files as above; may be repeated",
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--bpe", type=Path, help="folder of encoder.json and vocab.bpe, if at hand")
     args = parser.parse_args(argv)
 
     check_at_least_1("--workers", args.workers)
-    paths = {split: getattr(args, split) for split in SPLITS}
-    for path in (path for split in SPLITS for path in paths[split]):
+    domains = domain_paths(args.domain)
+    paths = {split: getattr(args, split) for split in SPLITS} | domains
+    for path in itertools.chain.from_iterable(paths.values()):
         if not path.is_file():
             sys.exit(f"{path}: no such file")
     make_output(args.output)
     folder = args.bpe or fetch_bpe(args.output / "downloads")
     size = len(encoder_of(folder).encoder)
 
-    encoded = {split: args.output / f"work/{split}.bpe" for split in SPLITS}
+    encoded = {name: args.output / f"work/{name}.bpe" for name in paths}
     how = [sha256(path) for path in (Path(__file__), *(folder / name for name in CHECKSUMS))]
-    texts = {split: [sha256(path) for path in paths[split]] for split in SPLITS}
+    texts = {name: [sha256(path) for path in paths[name]] for name in paths}
     counts = {
-        split: Steps(args.output, [f"encode-{split}", "binarise"]).run(
-            f"encode-{split}",
-            [how, texts[split]],
-            [encoded[split]],
-            partial(encode_split, folder, paths[split], encoded[split], args.workers),
+        name: Steps(args.output, [f"encode-{name}", "binarise"]).run(
+            f"encode-{name}",
+            [how, texts[name]],
+            [encoded[name]],
+            partial(encode_split, folder, paths[name], encoded[name], args.workers),
         )
-        for split in SPLITS
+        for name in paths
     }
+    for name, found in counts.items():
+        if not found:
+            sys.exit(f"{name}: has no text")
+    folders = {args.output / "bin": {split: encoded[split] for split in SPLITS}}
+    folders |= {args.output / name: {"test": encoded[name]} for name in domains}
 
     def binarise() -> int:
         entries = dictionary(size, Counter(counts["train"]))
         entries.save(str(args.output / "dict.txt"))
-        encode.binarise(args.output / "dict.txt", encoded, args.output / "bin", args.workers)
+        shutil.rmtree(args.output / "domains", ignore_errors=True)  # some may not be asked for now
+        for output, splits in folders.items():
+            encode.binarise(args.output / "dict.txt", splits, output, args.workers)
         return len(entries)
 
     entries = Steps(args.output, ["binarise"]).run(
         "binarise",
         [how, texts, sha256(Path(encode.__file__))],
-        encode.binarised_files(args.output / "bin" / split for split in SPLITS),
+        encode.binarised_files(
+            path / split for path, splits in folders.items() for split in splits
+        ),
         binarise,
     )
     print(f"{entries:,} entries in the dictionary, {size:,} of them GPT-2 tokens and 4 of fairseq")
-    for split in SPLITS:
-        lines = sum(1 for _ in encoded[split].open(encoding="utf-8"))
-        print(f"{split:<6}{lines:>12,} lines{sum(counts[split].values()) + lines:>14,} tokens")
+    width = max(map(len, paths))
+    for name in paths:
+        lines = sum(1 for _ in encoded[name].open(encoding="utf-8"))
+        tokens = sum(counts[name].values()) + lines
+        print(f"{name:<{width}}{lines:>12,} lines{tokens:>14,} tokens")
 
 
 if __name__ == "__main__":

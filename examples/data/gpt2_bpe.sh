@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Encodes texts with GPT-2's byte-level BPE (a dictionary of 51,200 entries) and binarises them for
-# fairseq into OUTPUT/bin. See examples/data/README.md.
+# fairseq into OUTPUT/bin, and test sets of other domains into OUTPUT/domains. See
+# examples/data/README.md.
 #
-#   bash examples/data/gpt2_bpe.sh OUTPUT --train FILE... --valid FILE... --test FILE... [--workers N]
+#   bash examples/data/gpt2_bpe.sh OUTPUT --train FILE... --valid FILE... --test FILE... \
+#       [--domain NAME FILE...]... [--workers N]
 #
 # A second run takes up what an interrupted one has done.
 set -euo pipefail

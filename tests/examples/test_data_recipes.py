@@ -769,6 +769,9 @@ def test_recipes_refuse_to_work_with_no_process(data: SimpleNamespace, tmp_path:
     assert refusal(data.laptop, "--output", out, "--workers", 0) == expected
     assert refusal(data.gpt2_bpe, out, *texts, "--workers", 0) == expected
     assert refusal(data.gpt2_bpe, out, *texts) == f"{tmp_path}/no.txt: no such file"
+    for domain in (["law"], ["a/b", "x.txt"], ["..", "x.txt"]):
+        expected = f"--domain {' '.join(domain)}: must be a NAME of its own and FILES"
+        assert refusal(data.gpt2_bpe, out, *texts, "--domain", *domain) == expected
     assert not out.exists()
 
 
@@ -816,7 +819,11 @@ def test_gpt2_recipe(data: SimpleNamespace, tmp_path: Path) -> None:
         (tmp_path / f"{split}.txt").write_text("\n\n".join(text) + "\n")
         files += [f"--{split}", str(tmp_path / f"{split}.txt")]
     out = tmp_path / "out"
-    data.gpt2_bpe.main([str(out), *files, "--bpe", str(bpe)])
+    domain = ["--domain", "law", str(tmp_path / "valid.txt"), str(tmp_path / "test.txt")]
+    data.gpt2_bpe.main([str(out), *files, *domain, "--bpe", str(bpe)])
+    texts["law"] = [*texts["valid"], *texts["test"]]
+    (law,) = (out / "domains").iterdir()
+    assert law.name == "law" and {path.stem for path in law.iterdir()} == {"test", "dict"}
 
     dictionary = Dictionary.load(str(out / "bin/dict.txt"))
     assert len(dictionary) == 1024
@@ -824,7 +831,8 @@ def test_gpt2_recipe(data: SimpleNamespace, tmp_path: Path) -> None:
     assert sorted(map(int, real)) == list(range(259))
     encoder = data.gpt2_bpe.get_encoder(str(bpe / "encoder.json"), str(bpe / "vocab.bpe"))
     for split, text in texts.items():
-        dataset = indexed_dataset.make_dataset(str(out / "bin" / split), "mmap")
+        path = law / "test" if split == "law" else out / "bin" / split
+        dataset = indexed_dataset.make_dataset(str(path), "mmap")
         decoded = [
             encoder.decode([int(dictionary[token]) for token in dataset[i][:-1]])
             for i in range(len(dataset))
@@ -854,6 +862,11 @@ def test_gpt2_recipe_makes_again_what_is_gone(
     assert done() == ["binarise"]
     (tmp_path / "out/work/valid.bpe").unlink()
     assert done() == ["encode-valid", "binarise"]
+    argv += ["--domain", "law", tmp_path / "text.txt"]
+    assert done() == ["encode-domains/law", "binarise"]
+    argv[-2] = "fiction"
+    assert done() == ["encode-domains/fiction", "binarise"]
+    assert [path.name for path in (tmp_path / "out/domains").iterdir()] == ["fiction"]
 
 
 def test_gpt2_recipe_refuses_what_is_no_text(data: SimpleNamespace, tmp_path: Path) -> None:
@@ -864,6 +877,11 @@ def test_gpt2_recipe_refuses_what_is_no_text(data: SimpleNamespace, tmp_path: Pa
         bpe = make_bpe(tmp_path / "bpe")
         with pytest.raises(SystemExit, match=r"\Abad\.txt: not UTF-8 text: .*\Z"):
             data.gpt2_bpe.main(["out", *files, "--bpe", str(bpe)])
+        Path("good.txt").write_text("the thin cloth\n")
+        Path("empty.txt").write_text("\n \n")
+        files = ["good.txt" if word == "bad.txt" else word for word in files]
+        with pytest.raises(SystemExit, match=r"\Adomains/law: has no text\Z"):
+            data.gpt2_bpe.main(["out", *files, "--domain", "law", "empty.txt", "--bpe", str(bpe)])
 
 
 def test_gpt2_recipe_makes_51200_entries(data: SimpleNamespace) -> None:
