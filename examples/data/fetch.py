@@ -54,7 +54,7 @@ def download(source: Source, directory: Path) -> tuple[str, str]:
 
 
 def fetch(source: Source, downloads: Path, repository_files: Path) -> tuple[Path, dict[str, Any]]:
-    """Fetches the package of a source, unless it is there.
+    """Fetches the package of a source, unless it is there in the version that is asked for.
 
     Returns the path of its file, and its package, version, size and sha256. An interrupted download
     is begun again: what is there is complete.
@@ -63,12 +63,18 @@ def fetch(source: Source, downloads: Path, repository_files: Path) -> tuple[Path
         path, package, version = repository_files / source["package"], source["package"], ""
     else:
         directory = downloads / source["name"]
-        if not directory.is_dir():
+        known = directory.is_dir() and version_of(directory)
+        if not known or known != source.get("version", known):
             fetch_new(source, directory)
         package, version = (directory / "package.txt").read_text().split()
         (path,) = (p for p in directory.iterdir() if p.name != "package.txt")
     report = {"package": package, "version": version, "bytes": path.stat().st_size}
     return path, report | {"sha256": sha256(path)}
+
+
+def version_of(directory: Path) -> str:
+    """Of the package that was fetched."""
+    return (directory / "package.txt").read_text().split()[1]
 
 
 def fetch_new(source: Source, directory: Path) -> None:
@@ -87,4 +93,5 @@ def fetch_new(source: Source, directory: Path) -> None:
         wanted = f"{name} {source.get('version', '')}".strip()
         sys.exit(f"{wanted}: could not be fetched from {registry} ({ADVICE[registry]}){reason}")
     (partial / "package.txt").write_text(f"{package} {version}\n")
+    shutil.rmtree(directory, ignore_errors=True)  # of another version
     partial.rename(directory)

@@ -22,6 +22,7 @@ from fairseq.models import ARCH_MODEL_REGISTRY
 
 from ..errors import UsageError
 from ..tools.language_model import build_language_model
+from .outcomes import ONE_PROCESS
 from .plan import Cell, Launcher, Scale, train_arguments
 from .runner import PLUGIN, python
 
@@ -79,7 +80,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def build(cell: Cell, scale: Scale) -> int:
     """Builds a cell's model on the meta device; its parameters."""
     arch = f"transformer_lm_{cell.model}_{scale.size}"
-    flags, context = shlex.split(cell.flags), scale.tokens_per_sample
+    flags = [*shlex.split(scale.flags), *shlex.split(cell.flags), *ONE_PROCESS]
+    context = scale.tokens_per_sample
     model = build_language_model(arch, scale.dictionary, context, flags, strict=False)
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -91,6 +93,8 @@ def update(arguments: list[str]) -> None:
         UsageError: with its last words, if it fails.
     """
     narrow = [word for word in arguments if word not in ON_GPUS]
+    if any(word.startswith(ONE_PROCESS[0]) for word in narrow):
+        narrow += ONE_PROCESS
     done = subprocess.run(
         [*python("fairseq_cli.train"), *narrow, *NARROW],
         env={**os.environ, "PYTHONWARNINGS": "ignore"},

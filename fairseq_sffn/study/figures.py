@@ -238,6 +238,8 @@ def routing(study: Study, table: Table) -> Figure:
     *loads, bars = figure.subplots(1, len(layers) + 1)
     for axes, layer in zip(loads, layers, strict=True):
         for i, o in enumerate(outcomes):
+            if layer not in o.layers:
+                continue
             counts = o.good[min(o.good)]["routing"][layer]["counts"]
             ordered = sorted(counts, reverse=True)
             mean = sum(counts) / len(counts)
@@ -245,7 +247,7 @@ def routing(study: Study, table: Table) -> Figure:
                 [j / len(counts) for j in range(len(counts) + 1)],
                 [count / mean for count in [*ordered, ordered[-1]]],
                 where="post",
-                label=o.row.label if layer == layers[0] else None,
+                label=o.row.label if layer == o.layers[0] else None,
                 **line(i),
             )
         axes.set_title(f"layer {layer}", fontsize=10)
@@ -269,7 +271,7 @@ def token_bars(
         memory = study.model(o.row).memory
         assert memory is not None
         for j, layer in enumerate(layers):
-            found = [r["routing"][layer] for r in o.good.values()]
+            found = [r["routing"][layer] for r in o.good.values() if layer in r["routing"]]
             shares = [token_share(f, memory.active_blocks) for f in found]
             if summary := summarize(share for share in shares if share is not None):
                 x = j + (i - (len(outcomes) - 1) / 2) * width

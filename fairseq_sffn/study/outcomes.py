@@ -40,10 +40,14 @@ def build_model(model: str, flags: str, scale: Scale) -> Model:
         UsageError: it cannot be built.
     """
     arch, context = f"transformer_lm_{model}_{scale.size}", scale.tokens_per_sample
-    words = [*shlex.split(scale.flags), *shlex.split(flags)]
+    words = [*shlex.split(scale.flags), *shlex.split(flags), *ONE_PROCESS]
     built = build_language_model(arch, scale.dictionary, context, words, strict=False)
     flops = training_flops_per_token(cost_by_part(built, context))
     return Model(cost_figures(built, context, None), flops, getattr(built, "memory_config", None))
+
+
+ONE_PROCESS = ("--sffn-expert-parallel", "1")
+"""Of a model that is only built, wherever it is trained."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +132,12 @@ class Study:
         return [outcome(row, self.results, part) for row in table.rows]
 
     def sweeps(self, table: Table) -> dict[str, dict[float, float]]:
-        """Of the trainings that chose learning rates: label of the first row that shares them ->
-        learning rate -> perplexity on validation, infinite where it diverged."""
+        """Of the trainings that chose learning rates: the model, or the label of a row that has its
+        own -> learning rate -> perplexity on validation, infinite where it diverged."""
         found: dict[tuple[Cell, ...], str] = {}
         for row in table.rows:
-            found.setdefault(tuple(sweep_cells(row, self.scale)), row.label)
+            name = row.label if row.sweep else row.model
+            found.setdefault(tuple(sweep_cells(row, self.scale)), name)
         return {
             label: {
                 cell.lr: 2 ** valid_loss(result)

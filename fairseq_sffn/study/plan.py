@@ -289,7 +289,8 @@ def split_flags(flags: str, where: str) -> list[str]:
     cell = Cell("", "", seed=1, lr=1.0, updates=1, batch_size=1)
     shape = {"updates": 1, "batch_size": 1, "tokens_per_sample": 1, "ffn_embed_dim": 1}
     scale = Scale("", "", "", 1, **shape, learning_rates=(1.0,), flags="", tokens_per_second=1.0)
-    ours = set(train_arguments(cell, scale, Launcher(), "", "", ""))
+    ours = {*train_arguments(cell, scale, Launcher(), "", "", ""), "--max-tokens"}
+    ours.add("--max-sentences")  # another name of --batch-size
     for word in words:
         if word.startswith("--") and word.partition("=")[0] in ours:
             raise UsageError(f"{where}: flags: {word}: is set by what the file says elsewhere")
@@ -330,6 +331,8 @@ def load_table(path: Path) -> Table:
             raise UsageError(
                 f"{path}: {name} {value!r}: is none of {', '.join(filter(None, known))}"
             )
+    if table.kind == "zero_shot" and not table.zero_shot:
+        raise UsageError(f"{path}: kind 'zero_shot': needs zero_shot = true")
     labels = [row.label for row in table.rows]
     if not labels:
         raise UsageError(f"{path}: rows: there are none")

@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", type=Path, help="folder of TOML files, one a table")
     parser.add_argument("--scale", type=Path, required=True, help="TOML file of the scale")
     parser.add_argument(
-        "--results", type=Path, help="folder of the JSON files (default: STUDY/results/SCALE)"
+        "--results",
+        type=Path,
+        help="folder of the JSON files, which gets figures too (default: STUDY/results/SCALE, and "
+        "STUDY/figures/SCALE for figures)",
     )
     parser.add_argument(
         "--write",
@@ -51,6 +54,7 @@ class Report:
     Attributes:
         study: of the results.
         folder: of the study.
+        figures: folder for PNG files.
         parts: name of a table -> its parts.
         done: names of the tables that have results, or need none.
         verdicts: name of a table -> the verdicts on its claims.
@@ -58,6 +62,7 @@ class Report:
 
     study: Study
     folder: Path
+    figures: Path
     parts: dict[str, Parts] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
     verdicts: dict[str, list[claims.Verdict]] = field(default_factory=dict)
@@ -66,7 +71,7 @@ class Report:
         """The file of a table's figure; ``None``: it has none, or nothing to show yet."""
         if not table.figure or not SHOWN[table.figure](self.study, table):
             return None
-        return self.folder / "figures" / self.study.scale.name / f"{table.name}.png"
+        return self.figures / f"{table.name}.png"
 
     def markdown(self, table: Table, part: str, beside: Path) -> str:
         """A part of a table.
@@ -152,10 +157,10 @@ def run(args: argparse.Namespace) -> str:
             names = ", ".join(map(str, changed))
             raise UsageError(f"{names}: differs from what the results give; run without --check")
         return "all blocks are what the results give"
-    for path, text in changed.items():
-        path.write_bytes(text.encode())
     if not args.no_figures:
         draw(report)
+    for path, text in changed.items():
+        path.write_bytes(text.encode())
     return report.json() if args.json else report.text()
 
 
@@ -171,7 +176,8 @@ def make(folder: Path, scale_path: Path, results: Path | None) -> Report:
         raise UsageError(f"{folder}: has no *.toml")
     tables = {path.stem: load_table(path) for path in paths}
     found = Results(results or folder / "results" / scale.name, scale)
-    report = Report(Study(scale, found, tables), folder)
+    figures = results / "figures" if results else folder / "figures" / scale.name
+    report = Report(Study(scale, found, tables), folder, figures)
     for table in tables.values():
         outcomes = report.study.outcomes(table)
         if any(o.results for o in outcomes) or not any(o.cells for o in outcomes):

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import itertools
 import os
+import shlex
 import signal
 from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from ..study.plan import (
 )
 from ..study.results import WHOLE, Results, missing
 from ..study.runner import PLUGIN, Runner, fingerprint, submit
+from .zero_shot import build_encoder
+from .zero_shot_tasks import TASKS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("runs/study"), help="folder for logs and checkpoints"
     )
-    parser.add_argument("--jobs", type=int, help="trainings at a time (default: one for each core)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        help="trainings at a time (default: one for each core; one where the launcher has a "
+        "command, which takes all GPUs)",
+    )
     parser.add_argument("--launcher", help="one of the scale's (default: the first)")
     parser.add_argument("--only", metavar="KEY", help="one training, by the name of its result")
     parser.add_argument(
@@ -63,10 +71,11 @@ def run(args: argparse.Namespace) -> str:
     name = args.launcher or next(iter(scale.launchers))
     if name not in scale.launchers:
         raise UsageError(f"--launcher {name}: is none of {', '.join(scale.launchers)}")
-    jobs = len(os.sched_getaffinity(0)) if args.jobs is None else args.jobs
+    launcher = scale.launchers[name]
+    cores = len(os.sched_getaffinity(0))
+    jobs = args.jobs if args.jobs is not None else 1 if launcher.command else cores
     if jobs < 1:
         raise UsageError(f"--jobs {jobs}: must be at least 1")
-    launcher = scale.launchers[name]
     rows = [row for table in tables for row in table.rows]
 
     def say(line: str) -> None:
@@ -80,6 +89,8 @@ def run(args: argparse.Namespace) -> str:
         return f"{len(cells)} trainings are ready"
     if not any(row.seeds for row in rows):
         return "nothing is trained for these tables"
+    if any(table.zero_shot for table in tables):
+        check_zero_shot(scale)
     data = fingerprint(scale)
     folder = args.results or args.tables[0].parent / "results" / scale.name
     results = Results(folder, scale, data)
@@ -135,6 +146,25 @@ def check(tables: Sequence[Table], scale: Scale, launcher: Launcher) -> None:
                         seen.add((cell.model, cell.flags))
             except UsageError as error:
                 raise UsageError(f"{table.name}, row {row.label!r}: {error}") from error
+
+
+def check_zero_shot(scale: Scale) -> None:
+    """Raises UsageError unless a scale has all that zero-shot tasks need."""
+    where = f"of scale {scale.name}"
+    for task in TASKS:
+        if not (Path(scale.requests) / f"{task}.jsonl").is_file():
+            raise UsageError(
+                f"requests {scale.requests!r} {where}: has no {task}.jsonl; see "
+                "examples/data/README.md"
+            )
+    words = shlex.split(scale.encoder)
+    if "--bpe" not in words[:-1]:
+        raise UsageError(f"encoder {scale.encoder!r} {where}: has no --bpe")
+    i = words.index("--bpe")
+    try:
+        build_encoder(words[i + 1], [*words[:i], *words[i + 2 :]])
+    except UsageError as error:
+        raise UsageError(f"encoder {where}: {error}") from error
 
 
 def check_only(key: str, tables: Sequence[Table], results: Results) -> None:

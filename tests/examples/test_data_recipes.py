@@ -619,8 +619,14 @@ def test_fetch_once_through_the_client(
     assert package["sha256"] == data.files.sha256(path)
     assert [p.name for p in (tmp_path / "downloads").iterdir()] == ["poems"]
 
+    later = NPM_SOURCE | {"version": "2.0"}
     make_client(clients, "npm", "exit 1")
+    with pytest.raises(SystemExit, match=r"\Apoems-doc 2\.0: could not be fetched"):
+        data.fetch.fetch(later, tmp_path / "downloads", tmp_path)
     assert data.fetch.fetch(NPM_SOURCE, tmp_path / "downloads", tmp_path) == (path, package)
+    make_client(clients, "npm", 'echo "$@" >poems-doc-2.0.tgz')
+    path, package = data.fetch.fetch(later, tmp_path / "downloads", tmp_path)
+    assert path.read_text() == "pack --silent poems-doc@2.0\n" and package["version"] == "2.0"
 
 
 def test_fetch_says_in_one_line_what_is_missing(

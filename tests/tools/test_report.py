@@ -187,8 +187,8 @@ def test_learning_rates(printed: str, folder: Path, tmp_path: Path) -> None:
         text = section(printed, "Main")
         return text[text.index("| model | 0.001 | 0.002 |") :]
 
-    for label in ("dense", "Avg-K", "Switch"):
-        assert cells(rates(printed), label) == ["8.0", "**4.0**"]
+    for model in ("dense", "avgk", "switch"):
+        assert cells(rates(printed), model) == ["8.0", "**4.0**"]
     assert "after 13 updates" in rates(printed)  # a third of 40
 
     shutil.copytree(folder, tmp_path / "study")
@@ -201,7 +201,7 @@ def test_learning_rates(printed: str, folder: Path, tmp_path: Path) -> None:
         results.add(diverged, made.swept(None))
     text = rates(report(study, "--no-figures"))
     assert cells(text, "dense") == ["diverged", ""]
-    assert cells(text, "Avg-K") == ["", "diverged"]
+    assert cells(text, "avgk") == ["", "diverged"]
 
 
 def test_what_is_missing_is_said(printed: str) -> None:
@@ -210,7 +210,7 @@ def test_what_is_missing_is_said(printed: str) -> None:
     assert "Mean ± standard deviation of 3 seeds." in text
     assert "## Later" not in printed
     lines = section(printed, "Lines")
-    assert "One seed: no deviation is known. Speed" in lines and "±" not in lines
+    assert "One seed: no deviation is known. Training FLOPs are" in lines and "±" not in lines
     assert "A note." in lines
 
 
@@ -257,7 +257,7 @@ def test_zero_shot(printed: str) -> None:
     assert cells(text, "random") == ["50.0", "0.1", "25.1"]
     assert (
         "1 of the 4 accuracies are more than two standard errors of guesses, sqrt(random (1 - "
-        "random) / documents), from random (0 would be by chance): Avg-K on piqa (+5.0)."
+        "random) / documents), from random: Avg-K on piqa (+5.0). All rows answer"
     ) in text
     assert "500 to 1,000 documents a task." in text
     assert "1 of 3 trainings are missing." in text
@@ -303,6 +303,57 @@ def test_figures_are_drawn_alike_each_time(folder: Path, printed: str) -> None:
     assert all(image.startswith(b"\x89PNG") for image in first.values())
     assert report(folder) == printed
     assert {path.name: path.read_bytes() for path in figures.iterdir()} == first
+
+
+def test_other_results_have_other_figures(folder: Path, printed: str, tmp_path: Path) -> None:
+    """As those of another text: the study's own stay as they are."""
+    others = tmp_path / "others"
+    shutil.copytree(folder / "results" / "small", others)
+    figures = {path: path.read_bytes() for path in (folder / "figures" / "small").iterdir()}
+    for path in figures:
+        path.write_bytes(b"")
+    text = report(folder, "--results", others)
+    assert [path.read_bytes() for path in figures] == [b""] * len(figures)
+    for path, image in figures.items():
+        assert (others / "figures" / path.name).read_bytes() == image
+        path.write_bytes(image)
+    links = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert {(folder / link).resolve().parent for link in links} == {others / "figures"}
+
+
+def test_rows_with_other_sparse_layers(folder: Path, tmp_path: Path) -> None:
+    """The figure shows each layer that there is."""
+    (tmp_path / "scales").mkdir()
+    shutil.copy(folder / "scales" / "small.toml", tmp_path / "scales")
+    rows = '{ label = "Avg-K", model = "avgk" }, { label = "Switch", model = "switch" }'
+    head = 'title = "R"\nkind = "routing"\nfigure = "routing"\n'
+    table = tmp_path / "r.toml"
+    table.write_text(f"{head}rows = [{rows}]\n")
+    results = Results(tmp_path / "results" / "small", load_scale(folder / "scales" / "small.toml"))
+
+    def other_layers(row: Row, cell: Cell) -> Any:
+        found = made.result(100.0, BLOCKS[cell.model], cell.seed)
+        layer = next(iter(found["routing"].values()))
+        found["routing"] = {"0": layer, "2": layer} if cell.model == "switch" else {"1": layer}
+        return found
+
+    made.fill(results, load_table(table).rows, other_layers)
+    text = report(tmp_path)
+    assert re.findall(r"^\| (\S+) \| (\d) \|", text, re.M)[:3] == [
+        *(("Avg-K", "1"), ("Switch", "0"), ("Switch", "2")),
+    ]
+    assert (tmp_path / "figures" / "small" / "r.png").stat().st_size > 1000
+
+
+def test_blocks_shared_out_in_training_are_no_matter(folder: Path, tmp_path: Path) -> None:
+    """Costs are those of the whole model."""
+    (tmp_path / "scales").mkdir()
+    scale = tmp_path / "scales" / "small.toml"
+    text = (folder / "scales" / "small.toml").read_text()
+    scale.write_text(text.replace("--weight-decay 0.01", "--sffn-expert-parallel 8"))
+    shutil.copy(folder / "methods.toml", tmp_path)
+    here, there = (section(report(f, "--no-figures"), "Methods") for f in (folder, tmp_path))
+    assert cells(there, "Avg-K") == cells(here, "Avg-K")
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-figures"]])

@@ -28,6 +28,7 @@ from fairseq_sffn.study.plan import Launcher, load_scale, load_table, row_cells,
 from fairseq_sffn.study.results import log_records
 from fairseq_sffn.study.runner import Runner, fingerprint
 from fairseq_sffn.tools import cli
+from fairseq_sffn.tools.zero_shot_tasks import TASKS
 
 UPDATES = 8
 
@@ -70,6 +71,16 @@ class Study:
                 *("--work", str(self.folder / "work"), *flags),
             ]
         )
+
+    def ask_for_zero_shot(self, encoder: str = "--bpe characters") -> None:
+        """Of the table, with a file for each task."""
+        self.table.write_text("zero_shot = true\n" + self.table.read_text())
+        requests = self.folder / "requests"
+        requests.mkdir()
+        for task in TASKS:
+            (requests / f"{task}.jsonl").touch()
+        with self.scale.open("a") as scale:
+            scale.write(f'requests = "{requests}"\nencoder = "{encoder}"\n')
 
     def results(self) -> dict[str, dict[str, Any]]:
         """Key -> result."""
@@ -199,7 +210,7 @@ def test_zero_shot_tasks_are_added_to_what_is_done(
     monkeypatch.setattr(Runner, "zero_shot", lambda self, checkpoint: {"tasks": []})
     monkeypatch.setattr(runner, "versions", lambda: {"fairseq_sffn": "a later one"})
     monkeypatch.setattr(runner, "machine", lambda device: "another one")
-    study.table.write_text("zero_shot = true\n" + study.table.read_text())
+    study.ask_for_zero_shot()
     study.run()
     ((key, result),) = study.results().items()
     assert result == before[key] | {"zero_shot": {"tasks": []}} and "test" in result["evaluation"]
@@ -214,12 +225,37 @@ def test_what_was_found_is_kept_where_a_zero_shot_task_fails(
         raise UsageError("no such task")
 
     study = Study(tmp_path, data_bin, f"{{ {AVGK} }}")
-    study.table.write_text("zero_shot = true\n" + study.table.read_text())
+    study.ask_for_zero_shot()
     monkeypatch.setattr(Runner, "zero_shot", fail)
     with pytest.raises(SystemExit, match="no such task"):
         study.run()
     (result,) = study.results().values()
     assert "test" in result["evaluation"] and "zero_shot" not in result
+
+
+@pytest.mark.parametrize(
+    ("gone", "encoder", "error"),
+    [
+        ("piqa", "--bpe characters", r"requests '.*' of scale small: has no piqa\.jsonl; see"),
+        ("", "", "encoder '' of scale small: has no --bpe"),
+        ("", "--bpe", "encoder '--bpe' of scale small: has no --bpe"),
+        (
+            "",
+            "--sentencepiece-model x --bpe sentencepiece",
+            "encoder of scale small: --sentencepiece-model x: there is no such file",
+        ),
+    ],
+)
+def test_zero_shot_is_looked_at_before_any_training(
+    gone: str, encoder: str, error: str, tmp_path: Path, data_bin: Path, calls: list[list[str]]
+) -> None:
+    study = Study(tmp_path, data_bin, f"{{ {AVGK} }}")
+    study.ask_for_zero_shot(encoder)
+    if gone:
+        (tmp_path / "requests" / f"{gone}.jsonl").unlink()
+    with pytest.raises(SystemExit, match=error):
+        study.run()
+    assert calls == []
 
 
 def test_a_training_whose_checkpoint_is_gone_is_done_again(
@@ -230,7 +266,7 @@ def test_a_training_whose_checkpoint_is_gone_is_done_again(
     ((key, before),) = study.results().items()
     shutil.rmtree(study.work / key / "checkpoints")
     monkeypatch.setattr(Runner, "zero_shot", lambda self, checkpoint: {"tasks": []})
-    study.table.write_text("zero_shot = true\n" + study.table.read_text())
+    study.ask_for_zero_shot()
     study.run()
     assert trained(calls) == 2
     assert study.results()[key]["evaluation"] == before["evaluation"]  # exactly
@@ -420,6 +456,32 @@ def test_tables_that_train_nothing_need_no_text(
 def test_wrong_flags(flags: tuple[str, ...], error: str, tmp_path: Path, data_bin: Path) -> None:
     with pytest.raises(SystemExit, match=error):
         Study(tmp_path, data_bin, f"{{ {AVGK} }}").run(*flags)
+
+
+def test_a_launcher_that_takes_all_gpus_has_them_alone(
+    tmp_path: Path, data_bin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(self: Runner, *args: Any) -> None:
+        jobs.append(self.jobs)
+
+    study, jobs = Study(tmp_path, data_bin, f"{{ {AVGK} }}"), []
+    with study.scale.open("a") as scale:
+        scale.write('[launchers.local]\n[launchers.torchrun]\ncommand = "torchrun"\n')
+    monkeypatch.setattr(Runner, "run", run)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(7))
+    for flags in ([], ["--launcher", "torchrun"], ["--launcher", "torchrun", "--jobs", "3"]):
+        words = ["run", str(study.table), "--scale", str(study.scale), *flags]
+        cli.main([*words, "--work", str(tmp_path / "work")])
+    assert jobs == [7, 7, 1, 1, 3, 3]
+
+
+def test_a_dry_run_of_blocks_that_are_shared_out(
+    tmp_path: Path, data_bin: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = f"{{ {AVGK[:-1]} --sffn-expert-parallel 8\" }}, {{ label = 'd', model = 'dense' }}"
+    Study(tmp_path, data_bin, rows).run("--dry-run")
+    said = capsys.readouterr().out
+    assert said.count("an update done") == 2 and "2 trainings are ready" in said
 
 
 def test_trainings_end_with_the_command(data_bin, tmp_path):

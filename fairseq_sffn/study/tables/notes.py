@@ -9,6 +9,11 @@ from ..outcomes import Outcome, count_missing
 from ..plan import Table
 from .part import text
 
+FLOPS_NOTE = (
+    "Training FLOPs are those of three forward passes, and a fourth of the layers for activations "
+    "that are recomputed, whether or not they are."
+)
+
 
 def seeds_note(outcomes: Sequence[Outcome]) -> str:
     """How many seeds there are, and what ± is."""

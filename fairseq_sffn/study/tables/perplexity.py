@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ..outcomes import Outcome, Study, all_results
 from ..plan import Table, sweep_cells
 from ..statistics import summarize
-from .notes import gaps_notes, note_of, seeds_note, speed_note, versions_notes
+from .notes import FLOPS_NOTE, gaps_notes, note_of, seeds_note, speed_note, versions_notes
 from .part import Part, Parts, Show, Value, plain, summary, text, whole
 
 PREFIXES = {1e12: "TFLOPs", 1e15: "PFLOPs", 1e18: "EFLOPs", 1e21: "ZFLOPs"}
@@ -27,7 +27,7 @@ def perplexity(study: Study, table: Table) -> Parts:
     columns, rows = perplexity_columns(study, outcomes)
     notes = [
         *(seeds_note(outcomes), *gaps_notes(outcomes), *versions_notes(all_results(outcomes))),
-        *(speed_note(outcomes), *note_of(table)),
+        *(FLOPS_NOTE, speed_note(outcomes), *note_of(table)),
     ]
     part = Part(columns, rows, list(filter(None, notes)))
     return {

@@ -12,6 +12,7 @@ import torch
 from ...memory import usage
 from ..outcomes import Outcome, Study, all_results
 from ..plan import Table
+from ..routing import MOST_KEPT, MOST_LISTED
 from ..statistics import correlation, same_token, shared_blocks, summarize
 from .notes import gaps_notes, note_of, seeds_note, versions_notes
 from .part import Part, Parts, Show, Value, code, markdown, summary, text, whole
@@ -47,11 +48,23 @@ def routing(study: Study, table: Table) -> Parts:
         "the correlation of these shares between two seeds (mean ± standard deviation of the "
         "pairs of seeds), 1 where they put the same positions together; overlap with tokens is "
         "their correlation with whether the two positions have the same token.",
+        *unknown_notes(outcomes),
         *gaps_notes(outcomes),
         *versions_notes(all_results(outcomes)),
         *note_of(table),
     ]
     return {"": [Part(columns, rows, notes)], "blocks": [example_blocks(outcomes)]}
+
+
+def unknown_notes(outcomes: Sequence[Outcome]) -> list[str]:
+    """Why something is not told."""
+    layers = [layer for o in outcomes for r in o.good.values() for layer in r["routing"].values()]
+    notes = []
+    if not all(layer["blocks"] for layer in layers):
+        notes.append(f"Overlaps are not known where more than {MOST_KEPT} blocks are active.")
+    if not all(layer["top_tokens"] for layer in layers):
+        notes.append(f"Tokens are not listed where there are more than {MOST_LISTED} blocks.")
+    return notes
 
 
 def layer_values(study: Study, outcome: Outcome, layer: str) -> list[Value]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..outcomes import Model, Study
 from ..plan import Scale, Table
-from .notes import note_of
+from .notes import FLOPS_NOTE, note_of
 from .part import Part, Parts, Show, Value, percent, text, whole
 
 PAPER = {"size": "gpt3_medium", "dictionary": 51200, "tokens_per_sample": 2048}
@@ -52,6 +52,7 @@ def costs(study: Study, table: Table, scale: Scale) -> Part:
     notes = [
         "g: cells of a block; b: active blocks. Selection, and all, are training FLOPs in shares "
         "of the dense model's.",
+        FLOPS_NOTE,
         *note_of(table),
     ]
     title = f"`_{scale.size}`, {scale.dictionary:,} types, context {scale.tokens_per_sample:,}"
