@@ -347,11 +347,9 @@ def test_rows_with_other_sparse_layers(folder: Path, tmp_path: Path) -> None:
 
 def test_blocks_shared_out_in_training_are_no_matter(folder: Path, tmp_path: Path) -> None:
     """Costs are those of the whole model."""
-    (tmp_path / "scales").mkdir()
-    scale = tmp_path / "scales" / "small.toml"
-    text = (folder / "scales" / "small.toml").read_text()
-    scale.write_text(text.replace("--weight-decay 0.01", "--sffn-expert-parallel 8"))
-    shutil.copy(folder / "methods.toml", tmp_path)
+    shutil.copytree(folder / "scales", tmp_path / "scales")
+    row, flags = 'model = "avgk"', 'model = "avgk", flags = "--sffn-expert-parallel 8"'
+    (tmp_path / "methods.toml").write_text(TABLES["methods"].replace(row, flags))
     here, there = (section(report(f, "--no-figures"), "Methods") for f in (folder, tmp_path))
     assert cells(there, "Avg-K") == cells(here, "Avg-K")
 
