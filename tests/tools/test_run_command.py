@@ -516,9 +516,11 @@ def test_a_training_that_outlives_a_killed_command_is_waited_for(data_bin, tmp_p
     (training,) = trainings(study.work)
     (lock,) = study.work.glob("*/lock")
     with lock.open("a") as file:
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.kill(int(training), signal.SIGKILL)
+        try:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.kill(int(training), signal.SIGKILL)
         fcntl.flock(file, fcntl.LOCK_EX)  # as soon as it has ended
 
 

@@ -12,7 +12,7 @@ import torch
 from ...memory import usage
 from ..outcomes import Outcome, Study, all_results
 from ..plan import Table
-from ..routing import MOST_KEPT, MOST_LISTED
+from ..routing import MOST_KEPT, MOST_LISTED, POSITIONS
 from ..statistics import correlation, same_token, shared_blocks, summarize
 from .notes import gaps_notes, note_of, seeds_note, versions_notes
 from .part import Part, Parts, Show, Value, code, markdown, summary, text, whole
@@ -44,10 +44,11 @@ def routing(study: Study, table: Table) -> Parts:
         "tells, 1 where it decides alone: mutual information over the most that there can be, "
         "block bits - log2 of the active blocks (of the validation split, where an id that occurs "
         "once seems to decide). Blocks have no numbering that seeds share, so selections are "
-        "compared by pairs of positions: how many blocks two positions share. Overlap of seeds is "
-        "the correlation of these shares between two seeds (mean ± standard deviation of the "
-        "pairs of seeds), 1 where they put the same positions together; overlap with tokens is "
-        "their correlation with whether the two positions have the same token.",
+        f"compared by pairs of the {POSITIONS} positions that are drawn from the split: how many "
+        "blocks two positions share. Overlap of seeds is the correlation of these shares between "
+        "two seeds (mean ± standard deviation of the pairs of seeds), 1 where they put the same "
+        "positions together; overlap with tokens is their correlation with whether the two "
+        "positions have the same token.",
         *unknown_notes(outcomes),
         *gaps_notes(outcomes),
         *versions_notes(all_results(outcomes)),
