@@ -27,7 +27,7 @@ END
 SEED=1
 RUNS=runs/quickstart
 DATA=$RUNS/data/bin
-CODE=$(find fairseq_sffn -name '*.py' | sort | xargs cat examples/requirements.txt | sha256sum)
+CODE=$(find fairseq_sffn -name '*.py' -o -name '*.cpp' | sort | xargs cat examples/requirements.txt | sha256sum)
 
 # fresh DIRECTORY SETTINGS: empties the directory unless it was made with the same settings.
 fresh() {

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import random
 import re
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from fairseq import checkpoint_utils
 from fairseq.dataclass.initialize import hydra_init
 from fairseq.logging import metrics, progress_bar
@@ -182,3 +184,13 @@ def _captured(output: io.StringIO) -> Iterator[None]:
     finally:
         root.removeHandler(handler)
         root.setLevel(level)
+
+
+def leave() -> None:
+    """Ends one of several processes, together with the others. Were it to end by itself, a thread
+    of gloo could abort it, with or without ``destroy_process_group``."""
+    if dist.is_initialized():
+        dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -322,7 +322,7 @@ def put_parts(state: dict[str, Any], path: Path, part: Part) -> None:
     else:
         own = {"model": {}, "optimizer": {}}
     state["model"] |= own["model"]
-    if optimizer:
+    if optimizer and "state" in optimizer:  # not of several optimizers, which are not shared out
         names = saved.get("parameters") or part.parameters or []
         optimizer["state"] |= {names.index(name): of for name, of in own["optimizer"].items()}
         _reorder(optimizer, names, part.parameters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -46,7 +47,8 @@ def average_gradients_of_experts() -> None:
 
     @functools.wraps(models.DistributedFairseqModel)
     def DistributedFairseqModel(args: Any, model: Any, process_group: Any, device: Any) -> Any:
-        experts = experts_of(model.parameters())
+        # Those of other plugins' models are their own matter.
+        experts = experts_of(model.parameters()) if expert_parallel_of(model) > 1 else []
         if experts:
             names = [name for name, p in model.named_parameters() if hasattr(p, "expert")]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
@@ -90,8 +92,8 @@ def count_experts_in_the_norm() -> None:
         group = process_groups(shards).sharing.blocks
 
         def of_all(norm: Tensor) -> Tensor:
-            grads = [p.grad for p in experts_of(parameters) if p.grad is not None]
-            square = torch.nn.utils.get_total_norm(grads).to(norm) ** 2
+            square = square_norm(p.grad for p in experts_of(parameters) if p.grad is not None)
+            square = square.to(norm)
             dist.all_reduce(square, group=group)
             return (norm**2 + square) ** 0.5
 
@@ -99,6 +101,12 @@ def count_experts_in_the_norm() -> None:
 
     original = Trainer.clip_grad_norm
     replace_once(Trainer, "clip_grad_norm", clip_grad_norm)
+
+
+def square_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Of all together, in single precision as fairseq's: half precision would overflow."""
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+    return torch.stack(norms).square().sum() if norms else torch.zeros(())
 
 
 def tell_models_of_dummies() -> None:

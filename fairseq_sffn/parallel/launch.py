@@ -218,6 +218,8 @@ def check_settings(cfg: Any) -> None:
     refused = {
         # Their steps depend on all of a parameter.
         f"--optimizer {optimizer}": optimizer in ("adafactor", "lamb", "composite"),
+        # Each process has a loss scale of its own, and sees the overflows of its own blocks alone.
+        "--amp": common.amp,
         "--use-bmuf": cfg.optimization.use_bmuf,
         "--zero-sharding os": str(distributed.zero_sharding) == "os",
         "--store-ema": cfg.ema.store_ema,

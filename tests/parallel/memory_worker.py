@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "memory")]
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "memory")]
+import commands  # noqa: E402
 from oracle import CASES, UNSCORED, build, close, tokens  # noqa: E402
 
 from fairseq_sffn.memory import ConfigError, Sharing  # noqa: E402
@@ -143,7 +145,7 @@ def main() -> None:
                 report[f"{case}/{shards}/{gate}"] = max(wrong, key=len)
     if rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(report))
-    dist.destroy_process_group()
+    commands.leave()
 
 
 main()

@@ -25,7 +25,7 @@ def settings(**changes: Any) -> SimpleNamespace:
             **dict(pipeline_model_parallel=False, distributed_world_size=2),
         ),
         "common": dict(
-            **dict(cpu=True, fp16=False, bf16=False, fp16_no_flatten_grads=False),
+            **dict(cpu=True, fp16=False, bf16=False, amp=False, fp16_no_flatten_grads=False),
             **dict(memory_efficient_fp16=False, memory_efficient_bf16=False, model_parallel_size=1),
         ),
         "model": dict(sffn_expert_parallel=2, encoder_layerdrop=0, decoder_layerdrop=0),
@@ -52,6 +52,7 @@ def settings(**changes: Any) -> SimpleNamespace:
         (dict(ddp_backend="slowmo"), "--ddp-backend slowmo: not with --sffn-expert-parallel 2"),
         (dict(fp16=True), "--fp16: needs --fp16-no-flatten-grads with --sffn-expert-parallel 2"),
         (dict(bf16=True), "--bf16: needs --fp16-no-flatten-grads"),
+        (dict(amp=True), "--amp: not with --sffn-expert-parallel 2"),
         (dict(zero_sharding="os"), "--zero-sharding os: not with"),
         (dict(use_bmuf=True), "--use-bmuf: not with"),
         (dict(store_ema=True), "--store-ema: not with"),

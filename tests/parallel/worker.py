@@ -9,12 +9,10 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 import commands  # noqa: E402
 import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
 
 torch.set_num_threads(1)
 jobs = Path(sys.argv[1])
 for name, arguments in json.loads(jobs.read_text()).items():
     log = commands.run("train", *arguments)
     (jobs.parent / f"{name}.{os.environ['RANK']}.log").write_text(log)
-if dist.is_initialized():  # gloo's threads can abort a process that ends without leaving
-    dist.destroy_process_group()
+commands.leave()

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from commands import ROOT
+from commands import ROOT, leave
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.dataclass.initialize import add_defaults
 from fairseq.optim import FP16Optimizer, MemoryEfficientFP16Optimizer, build_optimizer
@@ -209,8 +209,7 @@ def on_a_rank(rank: int, folder: str) -> None:
         "lms": {name: lm_on_a_rank(name, rank) for name in LMS},
     }
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")
