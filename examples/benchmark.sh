@@ -65,10 +65,12 @@ peers_venv() {
     echo "making $VENV (three minutes, once)"
     [ -x $VENV/bin/python ] || "$(python_for_venv)" -m venv $VENV
     "${pip[@]}" "$(grep '^torch==' examples/requirements.txt)"
+    local missing=0
     for pin in $(sed '/^# What these need/,$d; /^#/d' $pins); do
-        "${pip[@]}" --constraint $pins "$pin" || echo "not installable: $pin" >&2
+        "${pip[@]}" --constraint $pins "$pin" || { echo "not installable: $pin" >&2; missing=1; }
     done
-    cp $pins $VENV/made-from.txt
+    # Tried again the next time, since a network can fail.
+    [ $missing = 1 ] || cp $pins $VENV/made-from.txt
 }
 
 for name in $PARTS; do

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import inspect
 import logging
 import os
 import pickle
@@ -28,6 +29,7 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from fairseq.trainer import Trainer
 from fairseq_cli import eval_lm as eval_command
 from fairseq_cli import train as train_command
+from torch.serialization import MAGIC_NUMBER
 
 from .errors import UsageError
 
@@ -155,14 +157,18 @@ def refuse_code_in_checkpoints() -> None:
         replace_once(checkpoint_utils, name, checked(getattr(checkpoint_utils, name)))
 
     @functools.wraps(checkpoint_utils.load_model_ensemble_and_task)
-    def load_model_ensemble_and_task(filenames: list[str], *args: Any, **kwargs: Any) -> Any:
+    def load_model_ensemble_and_task(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        given = call.arguments
         # fairseq would say so in a traceback; a suffix or shards make other names of these.
-        if not kwargs.get("suffix") and kwargs.get("num_shards", 1) == 1:
-            for path in filenames:
+        if given["state"] is None and not given["suffix"] and given["num_shards"] == 1:
+            for path in given["filenames"]:
                 check_checkpoint(PathManager.get_local_path(path))
-        return original(filenames, *args, **kwargs)
+        return original(*args, **kwargs)
 
     original = checkpoint_utils.load_model_ensemble_and_task
+    signature = inspect.signature(original)
     replace_once(checkpoint_utils, "load_model_ensemble_and_task", load_model_ensemble_and_task)
 
 
@@ -175,18 +181,27 @@ def check_checkpoint(path: str) -> None:
     """
     if not os.path.isfile(path):
         raise UsageError(f"checkpoint {path}: there is no such file")
-    if not zipfile.is_zipfile(path):
+    of_today = zipfile.is_zipfile(path)
+    if not of_today and not is_of_old_torch(path):
         raise UsageError(f"checkpoint {path}: truncated, or not a checkpoint")
     try:
-        # Mapped, so that the tensors are not read twice.
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Mapped where the format allows it, so that the tensors are not read twice.
+        torch.load(path, map_location="cpu", weights_only=True, mmap=of_today)
     except pickle.UnpicklingError as error:
         raise UsageError(
             f"checkpoint {path}: refused, it holds more than tensors and plain containers, "
             "and could run code"
         ) from error
-    except RuntimeError as error:
+    except (RuntimeError, EOFError) as error:
         raise UsageError(f"checkpoint {path}: damaged, or not a checkpoint") from error
+
+
+def is_of_old_torch(path: str) -> bool:
+    """Whether a file begins as those of PyTorch before 1.6, which published models are in, do: with
+    a number. Nothing in it is run."""
+    begin = pickle.dumps(MAGIC_NUMBER, protocol=2)
+    with open(path, "rb") as file:
+        return file.read(len(begin)) == begin
 
 
 def refuse_half_precision_on_cpu() -> None:

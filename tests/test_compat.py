@@ -1,5 +1,6 @@
 """Each repair of fairseq, with what breaks without it."""
 
+import argparse
 import importlib
 import inspect
 import shutil
@@ -111,6 +112,38 @@ def save(state: Any, path: Path) -> str:
 def test_checkpoint_of_plain_values_is_accepted(tmp_path: Path) -> None:
     state = {"model": {"w": torch.ones(2)}, "cfg": {"a": [1, None, "b"]}, "step": 3}
     compat.check_checkpoint(save(state, tmp_path / "good.pt"))
+
+
+@pytest.mark.parametrize("size", [1.0, 0.9, 0.02])
+def test_checkpoint_of_old_pytorch(size: float, tmp_path: Path) -> None:
+    """That of before 1.6 is read without running anything in it, too."""
+    path = tmp_path / "old.pt"
+    state = {"model": {"w": torch.arange(1000.0)}, "args": argparse.Namespace(arch="a")}
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(size * len(content))])
+    if size == 1:
+        compat.check_checkpoint(str(path))
+        torch.save({"x": print}, path, _use_new_zipfile_serialization=False)
+        with pytest.raises(UsageError, match="refused, it holds more than tensors"):
+            compat.check_checkpoint(str(path))
+    else:
+        with pytest.raises(UsageError, match="damaged, or not a checkpoint"):
+            compat.check_checkpoint(str(path))
+
+
+@pytest.mark.parametrize("load", ["load_model_ensemble", "load_model_ensemble_and_task"])
+def test_only_names_that_fairseq_reads_are_checked(load: str, tmp_path: Path) -> None:
+    """A suffix or shards make other names of the given one."""
+    save({"x": print}, tmp_path / "m-1.pt")
+    function = getattr(checkpoint_utils, load)
+    with pytest.raises(UsageError, match=r"m\.pt: there is no such file"):
+        function([str(tmp_path / "m.pt")])
+    for arguments in ({"suffix": "-1"}, {"suffix": "-1", "state": None}):
+        with pytest.raises(UsageError, match=r"m-1\.pt: refused, it holds"):
+            function([str(tmp_path / "m.pt")], **arguments)
+    with pytest.raises(OSError, match=r"m_part0\.pt"):
+        function([str(tmp_path / "m.pt")], num_shards=2, strict=False)
 
 
 def test_numpy_is_saved_as_plain_values(tmp_path: Path) -> None:

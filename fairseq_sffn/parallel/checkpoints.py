@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import secrets
 import shutil
 import time
@@ -40,6 +41,7 @@ from ..memory import SparseMemory
 from ..memory.sparse_memory import SHARDED, can_be_shared_out
 from .gradients import expert_parallel_of
 from .groups import process_groups
+from .launch import flattens_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ class Part(NamedTuple):
         sharded: names of the parameters that can be in parts.
         parameters: names in the order of its optimizer; ``None``: of no importance.
         reset_optimizer: the optimizer's state is not wanted.
+        flat: its optimizer sees one tensor with all parameters in it.
     """
 
     shard: int = 0
@@ -75,6 +78,7 @@ class Part(NamedTuple):
     sharded: tuple[str, ...] = ()
     parameters: list[str] | None = None
     reset_optimizer: bool = False
+    flat: bool = False
 
     def of(self, rows: int) -> slice:
         """Its rows of a table of so many."""
@@ -97,7 +101,8 @@ def part_of(trainer: Trainer) -> Part:
         if getattr(module, name) is not None
     )
     sharing = process_groups(expert_parallel_of(model)).sharing
-    return Part(sharing.shard, sharing.shards, sharded, names)
+    flat = flattens_parameters(trainer.cfg.common)
+    return Part(sharing.shard, sharing.shards, sharded, names, flat=flat)
 
 
 # Writing.
@@ -108,12 +113,15 @@ def write_parts() -> None:
     checkpoint tells the names of its parameters."""
 
     @functools.wraps(checkpoint_utils.save_checkpoint)
-    def save_checkpoint(cfg: Any, trainer: Trainer, *args: Any) -> Any:
+    def save_checkpoint(cfg: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
         if cfg.no_save or expert_parallel_of(trainer.get_model()) == 1:
-            return original(cfg, trainer, *args)
+            saved = original(cfg, trainer, *args, **kwargs)
+            if not cfg.no_save and trainer.is_data_parallel_master:
+                remove_unnamed(Path(cfg.save_dir))  # which training in parts has left
+            return saved
         trainer.sffn_together, saved = True, None
         try:
-            saved = original(cfg, trainer, *args)  # on rank 0, where it saves
+            saved = original(cfg, trainer, *args, **kwargs)  # on rank 0, where it saves
             if trainer.is_data_parallel_master:
                 _tell(None)
                 remove_unnamed(Path(cfg.save_dir))
@@ -218,8 +226,10 @@ def part_path(folder: Path, shard: int, shards: int) -> Path:
 
 def remove_unnamed(save_dir: Path) -> None:
     """Removes folders of parts that no ``*.pt`` file beside them names."""
-    found = chain(save_dir.glob(f"{PREFIX}*"), save_dir.glob(f"{RESHARDED}*"))
-    folders = {path.name for path in found if path.is_dir()}
+    found = chain(save_dir.glob(f"{PREFIX}*-*"), save_dir.glob(f"{RESHARDED}*-*"))
+    folders = {path.name for path in found if _is_of_parts(path)}
+    if not folders:
+        return
     for checkpoint in save_dir.glob("*.pt"):
         try:
             check_checkpoint(str(checkpoint))
@@ -235,6 +245,16 @@ def remove_unnamed(save_dir: Path) -> None:
                 shutil.rmtree(save_dir / name)
         except OSError as error:  # such as files that NFS keeps while they are open somewhere
             logger.warning(f"{save_dir / name}: not removed: {error}")
+
+
+def _is_of_parts(folder: Path) -> bool:
+    """Whether it has a name of ``new_folder``, and holds parts or nothing."""
+    named = re.fullmatch(rf"({PREFIX}|{RESHARDED}).+-[0-9a-f]{{8}}", folder.name)
+    return (
+        named is not None
+        and folder.is_dir()
+        and all(path.name.startswith("part") for path in folder.iterdir())
+    )
 
 
 def _may_be_named_soon(folder: Path) -> bool:
@@ -316,7 +336,13 @@ def put_parts(state: dict[str, Any], path: Path, part: Part) -> None:
         state["last_optimizer_state"] = None
     saved, optimizer = state.get(KEY, {}), state.get("last_optimizer_state")
     if "folder" in saved:
-        own = _join_parts(_open_parts(path, saved), saved["sharded"], part)
+        if part.flat and optimizer:
+            raise UsageError(
+                f"checkpoint {path}: its optimizer's state is in parts, and --fp16 without "
+                "--fp16-no-flatten-grads wants one piece; add that, or --reset-optimizer"
+            )
+        # A link to a checkpoint lies elsewhere than its parts.
+        own = _join_parts(_open_parts(path.resolve(), saved), saved["sharded"], part)
     elif part.shards > 1:
         own = cut_part(state, path, part)
     else:

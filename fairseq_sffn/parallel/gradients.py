@@ -27,6 +27,7 @@ def apply() -> None:
     count_experts_in_the_norm()
     tell_models_of_dummies()
     count_each_dummy_by_itself()
+    fail_where_memory_ends()
     load_models_whole()
 
 
@@ -161,6 +162,19 @@ def count_each_dummy_by_itself() -> None:
 
     original_prepare, original_step = Trainer._prepare_sample, Trainer.train_step
     replace_once(Trainer, "_prepare_sample", _prepare_sample)
+    replace_once(Trainer, "train_step", train_step)
+
+
+def fail_where_memory_ends() -> None:
+    """A rank that is out of memory skips its micro-batch, in fairseq, and the others wait for it in
+    layers that exchange something. Fails, so that the job ends. Can go when fairseq does."""
+
+    @functools.wraps(Trainer.train_step)
+    def train_step(self: Trainer, samples: Any, raise_oom: bool = False) -> Any:
+        exchanging = self.data_parallel_world_size > 1 and isinstance(self.get_model(), PluginModel)
+        return original(self, samples, raise_oom=raise_oom or exchanging)
+
+    original = Trainer.train_step
     replace_once(Trainer, "train_step", train_step)
 
 

@@ -31,8 +31,8 @@ def apply() -> None:
     gather_lists_on_cpus()
     wrap_models_on_cpus()
     broadcast_plain_containers()
-    check_divergence_on_cpus()
     compare_settings_first()
+    check_divergence_on_cpus()
     refuse_to_spawn_nothing()
 
 
@@ -40,6 +40,8 @@ LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK")
 """What torchrun tells a process it starts."""
 OF_ONE_RANK = {"distributed_rank", "device_id", "distributed_init_method"}
 """Options that differ between ranks."""
+OF_HYDRA = "job_logging_cfg"
+"""Names a folder by the time that a process started at."""
 CHOICES = {
     **{"optimizer": "--optimizer", "lr_scheduler": "--lr-scheduler", "model": "--arch"},
     **{"criterion": "--criterion", "task": "--task"},
@@ -58,10 +60,9 @@ def obey_torchrun() -> None:
 
     @functools.wraps(distributed_utils.infer_init_method)
     def infer_init_method(cfg: Any, force_distributed: bool = False) -> None:
-        launched = all(name in os.environ for name in LAUNCHED)
         if cfg.distributed_init_method is not None or cfg.tpu or cfg.pipeline_model_parallel:
             return original(cfg, force_distributed)
-        if launched:
+        if is_launched():
             with open_dict(cfg):
                 cfg.distributed_world_size = int(os.environ["WORLD_SIZE"])
                 cfg.distributed_rank = int(os.environ["RANK"])
@@ -83,6 +84,11 @@ def obey_torchrun() -> None:
 
     original = distributed_utils.infer_init_method
     replace_once(distributed_utils, "infer_init_method", infer_init_method)
+
+
+def is_launched() -> bool:
+    """Whether torchrun, or another that tells the same, has started this process."""
+    return all(name in os.environ for name in LAUNCHED)
 
 
 def choose_gloo_on_cpus() -> None:
@@ -150,7 +156,6 @@ def check_divergence_on_cpus() -> None:
 
     @functools.wraps(Trainer.__init__)
     def __init__(self: Trainer, cfg: Any, *args: Any, **kwargs: Any) -> None:
-        check_settings(cfg)  # also where fairseq's own processes start, which come by another way
         original(self, cfg, *args, **kwargs)
         if self._grad_norm_buf is None and self.data_parallel_world_size > 1:
             self._grad_norm_buf = torch.zeros(self.data_parallel_world_size, dtype=torch.float64)
@@ -161,17 +166,36 @@ def check_divergence_on_cpus() -> None:
 
 def compare_settings_first() -> None:
     """Ranks that differ in flags or code would wait for each other, or train a model that is none.
-    fairseq does not look."""
+    fairseq does not look. Before the model is built; or at the latest with the trainer, where
+    fairseq's own processes and ``fairseq-hydra-train`` come by without it."""
 
     @functools.wraps(train_command.main)
     def main(cfg: Any, **kwargs: Any) -> Any:
-        check_settings(cfg)
-        if dist.is_available() and dist.is_initialized():
-            compare_settings(cfg)
-        return original(cfg, **kwargs)
+        check_and_compare_settings(cfg)
+        return original_main(cfg, **kwargs)
 
-    original = train_command.main
+    @functools.wraps(Trainer.__init__)
+    def __init__(self: Trainer, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        check_and_compare_settings(cfg)
+        original(self, cfg, *args, **kwargs)
+
+    original_main, original = train_command.main, Trainer.__init__
     replace_once(train_command, "main", main)
+    replace_once(Trainer, "__init__", __init__)
+
+
+def check_and_compare_settings(cfg: Any) -> None:
+    """Raises UsageError where the settings for several processes cannot be honoured, or differ."""
+    check_settings(cfg)
+    together = dist.is_available() and dist.is_initialized()
+    if together:
+        compare_settings(cfg)
+    elif is_launched() and int(os.environ["WORLD_SIZE"]) > 1:
+        # fairseq-hydra-train reads the plugin after it has looked for processes.
+        raise UsageError(
+            f"torchrun has started {os.environ['WORLD_SIZE']} processes, which this command would "
+            "let train each by itself: start fairseq-train with it, or one process"
+        )
 
 
 def refuse_to_spawn_nothing() -> None:
@@ -210,10 +234,8 @@ def check_settings(cfg: Any) -> None:
     option = f"with --sffn-expert-parallel {shards}"
     if backend not in ("pytorch_ddp", "c10d", "legacy_ddp", "no_c10d"):
         raise UsageError(f"--ddp-backend {backend}: not {option}; use pytorch_ddp or legacy_ddp")
-    for name in ("fp16", "bf16"):
-        efficient = getattr(common, f"memory_efficient_{name}")
-        if getattr(common, name) and not (common.fp16_no_flatten_grads or efficient):
-            raise UsageError(f"--{name}: needs --fp16-no-flatten-grads {option}")
+    if flattens_parameters(common):
+        raise UsageError(f"--fp16: needs --fp16-no-flatten-grads {option}")
     optimizer = str(cfg.optimizer._name)
     refused = {
         # Their steps depend on all of a parameter.
@@ -232,6 +254,11 @@ def check_settings(cfg: Any) -> None:
     for flags, asked in refused.items():
         if asked:
             raise UsageError(f"{flags}: not {option}")
+
+
+def flattens_parameters(common: Any) -> bool:
+    """Whether fairseq's optimizer sees one tensor with all parameters in it."""
+    return bool(common.fp16) and not (common.fp16_no_flatten_grads or common.memory_efficient_fp16)
 
 
 def check_layerdrop(model: Any) -> None:
@@ -261,6 +288,7 @@ def settings_of(cfg: Any) -> dict[tuple[str, str], Any]:
     options = {
         (group, name): value
         for group, values in plain.items()
+        if group != OF_HYDRA
         for name, value in (values if isinstance(values, dict) else {group: values}).items()
         if name not in OF_ONE_RANK
     }

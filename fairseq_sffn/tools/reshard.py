@@ -40,6 +40,10 @@ def run(args: argparse.Namespace) -> str:
     """
     if args.shards < 1:
         raise UsageError(f"--shards {args.shards}: must be at least 1")
+    if args.shards > 1 and args.output.suffix != ".pt":
+        raise UsageError(
+            f"{args.output}: must end in .pt, or training would remove its parts: see --shards"
+        )
     if args.output.exists():
         raise UsageError(f"{args.output}: is there already")
     if not args.output.parent.is_dir():

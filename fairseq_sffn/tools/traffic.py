@@ -62,7 +62,8 @@ def mean_keys_bytes(
         return 0
     # Gradients return only where they flow through scores, which nothing but a gate reads.
     passes = 1 + recomputed + (config.gate_name != "none")
-    part = config.num_blocks // shards * (config.embed_dim + config.bias)
+    bias = config.bias and not config.selector_options.exclude_bias
+    part = config.num_blocks // shards * (config.embed_dim + bias)
     return (shards - 1) * part * number_bytes * passes
 
 

@@ -1,6 +1,7 @@
 """fairseq-train on one of several processes, of which one fails. Started by torchrun with the kind
 of fault, the rank that has it, and fairseq-train's arguments."""
 
+import inspect
 import os
 import signal
 import sys
@@ -10,14 +11,16 @@ sys.path[:0] = [str(Path(__file__).parents[2])]
 import torch  # noqa: E402
 from fairseq import checkpoint_utils  # noqa: E402
 from fairseq.optim import FairseqOptimizer  # noqa: E402
+from fairseq.tasks import FairseqTask  # noqa: E402
 from fairseq.trainer import Trainer  # noqa: E402
-from fairseq_cli.train import cli_main  # noqa: E402
+from fairseq_cli import train  # noqa: E402
 
 fault, rank, *arguments = sys.argv[1:]
 here = os.environ["RANK"] == rank
 sys.argv = ["fairseq-train", *arguments]
 train_step, torch_save = Trainer.train_step, torch.save
 all_reduce_grads = FairseqOptimizer.all_reduce_grads
+task_step = FairseqTask.train_step
 
 
 def failing_step(self, *args, **kwargs):
@@ -25,6 +28,12 @@ def failing_step(self, *args, **kwargs):
     if self.get_num_updates() == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return result
+
+
+def step_out_of_memory(self, sample, model, criterion, optimizer, update_num, **kwargs):
+    if update_num == 3:
+        raise RuntimeError("out of memory, as a GPU says it")
+    return task_step(self, sample, model, criterion, optimizer, update_num, **kwargs)
 
 
 def failing_reduction(self, module):
@@ -47,14 +56,20 @@ def failing_save(state, file, *args, **kwargs):
 saves: list[str] = []
 if here and fault == "killed":
     Trainer.train_step = failing_step
+if here and fault == "out of memory":
+    FairseqTask.train_step = step_out_of_memory
 if here and fault == "diverged":
     FairseqOptimizer.all_reduce_grads = failing_reduction
 if here and fault.startswith("killed saving"):
     torch.save = checkpoint_utils.torch.save = failing_save
-if here and fault == "other flags":
+if fault == "other flags by another way":  # such as fairseq-hydra-train's
+    import fairseq_sffn  # noqa: F401
+
+    train.main = inspect.unwrap(train.main)
+if here and fault.startswith("other flags"):
     sys.argv += ["--lr", "0.5"]
 if here and fault == "other code":
     from fairseq_sffn.parallel import launch
 
     launch.code_fingerprint = lambda: "another"
-cli_main()
+train.cli_main()

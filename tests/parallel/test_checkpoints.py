@@ -23,6 +23,10 @@ FLAGS = (
 )
 
 
+FOLDERS = [f"shards-{update}-{update}2345678" for update in (2, 4, 6)]
+"""Such as training writes."""
+
+
 def flags(world: int, shards: int, updates: int) -> tuple[str, ...]:
     more = ("--batch-size", f"{16 // world}", "--max-update", f"{updates}")
     return (*FLAGS, *more, *(("--sffn-expert-parallel", f"{shards}") if shards > 1 else ()))
@@ -84,11 +88,10 @@ def test_four_then_two_then_one_then_four_of_two(uninterrupted, in_four, saved, 
     for world, shards, updates in ((2, 2, 4), (1, 1, 6), (4, 2, 8)):
         before = parts(saved)
         losses |= train(data_bin, saved, world, shards, updates)
-        if shards > 1:  # the folders that no checkpoint names any more are gone
-            now = parts(saved)
-            assert before.keys().isdisjoint(now)
-            assert [len(files) for files in now.values()] == [shards]
-            assert not list(saved.glob("**/*.tmp"))
+        now = parts(saved)  # the folders that no checkpoint names any more are gone
+        assert before.keys().isdisjoint(now)
+        assert [len(files) for files in now.values()] == ([shards] if shards > 1 else [])
+        assert not list(saved.glob("**/*.tmp"))
     assert_near(losses, uninterrupted[0])
     want, got = (whole(d / "checkpoint_last.pt") for d in (uninterrupted[1], saved))
     assert got["model"].keys() == want["model"].keys()
@@ -147,29 +150,20 @@ def test_there_and_back(saved, uninterrupted, data_bin, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("OUT", "--shards", "3"), "--shards 3: does not divide the 64 blocks of a layer"),
+        (("OUT.bin", "--shards", "2"), "OUT.bin: must end in .pt"),
+        (("OUT.pt", "--shards", "3"), "--shards 3: does not divide the 64 blocks of a layer"),
         (("OUT", "--shards", "0"), "--shards 0: must be at least 1"),
         (("checkpoint_last.pt",), "is there already"),
         (("nowhere/OUT",), "nowhere/OUT: there is no folder"),
         (("/proc/OUT",), "/proc/OUT: cannot be written: "),
-        (("/proc/OUT", "--shards", "2"), "/proc/OUT: cannot be written: "),
+        (("/proc/OUT.pt", "--shards", "2"), "/proc/OUT.pt: cannot be written: "),
     ],
 )
 def test_what_reshard_refuses(arguments, message, saved):
     path, *rest = arguments
     with pytest.raises(UsageError, match=message):
         cli.main(["reshard", str(saved / "checkpoint_last.pt"), str(saved / path), *rest])
-    assert not (saved / "OUT").exists()
-
-
-def test_outputs_of_one_stem_have_their_own_parts(saved, uninterrupted, tmp_path):
-    """The same model's checkpoints of other updates, resharded to m.pt and m.bin."""
-    inputs = (saved / "checkpoint_last.pt", uninterrupted[1] / "checkpoint_last.pt")
-    outputs = (tmp_path / "m.pt", tmp_path / "m.bin")
-    for path, output in zip(inputs, outputs, strict=True):
-        cli.main(["reshard", str(path), str(output), "--shards", "2"])
-    for path, output in zip(inputs, outputs, strict=True):
-        torch.testing.assert_close(whole(output), whole(path), rtol=0, atol=0)
+    assert not list(saved.glob("OUT*"))
 
 
 @pytest.mark.parametrize("command", ["eval-lm", "train", "reshard"])
@@ -201,37 +195,39 @@ def test_a_part_that_cannot_be_read_is_named(damage, command, saved, data_bin, t
 
 
 def test_folders_are_kept_beside_what_cannot_be_read(tmp_path):
-    for name in ("shards-1", "shards-2", "shards-3"):
+    for name in (*FOLDERS, "shards-of-glass", "resharded-mine"):
         (tmp_path / name).mkdir()
-    torch.save({"sffn": {"folder": "shards-1"}}, tmp_path / "one.pt")
+    torch.save({"sffn": {"folder": FOLDERS[0]}}, tmp_path / "one.pt")
     torch.save([1], tmp_path / "list.pt")
     (tmp_path / "other.pt").write_bytes(b"what is this?")
     remove_unnamed(tmp_path)
-    assert len(list(tmp_path.glob("shards-*"))) == 3
+    assert len(parts(tmp_path)) == 5
     (tmp_path / "other.pt").unlink()
     remove_unnamed(tmp_path)
-    assert [path.name for path in tmp_path.glob("shards-*")] == ["shards-1"]
+    assert list(parts(tmp_path)) == ["resharded-mine", FOLDERS[0], "shards-of-glass"]
 
 
 def test_young_folders_of_reshard_are_kept(tmp_path):
     """A checkpoint may be about to name them."""
-    for name in ("resharded-m-1", "resharded-m-2", "resharded-m-3"):
+    names = [f"resharded-m-{i}2345678" for i in range(3)]
+    for name in names:
         (tmp_path / name).mkdir()
-    torch.save({"sffn": {"folder": "resharded-m-2"}}, tmp_path / "m.pt")
+    torch.save({"sffn": {"folder": names[1]}}, tmp_path / "m.pt")
     old = time.time() - HOUR - 1
-    for name in ("resharded-m-2", "resharded-m-3"):
+    for name in names[1:]:
         os.utime(tmp_path / name, (old, old))
     remove_unnamed(tmp_path)
-    assert list(parts(tmp_path)) == ["resharded-m-1", "resharded-m-2"]
+    assert list(parts(tmp_path)) == names[:2]
 
 
 def test_training_survives_a_folder_that_cannot_be_removed(tmp_path, caplog):
-    for name in ("shards-1", "shards-2"):
+    *others, link = FOLDERS
+    for name in others:
         (tmp_path / name).mkdir()
-    (tmp_path / "shards-3").symlink_to(tmp_path / "shards-1")  # which rmtree refuses
+    (tmp_path / link).symlink_to(tmp_path / others[0])  # which rmtree refuses
     remove_unnamed(tmp_path)
-    assert not (tmp_path / "shards-1").exists() and not (tmp_path / "shards-2").exists()
-    assert f"{tmp_path / 'shards-3'}: not removed: " in caplog.text
+    assert not any((tmp_path / name).exists() for name in others)
+    assert f"{tmp_path / link}: not removed: " in caplog.text
 
 
 def test_what_is_cut_shares_no_memory_with_the_files():
@@ -273,6 +269,21 @@ def test_resetting_the_optimizer_needs_no_state(uninterrupted, data_bin, tmp_pat
     }
     for log in launch.train(2, tmp_path / "jobs", jobs).values():
         assert list(commands.losses(log)) == [1, 2]
+
+
+def test_parts_do_not_become_one_piece(saved):
+    """Which --fp16 without --fp16-no-flatten-grads wants, of which PyTorch would say nothing."""
+    last = saved / "checkpoint_last.pt"
+    with pytest.raises(UsageError, match="wants one piece; add that, or --reset-optimizer"):
+        put_parts(torch.load(last, weights_only=True), last, Part(flat=True))
+    put_parts(torch.load(last, weights_only=True), last, Part(flat=True, reset_optimizer=True))
+
+
+def test_a_link_to_a_checkpoint_in_parts(saved, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "elsewhere" / "best.pt"
+    link.symlink_to(saved / "checkpoint_last.pt")
+    torch.testing.assert_close(whole(link), whole(saved / "checkpoint_last.pt"), rtol=0, atol=0)
 
 
 def test_resetting_the_optimizer_reads_none_of_the_parts(saved):

@@ -59,6 +59,7 @@ def test_a_process_that_is_killed(fault, rank, healthy, data_bin, tmp_path):
     ("fault", "message"),
     [
         ("other flags", "--lr is [0.01] on rank 0 and [0.5] on rank 1"),
+        ("other flags by another way", "--lr is [0.01] on rank 0 and [0.5] on rank 1"),
         ("other code", "fairseq_sffn's code is"),
     ],
 )
@@ -67,6 +68,14 @@ def test_processes_that_differ_do_not_start(fault, message, data_bin, tmp_path):
     assert done.returncode != 0
     assert message in done.stderr and "same flags and the same code" in done.stderr
     assert "train_inner" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("flags", [(), SHARED])
+def test_a_process_that_is_out_of_memory(flags, data_bin, tmp_path):
+    """Ends the job: fairseq would skip its micro-batch, and the others wait for it."""
+    done = run(data_bin, tmp_path / "saved", "out of memory", 1, *flags)
+    assert done.returncode != 0
+    assert "RuntimeError: out of memory" in done.stderr
 
 
 @pytest.mark.parametrize("flags", [("--ddp-backend", "legacy_ddp"), (), SHARED])

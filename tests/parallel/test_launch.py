@@ -1,5 +1,6 @@
 """What is refused before anything is trained, and what torchrun's environment means."""
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.models import distributed_fairseq_model
 from fairseq.trainer import Trainer
 from fairseq_cli import train as train_command
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 from fairseq_sffn.errors import UsageError
 from fairseq_sffn.parallel import checkpoints, gradients, launch
@@ -26,7 +27,7 @@ def settings(**changes: Any) -> SimpleNamespace:
         ),
         "common": dict(
             **dict(cpu=True, fp16=False, bf16=False, amp=False, fp16_no_flatten_grads=False),
-            **dict(memory_efficient_fp16=False, memory_efficient_bf16=False, model_parallel_size=1),
+            **dict(memory_efficient_fp16=False, model_parallel_size=1),
         ),
         "model": dict(sffn_expert_parallel=2, encoder_layerdrop=0, decoder_layerdrop=0),
         "task": dict(eval_bleu=False),
@@ -51,7 +52,6 @@ def settings(**changes: Any) -> SimpleNamespace:
         (dict(ddp_backend="fully_sharded"), "--ddp-backend fully_sharded: needs GPUs"),
         (dict(ddp_backend="slowmo"), "--ddp-backend slowmo: not with --sffn-expert-parallel 2"),
         (dict(fp16=True), "--fp16: needs --fp16-no-flatten-grads with --sffn-expert-parallel 2"),
-        (dict(bf16=True), "--bf16: needs --fp16-no-flatten-grads"),
         (dict(amp=True), "--amp: not with --sffn-expert-parallel 2"),
         (dict(zero_sharding="os"), "--zero-sharding os: not with"),
         (dict(use_bmuf=True), "--use-bmuf: not with"),
@@ -116,6 +116,26 @@ def test_what_one_rank_has_does_not_count():
     assert first_difference([first, other]) is None
 
 
+def test_where_hydra_logs_does_not_count():
+    first, other = (commands.hydra_config() for _ in range(2))
+    with open_dict(other):
+        other.job_logging_cfg = {"file": "outputs/12-00-01"}
+    assert first_difference([settings_of(first), settings_of(other)]) is None
+
+
+def test_processes_that_would_train_alone(data_bin, tmp_path, monkeypatch):
+    """fairseq-hydra-train reads the plugin after it has looked for torchrun, and then in vain where
+    there is no GPU."""
+    for name in launch.LAUNCHED:
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(
+        distributed_utils, "infer_init_method", inspect.unwrap(distributed_utils.infer_init_method)
+    )
+    with pytest.raises(UsageError, match="torchrun has started 2 processes"):
+        commands.hydra_train(data_bin, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_versions_count():
     settings = settings_of(commands.hydra_config())
     for name in ("fairseq", "PyTorch", "fairseq_sffn's code"):
@@ -146,6 +166,7 @@ def test_fingerprint_of_the_code(tmp_path, monkeypatch):
         dict(ddp_backend="legacy_ddp", _name="sffn_adam"),
         dict(fp16=True, fp16_no_flatten_grads=True),
         dict(fp16=True, memory_efficient_fp16=True),
+        dict(bf16=True),  # which fairseq never flattens
     ],
 )
 def test_not_refused(changes):

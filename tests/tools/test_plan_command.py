@@ -30,6 +30,7 @@ from fairseq_sffn.criterions.sffn_cross_entropy import (
     SFFNCrossEntropyCriterion,
 )
 from fairseq_sffn.memory import MemoryConfig, Sharing, SparseMemory
+from fairseq_sffn.memory.selectors.avgk import AvgK
 from fairseq_sffn.tools import cli, traffic
 from fairseq_sffn.tools.activations import activation_bytes
 from fairseq_sffn.tools.cost import cost_by_part, total, training_flops_per_token
@@ -42,6 +43,9 @@ UNEVEN = (60, 75)
 MEMORIES = {
     "avgk": dict(block_size=4, active_blocks=4),
     "avgk_gated": dict(block_size=4, active_blocks=4, gate="softmax"),
+    "avgk_by_keys_alone": dict(
+        block_size=4, active_blocks=4, selector=AvgK.Config(exclude_bias=True)
+    ),
     "switch": dict(block_size=16, active_blocks=1),
     "rand_hash": dict(block_size=4, active_blocks=3, vocab_size=TYPES),
 }
@@ -59,7 +63,8 @@ def method_of(name: str) -> str:
 
 
 def memory_config(name: str) -> MemoryConfig:
-    return MemoryConfig(WIDTH, num_cells=256, selector=method_of(name), **MEMORIES[name])
+    options = {"selector": method_of(name), **MEMORIES[name]}
+    return MemoryConfig(WIDTH, num_cells=256, **options)
 
 
 def lm(name: str, **options: Any) -> Any:
