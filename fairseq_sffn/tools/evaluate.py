@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import math
@@ -56,11 +57,12 @@ def run(args: argparse.Namespace) -> str:
         if not (folder / f"{split}.idx").exists():
             raise UsageError(f"{name}: there is no {folder / split}.idx")
     report: dict[str, Any] = {"checkpoint": args.checkpoint, "sets": {}}
+    base = configuration(args.checkpoint, *sets[args.sets[0]], args.other_flags)
     for name in args.sets:
         print(f"evaluating {name}", file=sys.stderr, flush=True)
-        report["sets"][name] = perplexity(args.checkpoint, *sets[name], args.other_flags)
+        report["sets"][name] = perplexity(on_set(base, *sets[name]))
     if args.routing:
-        report["routing"] = routing(args.checkpoint, *sets[args.routing], args.other_flags)
+        report["routing"] = routing(on_set(base, *sets[args.routing]))
     return json.dumps(report) if args.json else format_report(report)
 
 
@@ -84,13 +86,20 @@ def configuration(checkpoint: str, folder: Path, split: str, flags: list[str]) -
     return convert_namespace_to_omegaconf(parsed)
 
 
-def perplexity(checkpoint: str, folder: Path, split: str, flags: list[str]) -> dict[str, float]:
+def on_set(cfg: Any, folder: Path, split: str) -> Any:
+    """The same for another set: to compose a configuration takes seconds."""
+    cfg = copy.deepcopy(cfg)
+    cfg.task.data, cfg.dataset.gen_subset = str(folder), split
+    return cfg
+
+
+def perplexity(cfg: Any) -> dict[str, float]:
     """What ``fairseq-eval-lm`` finds, and how many tokens there are.
 
     Returns:
         ``loss`` in bits a token, ``perplexity``, ``tokens``.
     """
-    cfg = configuration(checkpoint, folder, split, flags)
+    split = cfg.dataset.gen_subset
     logging.disable(logging.INFO)
     try:
         found = eval_lm.main(cfg)
@@ -103,12 +112,14 @@ def perplexity(checkpoint: str, folder: Path, split: str, flags: list[str]) -> d
     return {"loss": loss, "perplexity": float(2**loss), "tokens": tokens}
 
 
-def routing(checkpoint: str, folder: Path, split: str, flags: list[str]) -> dict[str, Any]:
+def routing(cfg: Any) -> dict[str, Any]:
     """How the sparse layers of a model use their blocks; see :class:`Routing`. Empty where it has
     none."""
-    cfg = configuration(checkpoint, folder, split, flags)
+    split = cfg.dataset.gen_subset
     task = tasks.setup_task(cfg.task)
-    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([checkpoint], task=task)
+    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task(
+        [cfg.common_eval.path], task=task
+    )
     cuda = torch.cuda.is_available() and not cfg.common.cpu
     model = (model.cuda() if cuda else model).eval()
     task.load_dataset(split)
