@@ -13,10 +13,10 @@ with warnings.catch_warnings():
 
 compat.apply()
 
-from . import criterions, models, optim, tasks  # noqa: E402
+from . import checks, criterions, models, optim, tasks  # noqa: E402
 from .parallel import checkpoints, gradients, launch  # noqa: E402
 
-for repairs in (launch, gradients, checkpoints):
+for repairs in (checks, launch, gradients, checkpoints):
     repairs.apply()
 
-__all__ = ["compat", "criterions", "models", "optim", "tasks"]
+__all__ = ["checks", "compat", "criterions", "models", "optim", "tasks"]

@@ -138,11 +138,20 @@ class RoutingLosses:
         return loss, sample_size, logging_output
 
     def weights(self, selector: type[Selector]) -> dict[str, float]:
-        """The weight of each loss."""
+        """The weight of each loss.
+
+        Raises:
+            UsageError: a loss of scores has a weight, where the selector gives none.
+        """
         balance_weight = self.cfg.balance_loss_weight
         if balance_weight is None:
             balance_weight = selector.default_balance_weight
-        return {"balance_loss": balance_weight, "z_loss": self.cfg.z_loss_weight}
+        weights = {"balance_loss": balance_weight, "z_loss": self.cfg.z_loss_weight}
+        for name, weight in weights.items():
+            if weight and not selector.scores_blocks:
+                option = f"--{name.replace('_', '-')}-weight {weight}"
+                raise UsageError(f"{option}: {selector.name} gives blocks no score to act on")
+        return weights
 
     def extra_loss(
         self, selector: type[Selector], routing: dict[str, LayerRouting]
@@ -152,9 +161,6 @@ class RoutingLosses:
         total: Tensor | float = 0.0
         # A weight of 0 leaves the loss out, rather than send zeros back through the scores.
         for name, weight in self.weights(selector).items():
-            if weight and not selector.scores_blocks:
-                option = f"--{name.replace('_', '-')}-weight {weight}"
-                raise UsageError(f"{option}: {selector.name} gives blocks no score to act on")
             if weight:
                 losses = [getattr(layer, name) for layer in routing.values()]
                 total = total + weight * reduce(torch.stack(losses))

@@ -48,7 +48,13 @@ class SFFNCrossEntropyCriterion(RoutingLosses, CrossEntropyCriterion):
         # fairseq's adaptive_loss leaves out.
         ignored = [self.padding_idx] + [-100] * (len(outputs) - 1)
         losses = [
-            F.cross_entropy(output, target, ignore_index=index, reduction="sum")
+            F.cross_entropy(
+                # A sum of some thousand would overflow in half precision.
+                output.to(torch.promote_types(output.dtype, torch.float32)),
+                target,
+                ignore_index=index,
+                reduction="sum",
+            )
             for output, target, index in zip(outputs, targets, ignored, strict=True)
             if target is not None
         ]

@@ -206,6 +206,11 @@ def check_supported(args: Any, sides: Sequence[str]) -> None:
                 f"--{side}-layers-to-keep {kept}: is not a list of layers such as 0,2,4"
             )
         layers = getattr(args, f"{side}_layers")
+        numbers = [int(number) for number in kept.split(",")] if kept else []
+        if len(set(numbers)) < len(numbers) or max(numbers, default=0) >= layers:
+            raise UsageError(
+                f"--{side}-layers-to-keep {kept}: must be different ones of 0 to {layers - 1}"
+            )
         if not 1 <= args.sffn_freq <= layers:
             raise UsageError(f"--sffn-freq {args.sffn_freq}: must be 1 to --{side}-layers {layers}")
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from fairseq.modules import transformer_layer
 from torch import Tensor, nn
 
-from ..memory import MemoryConfig, MemoryOutput, Sharing, SparseMemory
+from ..errors import UsageError
+from ..memory import ConfigError, MemoryConfig, MemoryOutput, Sharing, SparseMemory
 
 
 class LayerRouting(NamedTuple):
@@ -53,7 +55,13 @@ class SparseFFN(nn.Module):
         self.result: MemoryOutput | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        self.result = self.memory(x, **self.lent)
+        try:
+            self.result = self.memory(x, **self.lent)
+        except ConfigError as error:
+            if error.field != "engine":
+                raise
+            # One that cannot compute this type on this device, which is known only now.
+            raise UsageError(f"--sffn-engine {error.value}: {error.reason}") from error
         return self.result.output
 
 
@@ -92,6 +100,7 @@ class SparseLayer(nn.Module):
         token_ids: Tensor | None = None,
         padding_mask: Tensor | None = None,
         losses: bool = True,
+        autocast: torch.dtype | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """fairseq's forward, with the tokens to route by.
@@ -101,13 +110,17 @@ class SparseLayer(nn.Module):
             token_ids: (T, B, context_tokens) trailing token ids.
             padding_mask: (T, B), ``True`` at padding.
             losses: whether balance and z loss are wanted.
+            autocast: the type that it is to compute in, unless autocast is on already: fairseq's
+                checkpointed layers are computed again without, and would select other blocks.
 
         Returns:
             fairseq's outputs, then the fields of :class:`LayerRouting`.
         """
         self.fc1.lent = dict(token_ids=token_ids, padding_mask=padding_mask, losses=losses)
+        again = autocast is not None and not torch.is_autocast_enabled(x.device.type)
         try:
-            outputs = super().forward(x, *args, **kwargs)
+            with torch.autocast(x.device.type, autocast) if again else nullcontext():
+                outputs = super().forward(x, *args, **kwargs)
             result = self.fc1.result
         finally:
             self.fc1.lent, self.fc1.result = {}, None

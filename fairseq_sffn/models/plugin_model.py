@@ -10,8 +10,8 @@ from fairseq.models import BaseFairseqModel, register_model
 
 from ..compat import check_precision
 from ..errors import UsageError
-from ..memory import Sharing, SparseMemory
-from .config import flag
+from ..memory import MemoryConfig, Sharing, SparseMemory
+from .config import flag, selector_flags
 from .stack import SparseStack
 
 
@@ -82,7 +82,8 @@ class PluginModel(BaseFairseqModel):
             # PyTorch lists every difference; the first one tells which flag differs.
             difference = str(error).split("\n")[1].strip()
             raise UsageError(
-                f"the checkpoint does not fit this model: {shorten_mismatch(difference)}; "
+                "the checkpoint does not fit this model: "
+                f"{shorten_mismatch(difference, getattr(self, 'memory_config', None))}; "
                 "train with the same --arch and model flags, or into another --save-dir"
             ) from error
 
@@ -103,9 +104,13 @@ def check_selector(args: Any, promised: Optional[str], general: str) -> None:
         )
 
 
-def shorten_mismatch(difference: str) -> str:
+def shorten_mismatch(difference: str, config: Optional[MemoryConfig]) -> str:
     """One of PyTorch's lines on a state dict that does not fit, in a few words, with the flags that
-    decide what differs."""
+    decide what differs.
+
+    Args:
+        config: the memory of the model's sparse layers.
+    """
     if match := re.match(r"size mismatch for (\S+):.*?Size\((.*?)\).*?Size\((.*?)\)", difference):
         name, saved, wanted = match.groups()
         text = f"{name} is {saved} in the checkpoint and {wanted} in the model"
@@ -115,16 +120,17 @@ def shorten_mismatch(difference: str) -> str:
         text = f"only the {where} has {name}"
     else:
         name, text = difference.split()[0], difference
-    return f"{text} (see {', '.join(_flags_that_decide(name))})"
+    return f"{text} (see {', '.join(_flags_that_decide(name, config))})"
 
 
-def _flags_that_decide(name: str) -> list[str]:
+def _flags_that_decide(name: str, config: Optional[MemoryConfig]) -> list[str]:
     if "embed_tokens" in name or "output_projection" in name:
         return ["dict.txt of the data", "--decoder-embed-dim"]
     if name.endswith((".memory.block_size", ".memory.value_lr_scale")):
         return [flag(f"sffn_{name.rpartition('.')[2]}")]
     if ".memory.selector." in name:
-        return ["--sffn-selector", "--sffn-expansion", "--sffn-block-size"]
+        own = selector_flags(config.selector_class) if config else []
+        return ["--sffn-selector", "--sffn-expansion", "--sffn-block-size", *map(flag, own)]
     if ".memory." in name:
         return ["--sffn-freq", "--sffn-expansion", "--decoder-ffn-embed-dim", "--decoder-embed-dim"]
     if ".fc1." in name or ".fc2." in name:

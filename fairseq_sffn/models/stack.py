@@ -98,6 +98,9 @@ class SparseStack(nn.Module):
         if self.is_dummy:
             padding_TB = torch.ones_like(padding_TB)
         lent = dict(token_ids=token_ids_TBC, padding_mask=padding_TB, losses=self.losses)
+        device = tokens_BT.device.type
+        if torch.is_autocast_enabled(device):
+            lent["autocast"] = torch.get_autocast_dtype(device)
         # Layers that are skipped (LayerDrop) keep this.
         empty = LayerRouting.empty(self.memory_config.num_blocks, like=tokens_BT)
         collected = dict.fromkeys(self.sparse_layers.values(), empty)

@@ -44,6 +44,8 @@ class SparseTransformer(PluginModel, TransformerModel):
             "share_decoder_input_output_embed",
         ):
             setattr(args, name, getattr(shell_args, name))
+        # fairseq notes it elsewhere.
+        args.share_decoder_input_output_embed |= args.merge_src_tgt_embed
         for side in ("encoder", "decoder"):
             if kept := getattr(args, f"{side}_layers_to_keep"):
                 setattr(args, f"{side}_layers", len(kept.split(",")))

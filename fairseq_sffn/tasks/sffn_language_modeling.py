@@ -85,6 +85,9 @@ class SFFNLanguageModelingTask(LanguageModelingTask):
                 f"--eval-capacity-factor {factor}: is for a trained model; in training, set "
                 "--sffn-eval-capacity-factor"
             )
+        counts = str(self.args.hash_counts)
+        if counts != "dictionary" and str(getattr(args, "hash_table", None)) != "balanced":
+            raise UsageError(f"--hash-counts {counts}: is for models with --hash-table balanced")
         return super().build_model(args, from_checkpoint)
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> Any:

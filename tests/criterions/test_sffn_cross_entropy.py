@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fairseq.criterions.adaptive_loss import AdaptiveLoss
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.distributed import utils as distributed_utils
@@ -83,6 +84,20 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
 
 
 # The loss
+
+
+def test_the_adaptive_loss_of_many_tokens_in_half_precision():
+    """It is a sum, which would overflow."""
+    logits = torch.randn(20_000, 30, dtype=torch.float16, requires_grad=True)
+    target = torch.randint(2, 30, (20_000,))
+    model = SimpleNamespace(
+        decoder=SimpleNamespace(adaptive_softmax=lambda output, target: ([output], [target])),
+        get_targets=lambda sample, output: target,
+    )
+    loss, _ = criterion().compute_loss(model, (logits, None), {})
+    close(loss, F.cross_entropy(logits.double(), target, reduction="sum"), tolerance=1e-5)
+    loss.backward()
+    assert logits.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("sentence_avg", [False, True])

@@ -254,6 +254,26 @@ def test_a_pruned_model_takes_the_kept_layers_of_a_checkpoint():
     assert list(extra["routing"]) == ["layer1", "layer3"]
 
 
+@pytest.mark.parametrize("method", ["avgk", "vanilla_m"])
+def test_checkpointed_layers_select_alike_under_autocast(method):
+    """fairseq's recomputation is without autocast, and near-ties would go to other blocks."""
+    model = small_lm(method, torch.float32, checkpoint_activations=True)
+    chosen = []
+    memory = model.decoder.layers[1].fc1.memory
+    memory.register_forward_hook(lambda module, args, out: chosen.append(out.selection.blocks))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(random_tokens(40, 16))[0]
+    output.float().square().sum().backward()
+    first, again = chosen
+    assert torch.equal(first, again)
+
+
+def test_an_engine_that_cannot_compute_is_told_by_its_flag():
+    model = small_lm("avgk", torch.bfloat16, sffn_engine="grouped", sffn_block_size=4)
+    with pytest.raises(UsageError, match=r"^--sffn-engine grouped: cannot multiply"):
+        model(random_tokens(2, 3))
+
+
 @pytest.mark.parametrize("method", ["switch", "hash_layer"])
 def test_skipped_layers_have_a_routing_of_zeros(method):
     model = small_lm(method, decoder_layers=4, sffn_freq=1, decoder_layerdrop=0.5)

@@ -206,6 +206,8 @@ def test_counts_that_do_not_fit_are_refused(counts):
         (dict(quant_noise_scalar=0.1), "--quant-noise-scalar 0.1: "),
         (dict(base_layers=1), "--base-layers 1: "),
         (dict(decoder_layers_to_keep="0;1"), "--decoder-layers-to-keep 0;1: "),
+        (dict(decoder_layers_to_keep="1,2"), "--decoder-layers-to-keep 1,2: .* of 0 to 1$"),
+        (dict(decoder_layers_to_keep="1,1"), "--decoder-layers-to-keep 1,1: must be different"),
         (dict(sffn_freq=0), "--sffn-freq 0: .* --decoder-layers 2"),
         (dict(sffn_freq=3), "--sffn-freq 3: .* --decoder-layers 2"),
     ],

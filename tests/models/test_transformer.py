@@ -218,6 +218,24 @@ def test_shared_embeddings_are_one_tensor():
     assert model.decoder.output_projection.weight is model.decoder.embed_tokens.weight
 
 
+def test_merged_embeddings_are_as_in_fairseq():
+    shared, saved = dictionary(), []
+    for build_model in (models.build_model, TransformerModel.build_model):
+        plain, merged = (
+            build_model(
+                config("transformer_avgk", sffn_block_size=8, merge_src_tgt_embed=merge),
+                Task(shared, shared),
+            )
+            for merge in (False, True)
+        )
+        embedding = merged.encoder.embed_tokens.weight
+        assert merged.decoder.embed_tokens.weight is embedding
+        assert merged.decoder.output_projection.weight is embedding
+        saved.append(sum(p.numel() for p in plain.parameters()))
+        saved[-1] -= sum(p.numel() for p in merged.parameters())
+    assert saved[0] == saved[1] > 0
+
+
 def test_kept_layers_keep_their_kind():
     model = build(encoder_layers=4, decoder_layers=4, encoder_layers_to_keep="3,0")
     kinds = [isinstance(layer, SparseEncoderLayer) for layer in model.encoder.layers]

@@ -259,7 +259,14 @@ def test_fairseqs_moving_average(method):
             dict(method="hash_layer"),
             {},
             "only the checkpoint has decoder.layers.1.fc1.memory.selector.table"
-            " (see --sffn-selector, --sffn-expansion, --sffn-block-size)",
+            " (see --sffn-selector, --sffn-expansion, --sffn-block-size, --avgk-exclude-bias,",
+        ),
+        (
+            {},
+            dict(avgk_center=True),
+            "only the model has decoder.layers.1.fc1.memory.selector.hidden_totals"
+            " (see --sffn-selector, --sffn-expansion, --sffn-block-size, --avgk-exclude-bias,"
+            " --avgk-center, --avgk-balance-rate)",
         ),
         (
             # The tables are the same.

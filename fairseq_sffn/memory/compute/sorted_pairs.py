@@ -6,6 +6,7 @@ gathered again, a chunk at a time into the same buffer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class _Score(torch.autograd.Function):
         x_ND, keys_BGD = ctx.saved_tensors
         plan, products = ctx.plan, ctx.products
         grad_PG = grad_PG.contiguous()
-        grad_x_ND = x_ND.new_zeros(x_ND.shape) if ctx.needs_input_grad[0] else None
+        grad_x_ND = _sums(x_ND, x_ND.shape) if ctx.needs_input_grad[0] else None
         grad_keys_BGD = _grad_table(keys_BGD, plan) if ctx.needs_input_grad[1] else None
         buffer_pD = _buffer(x_ND, plan)
         for chunk in plan.chunks:
@@ -72,14 +73,14 @@ class _Score(torch.autograd.Function):
             if grad_x_ND is not None:
                 rows_pD = buffer_pD[: len(tokens_p)]
                 products.rows_by_matrices(grad_pG, keys_BGD, chunk, rows_pD)
-                products.add_rows(grad_x_ND, tokens_p, rows_pD)
+                products.add_rows(grad_x_ND, tokens_p, rows_pD.to(grad_x_ND.dtype))
         grad_bias_BG = None
         if ctx.needs_input_grad[2]:
-            # In fp32 at least: half precision would lose what is added to a large sum.
-            wide = torch.promote_types(grad_PG.dtype, torch.float32)
-            sums_BG = grad_PG.new_zeros(keys_BGD.shape[:2], dtype=wide)
-            sums_BG.index_add_(0, plan.blocks, grad_PG.to(wide))
+            sums_BG = _sums(grad_PG, keys_BGD.shape[:2])
+            sums_BG.index_add_(0, plan.blocks, grad_PG.to(sums_BG.dtype))
             grad_bias_BG = sums_BG.to(grad_PG.dtype)
+        if grad_x_ND is not None:
+            grad_x_ND = grad_x_ND.to(x_ND.dtype)
         return grad_x_ND, grad_keys_BGD, grad_bias_BG, None, None
 
 
@@ -96,14 +97,14 @@ class _Combine(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden_PG, weights_P, values_BGD)
         ctx.plan, ctx.products = plan, products
-        out_ND = hidden_PG.new_zeros(num_tokens, values_BGD.shape[2])
-        buffer_pD = _buffer(out_ND, plan)
+        out_ND = _sums(hidden_PG, (num_tokens, values_BGD.shape[2]))
+        buffer_pD = _buffer(values_BGD[0], plan)
         for chunk in plan.chunks:
             weighed_pG = _weigh(hidden_PG[chunk.pairs], weights_P, chunk.pairs)
             rows_pD = buffer_pD[: len(weighed_pG)]
             products.rows_by_matrices(weighed_pG, values_BGD, chunk, rows_pD)
-            products.add_rows(out_ND, plan.tokens[chunk.pairs], rows_pD)
-        return out_ND
+            products.add_rows(out_ND, plan.tokens[chunk.pairs], rows_pD.to(out_ND.dtype))
+        return out_ND.to(hidden_PG.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -127,6 +128,12 @@ class _Combine(torch.autograd.Function):
                 grad_weights_P[chunk.pairs] = (grad_pG * hidden_pG).sum(dim=1)
                 grad_pG *= weights_P[chunk.pairs].unsqueeze(1)
         return grad_hidden_PG, grad_weights_P, grad_values_BGD, None, None, None
+
+
+def _sums(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Room for sums, in fp32 at least: half precision would lose what is added to a large one."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return like.new_zeros(shape, dtype=wide)
 
 
 def _buffer(like_ND: Tensor, plan: Plan) -> Tensor:

@@ -133,10 +133,11 @@ class AvgK(Selector):
         x_ND = inputs.x.detach().to(self.hidden_totals.dtype)
         valid_N = x_ND.new_ones(len(x_ND)) if inputs.valid is None else inputs.valid.to(x_ND.dtype)
         # No matrix product, which autocast would have in half precision.
-        sum_D = (x_ND * valid_N.unsqueeze(1)).sum(dim=0)
+        sum_D = x_ND.masked_fill(~valid_N.bool().unsqueeze(1), 0.0).sum(dim=0)
         totals = torch.cat([sum_D, valid_N.sum().unsqueeze(0)])
         ranks, _ = inputs.gather_tokens(totals.unsqueeze(0))
-        self.hidden_totals.mul_(KEPT).add_(ranks.sum(dim=0))
+        totals = ranks.sum(dim=0)
+        _keep_finite(self.hidden_totals, KEPT * self.hidden_totals + totals, totals)
 
     def balance(self, logits_NB: Tensor, blocks_NA: Tensor, inputs: SelectorInput) -> None:
         """Moves the biases by the load of a micro-batch, of all ranks' tokens together."""
@@ -145,14 +146,15 @@ class AvgK(Selector):
         valid_N = inputs.valid
         valid_N1 = (logits_NB.new_ones(num_tokens) if valid_N is None else valid_N).unsqueeze(1)
         counts_B = assignment_counts(blocks_NA, num_blocks, valid_N1.bool()).double()
-        scores_NB = logits_NB.double() * valid_N1
+        scores_NB = logits_NB.double().masked_fill(~valid_N1.bool(), 0.0)
         number = valid_N1.sum().double() * num_blocks
         moments = torch.stack([number, scores_NB.sum(), scores_NB.square().sum()])
         ranks, _ = inputs.gather_tokens(torch.cat([counts_B, moments]).unsqueeze(0))
         counts_B, (number, first, second) = ranks.sum(dim=0).split([num_blocks, 3])
         number = number.clamp(min=1)
         deviation = (second / number - (first / number) ** 2).clamp(min=0).sqrt()
-        self.balance_bias += self.balance_rate * deviation * (counts_B.mean() - counts_B).sign()
+        step_B = self.balance_rate * deviation * (counts_B.mean() - counts_B).sign()
+        _keep_finite(self.balance_bias, self.balance_bias + step_B, torch.stack([first, second]))
 
     def mean_keys(
         self,
@@ -191,9 +193,13 @@ class AvgK(Selector):
 
     def _apply(self, *args: Any, **kwargs: Any) -> AvgK:
         self._cache = None
+        before = dict(self.named_buffers())
         super()._apply(*args, **kwargs)
-        for name, buffer in self.named_buffers():  # small steps would be lost in half precision
-            setattr(self, name, buffer.to(torch.promote_types(buffer.dtype, torch.float32)))
+        # In half precision small steps would be lost, and large sums infinite.
+        for name, buffer in self.named_buffers():
+            wide = torch.promote_types(buffer.dtype, torch.float32)
+            if buffer.dtype != wide:
+                setattr(self, name, before[name].to(buffer.device, wide))
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -202,6 +208,12 @@ class AvgK(Selector):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None}
+
+
+def _keep_finite(state: Tensor, after: Tensor, seen: Tensor) -> None:
+    """Gives a state its next value, unless what was seen overflows: fairseq skips the update of
+    such a micro-batch, and no later one would mend the state."""
+    state.copy_(torch.where(seen.isfinite().all(), after.to(state.dtype), state))
 
 
 def _same(left: State, right: State) -> bool:

@@ -1,9 +1,13 @@
+import copy
+import dataclasses
+
 import pytest
 import torch
 import torch.utils.checkpoint
 from oracle import CASES, CPU_ENGINES, NATIVE, assert_matches, build, tokens
+from torch import nn
 
-from fairseq_sffn.memory import ConfigError, Selection
+from fairseq_sffn.memory import ConfigError, MemoryConfig, Selection, SparseMemory
 from fairseq_sffn.memory.compute import engines, kernels, plan, products
 from fairseq_sffn.memory.compute.plan import _chunks as plan_chunks
 
@@ -166,6 +170,36 @@ def test_on_several_threads(case, engine, losses):
             torch.set_num_threads(1)
     for name, want in outcomes[0].items():
         torch.testing.assert_close(outcomes[1][name], want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ["grouped", "loop", "one chunk"])
+def test_half_precision_rounds_a_sum_of_blocks_once(engine, monkeypatch):
+    """Not after each of 64 blocks, of the output or of the gradient of x: the error is near that of
+    a dense FFN."""
+    if engine == "one chunk":
+        monkeypatch.setattr(products.Grouped, "chunk_pairs", lambda self, device: None)
+    name = "grouped" if engine == "one chunk" else engine
+    sizes = dict(embed_dim=64, num_cells=1024, block_size=16, active_blocks=64, selector="avgk")
+    config = MemoryConfig(**sizes, engine=name, activation="tanh")  # no kink to fall beside
+    memory = SparseMemory(config).bfloat16()
+    x = torch.randn(64, 64, dtype=torch.bfloat16, requires_grad=True)
+
+    def outcome(memory, x):
+        output = memory(x).output
+        return output, *torch.autograd.grad(output.sum(), x)
+
+    exact = copy.deepcopy(memory).double()
+    exact.config = dataclasses.replace(memory.config, engine=None)
+    want = outcome(exact, x.double().detach().requires_grad_())
+    dense = nn.Sequential(nn.Linear(64, 1024), nn.Tanh(), nn.Linear(1024, 64)).bfloat16()
+    with torch.no_grad():
+        for ours, theirs in zip(memory.parameters(), dense.parameters(), strict=True):
+            theirs.copy_(ours.t() if ours is memory.values else ours)
+    output = dense(x)
+    by_dense = output, *torch.autograd.grad(output.sum(), x)
+    for got, near, best in zip(outcome(memory, x), by_dense, want, strict=True):
+        errors = [(tensor.double() - best).norm() / best.norm() for tensor in (got, near)]
+        assert errors[0] < 2 * errors[1]
 
 
 @pytest.mark.parametrize("engine", ["grouped", "loop", "bags"])

@@ -114,6 +114,39 @@ def test_the_running_mean_in_half_precision(dtype):
     close(memory.selector.hidden_mean().double(), x.double().mean(dim=0), tolerance=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_trained_model_in_half_precision_keeps_mean_and_biases(dtype):
+    """Of more tokens than half precision can count, and of steps that it would lose."""
+    options = AvgK.Config(center=True, balance_rate=0.1)
+    memory = build(selector=options, dtype=torch.float32)
+    memory.selector.hidden_totals.copy_(torch.tensor([3e5] * 8 + [1e5]))
+    memory.selector.balance_bias.fill_(8 + 1e-5)
+    memory.to(dtype)
+    close(memory.selector.hidden_mean(), torch.full((8,), 3.0))
+    assert (memory.selector.balance_bias == torch.tensor(8 + 1e-5)).all()
+    assert memory.double().selector.balance_bias.dtype == torch.float64
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("padding", [False, True])
+def test_what_overflows_leaves_mean_and_biases_as_they_were(value, padding):
+    """fairseq skips the update of such a micro-batch. At padding it is none."""
+    options = AvgK.Config(center=True, balance_rate=0.1)
+    memory, other = build(selector=options), build(selector=options)
+    x, _ = tokens(1, 50)
+    memory(x)
+    other.load_state_dict(memory.state_dict())
+    mask = torch.zeros(1, 50, dtype=torch.bool)
+    mask[0, 7] = padding
+    bad = x.clone()
+    bad[0, 7, 3] = value
+    memory(bad, padding_mask=mask)
+    if padding:
+        other(x, padding_mask=mask)
+    for name in ("hidden_totals", "balance_bias"):
+        close(getattr(memory.selector, name), getattr(other.selector, name))
+
+
 def test_the_running_mean_under_autocast():
     memory = build(selector=AvgK.Config(center=True), dtype=torch.float32)
     x = tokens(400, dtype=torch.float32)[0] + 3

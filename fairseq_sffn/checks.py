@@ -1,0 +1,101 @@
+"""What is looked at before a training starts: model, criterion and options together."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
+from fairseq.trainer import Trainer
+
+from .compat import replace_once
+from .criterions.routing_losses import RoutingLosses
+from .errors import UsageError
+from .memory import MemoryConfig, SparseMemory
+from .models.plugin_model import PluginModel
+
+logger = logging.getLogger(__name__)
+
+
+def apply() -> None:
+    """Checks every training of one of the plugin's models."""
+
+    @functools.wraps(Trainer.__init__)
+    def __init__(
+        self: Trainer, cfg: Any, task: Any, model: Any, criterion: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        if isinstance(model, PluginModel):
+            check_options(cfg, model)
+            check_criterion(model, criterion, str(cfg.criterion._name))
+        original(self, cfg, task, model, criterion, *args, **kwargs)
+
+    original = Trainer.__init__
+    replace_once(Trainer, "__init__", __init__)
+
+
+def check_options(cfg: Any, model: PluginModel) -> None:
+    """Raises UsageError where an option of fairseq's would leave a model that is of no use."""
+    path = cfg.common.quantization_config_path
+    if path and hasattr(model, "memory_config"):
+        raise UsageError(
+            f"--quantization-config-path {path}: quantization does not reach the tables of a "
+            "sparse FFN"
+        )
+    for side in ("encoder", "decoder"):
+        if kept := getattr(cfg.model, f"{side}_layers_to_keep", None):
+            raise UsageError(
+                f"--{side}-layers-to-keep {kept}: is for a trained model, as in --model-overrides "
+                f"\"{{'{side}_layers_to_keep': '{kept}'}}\"; a training's checkpoints would be "
+                "pruned whenever they are loaded"
+            )
+
+
+def check_criterion(model: PluginModel, criterion: Any, name: str) -> None:
+    """Looks at whether a criterion trains all of a model.
+
+    Args:
+        name: of the criterion.
+
+    Raises:
+        UsageError: it cannot, or leaves some parameters without a gradient.
+    """
+    decoder = getattr(model, "decoder", None)
+    smoothed = isinstance(criterion, LabelSmoothedCrossEntropyCriterion)
+    if smoothed and getattr(decoder, "adaptive_softmax", None) is not None:
+        raise UsageError(
+            f"--criterion {name}: not with --adaptive-softmax-cutoff; use sffn_cross_entropy"
+        )
+    config: MemoryConfig | None = getattr(model, "memory_config", None)
+    if config is None:  # without sparse layers
+        return
+    selector, has_losses = config.selector_class, isinstance(criterion, RoutingLosses)
+    weighs = has_losses and any(criterion.weights(selector).values())
+    if not has_losses and selector.default_balance_weight:
+        logger.warning(
+            f"--criterion {name}: trains {selector.name} without its balance loss; "
+            "sffn_cross_entropy has it"
+        )
+    if not weighs and not gate_learns(config) and has_router(model):
+        losses = "--balance-loss-weight" + " and --criterion sffn_cross_entropy" * (not has_losses)
+        raise UsageError(
+            f"--sffn-gate {config.gate_name}: leaves the router of {selector.name} without a "
+            f"gradient where no balance loss has a weight; choose another gate, or add {losses}"
+        )
+
+
+def gate_learns(config: MemoryConfig) -> bool:
+    """Whether gradients flow through a gate to the scores; one of a single weight that is
+    renormalised is always 1."""
+    alone = config.gate_name == "renormalized" and config.active_blocks == 1
+    return config.gate_name != "none" and not alone
+
+
+def has_router(model: PluginModel) -> bool:
+    """Whether some parameters do nothing but select blocks."""
+    return any(
+        parameter.requires_grad
+        for memory in model.modules()
+        if isinstance(memory, SparseMemory) and memory.config.selector_class.key_table == "full"
+        for parameter in memory.selector.parameters()
+    )
