@@ -13,7 +13,7 @@ from .compat import replace_once
 from .criterions.routing_losses import RoutingLosses
 from .errors import UsageError
 from .memory import MemoryConfig, SparseMemory
-from .models.plugin_model import PluginModel
+from .models.plugin_model import PluginModel, plugin_model_in
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +25,9 @@ def apply() -> None:
     def __init__(
         self: Trainer, cfg: Any, task: Any, model: Any, criterion: Any, *args: Any, **kwargs: Any
     ) -> None:
-        if isinstance(model, PluginModel):
-            check_options(cfg, model)
-            check_criterion(model, criterion, str(cfg.criterion._name))
+        if (ours := plugin_model_in(model)) is not None:
+            check_options(cfg, ours)
+            check_criterion(ours, criterion, str(cfg.criterion._name))
         original(self, cfg, task, model, criterion, *args, **kwargs)
 
     original = Trainer.__init__

@@ -172,8 +172,11 @@ def refuse_code_in_checkpoints() -> None:
     replace_once(checkpoint_utils, "load_model_ensemble_and_task", load_model_ensemble_and_task)
 
 
-def check_checkpoint(path: str) -> None:
+def check_checkpoint(path: str) -> Any:
     """Read a checkpoint without running anything in it.
+
+    Returns:
+        what it holds; tensors are mapped, not read, unless the file is of PyTorch before 1.6.
 
     Raises:
         UsageError: the file is missing, no checkpoint, truncated, or holds more than tensors and
@@ -185,8 +188,7 @@ def check_checkpoint(path: str) -> None:
     if not of_today and not is_of_old_torch(path):
         raise UsageError(f"checkpoint {path}: truncated, or not a checkpoint")
     try:
-        # Mapped where the format allows it, so that the tensors are not read twice.
-        torch.load(path, map_location="cpu", weights_only=True, mmap=of_today)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=of_today)
     except pickle.UnpicklingError as error:
         raise UsageError(
             f"checkpoint {path}: refused, it holds more than tensors and plain containers, "

@@ -8,9 +8,11 @@ from typing import Any
 import commands
 import pytest
 from models.small_lm import small_lm
+from torch import nn
 
 from fairseq_sffn.checks import check_options
 from fairseq_sffn.errors import UsageError
+from fairseq_sffn.models.plugin_model import plugin_model_in
 
 SHORT = ("--max-update", "1", "--no-save")
 SMOOTHED = ("--criterion", "sffn_label_smoothed_cross_entropy", "--label-smoothing", "0.1")
@@ -76,6 +78,12 @@ def test_quantization_is_for_models_without_sparse_layers() -> None:
     check_options(cfg, small_lm("dense"))
     with pytest.raises(UsageError, match=r"^--quantization-config-path q\.yaml: "):
         check_options(cfg, small_lm("avgk"))
+
+
+def test_a_wrapped_model_is_found() -> None:
+    model = small_lm("avgk")
+    assert plugin_model_in(nn.Sequential(model)) is plugin_model_in(model) is model
+    assert plugin_model_in(nn.Linear(2, 2)) is None
 
 
 @pytest.mark.parametrize(

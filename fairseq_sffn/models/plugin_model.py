@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Optional
 from fairseq.dataclass import FairseqDataclass
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import BaseFairseqModel, register_model
+from torch import nn
 
 from ..compat import check_precision
 from ..errors import UsageError
@@ -86,6 +87,12 @@ class PluginModel(BaseFairseqModel):
                 f"{shorten_mismatch(difference, getattr(self, 'memory_config', None))}; "
                 "train with the same --arch and model flags, or into another --save-dir"
             ) from error
+
+
+def plugin_model_in(model: nn.Module) -> Optional[PluginModel]:
+    """The plugin's model in what a trainer has, which ``--ddp-backend fully_sharded`` wraps;
+    ``None``: another's."""
+    return next((module for module in model.modules() if isinstance(module, PluginModel)), None)
 
 
 def check_selector(args: Any, promised: Optional[str], general: str) -> None:

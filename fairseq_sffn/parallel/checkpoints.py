@@ -232,11 +232,10 @@ def remove_unnamed(save_dir: Path) -> None:
         return
     for checkpoint in save_dir.glob("*.pt"):
         try:
-            check_checkpoint(str(checkpoint))
+            state = check_checkpoint(str(checkpoint))
         except UsageError as error:
             logger.warning(f"folders of parts are kept, since one may belong to it: {error}")
             return
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
         if isinstance(state, dict):
             folders.discard(state.get(KEY, {}).get("folder"))
     for name in folders:
@@ -295,10 +294,7 @@ def read_parts() -> None:
 def _is_in_parts(filename: str) -> bool:
     if not PathManager.isfile(filename):
         return False
-    path = PathManager.get_local_path(filename)
-    check_checkpoint(path)
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return "folder" in state.get(KEY, {})
+    return "folder" in check_checkpoint(PathManager.get_local_path(filename)).get(KEY, {})
 
 
 @contextmanager
@@ -402,8 +398,7 @@ def _open_parts(path: Path, saved: dict[str, Any]) -> list[dict[str, Any]]:
         part = part_path(path.parent / saved["folder"], shard, shards)
         if not part.is_file():
             raise UsageError(f"checkpoint {path}: its part {part} is missing")
-        check_checkpoint(str(part))
-        parts.append(torch.load(part, map_location="cpu", weights_only=True, mmap=True))
+        parts.append(check_checkpoint(str(part)))
         check_part(parts[-1], part, saved, shard)
     return parts
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..compat import replace_once
 from ..criterions.routing_losses import SENT
-from ..models.plugin_model import PluginModel
+from ..models.plugin_model import PluginModel, plugin_model_in
 from .groups import process_groups
 
 
@@ -117,7 +117,7 @@ def tell_models_of_dummies() -> None:
     @functools.wraps(Trainer._prepare_sample)
     def _prepare_sample(self: Trainer, *args: Any, **kwargs: Any) -> tuple[Any, bool]:
         sample, is_dummy = original(self, *args, **kwargs)
-        if isinstance(model := self.get_model(), PluginModel):
+        if (model := plugin_model_in(self.get_model())) is not None:
             model.expect_dummies(is_dummy)
         return sample, is_dummy
 
@@ -171,7 +171,8 @@ def fail_where_memory_ends() -> None:
 
     @functools.wraps(Trainer.train_step)
     def train_step(self: Trainer, samples: Any, raise_oom: bool = False) -> Any:
-        exchanging = self.data_parallel_world_size > 1 and isinstance(self.get_model(), PluginModel)
+        together = self.data_parallel_world_size > 1
+        exchanging = together and plugin_model_in(self.get_model()) is not None
         return original(self, samples, raise_oom=raise_oom or exchanging)
 
     original = Trainer.train_step

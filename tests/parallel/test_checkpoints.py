@@ -279,6 +279,16 @@ def test_parts_do_not_become_one_piece(saved):
     put_parts(torch.load(last, weights_only=True), last, Part(flat=True, reset_optimizer=True))
 
 
+def test_training_goes_on_from_a_checkpoint_of_old_pytorch(uninterrupted, data_bin, tmp_path):
+    saved = tmp_path / "saved"
+    losses = train(data_bin, saved, 1, 1, 4)
+    state = torch.load(saved / "checkpoint_last.pt", weights_only=True)
+    torch.save(state, saved / "checkpoint_last.pt", _use_new_zipfile_serialization=False)
+    (saved / FOLDERS[0]).mkdir()  # which makes training look into it
+    assert_near(losses | train(data_bin, saved, 1, 1, 8), uninterrupted[0])
+    assert parts(saved) == {}
+
+
 def test_a_link_to_a_checkpoint_in_parts(saved, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     link = tmp_path / "elsewhere" / "best.pt"
