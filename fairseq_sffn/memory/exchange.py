@@ -146,7 +146,7 @@ class _SumByToken(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, tokens_R: Tensor, num_tokens: int) -> Tensor:
         ctx.save_for_backward(tokens_R)
-        wide = torch.promote_types(rows_RD.dtype, torch.float32)  # as in one process
+        wide = torch.promote_types(rows_RD.dtype, torch.float32)  # as on a CPU anyway
         sums_ND = rows_RD.new_zeros(num_tokens, rows_RD.shape[1], dtype=wide)
         return sums_ND.index_add_(0, tokens_R, rows_RD.to(wide)).to(rows_RD.dtype)
 

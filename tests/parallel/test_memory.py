@@ -4,10 +4,7 @@ import json
 
 import launch
 import pytest
-import torch
 from oracle import CASES, UNSCORED
-
-from fairseq_sffn.memory.exchange import _SumByToken
 
 WHOLE = {
     "avgk-whole": "does not divide the 1 blocks",
@@ -42,10 +39,3 @@ def test_four_processes_are_one(case, shards, gate, report):
         assert outcome == "equal"
     else:
         assert outcome.startswith("refused") and reason in outcome
-
-
-def test_half_precision_rounds_what_ranks_send_for_a_token_once():
-    """As in one process: one added after the other, bfloat16 would end at 256."""
-    tokens = torch.zeros(300, dtype=torch.int64)
-    sums = _SumByToken.apply(torch.ones(300, 2, dtype=torch.bfloat16), tokens, 1)
-    assert sums.dtype == torch.bfloat16 and sums.tolist() == [[300, 300]]
