@@ -9,7 +9,7 @@ from .plan import Cell, Claim, Table
 from .statistics import Deviation, Difference, Summary, difference, pooled_deviation, summarize
 from .tables.part import text
 
-SUPPORTS, CONTRADICTS, UNDECIDED = "supports", "contradicts", "does not decide"
+SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,15 @@ class Verdict:
     difference: Difference | None = None
 
     def markdown(self) -> str:
-        """A sentence."""
-        better, worse = text(self.claim.better), text(self.claim.worse)
-        share = abs(self.flops - 1)
-        size = f"{share:.1%} {'more' if self.flops > 1 else 'fewer'} FLOPs than"
-        cost = f"{better} at {size if share >= 0.0005 else 'as many FLOPs as'} {worse}"
-        return f"{self.claim.text} This scale, with {cost}, **{self.word}** it: {self.reason}."
+        """The claim and what becomes of it."""
+        return f"{self.claim.text} **{self.word.capitalize()}** at this scale: {self.reason}."
 
 
 def decide(found: Difference) -> str:
     """The verdict on a difference that should be positive."""
     if found.least is None or abs(found.mean) <= found.least:
         return UNDECIDED
-    return SUPPORTS if found.mean > 0 else CONTRADICTS
+    return SUPPORTED if found.mean > 0 else CONTRADICTED
 
 
 def judge(
@@ -66,26 +62,21 @@ def judge(
     if low is None or high is None or gone:
         return Verdict(claim, flops, UNDECIDED, "results are missing")
     found = difference(high, low, within)
-    return Verdict(claim, flops, decide(found), compared(claim, low, high, found, within), found)
+    return Verdict(claim, flops, decide(found), compared(claim, low, high, found, flops), found)
 
 
-def compared(
-    claim: Claim, better: Summary, worse: Summary, found: Difference, within: Deviation | None
-) -> str:
-    """The two perplexities, means of seeds, and their difference beside what decides."""
+def compared(claim: Claim, better: Summary, worse: Summary, found: Difference, flops: float) -> str:
+    """The two perplexities, means of seeds, and their difference beside what is significant."""
+    share = abs(flops - 1)
+    cost = f"{share:.1%} {'more' if flops > 1 else 'fewer'}" if share >= 0.0005 else "equal"
     figures = (
-        f"test perplexity {better.mean:.2f} ({text(claim.better)}, {seeds(better)}) against "
-        f"{worse.mean:.2f} ({text(claim.worse)}, {seeds(worse)}), "
-        f"{'lower' if found.mean >= 0 else 'higher'} by {abs(found.mean):.2f}"
+        f"test perplexity {better.mean:.1f} ({text(claim.better)}, {seeds(better)}) against "
+        f"{worse.mean:.1f} ({text(claim.worse)}, {seeds(worse)}), "
+        f"{'lower' if found.mean >= 0 else 'higher'} by {abs(found.mean):.1f}"
     )
-    if within is None or found.error is None or found.least is None:
-        return f"{figures}; how far seeds deviate is not known"
-    size = "not more" if decide(found) == UNDECIDED else "more"
-    return (
-        f"{figures} ± {found.error:.2f} (standard error), {size} than the {found.least:.2f} that "
-        f"decides: 95% of Student's t, by the standard deviation {within.sd:.2f} between the seeds "
-        f"of a row ({within.freedom} degrees of freedom, of {within.groups} rows)"
-    )
+    if found.error is None or found.least is None:
+        return f"{figures} at {cost} FLOPs; the deviation between seeds is not known"
+    return f"{figures} ± {found.error:.1f} at {cost} FLOPs, where {found.least:.1f} is significant"
 
 
 def seeds(row: Summary) -> str:
@@ -118,6 +109,14 @@ def verdicts(study: Study, table: Table) -> list[Verdict]:
     return found
 
 
-def markdown(found: list[Verdict]) -> str:
-    """A list of verdicts."""
-    return "\n".join(f"- {verdict.markdown()}" for verdict in found)
+def markdown(found: list[Verdict], within: Deviation | None) -> str:
+    """A list of verdicts, and what they rest on."""
+    lines = "\n".join(f"- {verdict.markdown()}" for verdict in found)
+    if within is None or not any(verdict.difference for verdict in found):
+        return lines
+    return (
+        f"{lines}\n\n± is the standard error of the difference, from the standard deviation "
+        f"{within.sd:.2f} between the seeds of a row (pooled over {within.groups} rows, "
+        f"{within.freedom} degrees of freedom); significant is what exceeds the two-sided 95% "
+        "quantile of Student's t."
+    )

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 
 from .outcomes import (
@@ -93,7 +93,7 @@ def log_axis(
 
 
 def lines(study: Study, table: Table) -> Figure:
-    """Perplexity on validation against ``x``, a line for each group; other rows are levels."""
+    """Perplexity on test against ``x``, a line for each group; other rows are levels."""
     figure = new()
     axes = figure.subplots()
     groups = line_points(study, table)
@@ -101,21 +101,21 @@ def lines(study: Study, table: Table) -> Figure:
         error_bars(axes, points, name, i)
     levels = [o for o in study.outcomes(table) if not o.row.group]
     for i, o in enumerate(levels):
-        if found := summarize(o.perplexity("valid").values()):
+        if found := summarize(o.perplexity("test").values()):
             axes.axhline(
                 found.mean, color=GREY, linestyle=("--", ":", "-.")[i % 3], label=o.row.label
             )
     seen = [x for points in groups.values() for x, _ in points]
     log_axis(axes, seen, 2, lambda x: f"{x:g}")
     axes.set_xlabel(table.axis)
-    axes.set_ylabel("validation perplexity")
+    axes.set_ylabel("test perplexity")
     figure.legend(loc="outside right upper", frameon=False)
     finish(axes)
     return figure
 
 
 def flops(study: Study, table: Table) -> Figure:
-    """Perplexity on validation against the FLOPs of training."""
+    """Perplexity on test against the FLOPs of training."""
     points = flops_points(study, table)
     unit, name = flops_unit(max(x for _, x, _ in points))
     figure = new()
@@ -123,8 +123,8 @@ def flops(study: Study, table: Table) -> Figure:
     for i, (_, x, summary) in enumerate(points):
         error_bars(axes, [(x / unit, summary)], "", i)
     axes.margins(0.12)
-    axes.set_xlabel(f"training {name}")
-    axes.set_ylabel("validation perplexity")
+    axes.set_xlabel(name)
+    axes.set_ylabel("test perplexity")
     finish(axes)
     label_points(figure, axes, [(label, x / unit, summary.mean) for label, x, summary in points])
     return figure
@@ -181,26 +181,33 @@ def curve(outcome: Outcome, name: str) -> tuple[list[float], list[float]]:
 
 
 def load(study: Study, table: Table) -> Figure:
-    """How the load of blocks went in training."""
-    outcomes = routed(study, table)
-    figure = new(10.0, 4.5)
-    loads, unused = figure.subplots(1, 2)
-    for i, o in enumerate(outcomes):
-        memory = study.model(o.row).memory
-        assert memory is not None
-        loads.plot(*curve(o, "load_max"), label=o.row.label, **line(i))
-        updates, blocks = curve(o, "unused_blocks")
-        unused.plot(updates, [b / memory.num_blocks for b in blocks], **line(i))
+    """How the load of blocks went in training: a column for each group of rows."""
+    by_group: dict[str, list[Outcome]] = {}
+    for o in routed(study, table):
+        by_group.setdefault(o.row.group, []).append(o)
+    figure = new(max(6.0, 4.2 * len(by_group)), 7.0)
+    panels = figure.subplots(2, len(by_group), sharex=True, sharey="row", squeeze=False)
+    for (loads, used), (name, rows) in zip(panels.T, by_group.items(), strict=True):
+        for i, o in enumerate(rows):
+            memory = study.model(o.row).memory
+            assert memory is not None
+            loads.plot(*curve(o, "load_max"), **line(i))
+            updates, unused = curve(o, "unused_blocks")
+            share = [1 - blocks / memory.num_blocks for blocks in unused]
+            used.plot(updates, share, label=o.row.label, **line(i))
+        loads.set_title(name, fontsize=10)
+        used.set_xlabel("updates")
+        used.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+        for axes in (loads, used):
+            finish(axes)
+    loads, used = panels[:, 0]
     loads.set_ylabel("most loaded block / mean")
     loads.set_yscale("log", base=2)
+    loads.yaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.5)))
     loads.yaxis.set_major_formatter("{x:g}")
-    unused.set_ylabel("unused blocks")
-    unused.yaxis.set_major_formatter(PercentFormatter(1.0, 0))
-    unused.set_ylim(bottom=0)
-    for axes in (loads, unused):
-        axes.set_xlabel("updates")
-        finish(axes)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    loads.set_ylim(bottom=1)
+    used.set_ylabel("used blocks")
+    used.yaxis.set_major_formatter(PercentFormatter(1.0, 0))
     return figure
 
 
@@ -216,7 +223,7 @@ def gap(study: Study, table: Table) -> Figure:
     log_axis(axes, seen, 10, short)
     axes.yaxis.set_major_formatter("{x:+.0%}")
     axes.set_xlabel(table.axis or "training tokens")
-    axes.set_ylabel("validation perplexity, against dense")
+    axes.set_ylabel("test perplexity, against dense")
     figure.legend(loc="outside right upper", frameon=False)
     finish(axes)
     return figure
@@ -228,6 +235,10 @@ def short(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g}{suffix}"
     return f"{value:g}"
+
+
+LEAST_LOAD = 1 / 16
+"""Loads of blocks below it, over the mean, are not told apart."""
 
 
 def routing(study: Study, table: Table) -> Figure:
@@ -253,7 +264,8 @@ def routing(study: Study, table: Table) -> Figure:
         axes.set_title(f"layer {layer}", fontsize=10)
         axes.set_xlabel("blocks, most loaded first")
         axes.set_ylabel("load / mean")
-        axes.set_yscale("symlog", base=2, linthresh=0.25, linscale=0.5)
+        axes.set_yscale("log", base=2, nonpositive="clip")
+        axes.set_ylim(bottom=LEAST_LOAD)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, 0))
         finish(axes)
@@ -278,29 +290,36 @@ def token_bars(
                 axes.bar(x, summary.mean, width, yerr=summary.sd, color=COLORS[i % len(COLORS)])
     axes.set_xticks(range(len(layers)), [f"layer {layer}" for layer in layers])
     axes.set_ylim(0, 1.05)
-    axes.set_title("how far the token decides", fontsize=10)
-    axes.set_ylabel("bits that the token tells / most there can be")
+    axes.set_title("token dependence", fontsize=10)
+    axes.set_ylabel("mutual information / maximum")
     finish(axes)
 
 
 def bars(study: Study, table: Table) -> Figure:
-    """Test perplexity of each row: seeds, and their mean and deviation."""
+    """Test perplexity of each row, the lowest first: seeds, and their mean and deviation, in the
+    colour of the row's group."""
     found = tested(study, table)
+    found.sort(key=lambda o: statistics.fmean(o.perplexity("test").values()))
+    groups = list(dict.fromkeys(o.row.group for o in study.outcomes(table) if o.row.group))
+    colors = dict(zip(groups, COLORS, strict=False))
     figure = new(8.0, 1.2 + 0.34 * len(found))
     axes = figure.subplots()
     for i, o in enumerate(found):
         values = o.perplexity("test")
         summary = summarize(values.values())
         assert summary is not None
+        color = colors.get(o.row.group, COLORS[6])
         axes.errorbar(
-            summary.mean, i, xerr=summary.sd, fmt="|", color=COLORS[0], capsize=4, markersize=14
+            summary.mean, i, xerr=summary.sd, fmt="|", color=color, capsize=4, markersize=14
         )
         if len(values) > 1:
-            axes.plot(
-                [*values.values()], [i] * len(values), "o", color=COLORS[1], markersize=4, zorder=3
-            )
+            axes.plot([*values.values()], [i] * len(values), "o", color=color, markersize=4)
         if o.row.model == "dense":
             axes.axvline(summary.mean, color=GREY, linestyle="--", linewidth=1, zorder=0)
+    for name, color in colors.items():
+        axes.plot([], [], "o", color=color, markersize=4, label=name)
+    if colors:
+        axes.legend(frameon=False, fontsize=9)
     axes.set_yticks(range(len(found)), [o.row.label for o in found])
     axes.invert_yaxis()
     axes.set_xlabel("test perplexity (dots: seeds; bars: standard deviation; dashed: dense)")

@@ -132,11 +132,13 @@ class Study:
         return [outcome(row, self.results, part) for row in table.rows]
 
     def sweeps(self, table: Table) -> dict[str, dict[float, float]]:
-        """Of the trainings that chose learning rates: the model, or the label of a row that has its
-        own -> learning rate -> perplexity on validation, infinite where it diverged."""
+        """Of the trainings that chose learning rates: label -> learning rate -> perplexity on
+        validation, infinite where it diverged. The label is that of a row that has its own, or is
+        the model with its defaults; elsewhere the model."""
+        defaults = {r.model: r.label for r in reversed(table.rows) if not r.flags}
         found: dict[tuple[Cell, ...], str] = {}
         for row in table.rows:
-            name = row.label if row.sweep else row.model
+            name = row.label if row.sweep else defaults.get(row.model, row.model)
             found.setdefault(tuple(sweep_cells(row, self.scale)), name)
         return {
             label: {
@@ -203,38 +205,38 @@ def groups(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
 
 
 def line_points(study: Study, table: Table) -> Points:
-    """Perplexity on validation against ``x``, of the groups that have any."""
+    """Perplexity on test against ``x``, of the groups that have any."""
     found: Points = {}
     for name, rows in groups(study.outcomes(table)).items():
         for o in rows:
-            x, ppl = row_x(o.row, study.scale), summarize(o.perplexity("valid").values())
+            x, ppl = row_x(o.row, study.scale), summarize(o.perplexity("test").values())
             if x is not None and ppl is not None:
                 found.setdefault(name, []).append((x, ppl))
     return found
 
 
 def gap_points(study: Study, table: Table) -> Points:
-    """How much higher each group's perplexity is than the reference's at the same ``x``, or at the
-    same training tokens where a row has none; of the groups that have any."""
+    """How much higher each group's test perplexity is than the reference's at the same ``x``, or at
+    the same training tokens where a row has none; of the groups that have any."""
     by_group = groups(study.outcomes(table))
 
     def where(o: Outcome) -> float:
         x = row_x(o.row, study.scale)
         return float(study.tokens(o.row)) if x is None else x
 
-    reference = {where(o): o.perplexity("valid") for o in by_group.pop(REFERENCE, [])}
+    reference = {where(o): o.perplexity("test") for o in by_group.pop(REFERENCE, [])}
     found: Points = {}
     for name, rows in by_group.items():
         for o in rows:
-            base, own = reference.get(where(o), {}), o.perplexity("valid")
+            base, own = reference.get(where(o), {}), o.perplexity("test")
             if ratio := summarize(own[seed] / base[seed] - 1 for seed in own if seed in base):
                 found.setdefault(name, []).append((where(o), ratio))
     return found
 
 
 def flops_points(study: Study, table: Table) -> list[tuple[str, float, Summary]]:
-    """Label, FLOPs of training and perplexity on validation."""
-    found = [(o, summarize(o.perplexity("valid").values())) for o in study.outcomes(table)]
+    """Label, FLOPs of training and perplexity on test."""
+    found = [(o, summarize(o.perplexity("test").values())) for o in study.outcomes(table)]
     return [(o.row.label, study.training_flops(o), ppl) for o, ppl in found if ppl is not None]
 
 

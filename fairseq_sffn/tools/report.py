@@ -90,7 +90,7 @@ class Report:
             names = ", ".join(".".join(filter(None, [table.name, name])) for name in sorted(known))
             raise UsageError(f"{table.name}.{part}: is none of {names}")
         if part == "claims":
-            return claims.markdown(self.verdicts[table.name])
+            return claims.markdown(self.verdicts[table.name], claims.seed_deviation(self.study))
         if part == "figure":
             figure = self.figure(table)
             if figure is None:

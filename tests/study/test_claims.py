@@ -9,11 +9,12 @@ import pytest
 from study import made
 
 from fairseq_sffn.study.claims import (
-    CONTRADICTS,
-    SUPPORTS,
+    CONTRADICTED,
+    SUPPORTED,
     UNDECIDED,
     Verdict,
     judge,
+    markdown,
     seed_deviation,
     verdicts,
 )
@@ -54,19 +55,27 @@ def verdict(
 
 def test_the_three_verdicts() -> None:
     better, worse = (10.0, 12.0, 11.0), (20.0, 22.5, 20.5)
-    assert verdict(better, worse).word == SUPPORTS
-    assert verdict(worse, better).word == CONTRADICTS
+    assert verdict(better, worse).word == SUPPORTED
+    assert verdict(worse, better).word == CONTRADICTED
     assert verdict((10.0, 12.0, 11.0), (20.0, 1.0, 11.5)).word == UNDECIDED
     found = verdict(better, worse)
     assert found.difference is not None and found.difference.mean == pytest.approx(10)
     error = 3 * math.sqrt(2 / 3)
     assert found.markdown() == (
-        "A beats B. This scale, with A at 2.5% more FLOPs than B, **supports** it: test perplexity "
-        f"11.00 (A, 3 seeds) against 21.00 (B, 3 seeds), lower by 10.00 ± {error:.2f} (standard "
-        "error), more than the 6.80 that decides: 95% of Student's t, by the standard deviation "
-        "3.00 between the seeds of a row (4 degrees of freedom, of 2 rows)."
+        "A beats B. **Supported** at this scale: test perplexity 11.0 (A, 3 seeds) against 21.0 "
+        f"(B, 3 seeds), lower by 10.0 ± {error:.1f} at 2.5% more FLOPs, where 6.8 is significant."
     )
-    assert "higher by 10.00 ±" in verdict(worse, better).markdown()
+    assert "higher by 10.0 ±" in verdict(worse, better).markdown()
+
+
+def test_what_verdicts_rest_on_is_said_once() -> None:
+    found = verdict((10.0, 12.0, 11.0), (20.0, 22.5, 20.5))
+    text = markdown([found, found], WITHIN)
+    assert text.startswith(f"- {found.markdown()}\n- {found.markdown()}\n\n± is the standard error")
+    assert "deviation 3.00 between the seeds of a row (pooled over 2 rows, 4 degrees" in text
+    missing = verdict((), ())
+    for within, verdicts_ in ((WITHIN, [missing]), (None, [found])):
+        assert markdown(verdicts_, within) == f"- {verdicts_[0].markdown()}"
 
 
 def test_two_seeds_that_agree_by_chance_decide_nothing() -> None:
@@ -74,38 +83,36 @@ def test_two_seeds_that_agree_by_chance_decide_nothing() -> None:
     assert verdict((10.0, 11.0), (11.0, 12.0)).word == UNDECIDED
 
 
-@pytest.mark.parametrize(("share", "word"), [(1.001, SUPPORTS), (0.999, UNDECIDED)])
+@pytest.mark.parametrize(("share", "word"), [(1.001, SUPPORTED), (0.999, UNDECIDED)])
 @pytest.mark.parametrize("seeds", [(2, 2), (3, 3), (1, 3), (1, 1)])
 def test_what_decides(seeds: tuple[int, int], share: float, word: str) -> None:
     first, second = seeds
     low = (10.0,) * first
     high = (10.0 + share * LEAST * math.sqrt(1 / first + 1 / second),) * second
     assert verdict(low, high).word == word
-    assert verdict(high, low).word == (CONTRADICTS if word == SUPPORTS else UNDECIDED)
+    assert verdict(high, low).word == (CONTRADICTED if word == SUPPORTED else UNDECIDED)
 
 
 @pytest.mark.parametrize(
     ("flops", "words"),
     [
-        (1.4996, "A at 50.0% more FLOPs than B"),
-        (0.9, "A at 10.0% fewer FLOPs than B"),
-        (1.0001, "A at as many FLOPs as B"),
+        (1.4996, "at 50.0% more FLOPs"),
+        (0.9, "at 10.0% fewer FLOPs"),
+        (1.0001, "at equal FLOPs"),
     ],
 )
 def test_flops_are_said(flops: float, words: str) -> None:
-    found = verdict((), (), flops=flops)
-    assert found.markdown() == (
-        f"A beats B. This scale, with {words}, **does not decide** it: results are missing."
-    )
+    assert f"{words}, where" in verdict((10.0,), (30.0,), flops=flops).markdown()
+    assert f"{words}; the deviation" in verdict((10.0,), (30.0,), None, flops).markdown()
 
 
 def test_one_seed() -> None:
     """Its deviation is that of the rows that have several."""
     found = verdict((10.0,), (30.0,))
-    assert found.word == SUPPORTS
-    assert "10.00 (A, one seed) against 30.00 (B, one seed), lower by 20.00 ± 4.24" in found.reason
+    assert found.word == SUPPORTED
+    assert "10.0 (A, one seed) against 30.0 (B, one seed), lower by 20.0 ± 4.2" in found.reason
     alone = verdict((10.0,), (30.0,), None)
-    assert alone.word == UNDECIDED and "how far seeds deviate is not known" in alone.reason
+    assert alone.word == UNDECIDED and "the deviation between seeds is not known" in alone.reason
 
 
 @pytest.mark.parametrize("some", [(), (10.0, None, 11.0), (None, 10.0, 12.0)])
@@ -133,7 +140,7 @@ def test_the_deviation_is_of_each_training_once(tmp_path_factory: pytest.TempPat
     assert found is not None and (found.groups, found.freedom) == (2, 3)
     assert found.sd == pytest.approx(math.sqrt((8.0 + 0.5) / 3))
     (claim,) = verdicts(study, tables["t"])
-    assert claim.word == SUPPORTS and "±" in claim.markdown()
+    assert claim.word == SUPPORTED and "±" in claim.markdown()
     avgk, switch = map(study.training_flops, study.outcomes(tables["t"])[:2])
     assert claim.flops == avgk / switch
     assert seed_deviation(Study(results.scale, results, {"t": made.table(c)})) is None

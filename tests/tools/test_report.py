@@ -174,12 +174,14 @@ def test_perplexity(printed: str) -> None:
     tokens = scale.updates * scale.batch_size * scale.tokens_per_sample
     cost = cost_figures(model, 16, tokens)
     assert cells(text, "dense") == [
-        *(f"{cost['params']:,}", f"{cost['train_zettaflops'] * 1e9:.4g}", "0.002"),
-        *("50.00 ± 0.00", "103.00 ± 3.61", "123.00 ± 3.61", "1,002"),
+        *(f"{cost['params'] / 1e6:.2f}M", f"{cost['train_zettaflops'] * 1e9:#.4g}", "0.002"),
+        *("50.0 ± 0.0", "103.0 ± 3.6", "123.0 ± 3.6"),
     ]
-    assert cells(text, "Avg-K")[3:6] == ["50.00 ± 0.00", "93.00 ± 3.61", "113.00 ± 3.61"]
-    domains = text[text.index("| model | fiction | law |") :]
-    assert cells(domains, "dense") == ["113.00 ± 3.61", "133.00 ± 3.61"]
+    assert cells(text, "Avg-K")[3:6] == ["50.0 ± 0.0", "93.0 ± 3.6", "113.0 ± 3.6"]
+    assert "Trained on 2 cores of a processor." in text
+    domains = text[text.index("| set | dense | Avg-K | Switch |") :]
+    assert cells(domains, "fiction")[:2] == ["113 ± 4", "103 ± 4"]
+    assert cells(domains, "law")[:2] == ["133 ± 4", "123 ± 4"]
 
 
 def test_learning_rates(printed: str, folder: Path, tmp_path: Path) -> None:
@@ -187,8 +189,10 @@ def test_learning_rates(printed: str, folder: Path, tmp_path: Path) -> None:
         text = section(printed, "Main")
         return text[text.index("| model | 0.001 | 0.002 |") :]
 
-    for model in ("dense", "avgk", "switch"):
-        assert cells(rates(printed), model) == ["8.0", "**4.0**"]
+    for label in ("dense", "Avg-K", "Switch"):
+        assert cells(rates(printed), label) == ["8.0", "**4.0**"]
+    only_changed = section(printed, "Balance").partition("| model | 0.001")[2]
+    assert cells(only_changed, "avgk") == ["8.0", "**4.0**"]
     assert "after 13 updates" in rates(printed)  # a third of 40
 
     shutil.copytree(folder, tmp_path / "study")
@@ -201,7 +205,7 @@ def test_learning_rates(printed: str, folder: Path, tmp_path: Path) -> None:
         results.add(diverged, made.swept(None))
     text = rates(report(study, "--no-figures"))
     assert cells(text, "dense") == ["diverged", ""]
-    assert cells(text, "avgk") == ["", "diverged"]
+    assert cells(text, "Avg-K") == ["", "diverged"]
 
 
 def test_what_is_missing_is_said(printed: str) -> None:
@@ -210,7 +214,7 @@ def test_what_is_missing_is_said(printed: str) -> None:
     assert "Mean ± standard deviation of 3 seeds." in text
     assert "## Later" not in printed
     lines = section(printed, "Lines")
-    assert "One seed: no deviation is known. Training FLOPs are" in lines and "±" not in lines
+    assert "One seed. Training FLOPs:" in lines and "±" not in lines
     assert "A note." in lines
 
 
@@ -218,18 +222,19 @@ def test_claims(printed: str) -> None:
     text = section(printed, "Main")
     flops = float(cells(text, "Avg-K")[1]) / float(cells(text, "dense")[1]) - 1
     assert (
-        f"- Avg-K beats dense. This scale, with Avg-K at {flops:.1%} more FLOPs than dense, "
-        "**supports** it: test perplexity 93.00 (Avg-K, 3 seeds) against 103.00 (dense, 3 seeds), "
-        "lower by 10.00 ± 2.68 (standard error), more than the 6.90 that decides"
+        "- Avg-K beats dense. **Supported** at this scale: test perplexity 93.0 (Avg-K, 3 seeds) "
+        f"against 103.0 (dense, 3 seeds), lower by 10.0 ± 2.7 at {flops:.1%} more FLOPs, where 6.9 "
+        "is significant.\n"
     ) in text
-    assert "**does not decide** it: results are missing." in text.partition("beats Switch.")[2]
+    assert "- Avg-K beats Switch. **Undecided** at this scale: results are missing.\n" in text
+    assert text.count("± is the standard error") == 1
 
 
 def test_balance(printed: str) -> None:
     text = section(printed, "Balance")
     blocks = [10 * (i + 1) for i in range(127)], [10 * (i + 2) for i in range(127)]
     loads = [max(b) * 128 / sum(b) for b in blocks]
-    assert cells(text, "Avg-K")[-3:-1] == [f"{sum(loads) / 2:.2f}", "1.0"]
+    assert cells(text, "Avg-K")[-3:-1] == [f"{sum(loads) / 2:.2f}", f"{127 / 128:.1%}"]
     assert 0.9 < float(cells(text, "Avg-K")[-1]) < 1
     assert cells(text, "dense")[-3:] == ["", "", ""]
 
@@ -252,12 +257,12 @@ def test_a_tokens_blocks_do_not_tell_which_of_them_a_use_is() -> None:
 def test_zero_shot(printed: str) -> None:
     text = section(printed, "Zero")
     assert cells(text, "dense") == ["50.0 ± 2.0", "0.1 ± 1.0", "25.1"]
-    assert cells(text, "Avg-K") == ["55.0 ± 2.0", "0.1 ± 1.0", "27.6"]
+    assert cells(text, "Avg-K") == ["55.0 ± 2.0†", "0.1 ± 1.0", "27.6"]
     assert cells(text, "Switch") == ["", "", ""]
     assert cells(text, "random") == ["50.0", "0.1", "25.1"]
     assert (
-        "1 of the 4 accuracies are more than two standard errors of guesses, sqrt(random (1 - "
-        "random) / documents), from random: Avg-K on piqa (+5.0). All rows answer"
+        "† more than two standard errors of guesses, sqrt(random (1 - random) / documents), from "
+        "random: 1 of 4. All rows answer"
     ) in text
     assert "500 to 1,000 documents a task." in text
     assert "1 of 3 trainings are missing." in text
@@ -374,7 +379,7 @@ def test_json(folder: Path) -> None:
         "count": 3,
     }
     claim = found["main"]["claims"][0]
-    assert claim["word"] == "supports" and claim["difference"]["mean"] == 10
+    assert claim["word"] == "supported" and claim["difference"]["mean"] == 10
 
 
 PAGE = """before
@@ -410,15 +415,15 @@ def test_pages(folder: Path, page: Path) -> None:
     assert page.read_text() == PAGE
     report(folder, "--write", page, "--no-figures")
     text = page.read_text()
-    assert "| dense |" in text and "**supports**" in text and "| model | fiction | law |" in text
+    assert "| dense |" in text and "**Supported**" in text and "| set | dense |" in text
     assert "![Main](../figures/small/main.png)" in text and text.count("![") == 1
     assert "1 of 1 trainings are missing." in text
     assert text.startswith("before\n") and text.endswith("after\n")
     assert "all blocks are" in report(folder, "--write", page, "--check")
-    page.write_text(text.replace("103.00", "103.01", 1))
+    page.write_text(text.replace("103.0", "103.1", 1))
     with pytest.raises(SystemExit, match=r"page\.md: differs"):
         report(folder, "--write", page, "--check")
-    assert "103.01" in page.read_text()
+    assert "103.1" in page.read_text()
 
 
 def test_line_ends_of_a_page_stay(folder: Path, page: Path) -> None:
@@ -485,7 +490,7 @@ def test_a_diverged_training_is_said_and_not_averaged(folder: Path, tmp_path: Pa
     text = report(other)
     assert cells(text, "Avg-K")[3:6] == ["", "", ""]
     assert "Avg-K diverged (seed 2)." in text and "are missing" not in text
-    assert "**does not decide** it: Avg-K diverged." in text
+    assert "**Undecided** at this scale: Avg-K diverged." in text
 
 
 @pytest.mark.parametrize(
@@ -541,7 +546,7 @@ def test_a_table_that_trains_nothing(figure: str, folder: Path, tmp_path: Path) 
     with contextlib.redirect_stdout(out):
         cli.main(["report", str(tmp_path), "--scale", scale])
     assert cells(out.getvalue(), "dense") and "![" not in out.getvalue()
-    assert "more FLOPs than dense, **does not decide** it: results are missing." in out.getvalue()
+    assert "dense. **Undecided** at this scale: results are missing." in out.getvalue()
     (tmp_path / "main.toml").write_text(text.replace("{kind}", "perplexity"))
     with pytest.raises(SystemExit, match=r"main\.toml: row 'dense': seeds: is empty"):
         cli.main(["report", str(tmp_path), "--scale", scale])

@@ -20,7 +20,7 @@ def balance(study: Study, table: Table) -> Parts:
     (part,) = parts[""]
     columns = dict(part.columns) | {
         "most loaded / mean": summary(2),
-        "unused blocks": summary(1),
+        "used blocks": summary(1, "%"),
         "entropy": summary(3),
     }
     rows = [
@@ -28,15 +28,16 @@ def balance(study: Study, table: Table) -> Parts:
         for row, o in zip(part.rows, study.outcomes(table), strict=True)
     ]
     note = (
-        "Loads are those of the validation split at the end, the mean of the sparse layers; "
-        "entropy is 1 where all blocks are used alike."
+        "Load on the validation split at the end of training, mean of the sparse layers: of the "
+        "most loaded block over the mean; share of the blocks that some token uses; entropy over "
+        "its maximum, 1 for an even load."
     )
     return parts | {"": [Part(columns, rows, [*part.notes, note])]}
 
 
 def load(outcome: Outcome) -> tuple[Value, Value, Value]:
-    """Most loaded block over mean, unused blocks and entropy: means of layers, by seed."""
-    measures = (usage.load_max, usage.unused_blocks, usage.load_entropy)
+    """Most loaded block over mean, share of used blocks and entropy: means of layers, by seed."""
+    measures = (usage.load_max, usage.memory_usage, usage.load_entropy)
     layers = [
         [torch.tensor(layer["counts"]) for layer in result["routing"].values()]
         for result in outcome.good.values()

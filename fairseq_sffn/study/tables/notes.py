@@ -10,8 +10,8 @@ from ..plan import Table
 from .part import text
 
 FLOPS_NOTE = (
-    "Training FLOPs are those of three forward passes, and a fourth of the layers for activations "
-    "that are recomputed, whether or not they are."
+    "Training FLOPs: three forward passes, and one more of the layers for the recomputation of "
+    "activations, done or not."
 )
 
 
@@ -19,7 +19,7 @@ def seeds_note(outcomes: Sequence[Outcome]) -> str:
     """How many seeds there are, and what ± is."""
     counts = {len(o.row.seeds) for o in outcomes}
     if counts == {1}:
-        return "One seed: no deviation is known."
+        return "One seed."
     only = max(counts)
     if len(counts) == 1:
         return f"Mean ± standard deviation of {only} seeds."
@@ -31,7 +31,7 @@ def gaps_notes(outcomes: Sequence[Outcome]) -> list[str]:
     gone, all_ = count_missing(outcomes)
     notes = [f"{gone} of {all_} trainings are missing."] if gone else []
     if gone and any(0 < len(o.results) < len(o.cells) for o in outcomes):
-        notes.append("Rows with some of their seeds missing are of the others.")
+        notes.append("Where a row has only some of its seeds, it shows those.")
     for o in outcomes:
         if o.diverged:
             seeds = ", ".join(map(str, o.diverged))
@@ -45,10 +45,10 @@ def versions_notes(results: Iterable[Mapping[str, Any]]) -> list[str]:
     return [f"Trained with {count} versions of the code."] if count > 1 else []
 
 
-def speed_note(outcomes: Sequence[Outcome]) -> str:
-    """What tokens/s are of."""
+def machine_note(outcomes: Sequence[Outcome]) -> str:
+    """What was trained on."""
     machines = dict.fromkeys(r["machine"] for o in outcomes for r in o.good.values())
-    return f"Speed beside other trainings, on {' or '.join(machines)}." if machines else ""
+    return f"Trained on {' or '.join(machines)}." if machines else ""
 
 
 def note_of(table: Table) -> list[str]:

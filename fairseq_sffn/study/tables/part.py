@@ -30,7 +30,7 @@ class Part:
 
     def markdown(self) -> str:
         """Title, table and notes."""
-        head = list(self.columns)
+        head = list(map(text, self.columns))
         rule = ["---" if show in (text, markdown) else "---:" for show in self.columns.values()]
         body = [
             [
@@ -81,6 +81,11 @@ def whole(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def millions(value: float) -> str:
+    """A count of parameters."""
+    return f"{value / 1e6:,.2f}M"
+
+
 def percent(value: float) -> str:
     """A share, with its sign."""
     return f"{value:+.2%}"
@@ -91,11 +96,13 @@ def plain(value: float) -> str:
     return f"{value:g}"
 
 
-def summary(digits: int) -> Show:
-    """Mean ± standard deviation, or the mean where there is no deviation."""
+def summary(digits: int, unit: str = "") -> Show:
+    """Mean ± standard deviation, or the mean where there is no deviation; with ``unit="%"``, of
+    shares."""
+    scale = 100 if unit == "%" else 1
 
     def show(value: Summary) -> str:
-        sd = "" if value.sd is None else f" ± {value.sd:,.{digits}f}"
-        return f"{value.mean:,.{digits}f}{sd}"
+        sd = "" if value.sd is None else f" ± {scale * value.sd:,.{digits}f}"
+        return f"{scale * value.mean:,.{digits}f}{sd}{unit}"
 
     return show

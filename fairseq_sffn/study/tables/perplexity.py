@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 
 from ..outcomes import Outcome, Study, all_results
 from ..plan import Table, sweep_cells
 from ..statistics import summarize
-from .notes import FLOPS_NOTE, gaps_notes, note_of, seeds_note, speed_note, versions_notes
-from .part import Part, Parts, Show, Value, plain, summary, text, whole
+from .notes import FLOPS_NOTE, gaps_notes, machine_note, note_of, seeds_note, versions_notes
+from .part import Part, Parts, Show, Value, millions, plain, summary, text
 
-PREFIXES = {1e12: "TFLOPs", 1e15: "PFLOPs", 1e18: "EFLOPs", 1e21: "ZFLOPs"}
+UNITS = {1e12: "10¹² FLOPs", 1e15: "10¹⁵ FLOPs", 1e18: "10¹⁸ FLOPs", 1e21: "10²¹ FLOPs"}
 
 
 def flops_unit(largest: float) -> tuple[float, str]:
-    """The unit in which the largest of some FLOPs is a number above 1."""
-    fitting = [unit for unit in PREFIXES if unit <= largest] or [min(PREFIXES)]
-    return fitting[-1], PREFIXES[fitting[-1]]
+    """The unit in which the largest of some FLOPs is a number above 1, and what they are called."""
+    fitting = [unit for unit in UNITS if unit <= largest] or [min(UNITS)]
+    return fitting[-1], f"training compute, {UNITS[fitting[-1]]}"
 
 
 def perplexity(study: Study, table: Table) -> Parts:
@@ -27,7 +26,7 @@ def perplexity(study: Study, table: Table) -> Parts:
     columns, rows = perplexity_columns(study, outcomes)
     notes = [
         *(seeds_note(outcomes), *gaps_notes(outcomes), *versions_notes(all_results(outcomes))),
-        *(FLOPS_NOTE, speed_note(outcomes), *note_of(table)),
+        *(FLOPS_NOTE, machine_note(outcomes), *note_of(table)),
     ]
     part = Part(columns, rows, list(filter(None, notes)))
     return {
@@ -45,23 +44,20 @@ def perplexity_columns(
     unit, name = flops_unit(max(flops))
     columns: dict[str, Show] = {
         "model": text,
-        "parameters": whole,
-        f"training {name}": "{:,.4g}".format,
-        "lr": plain,
-        "valid ppl": summary(2),
-        "test ppl": summary(2),
-        "out-of-domain ppl": summary(2),
-        "tokens/s": whole,
+        "parameters": millions,
+        name: "{:#,.4g}".format,
+        "learning rate": plain,
+        "valid ppl": summary(1),
+        "test ppl": summary(1),
+        "out-of-domain ppl": summary(1),
     }
     rows = []
     for o, used in zip(outcomes, flops, strict=True):
-        speeds = [r["training"]["tokens_per_second"] for r in o.good.values()]
         values: tuple[Value, ...] = (
             *(o.row.label, study.model(o.row).cost["params"], used / unit, o.lr),
             summarize(o.perplexity("valid").values()),
             summarize(o.perplexity("test").values()),
             summarize(o.out_of_domain().values()),
-            statistics.median(speeds) if speeds else None,
         )
         rows.append(dict(zip(columns, values, strict=True)))
     return columns, rows
@@ -80,7 +76,7 @@ def learning_rates(study: Study, table: Table) -> Part:
         cells = {plain(r): f"**{s}**" if r == best else s for r, s in shown.items()}
         rows.append({"model": label, **cells})
     updates = max(1, round(study.scale.sweep_share * study.scale.updates))
-    note = f"Validation perplexity after {updates} updates, one seed; bold: the rate that is used."
+    note = f"Validation perplexity after {updates} updates, one seed; bold: the chosen rate."
     swept = [
         study.results.get(cell) for row in table.rows for cell in sweep_cells(row, study.scale)
     ]
@@ -88,13 +84,17 @@ def learning_rates(study: Study, table: Table) -> Part:
 
 
 def domains(outcomes: Sequence[Outcome]) -> Part:
-    """Perplexity on each set out of domain."""
+    """Perplexity on each set out of domain: a row for each set, a column for each model."""
     names = list(dict.fromkeys(name for o in outcomes for name in o.domains))
-    columns: dict[str, Show] = {"model": text, **{name: summary(2) for name in names}}
+    columns: dict[str, Show] = {"set": text, **{o.row.label: summary(0) for o in outcomes}}
     rows = [
-        {"model": o.row.label}
-        | {name: summarize(o.perplexity(name).values()) for name in names if name in o.domains}
-        for o in outcomes
+        {"set": name}
+        | {
+            o.row.label: summarize(o.perplexity(name).values())
+            for o in outcomes
+            if name in o.domains
+        }
+        for name in names
     ]
     notes = [seeds_note(outcomes), *gaps_notes(outcomes), *versions_notes(all_results(outcomes))]
     return Part(columns, rows, notes)

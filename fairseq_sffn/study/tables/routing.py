@@ -27,11 +27,11 @@ def routing(study: Study, table: Table) -> Parts:
         "model": text,
         "layer": str,
         "most loaded / mean": summary(2),
-        "unused blocks": summary(1),
-        "block bits": summary(2),
-        "token decides": summary(2),
-        "overlap of seeds": summary(2),
-        "overlap with tokens": summary(2),
+        "used blocks": summary(1, "%"),
+        "block entropy, bits": summary(2),
+        "token dependence": summary(2),
+        "agreement of seeds": summary(2),
+        "agreement with tokens": summary(2),
     }
     rows = [
         dict(zip(columns, (o.row.label, layer, *layer_values(study, o, layer)), strict=True))
@@ -40,15 +40,14 @@ def routing(study: Study, table: Table) -> Parts:
     ]
     notes = [
         seeds_note(outcomes),
-        "Block bits: entropy of the block of a use. Token decides: how much of it the token id "
-        "tells, 1 where it decides alone: mutual information over the most that there can be, "
-        "block bits - log2 of the active blocks (of the validation split, where an id that occurs "
-        "once seems to decide). Blocks have no numbering that seeds share, so selections are "
-        f"compared by pairs of the {POSITIONS} positions that are drawn from the split: how many "
-        "blocks two positions share. Overlap of seeds is the correlation of these shares between "
-        "two seeds (mean ± standard deviation of the pairs of seeds), 1 where they put the same "
-        "positions together; overlap with tokens is their correlation with whether the two "
-        "positions have the same token.",
+        "All on the validation split; layers count from 0. Block entropy: of the block of a random "
+        "assignment. Token dependence: mutual information of token id and block over its maximum, "
+        "block entropy less log2 of the active blocks; 1 where the token id determines the blocks "
+        "(an id that occurs once seems to). Agreement compares which positions are put together, "
+        f"as seeds number blocks differently: for each pair of {POSITIONS} random positions, the "
+        "share of their blocks that they have in common. Agreement of seeds is the correlation of "
+        "these shares between two seeds (mean ± standard deviation over pairs of seeds); agreement "
+        "with tokens is their correlation with whether both positions have the same token.",
         *unknown_notes(outcomes),
         *gaps_notes(outcomes),
         *versions_notes(all_results(outcomes)),
@@ -62,7 +61,7 @@ def unknown_notes(outcomes: Sequence[Outcome]) -> list[str]:
     layers = [layer for o in outcomes for r in o.good.values() for layer in r["routing"].values()]
     notes = []
     if not all(layer["blocks"] for layer in layers):
-        notes.append(f"Overlaps are not known where more than {MOST_KEPT} blocks are active.")
+        notes.append(f"Agreements are not known where more than {MOST_KEPT} blocks are active.")
     if not all(layer["top_tokens"] for layer in layers):
         notes.append(f"Tokens are not listed where there are more than {MOST_LISTED} blocks.")
     return notes
@@ -85,7 +84,7 @@ def layer_values(study: Study, outcome: Outcome, layer: str) -> list[Value]:
     tokens = [correlation(a, same_token(p)) for a, p in zip(alike, positions, strict=True)]
     return [
         summarize(map(usage.load_max, counts)),
-        summarize(map(usage.unused_blocks, counts)),
+        summarize(map(usage.memory_usage, counts)),
         summarize(f["block_bits"] for f in found),
         summarize(known(shares)),
         summarize(known(seeds)),
@@ -123,8 +122,9 @@ def example_blocks(outcomes: Sequence[Outcome]) -> Part:
                 values: tuple[Value, ...] = (o.row.label, layer, block, load_, shown)
                 rows.append(dict(zip(columns, values, strict=True)))
     note = (
-        f"The {LISTED_BLOCKS} most loaded blocks of each layer, first seed, validation split: the "
-        "tokens that use the block most often beyond what its load and theirs would give."
+        f"The {LISTED_BLOCKS} most loaded blocks of each layer, first seed, validation split, and "
+        "the tokens most over-represented in each: those that use it most often beyond what "
+        "independence of token and block would give."
     )
     return Part(columns, rows, [note])
 

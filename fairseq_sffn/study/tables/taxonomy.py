@@ -32,9 +32,9 @@ def costs(study: Study, table: Table, scale: Scale) -> Part:
         "b": whole,
         "parameters": whole,
         "active": whole,
-        "forward MFLOPs/token": "{:,.3f}".format,
+        "forward MFLOPs per token": "{:,.3f}".format,
         "selection": percent,
-        "all, against dense": percent,
+        "overhead": percent,
         "selection by": text,
     }
     rows = []
@@ -50,8 +50,9 @@ def costs(study: Study, table: Table, scale: Scale) -> Part:
         )
         rows.append(dict(zip(columns, values, strict=True)))
     notes = [
-        "g: cells of a block; b: active blocks. Selection, and all, are training FLOPs in shares "
-        "of the dense model's.",
+        "g: cells per block; b: active blocks per token; active: parameters that a token touches. "
+        "Selection and overhead: training FLOPs of selection, and all beyond the dense model's, "
+        "over the dense model's.",
         FLOPS_NOTE,
         *note_of(table),
     ]

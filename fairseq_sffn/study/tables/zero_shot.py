@@ -14,6 +14,9 @@ from ..statistics import Summary
 from .notes import gaps_notes, note_of, versions_notes
 from .part import Part, Parts, Show, Value, summary, text
 
+APART = "†"
+"""Marks accuracies that differ from random."""
+
 
 def zero_shot(study: Study, table: Table) -> Parts:
     """Accuracy on tasks, of the first seed of each row."""
@@ -22,17 +25,17 @@ def zero_shot(study: Study, table: Table) -> Parts:
     known = {name: task for of_row in found.values() for name, task in of_row.items()}
     columns: dict[str, Show] = {
         "model": text,
-        **{name: summary(1) for name in known},
+        **{name: accuracy(task.random) for name, task in known.items()},
         "mean": "{:.1f}".format,
     }
     rows = [accuracies(o.row.label, found[o.row.label]) for o in outcomes]
     chance = {name: replace(task, accuracy=task.random, error=None) for name, task in known.items()}
     rows.append(accuracies("random", chance))
     notes = [
-        "Accuracy in % ± standard error, by the likelihood of a character of each answer; of "
-        "tasks without answers to choose from, by the likeliest word.",
+        "Accuracy in % ± standard error: of the answer with the highest log-likelihood per "
+        "character; where there is none to choose from, of the last word, decoded greedily.",
         documents_note(known.values()),
-        above_chance(found),
+        apart_note(found),
         *gaps_notes(outcomes),
         *versions_notes(all_results(outcomes)),
         *note_of(table),
@@ -79,6 +82,17 @@ def read_task(task: Mapping[str, Any]) -> Task:
     return Task(task["documents"], accuracy, error, task["random"])
 
 
+def accuracy(random: float) -> Show:
+    """Writes accuracies in %, with a mark where they differ from random."""
+    show = summary(1)
+
+    def marked(value: Summary) -> str:
+        task = Task(value.count, value.mean / 100, value.sd, random)
+        return f"{show(value)}{APART * task.apart}"
+
+    return marked
+
+
 def accuracies(label: str, found: Mapping[str, Task]) -> dict[str, Value]:
     """A row: accuracies in %, and their mean."""
     row: dict[str, Value] = {"model": label}
@@ -99,22 +113,16 @@ def documents_note(found: Iterable[Task]) -> str:
     return f"{most if least == most else f'{least} to {most}'} documents a task."
 
 
-def above_chance(found: Mapping[str, Mapping[str, Task]]) -> str:
-    """Which accuracies differ from random."""
-    apart = [
-        f"{text(label)} on {text(name)} ({100 * (task.accuracy - task.random):+.1f})"
-        for label, of_row in found.items()
-        for name, task in of_row.items()
-        if task.apart
-    ]
-    checks = sum(map(len, found.values()))
-    if not checks:
+def apart_note(found: Mapping[str, Mapping[str, Task]]) -> str:
+    """How many accuracies differ from random."""
+    apart = [task.apart for of_row in found.values() for task in of_row.values()]
+    if not apart:
         return ""
     far = "two standard errors of guesses, sqrt(random (1 - random) / documents), from random"
-    if not apart:
-        return f"None of the {checks} accuracies is more than {far}."
+    if not any(apart):
+        return f"None of the {len(apart)} accuracies is more than {far}."
     return (
-        f"{len(apart)} of the {checks} accuracies are more than {far}: {', '.join(apart)}. All "
-        "rows answer the same documents: what most of them share, the dense model too, is of the "
-        "task, such as the lengths of its answers."
+        f"{APART} more than {far}: {sum(apart)} of {len(apart)}. All rows answer the same "
+        "documents: what most of them share, the dense model included, comes from the task, such "
+        "as the lengths of its answers."
     )
