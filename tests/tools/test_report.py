@@ -20,6 +20,7 @@ from fairseq_sffn.study import outcomes
 from fairseq_sffn.study.outcomes import Model, build_model
 from fairseq_sffn.study.plan import Cell, Row, Scale, load_scale, load_table, sweep_cells
 from fairseq_sffn.study.results import Results
+from fairseq_sffn.study.tables.part import Part
 from fairseq_sffn.study.tables.part import text as escaped
 from fairseq_sffn.study.tables.routing import token_share
 from fairseq_sffn.study.tables.zero_shot import Task
@@ -242,7 +243,7 @@ def test_balance(printed: str) -> None:
 def test_routing(printed: str) -> None:
     text = section(printed, "Routing")
     assert cells(text, "Switch")[0] == "1"
-    assert cells(text, "Switch")[3:5] == ["3.50 ± 0.00", "0.50 ± 0.00"]
+    assert cells(text, "Switch")[2:5] == ["93.8 ± 0.0%", "3.50 ± 0.00", "0.50 ± 0.00"]
     blocks = text[text.index("| model | layer | block |") :]
     assert cells(blocks.replace("\\|", "/"), "Switch")[1:] == ["14", "2.0", "`t14` `` a/b` ``"]
 
@@ -554,6 +555,7 @@ def test_a_table_that_trains_nothing(figure: str, folder: Path, tmp_path: Path) 
 
 def test_a_label_with_a_line_end_stays_in_its_row() -> None:
     assert escaped("a\nb\r\n|c*") == "a b \\|c\\*"
+    assert Part({"a|b": escaped}, []).markdown() == "| a\\|b |\n| --- |"
 
 
 def test_wrong_input(folder: Path, tmp_path: Path) -> None:

@@ -88,12 +88,7 @@ def domains(outcomes: Sequence[Outcome]) -> Part:
     names = list(dict.fromkeys(name for o in outcomes for name in o.domains))
     columns: dict[str, Show] = {"set": text, **{o.row.label: summary(0) for o in outcomes}}
     rows = [
-        {"set": name}
-        | {
-            o.row.label: summarize(o.perplexity(name).values())
-            for o in outcomes
-            if name in o.domains
-        }
+        {"set": name} | {o.row.label: summarize(o.perplexity(name).values()) for o in outcomes}
         for name in names
     ]
     notes = [seeds_note(outcomes), *gaps_notes(outcomes), *versions_notes(all_results(outcomes))]
