@@ -21,8 +21,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_MODEL_REGISTRY
 
 from ..errors import UsageError
-from ..tools.language_model import build_language_model
-from .outcomes import ONE_PROCESS
+from .outcomes import ONE_PROCESS, build_model
 from .plan import Cell, Launcher, Scale, train_arguments
 from .runner import PLUGIN, python
 
@@ -32,7 +31,10 @@ NARROW = (
     *("--cpu", "--num-workers", "0", "--no-save"),
 )
 """What is smaller in the copy. The FFN and its blocks are as wide as they are."""
-ON_GPUS = {"--fp16", "--bf16", "--memory-efficient-fp16", "--fp16-no-flatten-grads"}
+ON_GPUS = {
+    *("--amp", "--fp16", "--bf16", "--memory-efficient-fp16", "--memory-efficient-bf16"),
+    "--fp16-no-flatten-grads",
+}
 """What a CPU does not do."""
 
 
@@ -53,7 +55,7 @@ def dry_run(cells: Sequence[Cell], scale: Scale, launcher: Launcher) -> Iterator
                 cell, scale, launcher, str(data), f"{folder}/saved", str(PLUGIN)
             )
             convert_namespace_to_omegaconf(parse(arguments))
-            parameters = build(cell, scale)
+            parameters = build_model(cell.model, cell.flags, scale).cost["params"]
             update(arguments)
             yield f"{cell.model} {cell.flags}: {parameters:,} parameters, an update done"
 
@@ -75,15 +77,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     except SystemExit as error:
         reason = said.getvalue().strip().rpartition("error: ")[2] or str(error)
         raise UsageError(f"fairseq-train does not take these flags: {reason}") from error
-
-
-def build(cell: Cell, scale: Scale) -> int:
-    """Builds a cell's model on the meta device; its parameters."""
-    arch = f"transformer_lm_{cell.model}_{scale.size}"
-    flags = [*shlex.split(scale.flags), *shlex.split(cell.flags), *ONE_PROCESS]
-    context = scale.tokens_per_sample
-    model = build_language_model(arch, scale.dictionary, context, flags, strict=False)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def update(arguments: list[str]) -> None:

@@ -13,7 +13,6 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, PercentForm
 from matplotlib.transforms import Bbox
 
 from .outcomes import (
-    REFERENCE,
     Outcome,
     Study,
     flops_points,
@@ -22,7 +21,7 @@ from .outcomes import (
     routed,
     tested,
 )
-from .plan import Table
+from .plan import REFERENCE, Table
 from .statistics import Summary, summarize
 from .tables.perplexity import flops_unit
 from .tables.routing import token_share

@@ -11,12 +11,9 @@ from typing import Any, NamedTuple
 from ..memory import MemoryConfig
 from ..tools.cost import cost_by_part, cost_figures, training_flops_per_token
 from ..tools.language_model import build_language_model
-from .plan import Cell, Row, Scale, Table, row_cells, row_flags, sweep_cells
-from .results import WHOLE, Results, is_done, valid_loss
+from .plan import REFERENCE, Cell, Row, Scale, Table, row_cells, row_flags, sweep_cells
+from .results import IN_DOMAIN, WHOLE, Results, is_done, valid_loss
 from .statistics import Summary, summarize
-
-OF_DOMAIN = ("valid", "test")
-"""The sets of an evaluation that are of the training's text."""
 
 
 class Model(NamedTuple):
@@ -39,9 +36,9 @@ def build_model(model: str, flags: str, scale: Scale) -> Model:
     Raises:
         UsageError: it cannot be built.
     """
-    arch, context = f"transformer_lm_{model}_{scale.size}", scale.tokens_per_sample
+    context = scale.tokens_per_sample
     words = [*shlex.split(scale.flags), *shlex.split(flags), *ONE_PROCESS]
-    built = build_language_model(arch, scale.dictionary, context, words, strict=False)
+    built = build_language_model(scale.arch(model), scale.dictionary, context, words, strict=False)
     flops = training_flops_per_token(cost_by_part(built, context))
     return Model(cost_figures(built, context, None), flops, getattr(built, "memory_config", None))
 
@@ -80,7 +77,7 @@ class Outcome:
     def domains(self) -> list[str]:
         """Names of the sets out of domain."""
         sets = dict.fromkeys(name for r in self.good.values() for name in r["evaluation"])
-        return [name for name in sets if name not in OF_DOMAIN]
+        return [name for name in sets if name not in IN_DOMAIN]
 
     @property
     def layers(self) -> list[str]:
@@ -184,9 +181,6 @@ def count_missing(outcomes: Iterable[Outcome]) -> tuple[int, int]:
 
 Points = dict[str, list[tuple[float, Summary]]]
 """Group -> where its rows stand on the axis, and what was found there."""
-
-REFERENCE = "dense"
-"""The group that others are compared with."""
 
 
 def row_x(row: Row, scale: Scale) -> float | None:

@@ -26,9 +26,15 @@ FIGURES = ("", "lines", "flops", "load", "gap", "routing", "bars")
 ABOVE_ZERO = {
     *("updates", "batch_size", "tokens_per_sample", "ffn_embed_dim", "dictionary"),
     *("learning_rates", "tokens_per_second", "relative_time", "processes", "update_freq"),
-    *("length", "batch", "lr", "sweep_share", "warmup_share"),
+    *("length", "batch", "lr", "sweep_share", "warmup_share", "save_interval"),
 }
 """Keys whose numbers are above 0."""
+
+NEEDED = ("--no-save", "--no-last-checkpoints")
+"""Flags without whose files nothing could be evaluated."""
+
+REFERENCE = "dense"
+"""The group that a figure of gaps compares others with."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Scale:
 
     Attributes:
         name: of the scale.
-        size: suffix of the architectures, such as ``tiny``.
+        size: suffix of the architectures, such as ``tiny``; ``""``: the default size.
         data: folder made by fairseq-preprocess, with train, valid and test splits.
         domains: folder of such folders, with a test split each, out of domain; ``""``: none.
         dictionary: types of the text's dictionary, fairseq's special ones included.
@@ -69,6 +75,8 @@ class Scale:
         learning_rates: of the sweep.
         sweep_share: length of a training of the sweep.
         warmup_share: of the updates.
+        save_interval: updates between checkpoints, and validations; ``None``: a quarter of those of
+            the training.
         flags: of fairseq-train, all others.
         tokens_per_second: of the dense model, to foretell how long a study takes.
         relative_time: model -> time of a training, in units of the dense model's, where not 1.
@@ -88,11 +96,16 @@ class Scale:
     tokens_per_second: float
     sweep_share: float = 1 / 3
     warmup_share: float = 0.1
+    save_interval: int | None = None
     domains: str = ""
     encoder: str = ""
     requests: str = ""
     relative_time: Mapping[str, float] = field(default_factory=dict)
     launchers: Mapping[str, Launcher] = field(default_factory=lambda: {"local": Launcher()})
+
+    def arch(self, model: str) -> str:
+        """The architecture of a model at this scale."""
+        return "_".join(filter(None, ["transformer_lm", model, self.size]))
 
 
 @dataclass(frozen=True)
@@ -214,6 +227,18 @@ def read(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: cannot be read: {error}") from error
 
 
+def read_named(path: Path) -> dict[str, Any]:
+    """A TOML file, and its name.
+
+    Raises:
+        UsageError: it cannot be read, or has a name of its own.
+    """
+    values = read(path)
+    if "name" in values:
+        raise UsageError(f"{path}: name {values['name']!r}: the file's name is it")
+    return {"name": path.stem, **values}
+
+
 def build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     """An object of one of the classes above.
 
@@ -222,7 +247,8 @@ def build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     """
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(values.keys() - known.keys()):
-        raise UsageError(f"{where}: {unknown[0]}: is none of {', '.join(known)}")
+        names = ", ".join(name for name in known if name != "name")  # that is the file's
+        raise UsageError(f"{where}: {unknown[0]}: is none of {names}")
     needed = {n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
     if missing := sorted(needed - values.keys()):
         raise UsageError(f"{where}: {missing[0]}: is missing")
@@ -292,8 +318,11 @@ def split_flags(flags: str, where: str) -> list[str]:
     ours = {*train_arguments(cell, scale, Launcher(), "", "", ""), "--max-tokens"}
     ours.add("--max-sentences")  # another name of --batch-size
     for word in words:
-        if word.startswith("--") and word.partition("=")[0] in ours:
+        name = word.partition("=")[0]
+        if word.startswith("--") and name in ours:
             raise UsageError(f"{where}: flags: {word}: is set by what the file says elsewhere")
+        if name in NEEDED:
+            raise UsageError(f"{where}: flags: {word}: the last checkpoint is evaluated")
     return words
 
 
@@ -303,7 +332,7 @@ def load_scale(path: Path) -> Scale:
     Raises:
         UsageError: it does not.
     """
-    values = {"name": path.stem, **read(path)}
+    values = read_named(path)
     scale = build(Scale, values, str(path))
     for name in ("learning_rates", "launchers"):
         if not getattr(scale, name):
@@ -321,7 +350,7 @@ def load_table(path: Path) -> Table:
     Raises:
         UsageError: it does not describe one.
     """
-    values = {"name": path.stem, **read(path)}
+    values = read_named(path)
     seeds = values.pop("seeds", [1])
     if isinstance(rows := values.get("rows"), list):
         values["rows"] = [{"seeds": seeds, **r} if isinstance(r, dict) else r for r in rows]
@@ -347,6 +376,10 @@ def load_table(path: Path) -> Table:
         if row.x not in ("", "{ffn}") and not isinstance(row.x, int | float):
             raise UsageError(f"{where}: x {row.x!r}: must be a number or '{{ffn}}'")
         split_flags(row.flags, where)
+    if table.figure == "lines" and not any(row.group and row.x != "" for row in table.rows):
+        raise UsageError(f"{path}: figure 'lines': no row has both group and x")
+    if table.figure == "gap" and not {REFERENCE} < {row.group for row in table.rows if row.group}:
+        raise UsageError(f"{path}: figure 'gap': needs rows of group {REFERENCE!r} and of another")
     for claim in table.claims:
         for label in (claim.better, claim.worse):
             if label not in labels:
@@ -402,11 +435,13 @@ def train_arguments(
             f"batch_size {cell.batch_size}: is not divided by {launcher.processes} processes times "
             f"update_freq {launcher.update_freq}"
         )
-    interval = max(1, cell.updates // 4)
+    interval = scale.save_interval or max(1, cell.updates // 4)
     warmup = max(1, round(scale.warmup_share * cell.updates))
+    # A launcher that has a command tells its processes how many they are.
+    processes = [] if launcher.command else ["--distributed-world-size", str(launcher.processes)]
     return [
         *(data, "--user-dir", plugin, "--task", "sffn_language_modeling"),
-        *("--arch", f"transformer_lm_{cell.model}_{scale.size}"),
+        *("--arch", scale.arch(cell.model)),
         *("--criterion", "sffn_cross_entropy"),
         *("--tokens-per-sample", str(scale.tokens_per_sample)),
         *("--batch-size", str(cell.batch_size // shares)),
@@ -418,6 +453,7 @@ def train_arguments(
         *("--save-interval-updates", str(interval)),
         *("--validate-interval-updates", str(interval)),
         *("--log-format", "json", "--log-interval", str(max(1, cell.updates // 50))),
+        *processes,
         *shlex.split(scale.flags),
         *shlex.split(cell.flags),
     ]

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -88,6 +88,9 @@ def _json(value: Any, depth: int = 0) -> str:
     return "{\n" + ",\n".join(items) + "\n" + " " * depth + "}"
 
 
+IN_DOMAIN = ("valid", "test")
+"""The sets of an evaluation that are of the training's text."""
+
 WHOLE = "routing"
 """The part of a result that those of a sweep are without."""
 
@@ -107,7 +110,7 @@ RESULT = {
 name."""
 EVALUATION = {name: {"perplexity": NUMBER} for name in ("valid", "test", OTHERS)}
 LAYER = {
-    **{"counts": [int], "block_bits": NUMBER, "token_bits": NUMBER},
+    **{"counts": [int], "block_bits": NUMBER, "token_bits": OR_NONE},
     **{"top_tokens": [[str]], "blocks": [[int]], "positions": [int]},
 }
 TASK = {
@@ -213,16 +216,37 @@ class Results:
 
     def learning_rate(self, row: Row) -> float | None:
         """The learning rate of a row: the one of the sweep with the lowest loss on the validation
-        split; ``None``: the sweep is not done."""
+        split; ``None``: the sweep is not done, or all of it diverged."""
         if row.lr is not None:
             return row.lr
         cells = sweep_cells(row, self.scale)
         if not cells:  # one rate, or a row that is not trained
             return self.scale.learning_rates[0]
-        losses = [self.get(cell) for cell in cells]
-        if not all(losses):
+        found = [self.get(cell) for cell in cells]
+        if not all(found):
             return None
-        return min(zip(losses, cells, strict=True), key=lambda pair: valid_loss(pair[0]))[1].lr
+        loss, lr = min(
+            (valid_loss(result), cell.lr) for result, cell in zip(found, cells, strict=True)
+        )
+        return lr if math.isfinite(loss) else None
+
+    def check_domains(self, names: Sequence[str]) -> None:
+        """Compares the sets out of domain with those that results are of.
+
+        Raises:
+            UsageError: they have other names.
+        """
+        for key, result in self.by_key.items():
+            seen = [name for name in result["evaluation"] if name not in IN_DOMAIN]
+            if (
+                WHOLE in result
+                and math.isfinite(valid_loss(result))
+                and sorted(seen) != sorted(names)
+            ):
+                raise UsageError(
+                    f"domains {', '.join(names)}: {self.folder / key}.json has "
+                    f"{', '.join(seen) or 'none'}; name them alike, or use another --results"
+                )
 
 
 def valid_loss(result: dict[str, Any] | None) -> float:

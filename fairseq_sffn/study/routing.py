@@ -18,6 +18,8 @@ MOST_KEPT = 16
 """Active blocks, up to which they are."""
 MOST_LISTED = 256
 """Blocks, up to which the tokens of each are listed."""
+MOST_PAIRS = 2**28
+"""Pairs of block and token type, a GiB a layer, up to which they are counted."""
 TOP = 8
 """Tokens listed for a block."""
 
@@ -38,8 +40,10 @@ class Routing:
             for name, module in model.named_modules()
             if isinstance(module, SparseMemory)
         }
+        self.counts_B: dict[str, Tensor] = {}
+        """How often each block was used."""
         self.pairs_BV: dict[str, Tensor] = {}
-        """How often each block was used for each token."""
+        """How often each block was used for each token, where there are not too many pairs."""
         self.blocks: dict[str, list[list[int]]] = {name: [] for name in self.memories}
         self.ids: list[int] = []
         generator = torch.Generator().manual_seed(0)  # the same positions for every model
@@ -52,7 +56,10 @@ class Routing:
     def __enter__(self) -> Routing:
         for name, memory in self.memories.items():
             blocks = memory.config.num_blocks
-            self.pairs_BV[name] = torch.zeros(blocks, len(self.dictionary), dtype=torch.int32)
+            types = len(self.dictionary)
+            self.counts_B[name] = torch.zeros(blocks, dtype=torch.int64)
+            if blocks * types <= MOST_PAIRS:
+                self.pairs_BV[name] = torch.zeros(blocks, types, dtype=torch.int32)
 
             def see(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
                 self.see(name, output.selection.blocks)
@@ -85,10 +92,11 @@ class Routing:
             self.blocks[name] += blocks_NA[self.is_drawn_N].tolist()
         real_N = self.ids_N != self.dictionary.pad()
         blocks_NA, ids_N = blocks_NA[real_N], self.ids_N[real_N]
-        types = len(self.dictionary)
-        flat = (blocks_NA * types + ids_N[:, None]).reshape(-1)
-        pairs = self.pairs_BV[name]
-        pairs.view(-1).index_add_(0, flat, torch.ones_like(flat, dtype=pairs.dtype))
+        counts_B = self.counts_B[name]
+        counts_B += blocks_NA.reshape(-1).bincount(minlength=len(counts_B))
+        if (pairs_BV := self.pairs_BV.get(name)) is not None:
+            flat = (blocks_NA * pairs_BV.shape[1] + ids_N[:, None]).reshape(-1)
+            pairs_BV.view(-1).index_add_(0, flat, torch.ones_like(flat, dtype=pairs_BV.dtype))
 
     def report(self) -> dict[str, dict[str, Any]]:
         """What was seen, by layer.
@@ -98,29 +106,36 @@ class Routing:
             ``token_bits``: its mutual information with the token id, of the sample, which is the
             entropy less log2 of the active blocks where the id decides alone; ``top_tokens``: of
             each block, those whose uses exceed the expected the most; ``blocks``: those selected at
-            positions drawn from all, whose tokens are ``positions``. These three are empty where
-            there are too many blocks.
+            positions drawn from all, whose tokens are ``positions``. These three are empty, and
+            ``token_bits`` is ``None``, where there are too many blocks.
         """
         report = {}
-        for name, pairs_BV in self.pairs_BV.items():
-            joint = pairs_BV.double() / pairs_BV.sum().clamp(min=1)
-            block_B, token_V = joint.sum(1), joint.sum(0)
-            expected = block_B[:, None] * token_V[None, :]
-            used = joint > 0
-            bits = (joint[used] * (joint[used] / expected[used]).log2()).sum()
-            top: list[list[str]] = []
-            if len(pairs_BV) <= MOST_LISTED:
-                surplus, ids = (joint - expected).topk(TOP)
-                top = [
-                    [self.dictionary[i] for i, more in zip(row, extra, strict=True) if more > 0]
-                    for row, extra in zip(ids.tolist(), surplus.tolist(), strict=True)
-                ]
+        for name, counts_B in self.counts_B.items():
+            share_B = counts_B.double() / counts_B.sum().clamp(min=1)
+            bits, top = self.of_tokens(name)
             report[name] = {
-                "counts": pairs_BV.sum(1).tolist(),
-                "block_bits": round(float(torch.special.entr(block_B).sum()) / math.log(2), 4),
-                "token_bits": round(float(bits), 4),
+                "counts": counts_B.tolist(),
+                "block_bits": round(float(torch.special.entr(share_B).sum()) / math.log(2), 4),
+                "token_bits": bits,
                 "top_tokens": top,
                 "blocks": self.blocks[name],
                 "positions": self.ids if self.blocks[name] else [],
             }
         return report
+
+    def of_tokens(self, name: str) -> tuple[float | None, list[list[str]]]:
+        """``token_bits`` and ``top_tokens`` of a layer; see :meth:`report`."""
+        if name not in self.pairs_BV:
+            return None, []
+        pairs_BV = self.pairs_BV[name]
+        joint = pairs_BV.double() / pairs_BV.sum().clamp(min=1)
+        expected = joint.sum(1)[:, None] * joint.sum(0)[None, :]
+        used = joint > 0
+        bits = round(float((joint[used] * (joint[used] / expected[used]).log2()).sum()), 4)
+        if len(pairs_BV) > MOST_LISTED:
+            return bits, []
+        surplus, ids = (joint - expected).topk(TOP)
+        return bits, [
+            [self.dictionary[i] for i, more in zip(row, extra, strict=True) if more > 0]
+            for row, extra in zip(ids.tolist(), surplus.tolist(), strict=True)
+        ]

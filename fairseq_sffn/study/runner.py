@@ -29,10 +29,9 @@ from fairseq.data import Dictionary
 
 from ..errors import UsageError
 from .plan import Cell, Launcher, Scale, domains_of, train_arguments
-from .results import WHOLE, Results, curve, is_done, log_records, missing, write
+from .results import IN_DOMAIN, WHOLE, Results, curve, is_done, log_records, missing, write
 
 PLUGIN = Path(__file__).parents[1]
-SPLITS = ("valid", "test")
 
 
 def fingerprint(scale: Scale) -> str:
@@ -42,14 +41,21 @@ def fingerprint(scale: Scale) -> str:
         UsageError: there is no such text, or it has another dictionary than the scale says.
     """
     data = Path(scale.data)
-    files = [data / "dict.txt", *(data / f"{split}.bin" for split in ("train", *SPLITS))]
+    files = [data / "dict.txt", *(data / f"{split}.bin" for split in ("train", *IN_DOMAIN))]
     if scale.domains and not Path(scale.domains).is_dir():
         raise UsageError(f"{scale.domains}: there is no such folder; see examples/data/README.md")
-    files += [domain / "test.bin" for domain in domains_of(scale)]
-    digest = hashlib.sha256()
-    for path in files:
+    domains = list(domains_of(scale))
+    files += [domain / "test.bin" for domain in domains]
+    for path in (*files, *(domain / "dict.txt" for domain in domains)):
         if not path.exists():
             raise UsageError(f"{path}: is missing; see examples/data/README.md")
+    for domain in domains:
+        if domain.name in IN_DOMAIN:
+            raise UsageError(f"{domain}: {domain.name} is the name of a set in domain")
+        if (domain / "dict.txt").read_bytes() != files[0].read_bytes():
+            raise UsageError(f"{domain / 'dict.txt'}: is another dictionary than {files[0]}")
+    digest = hashlib.sha256()
+    for path in files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     if (types := len(Dictionary.load(str(files[0])))) != scale.dictionary:
@@ -68,6 +74,7 @@ class Runner:
         launcher: that starts a training.
         results: where results go.
         work: folder for logs and checkpoints.
+        data: fingerprint of the text.
         jobs: trainings at a time.
         say: prints a line.
     """
@@ -79,11 +86,10 @@ class Runner:
     data: str
     jobs: int
     say: Callable[[str], None]
-    children: set[subprocess.Popen[str]] = field(default_factory=set)
-    running: set[Cell] = field(default_factory=set)
-    locks: dict[Path, int] = field(default_factory=dict)
-    stopping: threading.Event = field(default_factory=threading.Event)
-    failure: Exception | None = None
+    children: set[subprocess.Popen[str]] = field(default_factory=set, init=False)
+    running: set[Cell] = field(default_factory=set, init=False)
+    locks: dict[Path, int] = field(default_factory=dict, init=False)
+    stopping: threading.Event = field(default_factory=threading.Event, init=False)
 
     def run(self, cells: Sequence[Cell], sweep: bool, zero_shot: Container[Cell] = ()) -> None:
         """Brings all cells to their end.
@@ -94,10 +100,10 @@ class Runner:
             zero_shot: those that are evaluated on zero-shot tasks too.
 
         Raises:
-            UsageError: a training failed; the others that run are stopped, and go on at the next
-                call where they were.
+            UsageError: a training failed, which the others do not mind.
         """
         start = time.monotonic()
+        failures: list[UsageError] = []
         total = sum(cell.expected_seconds(self.scale) for cell in cells)
         done = 0.0
         with ThreadPoolExecutor(self.jobs) as pool:
@@ -109,21 +115,29 @@ class Runner:
                 while waiting:
                     ended, waiting = wait(waiting, timeout=60, return_when=FIRST_COMPLETED)
                     for future in ended:
-                        future.result()
+                        what = "done"
+                        try:
+                            future.result()
+                        except UsageError as error:
+                            what = f"failed: {error}"
+                            failures.append(error)
                         done += futures[future].expected_seconds(self.scale)
                         left = (time.monotonic() - start) * (total - done) / max(done, 1e-9)
                         name = futures[future].key(self.scale)
                         self.say(
-                            f"{len(cells) - len(waiting)}/{len(cells)} {name} done, "
+                            f"{len(cells) - len(waiting)}/{len(cells)} {name} {what}, "
                             f"{left / 60:.0f} minutes left"
                         )
                     if not ended:
                         self.say("; ".join(self.progress()))
-            except BaseException as error:
+            except BaseException:
                 self.stop()
                 for future in waiting:
                     future.cancel()
-                raise self.failure or error from None
+                raise
+        if failures:
+            among = "" if len(cells) == 1 else f"{len(failures)} of {len(cells)} trainings failed: "
+            raise UsageError(f"{among}{failures[0]}")
 
     def stop(self) -> None:
         """Ends all processes."""
@@ -132,7 +146,7 @@ class Runner:
             end(child)
 
     def progress(self) -> Iterable[str]:
-        """A line on each training that runs."""
+        """Where each training that runs is."""
         for cell in sorted(self.running, key=lambda cell: cell.key(self.scale)):
             log = self.folder(cell) / "train.log"
             if log.exists():
@@ -153,11 +167,6 @@ class Runner:
                 self.results.refresh(cell)
                 if missing([cell], self.results, part_of(sweep, zero_shot)):
                     self.bring_to_end(cell, sweep, zero_shot)
-        except Exception as error:
-            if not self.stopping.is_set():
-                self.failure = error
-                self.stop()
-            raise
         finally:
             self.running.discard(cell)
 
@@ -219,6 +228,20 @@ class Runner:
             found = json.loads(trained.read_text())
             if found["outcome"] == "diverged" or (save_dir / "checkpoint_last.pt").exists():
                 return found
+        found = {"versions": versions(), "machine": machine(*self.device())}
+        last = save_dir / "checkpoint_last.pt"
+        outcome = "trained"
+        # fairseq would add an update to a training that is at its end.
+        if updates_of(last) < cell.updates:
+            outcome = self.call_training(cell, folder, save_dir)
+        if outcome == "trained" and (updates := updates_of(last)) != cell.updates:
+            raise UsageError(f"{last}: is after {updates} updates, not {cell.updates}")
+        found = {"outcome": outcome, **found}
+        write(trained, found)
+        return found
+
+    def call_training(self, cell: Cell, folder: Path, save_dir: Path) -> str:
+        """Runs fairseq-train; what came of it, see :meth:`train`."""
         arguments = train_arguments(
             cell, self.scale, self.launcher, self.scale.data, str(save_dir), str(PLUGIN)
         )
@@ -228,18 +251,18 @@ class Runner:
             command = [*launched, "-m", "fairseq_cli.train", *arguments]
         log = folder / "train.log"
         with log.open("a", encoding="utf-8") as out:
+            start = out.tell()
             code = self.call(command, folder, stdout=out, stderr=subprocess.STDOUT)
-        outcome = "trained"
-        if code:
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-            errors = [line for line in lines[-50:] if "FloatingPointError" in line]
-            # Workers that disagree are a fault that says nothing of the model.
-            if not errors or any("inconsistent between workers" in line for line in errors):
-                raise UsageError(f"{log}: training failed: {lines[-1]}")
-            outcome = "diverged"
-        found = {"outcome": outcome, "versions": versions(), "machine": machine(*self.device())}
-        write(trained, found)
-        return found
+        if not code:
+            return "trained"
+        with log.open("rb") as said:
+            said.seek(start)
+            lines = said.read().decode("utf-8", errors="replace").splitlines()
+        errors = [line for line in lines if "FloatingPointError" in line]
+        # Workers that disagree are a fault that says nothing of the model.
+        if not errors or any("inconsistent between workers" in line for line in errors):
+            raise UsageError(f"{log}: training failed: {last_words(lines)}")
+        return "diverged"
 
     def evaluate(self, checkpoint: Path, sweep: bool) -> dict[str, Any]:
         """Perplexity in and out of domain, and the routing on the validation split."""
@@ -248,7 +271,8 @@ class Runner:
             sets["test"] = f"{self.scale.data}:test"
             sets |= {domain.name: f"{domain}:test" for domain in domains_of(self.scale)}
         routing = [] if sweep else ["--routing", sets["valid"]]
-        flags = ["--tokens-per-sample", str(self.scale.tokens_per_sample), "--max-tokens", "8192"]
+        context = self.scale.tokens_per_sample
+        flags = ["--tokens-per-sample", str(context), "--max-tokens", str(max(8192, context))]
         flags += ["--num-workers", "0"]  # for many small sets a process each takes longer
         found = self.tool("evaluate", checkpoint, *sets.values(), *routing, *flags, *self.device())
         evaluation = {name: found["sets"][path] for name, path in sets.items()}
@@ -284,7 +308,7 @@ class Runner:
             raise UsageError("stopped")
         environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
         if not self.launcher.command:
-            environment["OMP_NUM_THREADS"] = "1"
+            environment["OMP_NUM_THREADS"] = str(max(1, cores() // self.jobs))
         child = subprocess.Popen(
             command,
             **streams,
@@ -309,11 +333,12 @@ class Runner:
         arguments = train_arguments(
             cell, self.scale, self.launcher, self.scale.data, "CHECKPOINTS", PLUGIN.name
         )
-        settings = cell.settings(self.scale)
+        launched = " ".join(self.launcher.command.split())  # variables stay as they are written
+        program = f"{launched} -m fairseq_cli.train" if launched else "fairseq-train"
         return {
-            **settings,
+            **cell.settings(self.scale),
             "data": self.data,
-            "command": shlex.join([*self.launcher.command.split(), "fairseq-train", *arguments]),
+            "command": f"{program} {shlex.join(arguments)}",
             "training": curve(self.folder(cell) / "train.log"),
         }
 
@@ -359,6 +384,34 @@ def submit(
             reason = (done.stderr.strip().splitlines() or [""])[-1]
             raise UsageError(f"{launcher.submit} {script}: {reason}")
         yield f"{key}: {done.stdout.strip()}"
+
+
+def last_words(lines: Sequence[str]) -> str:
+    """What a failed process said last, before torchrun's report on all of them."""
+    own = itertools.takewhile(lambda line: "distributed/elastic" not in line, lines)
+    return next((line for line in reversed([*own]) if line.strip()), "")
+
+
+def updates_of(checkpoint: Path) -> int:
+    """Updates before a checkpoint; 0 where there is none.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    if not checkpoint.exists():
+        return 0
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of many kinds
+        raise UsageError(
+            f"{checkpoint}: cannot be read: {last_words(str(error).splitlines())}"
+        ) from error
+    return state["optimizer_history"][-1]["num_updates"]
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def last_json(text: str) -> dict[str, Any]:
@@ -408,9 +461,7 @@ def machine(device: str = "") -> str:
     """The processor with ``--cpu``, or the GPU if there is one."""
     if device != "--cpu" and torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")  # on some processors there is no such line
-    ]
+    info = Path("/proc/cpuinfo")  # of Linux; on some processors it has no such line
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 
 @dataclass(frozen=True)
@@ -37,26 +38,43 @@ def summarize(values: Iterable[float]) -> Summary | None:
 
 @dataclass(frozen=True)
 class Deviation:
-    """Standard deviation within groups of values, if it is the same in all of them.
+    """Standard deviation of values beside the effects of their row and their seed, if it is the
+    same everywhere.
 
     Attributes:
-        sd: root of the groups' mean variance, each weighed by its degrees of freedom.
-        freedom: degrees of freedom of all groups.
-        groups: of several values.
+        sd: root of the residual variance.
+        degrees_of_freedom: of the residuals.
+        rows: that have several seeds.
     """
 
     sd: float
-    freedom: int
-    groups: int
+    degrees_of_freedom: int
+    rows: int
 
 
-def pooled_deviation(summaries: Iterable[Summary]) -> Deviation | None:
-    """Deviation within the groups that are summarised; ``None``: none has several values."""
-    known = [(s.sd, s.count - 1) for s in summaries if s.sd is not None]
-    if not known:
+def residual_deviation(rows: Iterable[Mapping[int, float]]) -> Deviation | None:
+    """Deviation beside the effects of row and seed, fitted by least squares: a seed draws the
+    training text, and so raises or lowers all rows alike.
+
+    Args:
+        rows: seed -> value.
+
+    Returns:
+        ``None`` where too few values have both in common.
+    """
+    several = [row for row in rows if len(row) > 1]  # one value is fitted exactly
+    seeds = sorted({seed for row in several for seed in row})
+    values = [(i, seeds.index(seed), v) for i, row in enumerate(several) for seed, v in row.items()]
+    if not values:
         return None
-    freedom = sum(n for _, n in known)
-    return Deviation(math.sqrt(sum(sd**2 * n for sd, n in known) / freedom), freedom, len(known))
+    of_row, of_seed, found = (torch.tensor(column) for column in zip(*values, strict=True))
+    design = torch.cat([one_hot(of_row), one_hot(of_seed)], dim=1).double()
+    degrees = len(values) - int(torch.linalg.matrix_rank(design))
+    if not degrees:
+        return None
+    fit = design @ torch.linalg.pinv(design) @ found.double()
+    variance = float((found.double() - fit).square().sum()) / degrees
+    return Deviation(math.sqrt(variance), degrees, len(several))
 
 
 @dataclass(frozen=True)
@@ -65,40 +83,41 @@ class Difference:
 
     Attributes:
         mean: the difference.
-        error: its standard error; ``None``: not known.
-        least: what it has to exceed to differ from 0 at 95%; ``None``: not known.
+        standard_error: of it; ``None``: not known.
+        significant: what it has to exceed to differ from 0 at 95%; ``None``: not known.
     """
 
     mean: float
-    error: float | None = None
-    least: float | None = None
+    standard_error: float | None = None
+    significant: float | None = None
 
 
-def difference(first: Summary, second: Summary, within: Deviation | None) -> Difference:
-    """First mean minus second, of independent values that deviate as others do within groups."""
+def difference(first: Summary, second: Summary, beside: Deviation | None) -> Difference:
+    """First mean minus second, of the same seeds, of values that deviate as others do."""
+    assert first.count == second.count
     mean = first.mean - second.mean
-    if within is None:
+    if beside is None:
         return Difference(mean)
-    error = within.sd * math.sqrt(1 / first.count + 1 / second.count)
-    return Difference(mean, error, t_quantile(within.freedom) * error)
+    error = beside.sd * math.sqrt(2 / first.count)
+    return Difference(mean, error, t_quantile(beside.degrees_of_freedom) * error)
 
 
-def t_quantile(freedom: int, share: float = 0.95) -> float:
+def t_quantile(degrees_of_freedom: int, share: float = 0.95) -> float:
     """What Student's t stays within, on both sides of 0, with that probability."""
     low, high = 0.0, math.pi / 2
     for _ in range(60):  # halvings, down to rounding
         middle = (low + high) / 2
-        low, high = (middle, high) if t_share(middle, freedom) < share else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
+        low, high = (middle, high) if t_share(middle, degrees_of_freedom) < share else (low, middle)
+    return math.sqrt(degrees_of_freedom) * math.tan(low)
 
 
-def t_share(angle: float, freedom: int) -> float:
-    """Probability that Student's t stays within sqrt(freedom) tan(angle) on both sides of 0:
-    equations 26.7.3 and 26.7.4 of Abramowitz and Stegun 1964."""
-    odd = freedom % 2
+def t_share(angle: float, degrees_of_freedom: int) -> float:
+    """Probability that Student's t stays within sqrt(degrees_of_freedom) tan(angle) on both sides
+    of 0: equations 26.7.3 and 26.7.4 of Abramowitz and Stegun 1964."""
+    odd = degrees_of_freedom % 2
     term = math.sin(angle) * math.cos(angle) ** odd
     total = angle if odd else 0.0
-    for power in range(odd, freedom - 1, 2):
+    for power in range(odd, degrees_of_freedom - 1, 2):
         total += term
         term *= (power + 1) / (power + 2) * math.cos(angle) ** 2
     return 2 / math.pi * total if odd else total

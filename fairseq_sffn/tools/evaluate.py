@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.epilog = (
         "Every other flag is fairseq-eval-lm's, such as --cpu --tokens-per-sample 128 "
-        "--batch-size 32. Losses are in bits a token."
+        "--batch-size 32, and comes after the sets. Losses are in bits a token."
     )
     parser.set_defaults(other_flags=[])
 
@@ -147,9 +147,18 @@ def format_report(report: dict[str, Any]) -> str:
         rows.append([name, f"{found['tokens']:,}", f"{loss:.4f}", shown])
     lines = align(rows)
     if layers := report.get("routing"):
-        table = [["layer", "blocks", "most loaded / mean", "unused", "bits of token / of block"]]
+        table = [
+            [
+                "layer",
+                "blocks",
+                "most loaded / mean",
+                "unused",
+                "mutual information with token / block entropy, bits",
+            ]
+        ]
         for name, layer in layers.items():
-            share = f"{layer['token_bits']:.2f} / {layer['block_bits']:.2f}"
+            bits = "" if layer["token_bits"] is None else f"{layer['token_bits']:.2f}"
+            share = f"{bits} / {layer['block_bits']:.2f}"
             counts = layer["counts"]
             load = f"{max(counts) * len(counts) / max(sum(counts), 1):.2f}"
             table.append([name, f"{len(counts):,}", load, f"{counts.count(0):,}", share])

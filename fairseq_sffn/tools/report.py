@@ -115,7 +115,10 @@ class Report:
         for table in self.tables():
             texts.append(f"## {table.title}")
             also = [*(["figure"] * bool(table.figure)), *(["claims"] * bool(table.claims))]
-            names = [*self.parts[table.name], *also]
+            filled = [
+                name for name, parts in self.parts[table.name].items() if any(p.rows for p in parts)
+            ]
+            names = [*filled, *also]
             texts += filter(None, (self.markdown(table, part, self.folder) for part in names))
         return "\n\n".join(texts)
 
@@ -175,6 +178,8 @@ def make(folder: Path, scale_path: Path, results: Path | None) -> Report:
     if not paths:
         raise UsageError(f"{folder}: has no *.toml")
     tables = {path.stem: load_table(path) for path in paths}
+    if results and not results.is_dir():
+        raise UsageError(f"--results {results}: there is no such folder")
     found = Results(results or folder / "results" / scale.name, scale)
     figures = results / "figures" if results else folder / "figures" / scale.name
     report = Report(Study(scale, found, tables), folder, figures)

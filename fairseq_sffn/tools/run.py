@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import os
 import shlex
 import signal
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -13,11 +12,14 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..study.dry_run import dry_run, parse
+from ..study.outcomes import build_model
 from ..study.plan import (
     Cell,
     Launcher,
+    Row,
     Scale,
     Table,
+    domains_of,
     load_scale,
     load_table,
     row_cells,
@@ -25,7 +27,7 @@ from ..study.plan import (
     train_arguments,
 )
 from ..study.results import WHOLE, Results, missing
-from ..study.runner import PLUGIN, Runner, fingerprint, submit
+from ..study.runner import PLUGIN, Runner, cores, fingerprint, submit
 from .zero_shot import build_encoder
 from .zero_shot_tasks import TASKS
 
@@ -47,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs",
         type=int,
-        help="trainings at a time (default: one for each core; one where the launcher has a "
-        "command, which takes all GPUs)",
+        help="trainings at a time, which share the cores (default: one for each core; one at a "
+        "time without --cpu in the scale's flags, or where the launcher has a command)",
     )
     parser.add_argument("--launcher", help="one of the scale's (default: the first)")
     parser.add_argument("--only", metavar="KEY", help="one training, by the name of its result")
@@ -72,18 +74,22 @@ def run(args: argparse.Namespace) -> str:
     if name not in scale.launchers:
         raise UsageError(f"--launcher {name}: is none of {', '.join(scale.launchers)}")
     launcher = scale.launchers[name]
-    cores = len(os.sched_getaffinity(0))
-    jobs = args.jobs if args.jobs is not None else 1 if launcher.command else cores
+    alone = launcher.command or "--cpu" not in shlex.split(scale.flags)
+    jobs = args.jobs if args.jobs is not None else 1 if alone else cores()
     if jobs < 1:
         raise UsageError(f"--jobs {jobs}: must be at least 1")
     rows = [row for table in tables for row in table.rows]
+    names = [table.name for table in tables]
+    if twice := [path for path in args.tables if names.count(path.stem) > 1]:
+        raise UsageError(f"{', '.join(map(str, twice))}: are tables of the same name")
 
     def say(line: str) -> None:
         print(line, flush=True)
 
     check(tables, scale, launcher)
     if args.dry_run:
-        cells = [cell for row in rows for cell in row_cells(row, scale, scale.learning_rates[0])]
+        ready = [cell for row in rows for cell in row_cells(row, scale, scale.learning_rates[0])]
+        cells = list(dict.fromkeys(ready))
         for line in dry_run(cells, scale, launcher):
             say(line)
         return f"{len(cells)} trainings are ready"
@@ -94,6 +100,7 @@ def run(args: argparse.Namespace) -> str:
     data = fingerprint(scale)
     folder = args.results or args.tables[0].parent / "results" / scale.name
     results = Results(folder, scale, data)
+    results.check_domains([domain.name for domain in domains_of(scale)])
     if args.only:
         check_only(args.only, tables, results)
     # A text of its own has trainings of its own.
@@ -113,12 +120,14 @@ def run(args: argparse.Namespace) -> str:
     sweeps = missing((cell for row in rows for cell in sweep_cells(row, scale)), results)
     # Learning rates change no time.
     cells = list(dict.fromkeys(cell for table in tables for cell in to_do(table, results)))
+    check_models(tables, chosen(sweeps + cells), scale)
     say(f"up to {len(sweeps) + len(cells)} trainings: {expected(sweeps + cells, scale, jobs)}")
     say(f"{len(sweeps)} to choose learning rates: {expected(sweeps, scale, jobs)}")
     with ended_by_signals():
         finish(chosen(sweeps), sweep=True)
         if launcher.submit and sweeps and not args.only:
             return "when these have ended, the same command submits the others"
+        check_learning_rates(rows, results)
         todo = {table.name: chosen(to_do(table, results)) for table in tables}
         for name, of_table in todo.items():
             say(f"{name}: {len(of_table)} trainings: {expected(of_table, scale, jobs)}")
@@ -148,6 +157,20 @@ def check(tables: Sequence[Table], scale: Scale, launcher: Launcher) -> None:
                 raise UsageError(f"{table.name}, row {row.label!r}: {error}") from error
 
 
+def check_models(tables: Sequence[Table], cells: Iterable[Cell], scale: Scale) -> None:
+    """Raises UsageError where a model that is to be trained cannot be built."""
+    wanted = {(cell.model, cell.flags) for cell in cells}
+    for table in tables:
+        for row in table.rows:
+            trained = [*row_cells(row, scale, 0.0), *sweep_cells(row, scale)]
+            for model in wanted & {(cell.model, cell.flags) for cell in trained}:
+                wanted.remove(model)
+                try:
+                    build_model(*model, scale)
+                except UsageError as error:
+                    raise UsageError(f"{table.name}, row {row.label!r}: {error}") from error
+
+
 def check_zero_shot(scale: Scale) -> None:
     """Raises UsageError unless a scale has all that zero-shot tasks need."""
     where = f"of scale {scale.name}"
@@ -165,6 +188,18 @@ def check_zero_shot(scale: Scale) -> None:
         build_encoder(words[i + 1], [*words[:i], *words[i + 2 :]])
     except UsageError as error:
         raise UsageError(f"encoder {where}: {error}") from error
+
+
+def check_learning_rates(rows: Iterable[Row], results: Results) -> None:
+    """Raises UsageError where none of a sweep's learning rates can be used."""
+    for row in rows:
+        swept = [results.get(cell) for cell in sweep_cells(row, results.scale)]
+        if swept and all(swept) and results.learning_rate(row) is None:
+            rates = ", ".join(f"{rate:g}" for rate in results.scale.learning_rates)
+            raise UsageError(
+                f"row {row.label!r}: learning_rates {rates} of scale {results.scale.name}: all "
+                "diverged; add lower ones"
+            )
 
 
 def check_only(key: str, tables: Sequence[Table], results: Results) -> None:

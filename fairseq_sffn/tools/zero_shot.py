@@ -148,8 +148,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.epilog = (
         "Every other flag is the encoder's, such as --sentencepiece-model FILE, or "
-        "--gpt2-encoder-json FILE --gpt2-vocab-bpe FILE. Scores are log-likelihoods, or "
-        "those for each character of the choice."
+        "--gpt2-encoder-json FILE --gpt2-vocab-bpe FILE, and comes after CHECKPOINT. Scores are "
+        "log-likelihoods, or those for each character of the choice."
     )
     parser.set_defaults(other_flags=[])
 

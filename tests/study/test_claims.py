@@ -38,19 +38,18 @@ def outcome(label: str, *perplexities: float | None) -> Outcome:
     return Outcome(row, 0.1, tuple(row_cells(row, made.scale(), 0.1)), results)
 
 
-WITHIN = Deviation(3.0, 4, 2)
+BESIDE = Deviation(3.0, 4, 2)
 LEAST = 2.7764451 * 3.0
-"""That decides between two seeds, times the root of the sum of 1 / seeds: 95% of t with 4 degrees
-of freedom."""
+"""That decides, times the root of 2 / seeds: 95% of t with 4 degrees of freedom."""
 
 
 def verdict(
     better: tuple[float | None, ...],
     worse: tuple[float | None, ...],
-    within: Deviation | None = WITHIN,
+    beside: Deviation | None = BESIDE,
     flops: float = 1.025,
 ) -> Verdict:
-    return judge(CLAIM, outcome("A", *better), outcome("B", *worse), flops, within)
+    return judge(CLAIM, outcome("A", *better), outcome("B", *worse), flops, beside)
 
 
 def test_the_three_verdicts() -> None:
@@ -70,12 +69,13 @@ def test_the_three_verdicts() -> None:
 
 def test_what_verdicts_rest_on_is_said_once() -> None:
     found = verdict((10.0, 12.0, 11.0), (20.0, 22.5, 20.5))
-    text = markdown([found, found], WITHIN)
-    assert text.startswith(f"- {found.markdown()}\n- {found.markdown()}\n\n± is the standard error")
-    assert "deviation 3.00 between the seeds of a row (pooled over 2 rows, 4 degrees" in text
-    missing = verdict((), ())
-    for within, verdicts_ in ((WITHIN, [missing]), (None, [found])):
-        assert markdown(verdicts_, within) == f"- {verdicts_[0].markdown()}"
+    text = markdown([found, found], BESIDE)
+    assert text.startswith(f"- {found.markdown()}\n- {found.markdown()}\n\nRows are compared on")
+    assert "deviation 3.00 that is left" in text
+    assert "(of 2 rows with several seeds, 4 degrees of freedom)" in text
+    missing = verdict((None,), (1.0,))
+    for beside, verdicts_ in ((BESIDE, [missing]), (None, [found])):
+        assert markdown(verdicts_, beside) == f"- {verdicts_[0].markdown()}"
 
 
 def test_two_seeds_that_agree_by_chance_decide_nothing() -> None:
@@ -84,11 +84,10 @@ def test_two_seeds_that_agree_by_chance_decide_nothing() -> None:
 
 
 @pytest.mark.parametrize(("share", "word"), [(1.001, SUPPORTED), (0.999, UNDECIDED)])
-@pytest.mark.parametrize("seeds", [(2, 2), (3, 3), (1, 3), (1, 1)])
-def test_what_decides(seeds: tuple[int, int], share: float, word: str) -> None:
-    first, second = seeds
-    low = (10.0,) * first
-    high = (10.0 + share * LEAST * math.sqrt(1 / first + 1 / second),) * second
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_what_decides(seeds: int, share: float, word: str) -> None:
+    low = (10.0,) * seeds
+    high = (10.0 + share * LEAST * math.sqrt(2 / seeds),) * seeds
     assert verdict(low, high).word == word
     assert verdict(high, low).word == (CONTRADICTED if word == SUPPORTED else UNDECIDED)
 
@@ -104,6 +103,17 @@ def test_what_decides(seeds: tuple[int, int], share: float, word: str) -> None:
 def test_flops_are_said(flops: float, words: str) -> None:
     assert f"{words}, where" in verdict((10.0,), (30.0,), flops=flops).markdown()
     assert f"{words}; the deviation" in verdict((10.0,), (30.0,), None, flops).markdown()
+
+
+def test_rows_are_compared_on_the_seeds_that_both_have() -> None:
+    found = verdict((10.0,), (30.0, 1.0, 1.0))
+    assert found.word == SUPPORTED
+    assert "10.0 (A, one seed) against 30.0 (B, one seed), lower by 20.0 ± 4.2" in found.reason
+    other = outcome("A", 10.0)
+    cells = tuple(replace(cell, seed=5) for cell in other.cells)
+    other = replace(other, cells=cells, results={5: other.results[1]})
+    apart = judge(CLAIM, other, outcome("B", 30.0), 1.0, BESIDE)
+    assert (apart.word, apart.reason) == (UNDECIDED, "the rows have no seed in common")
 
 
 def test_one_seed() -> None:
@@ -125,7 +135,7 @@ def test_results_are_missing(some: tuple[float | None, ...]) -> None:
 def test_a_row_that_diverged() -> None:
     gone = outcome("A", 10.0)
     gone.results[1]["evaluation"] = made.diverged()["evaluation"]
-    assert judge(CLAIM, gone, outcome("B", 10.0), 1.0, WITHIN).reason == "A diverged"
+    assert judge(CLAIM, gone, outcome("B", 10.0), 1.0, BESIDE).reason == "A diverged"
 
 
 def test_the_deviation_is_of_each_training_once(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -137,8 +147,9 @@ def test_the_deviation_is_of_each_training_once(tmp_path_factory: pytest.TempPat
     tables = {"t": made.table(a, b, c, claims=(CLAIM,)), "u": made.table(replace(a, seeds=(2, 3)))}
     study = Study(results.scale, results, tables)
     found = seed_deviation(study)
-    assert found is not None and (found.groups, found.freedom) == (2, 3)
-    assert found.sd == pytest.approx(math.sqrt((8.0 + 0.5) / 3))
+    assert found is not None and (found.rows, found.degrees_of_freedom) == (2, 1)
+    # Seeds 1 and 2 differ by 2 in one row and by 1 in the other; seed 3 is in one row alone.
+    assert found.sd == pytest.approx(math.sqrt(4 * 0.25**2))
     (claim,) = verdicts(study, tables["t"])
     assert claim.word == SUPPORTED and "±" in claim.markdown()
     avgk, switch = map(study.training_flops, study.outcomes(tables["t"])[:2])

@@ -35,7 +35,9 @@ def test_the_fingerprint_is_of_all_texts(tmp_path: Path) -> None:
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("text")
-    (tmp_path / "bin" / "dict.txt").write_text("word 3\n")
+    dictionaries = [path.parent / "dict.txt" for path in paths[2:]]
+    for path in dictionaries:
+        path.write_text("word 3\n")
     folders = {"data": str(tmp_path / "bin"), "domains": str(tmp_path / "domains")}
     scale = made.scale(**folders, dictionary=5)  # fairseq has four more
     seen = {fingerprint(scale)}
@@ -45,8 +47,18 @@ def test_the_fingerprint_is_of_all_texts(tmp_path: Path) -> None:
     assert len(seen) == 1 + len(paths)
     with pytest.raises(SystemExit, match=r"dictionary 6 of scale made: .*dict\.txt has 5 types"):
         fingerprint(made.scale(**folders, dictionary=6))
+    dictionaries[-1].write_text("drow 3\n")
+    with pytest.raises(SystemExit, match=r"b/dict\.txt: is another dictionary than .*bin/dict"):
+        fingerprint(scale)
+    dictionaries[-1].unlink()
+    with pytest.raises(SystemExit, match=r"b/dict\.txt: is missing"):
+        fingerprint(scale)
     paths[-1].unlink()
     with pytest.raises(SystemExit, match=r"b/test\.bin: is missing"):
+        fingerprint(scale)
+    paths[-1].parent.rmdir()
+    (tmp_path / "domains" / "a").rename(tmp_path / "domains" / "valid")
+    with pytest.raises(SystemExit, match="domains/valid: valid is the name of a set in domain"):
         fingerprint(scale)
     with pytest.raises(SystemExit, match="none: there is no such folder"):
         fingerprint(made.scale(**{**folders, "domains": str(tmp_path / "none")}))

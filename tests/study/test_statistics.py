@@ -13,7 +13,7 @@ from fairseq_sffn.study.statistics import (
     Summary,
     correlation,
     difference,
-    pooled_deviation,
+    residual_deviation,
     same_token,
     shared_blocks,
     summarize,
@@ -31,22 +31,27 @@ def test_summary_is_of_a_sample() -> None:
     assert summarize([]) is None
 
 
-def test_pooled_deviation() -> None:
-    groups = [[1.0, 2.0, 4.0], [10.0, 30.0]]
-    within = sum(float(((np.array(g) - np.mean(g)) ** 2).sum()) for g in groups)
-    summaries = [s for g in [*groups, [5.0]] if (s := summarize(g))]
-    found = pooled_deviation(summaries)
-    assert found is not None and (found.freedom, found.groups) == (3, 2)
-    assert found.sd == pytest.approx(np.sqrt(within / 3))
-    assert pooled_deviation([Summary(5.0, None, 1)]) is None
+def test_the_deviation_beside_rows_and_seeds() -> None:
+    """Against the formula for a table without gaps: each value less the means of its row and its
+    seed, and more that of all."""
+    values = np.random.default_rng(2).normal(size=(4, 3)) * 2 + np.array([0, 50, 100])
+    rest = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
+    rows = [dict(enumerate(row, 1)) for row in values.tolist()]
+    found = residual_deviation([*rows, {1: 7.0}])  # one value says nothing
+    assert found is not None and (found.degrees_of_freedom, found.rows) == (3 * 2, 4)
+    assert found.sd == pytest.approx(np.sqrt((rest**2).sum() / 6))
+    less = residual_deviation([*rows[1:], {2: 1.0, 3: 2.0}])
+    assert less is not None and (less.degrees_of_freedom, less.rows) == (11 - 4 - 2, 4)
+    for few in ([], [{1: 5.0}], rows[:1], [{1: 1.0, 2: 2.0}, {3: 3.0, 4: 5.0}]):
+        assert residual_deviation(few) is None
 
 
 def test_a_difference_of_means() -> None:
-    first, second = Summary(10.0, 99.0, 3), Summary(7.0, None, 1)
+    first, second = Summary(10.0, 99.0, 3), Summary(7.0, None, 3)
     found = difference(first, second, Deviation(2.0, 22, 11))
-    error = 2 * np.sqrt(1 / 3 + 1)  # by the deviation of all groups, not by theirs
-    assert found.mean == 3 and found.error == pytest.approx(error)
-    assert found.least == pytest.approx(2.0738731 * error)
+    error = 2 * np.sqrt(2 / 3)  # by the deviation of all rows, not by theirs
+    assert found.mean == 3 and found.standard_error == pytest.approx(error)
+    assert found.significant == pytest.approx(2.0738731 * error)
     assert difference(first, second, None) == Difference(3.0)
 
 
@@ -65,14 +70,15 @@ def test_the_quantile_of_another_share_and_of_many_values() -> None:
 
 
 def test_values_that_do_not_differ_are_told_apart_in_5_of_100_cases() -> None:
-    """Of three seeds each, in four groups; two standard errors of paired seeds are 18 of 100."""
-    draws = np.random.default_rng(1).normal(size=(2000, 4, 3)).tolist()
+    """Of three seeds each, which matter far more than what is left, in four rows."""
+    generator = np.random.default_rng(1)
+    draws = generator.normal(size=(2000, 4, 3)) + 100 * generator.normal(size=(2000, 1, 3))
     apart = 0
-    for groups in draws:
-        first, second, *others = (s for g in groups if (s := summarize(g)))
-        found = difference(first, second, pooled_deviation([first, second, *others]))
-        assert found.least is not None
-        apart += abs(found.mean) > found.least
+    for values in draws.tolist():
+        first, second = (s for row in values[:2] if (s := summarize(row)))
+        found = difference(first, second, residual_deviation(dict(enumerate(r)) for r in values))
+        assert found.significant is not None
+        apart += abs(found.mean) > found.significant
     assert apart / len(draws) == pytest.approx(0.05, abs=0.015)
 
 

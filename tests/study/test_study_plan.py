@@ -83,6 +83,9 @@ def test_a_table(tmp_path: Path) -> None:
         ),
         ('"perplexity"', '"zero_shot"', r"t\.toml: kind 'zero_shot': needs zero_shot = true"),
         ('title = "T"', 'title = "T"\nfigure = "pie"', r"figure 'pie': is none of lines, .*bars"),
+        ('title = "T"', 'title = "T"\nfigure = "lines"', r"'lines': no row has both group and x"),
+        ('title = "T"', 'title = "T"\nfigure = "gap"', r"'gap': needs rows of group 'dense' and"),
+        ('title = "T"', 'title = "T"\nname = "u"', r"t\.toml: name 'u': the file's name is it"),
         ('title = "T"', "title = 3", r"t\.toml: title 3: must be a text"),
         ('title = "T"', 'title = "T"\nzero_shot = 1', r"zero_shot 1: must be true or false"),
         ("seeds = [3]", "seeds = 3", r"t\.toml: rows\[1\]: seeds 3: must be a list"),
@@ -102,6 +105,8 @@ def test_a_table(tmp_path: Path) -> None:
         ("--sffn-block-size ", "--seed=1", r"flags: --seed=1: is set by what the file says"),
         ("--sffn-block-size ", "--max-sentences 1", r"flags: --max-sentences: is set by"),
         ("--sffn-block-size ", "--max-tokens 1", r"flags: --max-tokens: is set by"),
+        ("--sffn-block-size ", "--no-save", r"flags: --no-save: the last checkpoint is evaluated"),
+        ("--sffn-block-size ", "--distributed-world-size 1", r"--distributed-world-size: is set"),
         ('"--sffn-block-size  {ffn}"', "[]", r"rows\[1\]: flags \[\]: must be a text"),
         ("[[claims]]", 'claims = "x"\n[[other]]', r"t\.toml: (claims|other)"),
     ],
@@ -128,6 +133,8 @@ def test_wrong_tables(old: str, new: str, error: str, tmp_path: Path) -> None:
         ("= 1000", "= 0", "tokens_per_second 0: must be above 0"),
         ("updates = 40", 'updates = "40"', "updates '40': must be a whole number"),
         ("updates = 40", "updates = -5", "updates -5: must be above 0"),
+        ("updates = 40", "updates = 40\nsave_interval = 0", "save_interval 0: must be above 0"),
+        ("updates = 40", "updates = 40\nname = 'u'", "t.toml: name 'u': the file's name is it"),
         ("[1e-3, 2e-3]", "2e-3", "learning_rates 0.002: must be a list"),
         ("[1e-3, 2e-3]", "[1e-3, 0]", r"learning_rates \[0.001, 0\]: must be above 0"),
         ("--dropout", "--max-update 3 --dropout", "t.toml: flags: --max-update: is set by what"),
@@ -177,7 +184,7 @@ def test_nothing_else_changes_the_key() -> None:
     others: dict[str, Any] = {
         **{"name": "other", "data": "x", "domains": "x", "updates": 7, "batch_size": 3},
         **{"dictionary": 7, "ffn_embed_dim": 3, "learning_rates": (9.0,), "sweep_share": 0.5},
-        **{"tokens_per_second": 3.0, "encoder": "x", "requests": "x"},
+        **{"tokens_per_second": 3.0, "encoder": "x", "requests": "x", "save_interval": 3},
         **{"relative_time": {"avgk": 2.0}, "launchers": {"a": Launcher("b", 2)}},
     }
     assert set(others) | set(OF_SCALE) == {f.name for f in fields(Scale)}
@@ -209,6 +216,28 @@ def test_a_sweep_is_its_models_unless_a_row_wants_its_own() -> None:
     for nothing in (replace(row, lr=0.1), replace(row, seeds=())):
         assert sweep_cells(nothing, scale) == []
     assert sweep_cells(row, made.scale(learning_rates=(0.1,))) == []
+
+
+def test_architectures_and_intervals() -> None:
+    def value(flag: str, **changes: Any) -> str:
+        words = train_arguments(CELL, made.scale(**changes), Launcher(), "data", "saved", "plugin")
+        return words[words.index(flag) + 1]
+
+    assert value("--arch") == "transformer_lm_avgk_tiny"
+    assert value("--arch", size="") == "transformer_lm_avgk"
+    assert value("--save-interval-updates") == "10"
+    assert value("--save-interval-updates", save_interval=3) == "3"
+    assert value("--validate-interval-updates", save_interval=3) == "3"
+
+
+def test_processes_are_as_many_as_the_launcher_says() -> None:
+    """fairseq-train would start one for each GPU."""
+    name = "--distributed-world-size"
+    for launcher, count in ((Launcher(), "1"), (Launcher(processes=2), "2")):
+        words = train_arguments(CELL, made.scale(), launcher, "data", "saved", "plugin")
+        assert words[words.index(name) + 1] == count
+    words = train_arguments(CELL, made.scale(), Launcher("torchrun", 2), "data", "saved", "plugin")
+    assert name not in words
 
 
 def test_arguments_share_out_the_batch() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from study import made
 
@@ -95,9 +96,9 @@ def zero_shot(right: float, word: float) -> dict[str, Any]:
 
 
 def make(row: Row, cell: Cell) -> Any:
-    found = made.result(
-        TEST[cell.model] + SPREAD[cell.seed - 1], BLOCKS[cell.model], cell.seed, valid=50.0
-    )
+    own = 3.0 if (cell.model, cell.seed) == ("switch", 2) else 0.0  # beside what all seeds do
+    test = TEST[cell.model] + SPREAD[cell.seed - 1] + own
+    found = made.result(test, BLOCKS[cell.model], cell.seed, valid=50.0)
     if cell.model != "switch":
         found["zero_shot"] = zero_shot(0.5 if cell.model == "dense" else 0.55, 0.0015)
     return found
@@ -195,6 +196,7 @@ def test_learning_rates(printed: str, folder: Path, tmp_path: Path) -> None:
     only_changed = section(printed, "Balance").partition("| model | 0.001")[2]
     assert cells(only_changed, "avgk") == ["8.0", "**4.0**"]
     assert "after 13 updates" in rates(printed)  # a third of 40
+    assert "At an end of the rates that were tried: dense, Avg-K, Switch." in rates(printed)
 
     shutil.copytree(folder, tmp_path / "study")
     study = tmp_path / "study"
@@ -207,6 +209,12 @@ def test_learning_rates(printed: str, folder: Path, tmp_path: Path) -> None:
     text = rates(report(study, "--no-figures"))
     assert cells(text, "dense") == ["diverged", ""]
     assert cells(text, "Avg-K") == ["", "diverged"]
+    assert "At an end of the rates that were tried: Switch." in text
+    for cell in sweep_cells(Row("dense", "dense"), scale):
+        results.add(cell, made.swept(None))
+    text = report(study, "--no-figures")
+    assert cells(rates(text), "dense") == ["diverged", "diverged"]
+    assert cells(section(text, "Main"), "dense")[2:4] == ["", ""]  # no rate, no training
 
 
 def test_what_is_missing_is_said(printed: str) -> None:
@@ -222,10 +230,14 @@ def test_what_is_missing_is_said(printed: str) -> None:
 def test_claims(printed: str) -> None:
     text = section(printed, "Main")
     flops = float(cells(text, "Avg-K")[1]) / float(cells(text, "dense")[1]) - 1
+    rows, seeds = [0, 0, 0, 1, 1, 1, 2, 2], [0, 1, 2, 0, 1, 2, 0, 1]
+    design = np.hstack([np.eye(3)[rows], np.eye(3)[seeds][:, 1:]])
+    _, rest, *_ = np.linalg.lstsq(design, np.array([0.0, 2, 7, 0, 2, 7, 0, 5]))
+    error = np.sqrt(rest[0] / 3) * np.sqrt(2 / 3)
     assert (
         "- Avg-K beats dense. **Supported** at this scale: test perplexity 93.0 (Avg-K, 3 seeds) "
-        f"against 103.0 (dense, 3 seeds), lower by 10.0 ± 2.7 at {flops:.1%} more FLOPs, where 6.9 "
-        "is significant.\n"
+        f"against 103.0 (dense, 3 seeds), lower by 10.0 ± {error:.1f} at {flops:.1%} more FLOPs, "
+        f"where {3.18245 * error:.1f} is significant.\n"
     ) in text
     assert "- Avg-K beats Switch. **Undecided** at this scale: results are missing.\n" in text
     assert text.count("± is the standard error") == 1
@@ -378,6 +390,13 @@ def test_json(folder: Path) -> None:
         "mean": 103.0,
         "sd": pytest.approx(3.6055513),
         "count": 3,
+    }
+    (rates,) = found["main"]["parts"]["learning_rates"]
+    assert rates["rows"][0]["0.002"] == {"perplexity": 4.0, "chosen": True}
+    (tasks,) = found["zero"]["parts"][""]
+    accuracy, error = 0.5, 0.02
+    assert tasks["rows"][0]["piqa"] == {
+        **{"documents": 1000, "accuracy": accuracy, "error": error, "random": 0.5}
     }
     claim = found["main"]["claims"][0]
     assert claim["word"] == "supported" and claim["difference"]["mean"] == 10
@@ -538,7 +557,8 @@ def test_versions_of_the_code_are_counted_by_table(folder: Path, tmp_path: Path)
 @pytest.mark.parametrize("figure", ["lines", "flops", "load", "gap", "routing", "bars"])
 def test_a_table_that_trains_nothing(figure: str, folder: Path, tmp_path: Path) -> None:
     changes = {"perplexity": "{kind}", "bars": figure, "[1, 2, 3]": "[]"}
-    text = TABLES["main"].replace('"Avg-K", model', '"Avg-K", group = "a", model')
+    text = TABLES["main"].replace('"Avg-K", model', '"Avg-K", group = "a", x = 1, model')
+    text = text.replace('"dense", model', '"dense", group = "dense", model')
     for old, new in changes.items():
         text = text.replace(old, new, 1)
     scale = str(folder / "scales" / "small.toml")
@@ -558,9 +578,41 @@ def test_a_label_with_a_line_end_stays_in_its_row() -> None:
     assert Part({"a|b": escaped}, []).markdown() == "| a\\|b |\n| --- |"
 
 
+def test_parts_without_rows_are_not_printed(folder: Path, tmp_path: Path) -> None:
+    scale = (folder / "scales" / "small.toml").read_text().replace("[1e-3, 2e-3]", "[1e-3]")
+    (tmp_path / "scales").mkdir()
+    path = tmp_path / "scales" / "small.toml"
+    path.write_text(scale)
+    (tmp_path / "t.toml").write_text('title = "T"\nkind = "perplexity"' + ROWS)
+    one = load_scale(path)
+    results = Results(tmp_path / "results" / "small", one)
+
+    def in_domain(row: Row, cell: Cell) -> Any:
+        found = make(row, cell)
+        found["evaluation"] = {name: found["evaluation"][name] for name in ("valid", "test")}
+        return found
+
+    made.fill(results, load_table(tmp_path / "t.toml").rows, in_domain)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        cli.main(["report", str(tmp_path), "--scale", str(path)])
+    assert out.getvalue().count("| --- |") == 1
+    assert "| set |" not in out.getvalue() and "the chosen rate" not in out.getvalue()
+
+
+def test_zero_shot_of_several_seeds(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "study")
+    table = tmp_path / "study" / "zero.toml"
+    assert "The first seed of each row." not in section(report(table.parent), "Zero")
+    table.write_text("seeds = [1, 2]\n" + table.read_text())
+    assert "The first seed of each row." in section(report(table.parent), "Zero")
+
+
 def test_wrong_input(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="--check: needs --write"):
         report(folder, "--check")
+    with pytest.raises(SystemExit, match=r"--results .*none: there is no such folder"):
+        report(folder, "--results", str(tmp_path / "none"))
     with pytest.raises(SystemExit, match=r"has no \*\.toml"):
         cli.main(["report", str(tmp_path), "--scale", str(folder / "scales" / "small.toml")])
     with pytest.raises(SystemExit, match=r"x\.toml: cannot be read"):

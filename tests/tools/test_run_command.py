@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -299,44 +300,117 @@ def test_what_is_a_divergence(
     )
 
 
-def test_a_training_that_fails_is_told_in_one_line(
+def test_the_others_go_on_after_a_training_that_failed(
+    tmp_path: Path,
+    data_bin: Path,
+    calls: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is told in one line."""
+
+    def fail(self: Runner, command: list[str], *args: Any, stdout: Any, **others: Any) -> int:
+        if command[command.index("--seed") + 1 :][:1] != ["1"]:
+            return call(self, command, *args, stdout=stdout, **others)
+        stdout.write("Traceback\nOSError: no room\n\n")
+        return 1
+
+    call = Runner.call
+    monkeypatch.setattr(Runner, "call", fail)
+    study = Study(tmp_path, data_bin, '{ label = "a", model = "dense", seeds = [1, 2, 3] }')
+    found = {"evaluation": {"valid": {"loss": 1.0}}, "routing": {}}
+    monkeypatch.setattr(Runner, "evaluate", lambda *args: found)
+    with pytest.raises(SystemExit) as stopped:
+        study.run()
+    said = r"1 of 3 trainings failed: (.*train\.log): training failed: OSError: no room"
+    message = re.fullmatch(said, str(stopped.value))
+    assert message and Path(message[1]).is_file()
+    assert sorted(r["seed"] for r in study.results().values()) == [2, 3]
+    assert "failed: " in capsys.readouterr().out
+
+
+def test_the_last_words_of_a_process() -> None:
+    """torchrun's report on its processes is none of them."""
+    lines = [
+        "| INFO | fairseq_cli.train | ...",
+        "--sffn-block-size 7: does not divide",
+        "",
+        "E1127 10:00:00 11 torch/distributed/elastic/multiprocessing/api.py:984] failed (exitcode)",
+        "Traceback (most recent call last):",
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:",
+        "============================================================",
+    ]
+    assert runner.last_words(lines) == "--sffn-block-size 7: does not divide"
+    assert runner.last_words(lines[:1]) == lines[0]
+    assert runner.last_words([]) == runner.last_words(lines[3:]) == ""
+
+
+def test_a_training_that_stops_early_has_no_result(
     tmp_path: Path, data_bin: Path, calls: list[list[str]]
 ) -> None:
-    rows = '{ label = "bad", model = "avgk", flags = "--sffn-block-size 7" }'
-    study = Study(tmp_path, data_bin, rows)
-    with pytest.raises(SystemExit, match=r"train\.log: training failed: .*block-size 7") as stopped:
+    study = Study(tmp_path, data_bin, f'{{ {AVGK[:-1]} --stop-time-hours 1e-9" }}')
+    with pytest.raises(
+        SystemExit, match=rf"checkpoint_last\.pt: is after 1 updates, not {UPDATES}"
+    ):
         study.run()
-    line = str(stopped.value)
-    assert "\n" not in line and Path(line.partition(":")[0]).is_file()
     assert study.results() == {}
 
 
-def test_no_training_is_begun_after_one_that_failed(
-    tmp_path: Path, data_bin: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_training_at_its_end_is_not_trained_on(
+    tmp_path: Path, data_bin: Path, calls: list[list[str]]
 ) -> None:
-    """Whatever the other threads are doing then: here one is about to start a process."""
-    study = Study(tmp_path, data_bin, '{ label = "a", model = "dense", seeds = [1, 2] }')
-    failed, ended = threading.Event(), []
-    start = subprocess.Popen
+    """As one that outlived the command: fairseq would add an update."""
+    flags = "--sffn-block-size 8 --avgk-center --avgk-balance-rate 0.1"
+    study = Study(tmp_path, data_bin, f'{{ label = "a", model = "avgk", flags = "{flags}" }}')
+    study.run()
+    ((key, result),) = study.results().items()
+    (study.folder / "results" / "small" / f"{key}.json").unlink()
+    (study.work / key / "trained.json").unlink()
+    study.run()
+    assert trained(calls) == 1 and study.results() == {key: result}
 
-    def popen(command: list[str], **options: Any) -> Any:
-        if command[command.index("--seed") + 1] == "1":
-            return start([sys.executable, "-c", "raise SystemExit(3)"], **options)
-        assert failed.wait(60)
-        ended.append(start(["sleep", "600"], **options))
-        return ended[0]
 
-    def stop(self: Runner) -> None:
-        real_stop(self)
-        failed.set()
+def test_a_checkpoint_that_cannot_be_read(
+    tmp_path: Path, data_bin: Path, calls: list[list[str]]
+) -> None:
+    study = Study(tmp_path, data_bin, f"{{ {AVGK} }}")
+    (cell,) = row_cells(load_table(study.table).rows[0], load_scale(study.scale), 0.01)
+    last = study.work / cell.key(load_scale(study.scale)) / "checkpoints" / "checkpoint_last.pt"
+    last.parent.mkdir(parents=True)
+    last.write_text("half of")
+    with pytest.raises(SystemExit, match=r"checkpoint_last\.pt: cannot be read: ") as stopped:
+        study.run()
+    assert "\n" not in str(stopped.value) and calls == []
 
-    real_stop = Runner.stop
-    monkeypatch.setattr(Runner, "stop", stop)
-    monkeypatch.setattr(subprocess, "Popen", popen)
-    with pytest.raises(SystemExit, match="training failed"):
-        study.run("--jobs", "2")
-    assert ended[0].wait(60) == -signal.SIGTERM
-    assert study.results() == {}
+
+def test_no_learning_rate_can_be_used(
+    tmp_path: Path, data_bin: Path, calls: list[list[str]]
+) -> None:
+    rows = '{ label = "dense", model = "dense" }'
+    study = Study(tmp_path, data_bin, rows, rates="[1e30, 1e31]")
+    with pytest.raises(SystemExit, match=r"'dense': learning_rates 1e\+30, 1e\+31 .* all diverged"):
+        study.run()
+    assert trained(calls) == 2
+
+
+def test_domains_under_other_names(tmp_path: Path, data_bin: Path, calls: list[list[str]]) -> None:
+    study = Study(tmp_path, data_bin, '{ label = "dense", model = "dense" }')
+    study.run()
+    (study.folder / "domains" / "law").rename(study.folder / "domains" / "laws")
+    before = len(calls)
+    with pytest.raises(SystemExit, match=r"domains laws: .*/dense-.*\.json has law; name them"):
+        study.run()
+    assert len(calls) == before
+
+
+def test_tables_of_the_same_name(tmp_path: Path, data_bin: Path, calls: list[list[str]]) -> None:
+    study = Study(tmp_path, data_bin, '{ label = "dense", model = "dense" }')
+    other = tmp_path / "other" / study.table.name
+    other.parent.mkdir()
+    shutil.copy(study.table, other)
+    with pytest.raises(SystemExit, match=r"t\.toml, .*other/t\.toml: are tables of the same name"):
+        cli.main(["run", str(study.table), str(other), "--scale", str(study.scale)])
+    assert calls == []
 
 
 def test_two_runs_train_a_cell_once(
@@ -422,6 +496,7 @@ def test_a_study_without_texts_out_of_domain(
     [
         ('model = "avgkk"', "t, row 'b': --arch transformer_lm_avgkk_tiny: is unknown; there is"),
         ('model = "avgk", flags = "--no-such 3"', "row 'b': .*unrecognized arguments: --no-such 3"),
+        ('model = "avgk", flags = "--sffn-block-size 7"', "t, row 'b': .*--sffn-block-size 7"),
         ('model = "avgk", flags = "--sffn-gate x"', "row 'b': .*--sffn-gate: invalid choice: 'x'"),
     ],
 )
@@ -472,7 +547,9 @@ def test_a_launcher_that_takes_all_gpus_has_them_alone(
     for flags in ([], ["--launcher", "torchrun"], ["--launcher", "torchrun", "--jobs", "3"]):
         words = ["run", str(study.table), "--scale", str(study.scale), *flags]
         cli.main([*words, "--work", str(tmp_path / "work")])
-    assert jobs == [7, 7, 1, 1, 3, 3]
+    study.scale.write_text(study.scale.read_text().replace("--cpu", ""))
+    cli.main([*words[:4], "--work", str(tmp_path / "work")])  # on GPUs
+    assert jobs == [7, 7, 1, 1, 3, 3, 1, 1]
 
 
 def test_a_dry_run_of_blocks_that_are_shared_out(

@@ -11,7 +11,7 @@ from .part import text
 
 FLOPS_NOTE = (
     "Training FLOPs: three forward passes, and one more of the layers for the recomputation of "
-    "activations, done or not."
+    "activations, done or not; selection is counted alike where no gradient goes through it."
 )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..statistics import Summary
 
-Value = str | int | float | Summary | None
+Value = Any
+"""What JSON can have, or a dataclass of such."""
 Show = Callable[[Any], str]
 
 

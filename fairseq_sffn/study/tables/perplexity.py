@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ..outcomes import Outcome, Study, all_results
 from ..plan import Table, sweep_cells
@@ -63,20 +64,43 @@ def perplexity_columns(
     return columns, rows
 
 
+@dataclass(frozen=True)
+class Swept:
+    """What a learning rate came to.
+
+    Attributes:
+        perplexity: on validation; ``None``: it diverged.
+        chosen: whether it is the best of its sweep.
+    """
+
+    perplexity: float | None
+    chosen: bool
+
+
+def rate_cell(swept: Swept) -> str:
+    """In bold if it was chosen."""
+    shown = "diverged" if swept.perplexity is None else f"{swept.perplexity:,.1f}"
+    return f"**{shown}**" if swept.chosen else shown
+
+
 def learning_rates(study: Study, table: Table) -> Part:
     """Perplexity on validation of the short trainings that choose a method's learning rate."""
     rates = study.scale.learning_rates
-    columns: dict[str, Show] = {"model": text, **{plain(rate): str for rate in rates}}
-    rows = []
+    columns: dict[str, Show] = {"model": text, **{plain(rate): rate_cell for rate in rates}}
+    rows, ends = [], []
     for label, found in study.sweeps(table).items():
         best = min(found, key=found.__getitem__) if len(found) == len(rates) else None
-        shown = {
-            rate: f"{ppl:,.1f}" if ppl < math.inf else "diverged" for rate, ppl in found.items()
+        swept = {
+            plain(rate): Swept(ppl if ppl < math.inf else None, rate == best and ppl < math.inf)
+            for rate, ppl in found.items()
         }
-        cells = {plain(r): f"**{s}**" if r == best else s for r, s in shown.items()}
-        rows.append({"model": label, **cells})
+        rows.append({"model": label, **swept})
+        if best in (min(rates), max(rates)):
+            ends.append(text(label))
     updates = max(1, round(study.scale.sweep_share * study.scale.updates))
     note = f"Validation perplexity after {updates} updates, one seed; bold: the chosen rate."
+    if ends:
+        note += f" At an end of the rates that were tried: {', '.join(ends)}."
     swept = [
         study.results.get(cell) for row in table.rows for cell in sweep_cells(row, study.scale)
     ]

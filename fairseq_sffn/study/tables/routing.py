@@ -12,7 +12,7 @@ import torch
 from ...memory import usage
 from ..outcomes import Outcome, Study, all_results
 from ..plan import Table
-from ..routing import MOST_KEPT, MOST_LISTED, POSITIONS
+from ..routing import MOST_KEPT, MOST_LISTED, MOST_PAIRS, POSITIONS
 from ..statistics import correlation, same_token, shared_blocks, summarize
 from .notes import gaps_notes, note_of, seeds_note, versions_notes
 from .part import Part, Parts, Show, Value, code, markdown, summary, text, whole
@@ -64,6 +64,11 @@ def unknown_notes(outcomes: Sequence[Outcome]) -> list[str]:
         notes.append(f"Agreements are not known where more than {MOST_KEPT} blocks are active.")
     if not all(layer["top_tokens"] for layer in layers):
         notes.append(f"Tokens are not listed where there are more than {MOST_LISTED} blocks.")
+    if any(layer["token_bits"] is None for layer in layers):
+        notes.append(
+            "Token dependence is not known where there are more than "
+            f"{MOST_PAIRS:,} pairs of block and token type."
+        )
     return notes
 
 
@@ -94,9 +99,11 @@ def layer_values(study: Study, outcome: Outcome, layer: str) -> list[Value]:
 
 def token_share(layer: Mapping[str, Any], active_blocks: int) -> float | None:
     """How much of a use's block the token id tells, of what it could at most: even where it decides
-    a token's blocks, it leaves open which of them a use is. ``None``: nothing is to be told."""
+    a token's blocks, it leaves open which of them a use is. ``None``: nothing is to be told, or it
+    was not counted."""
     most = layer["block_bits"] - math.log2(active_blocks)
-    return layer["token_bits"] / most if most > 1e-3 else None
+    bits = layer["token_bits"]
+    return bits / most if bits is not None and most > 1e-3 else None
 
 
 def known(values: Iterable[float | None]) -> list[float]:

@@ -10,9 +10,8 @@ from typing import Any
 
 from ..outcomes import Outcome, Study, all_results
 from ..plan import Table
-from ..statistics import Summary
 from .notes import gaps_notes, note_of, versions_notes
-from .part import Part, Parts, Show, Value, summary, text
+from .part import Part, Parts, Show, Value, text
 
 APART = "†"
 """Marks accuracies that differ from random."""
@@ -25,8 +24,8 @@ def zero_shot(study: Study, table: Table) -> Parts:
     known = {name: task for of_row in found.values() for name, task in of_row.items()}
     columns: dict[str, Show] = {
         "model": text,
-        **{name: accuracy(task.random) for name, task in known.items()},
-        "mean": "{:.1f}".format,
+        **{name: accuracy for name in known},
+        "mean": lambda mean: f"{100 * mean:.1f}",
     }
     rows = [accuracies(o.row.label, found[o.row.label]) for o in outcomes]
     chance = {name: replace(task, accuracy=task.random, error=None) for name, task in known.items()}
@@ -35,6 +34,7 @@ def zero_shot(study: Study, table: Table) -> Parts:
         "Accuracy in % ± standard error: of the answer with the highest log-likelihood per "
         "character; where there is none to choose from, of the last word, decoded greedily.",
         documents_note(known.values()),
+        "The first seed of each row." if any(len(o.row.seeds) > 1 for o in outcomes) else "",
         apart_note(found),
         *gaps_notes(outcomes),
         *versions_notes(all_results(outcomes)),
@@ -82,25 +82,17 @@ def read_task(task: Mapping[str, Any]) -> Task:
     return Task(task["documents"], accuracy, error, task["random"])
 
 
-def accuracy(random: float) -> Show:
-    """Writes accuracies in %, with a mark where they differ from random."""
-    show = summary(1)
-
-    def marked(value: Summary) -> str:
-        task = Task(value.count, value.mean / 100, value.sd, random)
-        return f"{show(value)}{APART * task.apart}"
-
-    return marked
+def accuracy(task: Task) -> str:
+    """Accuracy in %, with a mark where it differs from random."""
+    error = "" if task.error is None else f" ± {task.error:.1%}"
+    return f"{task.accuracy:.1%}{error}".replace("%", "") + APART * task.apart
 
 
 def accuracies(label: str, found: Mapping[str, Task]) -> dict[str, Value]:
-    """A row: accuracies in %, and their mean."""
-    row: dict[str, Value] = {"model": label}
-    for name, task in found.items():
-        error = None if task.error is None else 100 * task.error
-        row[name] = Summary(100 * task.accuracy, error, task.documents)
+    """A row: accuracies, and their mean."""
+    row: dict[str, Value] = {"model": label, **found}
     if found:
-        row["mean"] = 100 * statistics.fmean(task.accuracy for task in found.values())
+        row["mean"] = statistics.fmean(task.accuracy for task in found.values())
     return row
 
 
