@@ -21,9 +21,9 @@ import torch
 from matplotlib.figure import Figure
 from ngram import ngram_rows, write_atomically
 
+from fairseq_sffn.study.results import log_records
 from fairseq_sffn.tools.cost import checkpoint_cost
 
-LOG_RECORD = re.compile(r"\| INFO \| (train_inner|valid) \| (\{.*\})$")
 EVAL_RESULT = re.compile(r"Loss \(base 2\): \S+, Perplexity: (\S+)")
 
 LOAD_KEYS = ("load_max", "unused_blocks", "load_entropy")
@@ -43,16 +43,6 @@ COLUMNS = {
     "load_max": ("load max/mean", "{:.2f}"),
     "unused_blocks": ("unused blocks", "{:g}"),
 }
-
-
-def read_log(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Returns the "train_inner" and "valid" records of a fairseq log, in its order; most values are
-    strings."""
-    records: dict[str, list[dict[str, Any]]] = {"train_inner": [], "valid": []}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if match := LOG_RECORD.search(line):
-            records[match[1]].append(json.loads(match[2]))
-    return records
 
 
 def eval_perplexity(path: Path) -> float:
@@ -77,20 +67,20 @@ def model_result(run: Path) -> tuple[dict[str, Any], list[tuple[int, float]]]:
         if not path.is_file():
             sys.exit(f"--models {run.name}: {path} does not exist")
 
-    log = read_log(log_path)
-    speeds = [float(record["wps"]) for record in log["train_inner"]]
+    records = log_records(log_path)
+    valid = [record for kind, record in records if kind == "valid"]
+    speeds = [record["wps"] for kind, record in records if kind == "train_inner"]
     checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
     best_update = checkpoint["optimizer_history"][-1]["num_updates"]
-    at_best = [r for r in log["valid"] if int(r["valid_num_updates"]) == best_update]
+    at_best = [record for record in valid if record["num_updates"] == best_update]
     if not at_best:
         sys.exit(
             f"--models {run.name}: {log_path} has no validation at update {best_update}, "
             "where checkpoint_best is from"
         )
-    load = {key: at_best[-1].get(f"valid_{key}") for key in LOAD_KEYS}
     cost = checkpoint_cost(str(checkpoint_path))
     command_path = run / "command.txt"
-    curve = [(int(r["valid_num_updates"]), float(r["valid_ppl"])) for r in log["valid"]]
+    curve = [(int(record["num_updates"]), record["ppl"]) for record in valid]
 
     row = {
         "arch": checkpoint["cfg"]["model"]["_name"],
@@ -101,7 +91,7 @@ def model_result(run: Path) -> tuple[dict[str, Any], list[tuple[int, float]]]:
         "valid_ppl": eval_perplexity(evals["valid"]),
         "test_ppl": eval_perplexity(evals["test"]),
         "tokens_per_second": statistics.median(speeds[1:] or speeds) if speeds else None,
-        **{key: None if value is None else float(value) for key, value in load.items()},
+        **{key: at_best[-1].get(key) for key in LOAD_KEYS},
         "updates": curve[-1][0],
         "seed": checkpoint["cfg"]["common"]["seed"],
         "command": command_path.read_text().strip() if command_path.is_file() else None,

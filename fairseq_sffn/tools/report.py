@@ -16,6 +16,7 @@ from ..study.plan import Table, load_scale, load_table
 from ..study.results import Results
 from ..study.tables import KINDS
 from ..study.tables.part import Parts, render
+from ..study.tables.times import times
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.md",
         help="files in which what stands between the lines '<!-- report: BLOCK -->' and "
         "'<!-- end -->' is replaced; BLOCK is TABLE, or TABLE.PART, where parts are claims, "
-        "figure and what the table's kind has besides, such as domains",
+        "figure and what the table's kind has besides, such as domains; times is how long it took",
     )
     parser.add_argument(
         "--check",
@@ -106,7 +107,9 @@ class Report:
         """
         table, _, part = name.partition(".")
         if table not in self.study.tables:
-            raise UsageError(f"{table}: is none of {', '.join(self.study.tables)}")
+            if name == "times":
+                return times(self.study).markdown()
+            raise UsageError(f"{table}: is none of {', '.join(self.study.tables)}, times")
         return self.markdown(self.study.tables[table], part, beside)
 
     def text(self) -> str:

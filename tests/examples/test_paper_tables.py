@@ -65,9 +65,9 @@ def test_every_row_is_a_training_of_its_own(scale: str) -> None:
 def test_a_dry_run_at_the_papers_scale(checkout: Path) -> None:
     done = bash(checkout, "aggregates.sh", "--dry-run", scale="paper")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("an update done") == 4
+    assert done.stdout.count("an update done") == 6
     assert "vanilla_m --sffn-block-size 64 --vanilla-m-aggregate min: 858," in done.stdout
-    assert done.stdout.endswith("4 trainings are ready\n")
+    assert done.stdout.endswith("6 trainings are ready\n")
 
 
 def test_a_scale_that_is_none(checkout: Path) -> None:

@@ -372,8 +372,8 @@ def test_report(
     [
         ("avgk/eval_test.log", None),
         ("avgk/eval_test.log", "Traceback\n"),
-        ("avgk/train.log", log_line("train_inner", wps="1")),
-        ("avgk/train.log", 2 * log_line("train_inner", wps="1")),
+        ("avgk/train.log", ""),
+        ("avgk/train.log", log_line("train_inner", wps="1", num_updates="1")),
     ],
 )
 def test_report_refuses_incomplete_runs_in_one_line(

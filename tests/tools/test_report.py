@@ -608,6 +608,30 @@ def test_zero_shot_of_several_seeds(folder: Path, tmp_path: Path) -> None:
     assert "The first seed of each row." in section(report(table.parent), "Zero")
 
 
+def test_times(folder: Path, tmp_path: Path) -> None:
+    """Of each table and of all, whatever they have in common."""
+    study = tmp_path / "study"
+    shutil.copytree(folder, study)
+
+    def slow(row: Row, cell: Cell) -> Any:
+        found = some_missing(row, cell)
+        return found and found | {"training": {**found["training"], "tokens_per_second": 0.1}}
+
+    shutil.rmtree(study / "results")
+    write_results(study, slow)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- report: times -->\n<!-- end -->\n")
+    report(study, "--write", str(page), "--no-figures")
+    text = page.read_text()
+    # Each training is of 40 updates of 8 times 16 tokens; those of sweeps took no time.
+    hour = 40 * 8 * 16 / 0.1 / 3600
+    assert cells(text, "main") == ["15", f"{8 * hour:.1f}"]  # one is missing, six are of sweeps
+    assert cells(text, "later") == ["3", "0.0"]
+    assert cells(text, "gap") == ["6", f"{2 * hour:.1f}"]
+    assert "methods" not in text
+    assert float(cells(text, "all")[1]) == pytest.approx((8 + 1 + 2) * hour, abs=0.05)
+
+
 def test_wrong_input(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="--check: needs --write"):
         report(folder, "--check")
