@@ -313,8 +313,7 @@ def split_flags(flags: str, where: str) -> list[str]:
     except ValueError as error:
         raise UsageError(f"{where}: flags {flags!r}: {error}") from error
     cell = Cell("", "", seed=1, lr=1.0, updates=1, batch_size=1)
-    shape = {"updates": 1, "batch_size": 1, "tokens_per_sample": 1, "ffn_embed_dim": 1}
-    scale = Scale("", "", "", 1, **shape, learning_rates=(1.0,), flags="", tokens_per_second=1.0)
+    scale = Scale("", "", "", 1, 1, 1, 1, 1, (1.0,), flags="", tokens_per_second=1.0)
     ours = {*train_arguments(cell, scale, Launcher(), "", "", ""), "--max-tokens"}
     ours.add("--max-sentences")  # another name of --batch-size
     for word in words:

@@ -228,15 +228,15 @@ class Runner:
             found = json.loads(trained.read_text())
             if found["outcome"] == "diverged" or (save_dir / "checkpoint_last.pt").exists():
                 return found
-        found = {"versions": versions(), "machine": machine(*self.device())}
         last = save_dir / "checkpoint_last.pt"
+        by = {"versions": versions(), "machine": machine(*self.device())}  # code may change soon
         outcome = "trained"
         # fairseq would add an update to a training that is at its end.
         if updates_of(last) < cell.updates:
             outcome = self.call_training(cell, folder, save_dir)
         if outcome == "trained" and (updates := updates_of(last)) != cell.updates:
             raise UsageError(f"{last}: is after {updates} updates, not {cell.updates}")
-        found = {"outcome": outcome, **found}
+        found = {"outcome": outcome, **by}
         write(trained, found)
         return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from fairseq.models.transformer_lm import TransformerLanguageModel
@@ -149,7 +150,8 @@ def memory_bytes(memory: SparseMemory, tokens: int, shards: int, dtype: torch.dt
         kept += pairs * INDEX * ((0 if bags else 2) + (3 if shards > 1 else 0))
     passed_by = isinstance(selector, PKM) and selector.uses_softmax
     activation = nn.Identity() if passed_by else config.activation_fn
-    hidden = hidden_bytes(activation, memory.dropout.p, dtype)
+    dropout: Any = memory.dropout  # torch's or fairseq's
+    hidden = hidden_bytes(activation, dropout.p, dtype)
     if bags and (gated or shards > 1):  # before and after they are weighed, or slots left empty
         hidden += size
     return kept + pairs * config.block_size * hidden

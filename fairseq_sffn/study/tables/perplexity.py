@@ -90,11 +90,11 @@ def learning_rates(study: Study, table: Table) -> Part:
     rows, ends = [], []
     for label, found in study.sweeps(table).items():
         best = min(found, key=found.__getitem__) if len(found) == len(rates) else None
-        swept = {
+        tried = {
             plain(rate): Swept(ppl if ppl < math.inf else None, rate == best and ppl < math.inf)
             for rate, ppl in found.items()
         }
-        rows.append({"model": label, **swept})
+        rows.append({"model": label, **tried})
         if best in (min(rates), max(rates)):
             ends.append(text(label))
     updates = max(1, round(study.scale.sweep_share * study.scale.updates))
