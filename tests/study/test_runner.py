@@ -3,13 +3,15 @@
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from study import made
 
 from fairseq_sffn.study import runner
-from fairseq_sffn.study.runner import drop_optimizer, fingerprint, last_json, versions
+from fairseq_sffn.study.plan import Launcher
+from fairseq_sffn.study.runner import Runner, drop_optimizer, fingerprint, last_json, versions
 
 
 def test_json_after_other_lines() -> None:
@@ -93,3 +95,34 @@ def test_the_version_is_that_of_the_plugin_alone(
     plugin.write_text("d")
     assert versions()["fairseq_sffn"] == f"{first}-dirty"
     assert commit(plugin, "e") == versions()["fairseq_sffn"] != first
+
+
+@pytest.mark.parametrize(("context", "tokens"), [(16, "8192"), (10000, "10000")])
+def test_batches_of_evaluation_hold_a_whole_context(
+    context: int, tokens: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tool(self: Runner, name: str, checkpoint: Path, *flags: str) -> dict[str, Any]:
+        assert (name, flags[flags.index("--max-tokens") + 1]) == ("evaluate", tokens)
+        return {"sets": {"data:valid": {"loss": 1.0}}}
+
+    monkeypatch.setattr(Runner, "tool", tool)
+    found = a_runner(tmp_path, tokens_per_sample=context).evaluate(tmp_path, sweep=True)
+    assert found == {"evaluation": {"valid": {"loss": 1.0}}}
+
+
+@pytest.mark.parametrize(("jobs", "threads"), [(1, "7"), (2, "3"), (9, "1")])
+def test_trainings_share_the_cores(
+    jobs: int, threads: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "cores", lambda: 7)
+    out = tmp_path / "out"
+    made_ = a_runner(tmp_path, jobs)
+    with (tmp_path / "lock").open("w") as lock, out.open("w") as stdout:
+        made_.locks[tmp_path] = lock.fileno()
+        code = made_.call(["sh", "-c", "echo $OMP_NUM_THREADS"], tmp_path, stdout=stdout)
+    assert (code, out.read_text()) == (0, f"{threads}\n")
+
+
+def a_runner(folder: Path, jobs: int = 1, **changes: Any) -> Runner:
+    results = made.empty(folder, domains="", **changes)
+    return Runner(results.scale, Launcher(), results, folder, "abc", jobs, print)
