@@ -21,9 +21,9 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_MODEL_REGISTRY
 
 from ..errors import UsageError
+from .environment import PLUGIN, python
 from .outcomes import ONE_PROCESS, build_model
 from .plan import Cell, Launcher, Scale, train_arguments
-from .runner import PLUGIN, python
 
 NARROW = (
     *("--decoder-embed-dim", "64", "--decoder-attention-heads", "4", "--decoder-layers", "6"),

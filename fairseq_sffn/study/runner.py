@@ -8,12 +8,10 @@ import hashlib
 import itertools
 import json
 import os
-import platform
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -22,16 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import fairseq
 import torch
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 
 from ..errors import UsageError
+from .environment import PLUGIN, cores, machine, python, versions
 from .plan import Cell, Launcher, Scale, domains_of, train_arguments
 from .results import IN_DOMAIN, WHOLE, Results, curve, is_done, log_records, missing, write
-
-PLUGIN = Path(__file__).parents[1]
 
 
 def fingerprint(scale: Scale) -> str:
@@ -354,38 +350,6 @@ def end(child: subprocess.Popen[str]) -> None:
         os.killpg(child.pid, signal.SIGTERM)
 
 
-def submit(
-    cells: Iterable[Cell], scale: Scale, launcher: Launcher, work: Path, again: Sequence[str]
-) -> Iterable[str]:
-    """Hands trainings to a batch system, a script each, which comes back here for its cell alone.
-    One that was handed over and has not ended since is not handed over again.
-
-    Args:
-        again: the command line that the scripts run, but for ``--only KEY``.
-    """
-    for cell in cells:
-        key = cell.key(scale)
-        script, submitted = work / key / "job.sh", work / key / "submitted"
-        if submitted.exists():
-            yield f"{key}: submitted before; if it is gone, delete {submitted}"
-            continue
-        script.parent.mkdir(parents=True, exist_ok=True)
-        name = f"#SBATCH --job-name {key}"
-        trap = f"trap {shlex.quote(shlex.join(['rm', '-f', str(submitted.absolute())]))} EXIT"
-        command = shlex.join([*python("fairseq_sffn"), *again, "--only", key])
-        lines = ["#!/bin/bash", name, *launcher.header, trap, command]
-        script.write_text("\n".join(lines) + "\n")
-        submitted.touch()
-        done = subprocess.run(
-            [*shlex.split(launcher.submit), str(script)], capture_output=True, text=True
-        )
-        if done.returncode:
-            submitted.unlink(missing_ok=True)
-            reason = (done.stderr.strip().splitlines() or [""])[-1]
-            raise UsageError(f"{launcher.submit} {script}: {reason}")
-        yield f"{key}: {done.stdout.strip()}"
-
-
 def last_words(lines: Sequence[str]) -> str:
     """What a failed process said last, before torchrun's report on all of them."""
     own = itertools.takewhile(lambda line: "distributed/elastic" not in line, lines)
@@ -409,21 +373,11 @@ def updates_of(checkpoint: Path) -> int:
     return state["optimizer_history"][-1]["num_updates"]
 
 
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def last_json(text: str) -> dict[str, Any]:
     """The object that ends a text, after lines that libraries printed."""
     lines = text.splitlines()
     start = max(i for i, line in enumerate(lines) if line.startswith("{"))
     return json.loads("\n".join(lines[start:]))
-
-
-def python(module: str) -> list[str]:
-    """The command line that runs a module."""
-    return [sys.executable, "-W", "ignore", "-m", module]
 
 
 def drop_optimizer(checkpoint: Path) -> None:
@@ -435,33 +389,3 @@ def drop_optimizer(checkpoint: Path) -> None:
     if "last_optimizer_state" in state:
         state["last_optimizer_state"] = None
         checkpoint_utils.torch_persistent_save(state, str(checkpoint))
-
-
-def versions() -> dict[str, str]:
-    """Of what is run; of the plugin the last commit that changed it, empty if it has none."""
-
-    def git(*words: str) -> str:
-        if not shutil.which("git"):
-            return ""
-        command = ["git", "-C", str(PLUGIN), *words, "--", "."]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-    commit = git("log", "-1", "--format=%h", "--abbrev=10")
-    if git("status", "--porcelain"):
-        commit += "-dirty"
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "fairseq": fairseq.__version__,
-        "fairseq_sffn": commit,
-    }
-
-
-def machine(device: str = "") -> str:
-    """The processor with ``--cpu``, or the GPU if there is one."""
-    if device != "--cpu" and torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    info = Path("/proc/cpuinfo")  # of Linux; on some processors it has no such line
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"

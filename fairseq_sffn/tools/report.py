@@ -10,9 +10,10 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..study import claims
+from ..study.files import load_scale, load_table
 from ..study.outcomes import SHOWN, Study
 from ..study.pages import fill, read
-from ..study.plan import Table, load_scale, load_table
+from ..study.plan import Table
 from ..study.results import Results
 from ..study.tables import KINDS
 from ..study.tables.part import Parts, render

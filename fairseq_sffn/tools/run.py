@@ -12,6 +12,8 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..study.dry_run import dry_run, parse
+from ..study.environment import PLUGIN, cores
+from ..study.files import load_scale, load_table
 from ..study.outcomes import build_model
 from ..study.plan import (
     Cell,
@@ -20,14 +22,13 @@ from ..study.plan import (
     Scale,
     Table,
     domains_of,
-    load_scale,
-    load_table,
     row_cells,
     sweep_cells,
     train_arguments,
 )
 from ..study.results import WHOLE, Results, missing
-from ..study.runner import PLUGIN, Runner, cores, fingerprint, submit
+from ..study.runner import Runner, fingerprint
+from ..study.submission import submit
 from .zero_shot import build_encoder
 from .zero_shot_tasks import TASKS
 

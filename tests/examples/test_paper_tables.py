@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fairseq_sffn.study.plan import load_scale, load_table, row_cells
+from fairseq_sffn.study.files import load_scale, load_table
+from fairseq_sffn.study.plan import row_cells
 from fairseq_sffn.tools import cli
 
 ROOT = Path(__file__).parents[2]

@@ -1,7 +1,6 @@
 """What the runner makes of processes and files."""
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from study import made
 
 from fairseq_sffn.study import runner
 from fairseq_sffn.study.plan import Launcher
-from fairseq_sffn.study.runner import Runner, drop_optimizer, fingerprint, last_json, versions
+from fairseq_sffn.study.runner import Runner, drop_optimizer, fingerprint, last_json
 
 
 def test_json_after_other_lines() -> None:
@@ -64,37 +63,6 @@ def test_the_fingerprint_is_of_all_texts(tmp_path: Path) -> None:
         fingerprint(scale)
     with pytest.raises(SystemExit, match="none: there is no such folder"):
         fingerprint(made.scale(**{**folders, "domains": str(tmp_path / "none")}))
-
-
-def test_the_version_is_that_of_the_plugin_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Results that are added beside it, as a study does, make no other version."""
-    plugin, beside = tmp_path / "plugin" / "code.py", tmp_path / "results.json"
-    plugin.parent.mkdir()
-    monkeypatch.setattr(runner, "PLUGIN", plugin.parent)
-
-    def git(*words: str) -> str:
-        who = ["-c", "user.name=n", "-c", "user.email=e"]
-        command = ["git", "-C", str(tmp_path), *who, *words]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    def commit(path: Path, text: str) -> str:
-        path.write_text(text)
-        git("add", ".")
-        git("commit", "-q", "-m", text)
-        return git("rev-parse", "HEAD")[:10]
-
-    assert versions()["fairseq_sffn"] == ""
-    git("init", "-q")
-    first = commit(plugin, "a")
-    assert versions()["fairseq_sffn"] == first
-    commit(beside, "b")
-    beside.write_text("c")
-    assert versions()["fairseq_sffn"] == first
-    plugin.write_text("d")
-    assert versions()["fairseq_sffn"] == f"{first}-dirty"
-    assert commit(plugin, "e") == versions()["fairseq_sffn"] != first
 
 
 @pytest.mark.parametrize(("context", "tokens"), [(16, "8192"), (10000, "10000")])

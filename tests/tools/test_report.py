@@ -18,8 +18,9 @@ import pytest
 from study import made
 
 from fairseq_sffn.study import outcomes
+from fairseq_sffn.study.files import load_scale, load_table
 from fairseq_sffn.study.outcomes import Model, build_model
-from fairseq_sffn.study.plan import Cell, Row, Scale, load_scale, load_table, sweep_cells
+from fairseq_sffn.study.plan import Cell, Row, Scale, sweep_cells
 from fairseq_sffn.study.results import Results
 from fairseq_sffn.study.tables.part import Part
 from fairseq_sffn.study.tables.part import text as escaped

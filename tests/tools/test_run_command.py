@@ -25,7 +25,8 @@ from fairseq.data import Dictionary
 
 from fairseq_sffn.errors import UsageError
 from fairseq_sffn.study import runner
-from fairseq_sffn.study.plan import Launcher, load_scale, load_table, row_cells, train_arguments
+from fairseq_sffn.study.files import load_scale, load_table
+from fairseq_sffn.study.plan import Launcher, row_cells, train_arguments
 from fairseq_sffn.study.results import log_records
 from fairseq_sffn.study.runner import Runner, fingerprint
 from fairseq_sffn.tools import cli

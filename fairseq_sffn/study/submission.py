@@ -1,0 +1,44 @@
+"""Hands the cells of a table to a batch system."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ..errors import UsageError
+from .environment import python
+from .plan import Cell, Launcher, Scale
+
+
+def submit(
+    cells: Iterable[Cell], scale: Scale, launcher: Launcher, work: Path, again: Sequence[str]
+) -> Iterable[str]:
+    """Hands trainings to a batch system, a script each, which comes back here for its cell alone.
+    One that was handed over and has not ended since is not handed over again.
+
+    Args:
+        again: the command line that the scripts run, but for ``--only KEY``.
+    """
+    for cell in cells:
+        key = cell.key(scale)
+        script, submitted = work / key / "job.sh", work / key / "submitted"
+        if submitted.exists():
+            yield f"{key}: submitted before; if it is gone, delete {submitted}"
+            continue
+        script.parent.mkdir(parents=True, exist_ok=True)
+        name = f"#SBATCH --job-name {key}"
+        trap = f"trap {shlex.quote(shlex.join(['rm', '-f', str(submitted.absolute())]))} EXIT"
+        command = shlex.join([*python("fairseq_sffn"), *again, "--only", key])
+        lines = ["#!/bin/bash", name, *launcher.header, trap, command]
+        script.write_text("\n".join(lines) + "\n")
+        submitted.touch()
+        done = subprocess.run(
+            [*shlex.split(launcher.submit), str(script)], capture_output=True, text=True
+        )
+        if done.returncode:
+            submitted.unlink(missing_ok=True)
+            reason = (done.stderr.strip().splitlines() or [""])[-1]
+            raise UsageError(f"{launcher.submit} {script}: {reason}")
+        yield f"{key}: {done.stdout.strip()}"
