@@ -21,14 +21,14 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_MODEL_REGISTRY
 
 from ..errors import UsageError
-from .environment import PLUGIN, python
+from .environment import PLUGIN, last_words, python
 from .outcomes import ONE_PROCESS, build_model
 from .plan import Cell, Launcher, Scale, train_arguments
 
 NARROW = (
     *("--decoder-embed-dim", "64", "--decoder-attention-heads", "4", "--decoder-layers", "6"),
     *("--tokens-per-sample", "32", "--batch-size", "2", "--update-freq", "1", "--max-update", "1"),
-    *("--cpu", "--num-workers", "0", "--no-save"),
+    *("--cpu", "--distributed-world-size", "1", "--num-workers", "0", "--no-save"),
 )
 """What is smaller in the copy. The FFN and its blocks are as wide as they are."""
 ON_GPUS = {
@@ -95,8 +95,8 @@ def update(arguments: list[str]) -> None:
         text=True,
     )
     if done.returncode or "num_updates" not in done.stdout + done.stderr:
-        lines = (done.stdout + done.stderr).splitlines() or [""]
-        raise UsageError(f"fairseq-train {shlex.join([*narrow, *NARROW])}: {lines[-1]}")
+        reason = last_words((done.stdout + done.stderr).splitlines())
+        raise UsageError(f"fairseq-train {shlex.join([*narrow, *NARROW])}: {reason}")
 
 
 def make_data(folder: Path) -> Path:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import fairseq
@@ -23,6 +25,12 @@ def cores() -> int:
 def python(module: str) -> list[str]:
     """The command line that runs a module."""
     return [sys.executable, "-W", "ignore", "-m", module]
+
+
+def last_words(lines: Sequence[str]) -> str:
+    """What a failed process said last, before torchrun's report on all of them."""
+    own = itertools.takewhile(lambda line: "distributed/elastic" not in line, lines)
+    return next((line for line in reversed([*own]) if line.strip()), "")
 
 
 def versions() -> dict[str, str]:

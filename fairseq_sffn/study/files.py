@@ -29,8 +29,18 @@ ABOVE_ZERO = {
 }
 """Keys whose numbers are above 0."""
 
-NEEDED = ("--no-save", "--no-last-checkpoints")
-"""Flags without whose files nothing could be evaluated."""
+REFUSED = {
+    **dict.fromkeys(("--no-save", "--no-last-checkpoints"), "the last checkpoint is evaluated"),
+    **dict.fromkeys(
+        (
+            *("--max-epoch", "--stop-time-hours", "--stop-min-lr", "--patience"),
+            *("--no-save-optimizer-state", "--restore-file", "--finetune-from-model"),
+            *("--reset-optimizer", "--reset-lr-scheduler", "--reset-dataloader", "--reset-meters"),
+        ),
+        "trainings end after their updates, and go on where they were stopped",
+    ),
+}
+"""Flags that no training may have, and why."""
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -93,7 +103,8 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         return build(hint, value, where)  # type: ignore[arg-type]
     if get_origin(hint) in (tuple, Mapping) or not any(is_of(value, k) for k in items or [hint]):
         raise UsageError(f"{where} {value!r}: must be {described(hint)}")
-    return value
+    whole = type(value) is int and int not in (items or [hint])
+    return float(value) if whole else value  # 1 and 1.0 are the same setting
 
 
 def is_of(value: Any, kind: Any) -> bool:
@@ -132,14 +143,14 @@ def split_flags(flags: str, where: str) -> list[str]:
         raise UsageError(f"{where}: flags {flags!r}: {error}") from error
     cell = Cell("", "", seed=1, lr=1.0, updates=1, batch_size=1)
     scale = Scale("", "", "", 1, 1, 1, 1, 1, (1.0,), flags="", tokens_per_second=1.0)
-    ours = {*train_arguments(cell, scale, Launcher(), "", "", ""), "--max-tokens"}
-    ours.add("--max-sentences")  # another name of --batch-size
+    ours = {w for w in train_arguments(cell, scale, Launcher(), "", "", "") if w.startswith("--")}
+    ours |= {"--max-tokens", "--max-sentences", "-a"}  # the last are --batch-size and --arch
     for word in words:
         name = word.partition("=")[0]
-        if word.startswith("--") and name in ours:
+        if name in ours:
             raise UsageError(f"{where}: flags: {word}: is set by what the file says elsewhere")
-        if name in NEEDED:
-            raise UsageError(f"{where}: flags: {word}: the last checkpoint is evaluated")
+        if name in REFUSED:
+            raise UsageError(f"{where}: flags: {word}: {REFUSED[name]}")
     return words
 
 
@@ -156,7 +167,7 @@ def load_scale(path: Path) -> Scale:
             raise UsageError(f"{path}: {name}: is empty")
     for name in ("sweep_share", "warmup_share"):
         if getattr(scale, name) > 1:
-            raise UsageError(f"{path}: {name} {getattr(scale, name)}: must be at most 1")
+            raise UsageError(f"{path}: {name} {getattr(scale, name):g}: must be at most 1")
     return replace(scale, flags=shlex.join(split_flags(scale.flags, str(path))))
 
 
@@ -192,6 +203,8 @@ def load_table(path: Path) -> Table:
             raise UsageError(f"{where}: seeds: is empty")
         if row.x not in ("", "{ffn}") and not isinstance(row.x, int | float):
             raise UsageError(f"{where}: x {row.x!r}: must be a number or '{{ffn}}'")
+        if isinstance(row.x, int | float) and row.x <= 0:  # axes are logarithmic
+            raise UsageError(f"{where}: x {row.x:g}: must be above 0")
         split_flags(row.flags, where)
     if table.figure == "lines" and not any(row.group and row.x != "" for row in table.rows):
         raise UsageError(f"{path}: figure 'lines': no row has both group and x")

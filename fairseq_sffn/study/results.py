@@ -14,8 +14,9 @@ from typing import Any
 from ..errors import UsageError
 from .plan import Cell, Row, Scale, sweep_cells
 
-RECORD = re.compile(r"\| INFO \| (train_inner|valid|train) \| (\{.*\})$")
-"""A line of fairseq-train's log with ``--log-format json``."""
+RECORD = re.compile(r".*\| INFO \| (train_inner|valid|train) \| (\{.*\})$")
+"""A line of fairseq-train's log with ``--log-format json``, or what ends a line that a training
+began before it was killed."""
 
 
 def log_records(path: Path) -> list[tuple[str, dict[str, float]]]:
@@ -23,10 +24,14 @@ def log_records(path: Path) -> list[tuple[str, dict[str, float]]]:
     resumed, what it did twice is there once, as it was the second time."""
     records: dict[tuple[str, float], tuple[str, dict[str, float]]] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        match = RECORD.search(line.rstrip())
+        match = RECORD.match(line.rstrip())
         if match is None or match[1] == "train":
             continue
-        values = {name: _number(value) for name, value in json.loads(match[2]).items()}
+        try:
+            logged = json.loads(match[2])
+        except json.JSONDecodeError:  # of two processes, run together
+            continue
+        values = {name: _number(value) for name, value in logged.items()}
         prefix = "valid_" if match[1] == "valid" else ""
         record = {name.removeprefix(prefix): value for name, value in values.items()}
         records[match[1], record["num_updates"]] = (match[1], record)

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import threading
 import time
+import traceback
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 
 from ..errors import UsageError
-from .environment import PLUGIN, cores, machine, python, versions
+from .environment import PLUGIN, cores, last_words, machine, python, versions
 from .plan import Cell, Launcher, Scale, domains_of, train_arguments
 from .results import IN_DOMAIN, WHOLE, Results, curve, is_done, log_records, missing, write
 
@@ -42,7 +43,8 @@ def fingerprint(scale: Scale) -> str:
         raise UsageError(f"{scale.domains}: there is no such folder; see examples/data/README.md")
     domains = list(domains_of(scale))
     files += [domain / "test.bin" for domain in domains]
-    for path in (*files, *(domain / "dict.txt" for domain in domains)):
+    indices = [path.with_suffix(".idx") for path in files[1:]]
+    for path in (*files, *indices, *(domain / "dict.txt" for domain in domains)):
         if not path.exists():
             raise UsageError(f"{path}: is missing; see examples/data/README.md")
     for domain in domains:
@@ -117,6 +119,10 @@ class Runner:
                         except UsageError as error:
                             what = f"failed: {error}"
                             failures.append(error)
+                        except Exception as error:  # a full disk, say
+                            self.say(traceback.format_exc())
+                            what = f"failed: {type(error).__name__}: {error}"
+                            failures.append(UsageError(f"{futures[future].key(self.scale)} {what}"))
                         done += futures[future].expected_seconds(self.scale)
                         left = (time.monotonic() - start) * (total - done) / max(done, 1e-9)
                         name = futures[future].key(self.scale)
@@ -219,20 +225,23 @@ class Runner:
             which ``versions`` on which ``machine``: evaluation may come later.
         """
         folder = self.folder(cell)
-        trained, save_dir = folder / "trained.json", folder / "checkpoints"
+        started, trained = folder / "started.json", folder / "trained.json"
+        save_dir = folder / "checkpoints"
         if trained.exists():
             found = json.loads(trained.read_text())
             if found["outcome"] == "diverged" or (save_dir / "checkpoint_last.pt").exists():
                 return found
         last = save_dir / "checkpoint_last.pt"
-        by = {"versions": versions(), "machine": machine(*self.device())}  # code may change soon
         outcome = "trained"
         # fairseq would add an update to a training that is at its end.
-        if updates_of(last) < cell.updates:
+        ended = updates_of(last) >= cell.updates
+        if not ended or not started.exists():  # code may change before the end is seen
+            write(started, {"versions": versions(), "machine": machine(*self.device())})
+        if not ended:
             outcome = self.call_training(cell, folder, save_dir)
         if outcome == "trained" and (updates := updates_of(last)) != cell.updates:
             raise UsageError(f"{last}: is after {updates} updates, not {cell.updates}")
-        found = {"outcome": outcome, **by}
+        found = {"outcome": outcome, **json.loads(started.read_text())}
         write(trained, found)
         return found
 
@@ -305,14 +314,17 @@ class Runner:
         environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
         if not self.launcher.command:
             environment["OMP_NUM_THREADS"] = str(max(1, cores() // self.jobs))
-        child = subprocess.Popen(
-            command,
-            **streams,
-            text=True,
-            env=environment,
-            start_new_session=True,
-            pass_fds=[self.locks[folder]],
-        )
+        try:
+            child = subprocess.Popen(
+                command,
+                **streams,
+                text=True,
+                env=environment,
+                start_new_session=True,
+                pass_fds=[self.locks[folder]],
+            )
+        except OSError as error:
+            raise UsageError(f"{command[0]}: cannot be run: {error.strerror}") from error
         self.children.add(child)
         if self.stopping.is_set():  # after all others were ended
             end(child)
@@ -348,12 +360,6 @@ def end(child: subprocess.Popen[str]) -> None:
     """Ends a process and those that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGTERM)
-
-
-def last_words(lines: Sequence[str]) -> str:
-    """What a failed process said last, before torchrun's report on all of them."""
-    own = itertools.takewhile(lambda line: "distributed/elastic" not in line, lines)
-    return next((line for line in reversed([*own]) if line.strip()), "")
 
 
 def updates_of(checkpoint: Path) -> int:

@@ -33,12 +33,26 @@ def submit(
         command = shlex.join([*python("fairseq_sffn"), *again, "--only", key])
         lines = ["#!/bin/bash", name, *launcher.header, trap, command]
         script.write_text("\n".join(lines) + "\n")
-        submitted.touch()
-        done = subprocess.run(
-            [*shlex.split(launcher.submit), str(script)], capture_output=True, text=True
-        )
-        if done.returncode:
+        submitted.touch()  # first, as the script deletes it
+        try:
+            said = call([*shlex.split(launcher.submit), str(script)])
+        except BaseException:
             submitted.unlink(missing_ok=True)
-            reason = (done.stderr.strip().splitlines() or [""])[-1]
-            raise UsageError(f"{launcher.submit} {script}: {reason}")
-        yield f"{key}: {done.stdout.strip()}"
+            raise
+        yield f"{key}: {said}"
+
+
+def call(command: list[str]) -> str:
+    """What a command says.
+
+    Raises:
+        UsageError: it fails.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise UsageError(f"{command[0]}: cannot be run: {error.strerror}") from error
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [""])[-1]
+        raise UsageError(f"{shlex.join(command)}: {reason}")
+    return done.stdout.strip()

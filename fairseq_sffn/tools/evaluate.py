@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import copy
 import json
 import logging
@@ -58,6 +59,8 @@ def run(args: argparse.Namespace) -> str:
             raise UsageError(f"{name}: there is no {folder / split}.idx")
     report: dict[str, Any] = {"checkpoint": args.checkpoint, "sets": {}}
     base = configuration(args.checkpoint, *sets[args.sets[0]], args.other_flags)
+    if args.routing and (window := base.eval_lm.context_window):
+        raise UsageError(f"--context-window {window}: with --routing tokens would count twice")
     for name in args.sets:
         print(f"evaluating {name}", file=sys.stderr, flush=True)
         report["sets"][name] = perplexity(on_set(base, *sets[name]))
@@ -117,11 +120,18 @@ def routing(cfg: Any) -> dict[str, Any]:
     none."""
     split = cfg.dataset.gen_subset
     task = tasks.setup_task(cfg.task)
+    # As fairseq_cli.eval_lm does.
     (model,), _, task = checkpoint_utils.load_model_ensemble_and_task(
-        [cfg.common_eval.path], task=task
+        [cfg.common_eval.path],
+        arg_overrides=ast.literal_eval(cfg.common_eval.model_overrides),
+        task=task,
+        suffix=cfg.checkpoint.checkpoint_suffix,
+        strict=cfg.checkpoint.checkpoint_shard_count == 1,
+        num_shards=cfg.checkpoint.checkpoint_shard_count,
     )
     cuda = torch.cuda.is_available() and not cfg.common.cpu
-    model = (model.cuda() if cuda else model).eval()
+    model = (model.half() if cfg.common.fp16 else model).eval()
+    model = model.cuda() if cuda else model
     task.load_dataset(split)
     batches = task.eval_lm_dataloader(
         dataset=task.dataset(split),

@@ -149,7 +149,8 @@ def check(tables: Sequence[Table], scale: Scale, launcher: Launcher) -> None:
     for table in tables:
         for row in table.rows:
             try:
-                for cell in row_cells(row, scale, scale.learning_rates[0]):
+                rate = scale.learning_rates[0]
+                for cell in [*row_cells(row, scale, rate), *sweep_cells(row, scale)]:
                     words = train_arguments(cell, scale, launcher, "DATA", "FOLDER", str(PLUGIN))
                     if (cell.model, cell.flags) not in seen:
                         parse(words)

@@ -95,6 +95,9 @@ def test_a_table(tmp_path: Path) -> None:
         ("--sffn-block-size ", "--seed=1", r"flags: --seed=1: is set by what the file says"),
         ("--sffn-block-size ", "--max-sentences 1", r"flags: --max-sentences: is set by"),
         ("--sffn-block-size ", "--max-tokens 1", r"flags: --max-tokens: is set by"),
+        ("--sffn-block-size ", "-a x", r"row 'Avg-K': flags: -a: is set by what the file says"),
+        ("--sffn-block-size ", "--max-epoch 1", r"--max-epoch: trainings end after their updates"),
+        ("seeds = [3]", "x = 0", r"row 'Avg-K': x 0: must be above 0"),
         ("--sffn-block-size ", "--no-save", r"flags: --no-save: the last checkpoint is evaluated"),
         ("--sffn-block-size ", "--distributed-world-size 1", r"--distributed-world-size: is set"),
         ('"--sffn-block-size  {ffn}"', "[]", r"rows\[1\]: flags \[\]: must be a text"),
@@ -134,6 +137,14 @@ def test_wrong_scales(old: str, new: str, error: str, tmp_path: Path) -> None:
     assert old in SCALE
     with pytest.raises(SystemExit, match=error):
         load_scale(write(tmp_path, SCALE.replace(old, new)))
+
+
+def test_whole_numbers_stand_for_others(tmp_path: Path) -> None:
+    """As a rate of 1 would give other keys than one of 1.0."""
+    table = load_table(write(tmp_path, TABLE.replace("seeds = [3]", "lr = 1")))
+    scale = load_scale(write(tmp_path, SCALE + "warmup_share = 1"))
+    numbers = table.rows[1].lr, scale.warmup_share, scale.updates
+    assert [type(number) for number in numbers] == [float, float, int]
 
 
 def test_a_table_without_rows(tmp_path: Path) -> None:

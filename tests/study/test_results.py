@@ -28,9 +28,11 @@ def test_a_log_that_was_resumed(tmp_path: Path) -> None:
         line("train_inner", num_updates=20, loss=4, wps=1, wpb=50),
         line("train_inner", num_updates=30, loss=3, wps=1, wpb=50),
         '2026-01-01 | INFO | train_inner | {"num_up',
+        '2026-01-01 | INFO | train_inner | {"num_up2026-01-01 | INFO | fairseq | {"a": 1}',
     ]
     after = [
-        line("train_inner", num_updates=20, loss=4.25, wps=25, wpb=50),
+        "2026-01-01 | INFO | train_i"
+        + line("train_inner", num_updates=20, loss=4.25, wps=25, wpb=50),
         line("train", num_updates=20, loss=99),
         line("train_inner", num_updates=30, loss="nan", wps=50, wpb=50),
         line("valid", num_updates=30, loss=3.5),

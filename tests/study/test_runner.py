@@ -36,6 +36,7 @@ def test_the_fingerprint_is_of_all_texts(tmp_path: Path) -> None:
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("text")
+        path.with_suffix(".idx").touch()
     dictionaries = [path.parent / "dict.txt" for path in paths[2:]]
     for path in dictionaries:
         path.write_text("word 3\n")
@@ -53,6 +54,9 @@ def test_the_fingerprint_is_of_all_texts(tmp_path: Path) -> None:
         fingerprint(scale)
     dictionaries[-1].unlink()
     with pytest.raises(SystemExit, match=r"b/dict\.txt: is missing"):
+        fingerprint(scale)
+    paths[-1].with_suffix(".idx").unlink()
+    with pytest.raises(SystemExit, match=r"b/test\.idx: is missing"):
         fingerprint(scale)
     paths[-1].unlink()
     with pytest.raises(SystemExit, match=r"b/test\.bin: is missing"):

@@ -330,6 +330,71 @@ def test_the_others_go_on_after_a_training_that_failed(
     assert "failed: " in capsys.readouterr().out
 
 
+def test_the_others_go_on_after_an_error_that_nobody_foresaw(
+    tmp_path: Path, data_bin: Path, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = [OSError("no space left on device")]
+    monkeypatch.setattr(
+        runner, "drop_optimizer", lambda checkpoint: full and (_ for _ in ()).throw(full.pop())
+    )
+    study = Study(tmp_path, data_bin, '{ label = "a", model = "dense", seeds = [1, 2] }')
+    with pytest.raises(SystemExit, match=r"1 of 2 trainings failed: dense-.* failed: OSError: no"):
+        study.run()
+    assert [r["seed"] for r in study.results().values()] == [2]
+    study.run()
+    assert len(study.results()) == trained(calls) == 2
+
+
+@pytest.mark.parametrize("submit", ["", "sbatch-that-is-not-here"])
+def test_a_command_that_is_not_there(submit: str, tmp_path: Path, data_bin: Path) -> None:
+    study = Study(tmp_path, data_bin, '{ label = "dense", model = "dense" }')
+    command = "" if submit else "torchrun-that-is-not-here"
+    with study.scale.open("a") as scale:
+        scale.write(f'[launchers.batch]\nsubmit = "{submit}"\ncommand = "{command}"\n')
+    with pytest.raises(SystemExit, match=f"^{submit or command}: cannot be run: No such file"):
+        study.run()
+    assert not [*study.work.glob("*/submitted")]
+
+
+def test_the_sweep_is_looked_at_before_any_training(
+    tmp_path: Path, data_bin: Path, calls: list[list[str]]
+) -> None:
+    rows = '{ label = "dense", model = "dense", batch = 3 }'
+    study = Study(tmp_path, data_bin, rows, "[1e-2, 2e-2]")
+    with study.scale.open("a") as scale:
+        scale.write("[launchers.three]\nprocesses = 3\n")
+    with pytest.raises(
+        SystemExit, match="row 'dense': batch_size 8: is not divided by 3 processes"
+    ):
+        study.run()
+    assert calls == []
+
+
+def test_versions_are_those_of_the_training(
+    tmp_path: Path, data_bin: Path, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of a later command that finds it at its end."""
+    study = Study(tmp_path, data_bin, '{ label = "dense", model = "dense" }')
+    monkeypatch.setattr(runner, "versions", lambda: {"fairseq_sffn": "first"})
+    study.run()
+    ((key, _),) = study.results().items()
+    (study.folder / "results" / "small" / f"{key}.json").unlink()
+    (study.work / key / "trained.json").unlink()
+    monkeypatch.setattr(runner, "versions", lambda: {"fairseq_sffn": "second"})
+    study.run()
+    assert study.results()[key]["versions"] == {"fairseq_sffn": "first"} and trained(calls) == 1
+
+
+def test_a_dry_run_for_several_processes(
+    tmp_path: Path, data_bin: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = Study(tmp_path, data_bin, '{ label = "dense", model = "dense" }')
+    with study.scale.open("a") as scale:
+        scale.write("[launchers.two]\nprocesses = 2\n")
+    study.run("--dry-run")
+    assert "an update done\n1 trainings are ready" in capsys.readouterr().out
+
+
 def test_the_last_words_of_a_process() -> None:
     """torchrun's report on its processes is none of them."""
     lines = [
@@ -347,9 +412,15 @@ def test_the_last_words_of_a_process() -> None:
 
 
 def test_a_training_that_stops_early_has_no_result(
-    tmp_path: Path, data_bin: Path, calls: list[list[str]]
+    tmp_path: Path, data_bin: Path, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = Study(tmp_path, data_bin, f'{{ {AVGK[:-1]} --stop-time-hours 1e-9" }}')
+    call = Runner.call
+    monkeypatch.setattr(
+        Runner,
+        "call",
+        lambda self, command, *args, **kw: call(self, [*command, "--max-update=1"], *args, **kw),
+    )
+    study = Study(tmp_path, data_bin, f"{{ {AVGK} }}")
     with pytest.raises(
         SystemExit, match=rf"checkpoint_last\.pt: is after 1 updates, not {UPDATES}"
     ):
