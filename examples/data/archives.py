@@ -23,6 +23,19 @@ def archive_files(path: Path, files: list[str], exclude: list[str]) -> Iterator[
 
     A file of another kind is the only file of its package.
     """
+    try:
+        found = read_archive(path, files, exclude)
+    except (EOFError, tarfile.TarError, zipfile.BadZipFile):
+        sys.exit(f"{path}: damaged package; delete it and start again")
+    yield from sorted(found.items())
+
+
+def read_archive(path: Path, files: list[str], exclude: list[str]) -> dict[str, bytes]:
+    """The same, in no order.
+
+    Raises:
+        EOFError, TarError, BadZipFile: it is damaged.
+    """
     if path.suffix == ".deb":
         command = ["dpkg-deb", "--fsys-tarfile", str(path)]
         with (
@@ -31,7 +44,7 @@ def archive_files(path: Path, files: list[str], exclude: list[str]) -> Iterator[
         ):
             found = read_tar(archive, files, exclude)
         if process.returncode:
-            sys.exit(f"{path}: damaged package; delete it and start again")
+            raise EOFError
     elif path.suffix in (".whl", ".zip"):
         with zipfile.ZipFile(path) as archive:
             names = [n for n in archive.namelist() if is_wanted(n, files, exclude)]
@@ -41,7 +54,7 @@ def archive_files(path: Path, files: list[str], exclude: list[str]) -> Iterator[
             found = read_tar(archive, files, exclude)
     else:
         found = {path.name: path.read_bytes()}
-    yield from sorted(found.items())
+    return found
 
 
 def read_tar(archive: tarfile.TarFile, files: list[str], exclude: list[str]) -> dict[str, bytes]:

@@ -9,14 +9,14 @@
 # What is done is not done again, and what was interrupted goes on.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-. examples/venv.sh
-
 SCALE=${SCALE:-laptop}
 FILE=examples/paper/scales/$SCALE.toml
 [ -e "$FILE" ] || { echo "SCALE=$SCALE: there is no $FILE" >&2; exit 1; }
-tables=()
+. examples/venv.sh
+
+tables=() names=()
 while [ $# -gt 0 ] && [[ $1 != -* ]]; do
-    tables+=("examples/paper/$1.toml")
+    tables+=("examples/paper/$1.toml") names+=("$1")
     shift
 done
 # glibc keeps the memory of large tensors, in large pages, rather than give it back and ask for it
@@ -34,4 +34,4 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-fairseq-sffn report examples/paper --scale "$FILE" "${results[@]}"
+fairseq-sffn report examples/paper --scale "$FILE" --tables "${names[@]}" "${results[@]}"

@@ -92,13 +92,13 @@ def log_axis(
 
 
 def lines(study: Study, table: Table) -> Figure:
-    """Perplexity on test against ``x``, a line for each group; other rows are levels."""
+    """Perplexity on test against ``x``, a line for each group; rows without either are levels."""
     figure = new()
     axes = figure.subplots()
     groups = line_points(study, table)
     for i, (name, points) in enumerate(groups.items()):
         error_bars(axes, points, name, i)
-    levels = [o for o in study.outcomes(table) if not o.row.group]
+    levels = [o for o in study.outcomes(table) if not o.row.group or o.row.x == ""]
     for i, o in enumerate(levels):
         if found := summarize(o.perplexity("test").values()):
             axes.axhline(

@@ -175,7 +175,8 @@ class Cell:
     batch_size: int
 
     def settings(self, scale: Scale) -> dict[str, Any]:
-        """Everything that decides what comes out, but for the text and the code."""
+        """Everything that decides what comes out, but for the text, the code, and how the sequences
+        of an update are dealt to processes and batches."""
         shared = ("size", "tokens_per_sample", "warmup_share", "flags")
         return asdict(self) | {f"scale_{name}": getattr(scale, name) for name in shared}
 

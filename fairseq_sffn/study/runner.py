@@ -255,7 +255,9 @@ class Runner:
             launched = [os.path.expandvars(word) for word in shlex.split(self.launcher.command)]
             command = [*launched, "-m", "fairseq_cli.train", *arguments]
         log = folder / "train.log"
-        with log.open("a", encoding="utf-8") as out:
+        # Of one training: what began anew says nothing of what was before.
+        resumed = (save_dir / "checkpoint_last.pt").exists()
+        with log.open("a" if resumed else "w", encoding="utf-8") as out:
             start = out.tell()
             code = self.call(command, folder, stdout=out, stderr=subprocess.STDOUT)
         if not code:

@@ -67,13 +67,15 @@ def residual_deviation(rows: Iterable[Mapping[int, float]]) -> Deviation | None:
     values = [(i, seeds.index(seed), v) for i, row in enumerate(several) for seed, v in row.items()]
     if not values:
         return None
-    of_row, of_seed, found = (torch.tensor(column) for column in zip(*values, strict=True))
+    index = torch.tensor([(row, seed) for row, seed, _ in values])
+    of_row, of_seed = index.unbind(dim=1)
+    found = torch.tensor([value for *_, value in values], dtype=torch.float64)
     design = torch.cat([one_hot(of_row), one_hot(of_seed)], dim=1).double()
     degrees = len(values) - int(torch.linalg.matrix_rank(design))
     if not degrees:
         return None
-    fit = design @ torch.linalg.pinv(design) @ found.double()
-    variance = float((found.double() - fit).square().sum()) / degrees
+    fit = design @ torch.linalg.pinv(design) @ found
+    variance = float((found - fit).square().sum()) / degrees
     return Deviation(math.sqrt(variance), degrees, len(several))
 
 

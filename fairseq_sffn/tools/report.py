@@ -25,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", type=Path, help="folder of TOML files, one a table")
     parser.add_argument("--scale", type=Path, required=True, help="TOML file of the scale")
     parser.add_argument(
+        "--tables",
+        nargs="+",
+        metavar="TABLE",
+        help="print and draw these alone; deviations are still of all (default: all)",
+    )
+    parser.add_argument(
         "--results",
         type=Path,
         help="folder of the JSON files, which gets figures too (default: STUDY/results/SCALE, and "
@@ -60,6 +66,7 @@ class Report:
         parts: name of a table -> its parts.
         done: names of the tables that have results, or need none.
         verdicts: name of a table -> the verdicts on its claims.
+        only: names of the tables that are printed and drawn; empty: all.
     """
 
     study: Study
@@ -68,6 +75,7 @@ class Report:
     parts: dict[str, Parts] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
     verdicts: dict[str, list[claims.Verdict]] = field(default_factory=dict)
+    only: frozenset[str] = frozenset()
 
     def figure(self, table: Table) -> Path | None:
         """The file of a table's figure; ``None``: it has none, or nothing to show yet."""
@@ -114,7 +122,7 @@ class Report:
         return self.markdown(self.study.tables[table], part, beside)
 
     def text(self) -> str:
-        """All tables that have results."""
+        """All tables that are printed."""
         texts = []
         for table in self.tables():
             texts.append(f"## {table.title}")
@@ -141,8 +149,9 @@ class Report:
         return json.dumps(found, default=asdict, ensure_ascii=False)
 
     def tables(self) -> list[Table]:
-        """Those that have results."""
-        return [table for name, table in self.study.tables.items() if name in self.done]
+        """Those that are printed and have results."""
+        asked = self.only or self.study.tables.keys()
+        return [t for name, t in self.study.tables.items() if name in self.done and name in asked]
 
 
 def run(args: argparse.Namespace) -> str:
@@ -154,6 +163,9 @@ def run(args: argparse.Namespace) -> str:
     if args.check and not args.write:
         raise UsageError("--check: needs --write FILE.md")
     report = make(args.study, args.scale, args.results)
+    report.only = frozenset(args.tables or ())
+    if unknown := sorted(report.only - report.study.tables.keys()):
+        raise UsageError(f"--tables {unknown[0]}: is none of {', '.join(report.study.tables)}")
     changed = {}
     for path in args.write:
         text = filled(report, path)

@@ -257,6 +257,6 @@ def to_do(table: Table, results: Results) -> list[Cell]:
 
 
 def expected(cells: list[Cell], scale: Scale, jobs: int) -> str:
-    """How long trainings take."""
+    """How long trainings take, evaluation apart."""
     seconds = sum(cell.expected_seconds(scale) for cell in cells)
     return f"about {seconds / jobs / 60:.0f} minutes, {jobs} at a time"

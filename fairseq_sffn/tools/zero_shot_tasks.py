@@ -60,7 +60,11 @@ def read_documents(folder: Path, task: str) -> list[Document]:
             doc_id, choice = int(request["doc_id"]), int(request["idx"])
             # LAMBADA's label is its word, and the right choice the only one.
             label = 0 if task == LAMBADA else int(request["label"])
-            well_formed = pair[1].strip() and choice not in choices.setdefault(doc_id, {})
+            well_formed = (
+                isinstance(pair[0], str)
+                and pair[1].strip()
+                and choice not in choices.setdefault(doc_id, {})
+            )
         except (ValueError, TypeError, KeyError, AttributeError):
             well_formed = False
         if not well_formed or labels.setdefault(doc_id, label) != label:

@@ -214,6 +214,14 @@ def test_archives_give_the_wanted_files_in_order(
     assert found == [("b/x.txt", b"x"), ("b/y.txt", b"y")]
 
 
+@pytest.mark.parametrize("name", ["a.deb", "a.whl", "a.tgz"])
+def test_a_damaged_archive(data: SimpleNamespace, tmp_path: Path, name: str) -> None:
+    path = write_archive(tmp_path / "a.tgz", {"./b/y.txt": b"y" * 10000}).rename(tmp_path / name)
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(SystemExit, match=rf"{name}: damaged package; delete it and start again"):
+        list(data.archives.archive_files(path, ["*"], []))
+
+
 # clean.py
 
 

@@ -42,6 +42,8 @@ def test_the_deviation_beside_rows_and_seeds() -> None:
     assert found.sd == pytest.approx(np.sqrt((rest**2).sum() / 6))
     less = residual_deviation([*rows[1:], {2: 1.0, 3: 2.0}])
     assert less is not None and (less.degrees_of_freedom, less.rows) == (11 - 4 - 2, 4)
+    large = residual_deviation([{1: 1e8, 2: 1e8 + 1}, {1: 1e8, 2: 1e8 + 3}])
+    assert large is not None and large.sd == pytest.approx(1)
     for few in ([], [{1: 5.0}], rows[:1], [{1: 1.0, 2: 2.0}, {3: 3.0, 4: 5.0}]):
         assert residual_deviation(few) is None
 

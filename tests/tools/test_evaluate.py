@@ -64,6 +64,19 @@ def test_routing_is_that_of_its_own_set(checkpoint, data_bin, other, capsys):
     assert counts[1] == 10 * counts[0]
 
 
+def test_routing_is_of_the_model_whose_perplexity_is_told(checkpoint, data_bin, capsys):
+    name = f"{data_bin}:valid"
+    counts = []
+    for blocks in (1, 2):
+        overrides = ("--model-overrides", f"{{'sffn_active_blocks': {blocks}}}")
+        report = evaluate(checkpoint, name, "--routing", name, *overrides, capsys=capsys)
+        (layer,) = report["routing"].values()
+        counts.append(sum(layer["counts"]))
+    assert counts[1] == 2 * counts[0]
+    with pytest.raises(UsageError, match=r"--context-window 4: with --routing tokens would count"):
+        evaluate(checkpoint, name, "--routing", name, "--context-window", "4", capsys=capsys)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("FOLDER", "must be FOLDER:SPLIT"), ("nowhere:test", r"there is no nowhere/test\.idx")],

@@ -187,6 +187,14 @@ def test_perplexity(printed: str) -> None:
     assert cells(domains, "law")[:2] == ["133 ± 4", "123 ± 4"]
 
 
+def test_some_tables_alone(printed: str, folder: Path) -> None:
+    some = report(folder, "--no-figures", "--tables", "main", "zero")
+    assert re.findall(r"^## (.*)", some, flags=re.M) == ["Main", "Zero"]
+    assert section(some, "Main").strip() == section(printed, "Main").strip()
+    with pytest.raises(SystemExit, match=r"--tables x: is none of .*main"):
+        report(folder, "--tables", "main", "x")
+
+
 def test_learning_rates(printed: str, folder: Path, tmp_path: Path) -> None:
     def rates(printed: str) -> str:
         text = section(printed, "Main")

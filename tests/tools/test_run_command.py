@@ -203,6 +203,20 @@ def test_an_interrupted_training_goes_on(
     assert trained(calls) == 1
 
 
+def test_a_training_that_begins_anew_has_a_log_of_its_own(
+    tmp_path: Path, data_bin: Path, calls: list[list[str]]
+) -> None:
+    study = Study(tmp_path, data_bin, '{ label = "dense", model = "dense" }')
+    study.run()
+    ((key, _),) = study.results().items()
+    log = study.work / key / "train.log"
+    log.write_text('a | INFO | train_inner | {"num_updates": "99", "loss": "1"}\n')
+    (study.folder / "results" / "small" / f"{key}.json").unlink()
+    shutil.rmtree(study.work / key / "checkpoints")
+    study.run()
+    assert max(record["num_updates"] for _, record in log_records(log)) == UPDATES
+
+
 def test_zero_shot_tasks_are_added_to_what_is_done(
     tmp_path: Path, data_bin: Path, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -504,10 +518,11 @@ def test_two_runs_train_a_cell_once(
             path.write_text(json.dumps(result))
             fcntl.flock(lock, fcntl.LOCK_UN)
 
-        thread = threading.Thread(target=other)
+        thread = threading.Thread(target=other, daemon=True)
         thread.start()
         study.run()
-        thread.join()
+        thread.join(timeout=60)
+        assert not thread.is_alive()
     assert len(calls) == started
 
 

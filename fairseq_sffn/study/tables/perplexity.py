@@ -95,7 +95,7 @@ def learning_rates(study: Study, table: Table) -> Part:
             for rate, ppl in found.items()
         }
         rows.append({"model": label, **tried})
-        if best in (min(rates), max(rates)):
+        if best in (min(rates), max(rates)) and found[best] < math.inf:
             ends.append(text(label))
     updates = max(1, round(study.scale.sweep_share * study.scale.updates))
     note = f"Validation perplexity after {updates} updates, one seed; bold: the chosen rate."
