@@ -56,6 +56,8 @@ def test_lines_and_points_show_the_test_split(study: Study) -> None:
     (axes,) = figures.lines(study, table(*ROWS)).axes
     (line,) = axes.containers[0].lines[:1]
     assert list(line.get_xdata()) == [1, 8] and list(line.get_ydata()) == [81.5, 91.0]
+    levels = {line.get_label(): line.get_ydata()[0] for line in axes.lines if line.get_label()}
+    assert levels.items() >= {("dense", 101.5), ("Switch", 96.0)}  # they stand nowhere on the axis
     (points,) = figures.flops(study, table(*ROWS)).axes
     assert [bar.lines[0].get_ydata()[0] for bar in points.containers] == [101.5, 81.5, 91.0, 96.0]
 

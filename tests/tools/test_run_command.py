@@ -451,7 +451,8 @@ def test_a_training_at_its_end_is_not_trained_on(
     study.run()
     ((key, result),) = study.results().items()
     (study.folder / "results" / "small" / f"{key}.json").unlink()
-    (study.work / key / "trained.json").unlink()
+    for name in ("started.json", "trained.json"):
+        (study.work / key / name).unlink()
     study.run()
     assert trained(calls) == 1 and study.results() == {key: result}
 
