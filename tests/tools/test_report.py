@@ -223,6 +223,7 @@ def test_learning_rates(printed: str, folder: Path, tmp_path: Path) -> None:
         results.add(cell, made.swept(None))
     text = report(study, "--no-figures")
     assert cells(rates(text), "dense") == ["diverged", "diverged"]
+    assert "At an end of the rates that were tried: Switch." in rates(text)
     assert cells(section(text, "Main"), "dense")[2:4] == ["", ""]  # no rate, no training
 
 

@@ -628,6 +628,7 @@ BAD_LINES = [
     ("[]", "line 2 is no request"),
     (json.dumps({**GOOD, "request": {"context": "a"}}), "line 2 is no request"),
     (json.dumps({**GOOD, "idx": 1, "request": {"context": "a", "continuation": " "}}), "line 2"),
+    (json.dumps({**GOOD, "idx": 1, "request": {"context": None, "continuation": "b"}}), "line 2"),
     (json.dumps({**GOOD, "idx": 1, "label": 1}), "line 2 is no request"),
     (json.dumps({**GOOD, "idx": 1, "label": ["b"]}), "line 2 is no request"),
     (json.dumps(GOOD), "line 2 is no request"),  # the same choice again
