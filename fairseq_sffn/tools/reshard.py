@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from fairseq import checkpoint_utils
 
-from ..compat import check_checkpoint
+from ..checkpoints.loading import KEY, fingerprints, read_checkpoint
 from ..errors import UsageError
 from ..parallel.checkpoints import (
-    KEY,
     RESHARDED,
     Part,
     cut_part,
@@ -51,10 +50,7 @@ def run(args: argparse.Namespace) -> str:
     state = read(args.checkpoint)
     if args.shards > 1:
         check_shards(state, args.shards)
-    try:
-        write(state, args)
-    except OSError as error:
-        raise UsageError(f"{args.output}: cannot be written: {error.strerror}") from error
+    write(state, args)
     return f"{args.output}: {args.shards} part{'s' * (args.shards > 1)}"
 
 
@@ -64,8 +60,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: it cannot be read.
     """
-    check_checkpoint(str(path))
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_checkpoint(str(path))
     if KEY not in state:
         raise UsageError(
             f"checkpoint {path}: does not tell its parameters' names, which this "
@@ -80,17 +75,23 @@ def write(state: dict[str, Any], args: argparse.Namespace) -> None:
     """Writes a checkpoint, in so many parts, which it takes out of the state.
 
     Raises:
-        UsageError: the optimizer's state cannot be cut.
+        UsageError: it cannot be written, or the optimizer's state cannot be cut; nothing is left
+            then.
     """
     names, shards = state[KEY], args.shards
-    if shards > 1:
-        folder = new_folder(args.output, f"{RESHARDED}{args.output.stem}")
-        for shard in range(shards):
-            part = Part(shard, shards, tuple(names["sharded"]), names["parameters"])
-            save_part(folder, part, cut_part(state, args.checkpoint, part))
-        take_parts(state, part)
-        state[KEY] = {**names, "folder": folder.name, "shards": shards}
-    checkpoint_utils.torch_persistent_save(state, str(args.output))
+    folder = new_folder(args.output, f"{RESHARDED}{args.output.stem}")
+    try:
+        if shards > 1:
+            for shard in range(shards):
+                part = Part(shard, shards, tuple(names["sharded"]), names["parameters"])
+                save_part(folder, part, cut_part(state, args.checkpoint, part))
+            take_parts(state, part)
+            names |= {"folder": folder.name, "shards": shards}
+        state[KEY] = names | fingerprints(state["model"], in_parts=shards > 1)
+        checkpoint_utils.torch_persistent_save(state, str(args.output))
+    except UsageError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def check_shards(state: dict[str, Any], shards: int) -> None:
