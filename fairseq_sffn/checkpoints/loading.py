@@ -47,7 +47,8 @@ FLAGS = {
 """Flag of every command that loads a checkpoint -> its environment variable, which the processes
 that fairseq starts inherit, and its help."""
 
-_trains: ContextVar[bool] = ContextVar("trains", default=False)
+_trainer: ContextVar[Trainer | None] = ContextVar("trainer", default=None)
+"""What goes on training from the checkpoint that is loaded."""
 _checked: ContextVar[frozenset[str]] = ContextVar("checked", default=frozenset())
 
 
@@ -74,12 +75,17 @@ def add_flags() -> None:
     replace_once(options, "add_dataset_args", add_dataset_args)
 
 
-def add_flags_to(parser: Any) -> None:
-    """Add the flags to a parser, or to a group of it."""
+def add_flags_to(parser: Any, *variables: str) -> None:
+    """Add the flags to a parser, or to a group of it.
+
+    Args:
+        parser: gets the flags.
+        variables: environment variables of those to add; all, if none is given.
+    """
     for name, (variable, text) in FLAGS.items():
-        parser.add_argument(
-            name, action=SetVariable, const=variable, nargs=0, default=argparse.SUPPRESS, help=text
-        )
+        if variable in (variables or (TRUST, SKIP_CHECKSUMS)):
+            action = {"action": SetVariable, "const": variable, "nargs": 0, "help": text}
+            parser.add_argument(name, default=argparse.SUPPRESS, **action)
 
 
 class SetVariable(argparse.Action):
@@ -103,10 +109,13 @@ def load_safely() -> None:
         state = read_checkpoint(fresh_copy(path, load_on_all_ranks), verify=not is_checked(path))
         overrides = dict(arg_overrides or {})
         trusted = overrides.pop(OVERRIDE, False) or os.environ.get(TRUST)
-        if _trains.get():
+        if (trainer := _trainer.get()) is not None:
             state["cfg"] = None  # which training has no use for
             if state.get("args") is not None:
                 state["args"] = argparse.Namespace(task="language_modeling")
+            if trainer.cfg.ema.store_ema:
+                # fairseq begins an average from parameters that it has deleted by then.
+                state["extra_state"].setdefault("ema", dict(state["model"]))
         elif state.get("cfg") is None and state.get("args") is None:
             raise UsageError(f"checkpoint {path}: has no configuration, neither 'cfg' nor 'args'")
         elif not trusted:
@@ -220,7 +229,7 @@ def train_without_its_configuration() -> None:
 
     @functools.wraps(Trainer.load_checkpoint)
     def load_checkpoint(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        with set_for_now(_trains, True):
+        with set_for_now(_trainer, self):
             return original(self, *args, **kwargs)
 
     original = Trainer.load_checkpoint

@@ -75,8 +75,10 @@ INTEGER = of_type("an integer", int)
 COUNT = Value("a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0)
 NUMBER = Value(
     "a number",  # in several processes, fairseq keeps some in tensors
-    lambda v: (isinstance(v, int | float) and not isinstance(v, bool))
-    or (isinstance(v, torch.Tensor) and v.numel() == 1),
+    lambda v: (
+        (isinstance(v, int | float) and not isinstance(v, bool))
+        or (isinstance(v, torch.Tensor) and v.numel() == 1)
+    ),
 )
 TENSOR = of_type("a tensor", torch.Tensor)
 DICTIONARY = of_type("a dictionary", dict)

@@ -71,11 +71,11 @@ _writer: ContextVar[Writer | None] = ContextVar("writer", default=None)
 
 def apply() -> None:
     """Apply every patch."""
+    write_whole_files()
+    copy_whole_files()
     save_plain_containers()
     restore_arrays_of_meters()
     check_save_directory_first()
-    write_whole_files()
-    copy_whole_files()
     write_in_the_background()
     save_or_say_why_not()
 

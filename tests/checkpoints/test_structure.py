@@ -16,6 +16,9 @@ from fairseq_sffn.errors import UsageError
 
 ODD: tuple[Any, ...] = (None, 3, -1, 0.5, True, "word", [], [1], [{}], {}, {"a": 1}, {1: 2})
 
+MORE = ("--max-update", "2", "--no-epoch-checkpoints")
+"""Trains an update more."""
+
 
 @pytest.fixture(scope="module")
 def saved(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -89,8 +92,7 @@ def test_odd_values(where: tuple[str, ...], saved: Path, data_bin: Path, tmp_pat
         assert problem is None or line == expected
         if (problem is None) not in tried:
             tried.add(problem is None)
-            flags = ("--max-update", "2", "--no-epoch-checkpoints")
-            line = refusal(lambda: commands.train(data_bin, tmp_path, "rand_hash", *flags))
+            line = refusal(lambda: commands.train(data_bin, tmp_path, "rand_hash", *MORE))
             assert problem is None or line == expected
 
 
