@@ -287,8 +287,9 @@ def test_hydra_writes_in_the_background(data_bin: Path, tmp_path: Path) -> None:
     """It builds its own training function before the plugin is there."""
     log = commands.hydra_train(
         *(data_bin, tmp_path, "checkpoint.write_checkpoints_asynchronously=true"),
+        *("common.log_format=json", "common.log_interval=1", "common.no_progress_bar=true"),
         *("optimization.max_update=2", "task.tokens_per_sample=16", "dataset.batch_size=8"),
-        *("model.decoder_layers=2", "model.decoder_embed_dim=16", "model.sffn_block_size=64"),
-        "model.decoder_attention_heads=2",
+        *("+model.decoder_layers=2", "+model.decoder_embed_dim=16", "+model.sffn_block_size=64"),
+        "+model.decoder_attention_heads=2",
     )
     assert commands.losses(log) and (tmp_path / "checkpoint_last.pt").is_file()

@@ -1,6 +1,7 @@
 """fairseq-train on one of several processes, of which one fails. Started by torchrun with the kind
 of fault, the rank that has it, and fairseq-train's arguments."""
 
+import errno
 import inspect
 import os
 import signal
@@ -44,13 +45,26 @@ def failing_reduction(self, module):
 def failing_save(state, file, *args, **kwargs):
     torch_save(state, file, *args, **kwargs)
     # Half of a part of the second checkpoint, or of the file that names the parts.
-    name, kind = str(file.name), "part" if fault == "killed saving a part" else "checkpoint_"
-    if Path(name).name.startswith(kind):
+    name = str(file.file.name)
+    if is_second(name):
+        file.flush()
+        os.truncate(name, os.path.getsize(name) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_second(name):
+    """Whether a file of the kind that the fault names is written for the second time."""
+    if Path(name).name.startswith("part" if fault.endswith("a part") else "checkpoint_"):
         saves.append(name)
-        if len(saves) == 2:
-            file.flush()
-            os.truncate(name, os.path.getsize(name) // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
+        return len(saves) == 2
+    return False
+
+
+def save_on_full_disk(state, name):
+    if is_second(name):
+        Path(name).write_bytes(b"a part of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    save(state, name)
 
 
 saves: list[str] = []
@@ -62,6 +76,10 @@ if here and fault == "diverged":
     FairseqOptimizer.all_reduce_grads = failing_reduction
 if here and fault.startswith("killed saving"):
     torch.save = checkpoint_utils.torch.save = failing_save
+if here and fault.startswith("no room for"):
+    from fairseq_sffn.checkpoints import writing
+
+    save, writing.save = writing.save, save_on_full_disk
 if fault == "other flags by another way":  # such as fairseq-hydra-train's
     import fairseq_sffn  # noqa: F401
 

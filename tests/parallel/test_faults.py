@@ -56,6 +56,25 @@ def test_a_process_that_is_killed(fault, rank, healthy, data_bin, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("fault", "rank"),
+    [("no room for a part", 0), ("no room for a part", 1), ("no room for the file", 0)],
+)
+def test_full_disk(fault, rank, healthy, data_bin, tmp_path):
+    """One line, from one rank; nothing is left of the checkpoint; training resumes from the one
+    before."""
+    save_dir = tmp_path / "saved"
+    done = run(data_bin, save_dir, fault, rank, *SHARED)
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if "No space left on device" in line]
+    assert "not written: No space left on device; it takes " in line
+    assert "fairseq/trainer.py" not in done.stderr
+    assert len(list(save_dir.glob("shards-*"))) == 1 and not list(save_dir.glob("**/*.tmp"))
+    job = launch.training(data_bin, save_dir, "avgk", *FLAGS, *SHARED)
+    resumed = commands.losses(launch.train(2, tmp_path / "jobs", {"job": job})["job"])
+    assert resumed == {update: healthy[update] for update in (3, 4, 5, 6)}
+
+
+@pytest.mark.parametrize(
     ("fault", "message"),
     [
         ("other flags", "--lr is [0.01] on rank 0 and [0.5] on rank 1"),
