@@ -13,15 +13,15 @@ with warnings.catch_warnings():
 
 compat.apply()
 
-from . import checks, criterions, interruptions, models, optim, tasks  # noqa: E402
+from . import checks, criterions, interruptions, models, optim, options, splits, tasks  # noqa: E402
 from .checkpoints import loading, resuming, writing  # noqa: E402
 from .parallel import checkpoints as sharded_checkpoints  # noqa: E402
 from .parallel import gradients, launch  # noqa: E402
 
 for repairs in (
     *(loading, writing, checks, launch, gradients, sharded_checkpoints, resuming),
-    *(interruptions,),
+    *(interruptions, options, splits),
 ):
     repairs.apply()
 
-__all__ = ["checks", "compat", "criterions", "models", "optim", "tasks"]
+__all__ = ["checks", "compat", "criterions", "models", "optim", "options", "splits", "tasks"]

@@ -1,4 +1,7 @@
-"""How a command stops when it cannot do what was asked."""
+"""How a command stops when it cannot do what was asked, and how it names options."""
+
+from collections.abc import Sequence
+from typing import Any
 
 
 class UsageError(SystemExit):
@@ -7,3 +10,15 @@ class UsageError(SystemExit):
     It is a ``SystemExit``, so that no traceback hides the line and fairseq's ``except Exception``
     clauses do not replace it.
     """
+
+
+def flag(name: str) -> str:
+    """The command-line flag of an option."""
+    return "--" + name.replace("_", "-")
+
+
+def shown(value: Any) -> str:
+    """A value as it is given on a command line."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = ",".join(map(str, value))
+    return str(value) or "''"

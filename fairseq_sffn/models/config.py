@@ -13,7 +13,7 @@ from fairseq.models.transformer import TransformerConfig
 from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from omegaconf import II
 
-from ..errors import UsageError
+from ..errors import UsageError, flag
 from ..memory import ConfigError, MemoryConfig, Selector
 from ..memory.compute import ENGINES
 from ..memory.gate import GATES
@@ -155,11 +155,6 @@ def selector_flags(selector: type[Selector]) -> dict[str, str]:
     """Name of the model option -> name of the selector's own option."""
     prefix = selector.flag_prefix.replace("-", "_")
     return {f"{prefix}_{option.name}": option.name for option in fields(selector.Config)}
-
-
-def flag(name: str) -> str:
-    """The command-line flag of an option."""
-    return "--" + name.replace("_", "-")
 
 
 def _selector_fields() -> list[tuple[str, Any, Any]]:

@@ -1,0 +1,142 @@
+"""The memory that the parameters of a Transformer take, known before it is built."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+from fairseq import models
+from fairseq.models.transformer_lm import TransformerLanguageModel
+
+from ..errors import UsageError, flag
+from ..memory import Selector
+
+BYTES = 4
+"""Of a parameter in fp32, the type in which fairseq builds every model."""
+
+
+class Part(NamedTuple):
+    """A kind of parameters.
+
+    Attributes:
+        name: what they are, in the plural.
+        params: how many there are, by the sizes that options set; small ones are left out.
+        options: name -> value of the options that decide it.
+    """
+
+    name: str
+    params: int
+    options: dict[str, int]
+
+
+def check_size(args: Any, task: Any) -> None:
+    """Refuse a model whose parameters do not fit into the memory of this machine.
+
+    A model on the meta device takes no memory.
+
+    Args:
+        args: the options of one of fairseq's Transformers, each in its range.
+        task: has the dictionaries.
+
+    Raises:
+        UsageError: names the largest option of the largest part, and the memory that is taken.
+    """
+    memory = physical_memory()
+    if memory is None or torch.get_default_device().type == "meta":
+        return
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    parts = parts_of(args, task)
+    total = sum(part.params for part in parts) * BYTES * processes
+    if total <= memory:
+        return
+    largest = max(parts, key=lambda part: part.params)
+    name = max(largest.options, key=lambda option: largest.options[option])
+    what, taken = f"its {largest.name}", largest.params * BYTES * processes
+    if taken <= memory:
+        what, taken = "the parameters of this model", total
+    where = f" in {processes} processes" if processes > 1 else ""
+    raise UsageError(
+        f"{flag(name)} {largest.options[name]}: {what} take {in_words(taken)} in fp32{where}, "
+        f"this machine has {in_words(memory)}"
+    )
+
+
+def parts_of(args: Any, task: Any) -> list[Part]:
+    """The parts of a model in one process, its share of those that processes share."""
+    name = getattr(args, "_name", None) or args.arch
+    cls = models.ARCH_MODEL_REGISTRY.get(name) or models.MODEL_REGISTRY[name]
+    if issubclass(cls, TransformerLanguageModel):
+        return parts_of_side(args, "decoder", task.source_dictionary, cross_attention=False)
+    encoder = parts_of_side(args, "encoder", task.source_dictionary, cross_attention=False)
+    return encoder + parts_of_side(args, "decoder", task.target_dictionary, cross_attention=True)
+
+
+def parts_of_side(args: Any, side: str, dictionary: Any, cross_attention: bool) -> list[Part]:
+    """The parts of an encoder or a decoder."""
+
+    def options(*names: str) -> dict[str, int]:
+        values = {name: getattr(args, name, None) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    width, hidden, layers = (f"{side}_{name}" for name in ("embed_dim", "ffn_embed_dim", "layers"))
+    sizes = options(width, hidden, layers)
+    if len(sizes) < 3:  # of a checkpoint that leaves a default to the model
+        return []
+    d, f, count = sizes.values()
+    sparse = sparse_layers(args, count)
+    maps = 4 * (1 + cross_attention)
+    parts = [
+        Part("attention layers", count * maps * d * d, options(width, layers)),
+        Part("dense FFNs", (count - sparse) * 2 * d * f, options(hidden, width, layers)),
+    ]
+    if sparse:
+        table = args.sffn_expansion * f * d
+        full = Selector.registry[str(args.sffn_selector)].key_table == "full"
+        shards = args.sffn_expert_parallel
+        tables = (1 + full) * sparse * table // shards
+        if shards > 1:  # each process draws a whole table, and keeps its part
+            tables += table
+        parts.append(Part("tables", tables, options("sffn_expansion", hidden, width, layers)))
+    own = any(
+        getattr(args, name, None)
+        for name in ("adaptive_input", "adaptive_softmax_cutoff", "character_embeddings")
+    )
+    if dictionary is not None and not own:
+        embedding = next(iter(options(f"{side}_input_dim", width)))
+        parts.append(
+            Part("embeddings", len(dictionary) * getattr(args, embedding), options(embedding))
+        )
+    positions = {"encoder": "max_source_positions", "decoder": "max_target_positions"}[side]
+    if getattr(args, positions, None) is None:
+        positions = "tokens_per_sample"
+    if options(positions) and not getattr(args, "no_token_positional_embeddings", False):
+        length = getattr(args, positions)
+        parts.append(Part("positions", length * d, options(positions, width)))
+    return parts
+
+
+def sparse_layers(args: Any, layers: int) -> int:
+    """How many layers are sparse."""
+    sizes = (getattr(args, "sffn_freq", None), getattr(args, "sffn_expansion", None))
+    sizes += (getattr(args, "sffn_expert_parallel", None),)
+    known = all(isinstance(size, int) and size > 0 for size in sizes)
+    known = known and str(getattr(args, "sffn_selector", None)) in Selector.registry
+    return layers // args.sffn_freq if known else 0
+
+
+def physical_memory() -> int | None:
+    """Bytes of memory of this machine; ``None``: not known."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def in_words(size: float) -> str:
+    """A number of bytes with its unit: 24 GB."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB", "PB", "EB", "ZB", "YB"):
+        if size < 999.5 or unit == "YB":
+            break
+        size /= 1000
+    return f"{size:.3g} {unit}"

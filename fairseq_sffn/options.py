@@ -1,0 +1,220 @@
+"""Checks of a command's options before any work: every number within its range."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import functools
+from typing import Any
+
+from fairseq import models
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.distributed import utils as distributed_utils
+from fairseq.model_parallel import megatron_trainer
+from fairseq.models.transformer import TransformerModelBase
+from fairseq.models.transformer_lm import TransformerLanguageModel
+from fairseq_cli import eval_lm, generate, interactive, train, validate
+from omegaconf import ListConfig
+
+from .compat import replace_once
+from .errors import UsageError, flag, shown
+from .models.size import check_size
+from .ranges import RANGES, RELATIONS, Range
+from .splits import check_splits
+
+
+def apply() -> None:
+    """Apply every check."""
+    check_before_processes_start()
+    check_each_command()
+    check_each_model()
+
+
+def check_before_processes_start() -> None:
+    """fairseq starts processes by numbers that it has not looked at. Can go when it does."""
+
+    @functools.wraps(distributed_utils.call_main)
+    def call_main(cfg: Any, main: Any, **kwargs: Any) -> Any:
+        check_ranges(cfg)
+        return original(cfg, main, **kwargs)
+
+    original = distributed_utils.call_main
+    replace_once(distributed_utils, "call_main", call_main)
+
+
+def check_each_command() -> None:
+    """fairseq trains and decodes by numbers that mean nothing, or ends in a traceback. Can go when
+    it checks its options.
+
+    ``fairseq-hydra-train`` imports the plugin in the midst of ``train.main``, which then looks up
+    ``add_defaults``.
+    """
+
+    @functools.wraps(train.add_defaults)
+    def add_defaults(cfg: Any) -> None:
+        add(cfg)
+        check_ranges(cfg)
+        check_training(cfg)
+
+    add = train.add_defaults
+    replace_once(train, "add_defaults", add_defaults)
+
+    def checked(original: Any, check: Any) -> Any:
+        @functools.wraps(original)
+        def main(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(cfg, argparse.Namespace):
+                cfg = convert_namespace_to_omegaconf(cfg)
+            check_ranges(cfg)
+            check(cfg)
+            return original(cfg, *args, **kwargs)
+
+        return main
+
+    commands = {
+        **{eval_lm: check_evaluation, generate: check_generation},
+        **{interactive: check_interaction, validate: check_validation},
+    }
+    for command, check in commands.items():
+        replace_once(command, "main", checked(command.main, check))
+
+
+def check_each_model() -> None:
+    """A model is also built from a checkpoint's options, and those that replace them. Can go when
+    fairseq checks its options."""
+
+    @functools.wraps(models.build_model)
+    def build_model(cfg: Any, task: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_transformer(cfg):
+            check_group("model", cfg)
+            check_size(cfg, task)
+        return original(cfg, task, *args, **kwargs)
+
+    original = models.build_model
+    replace_once(models, "build_model", build_model)
+
+
+def check_training(cfg: Any) -> None:
+    """Raises UsageError where a training has no batches, or no data."""
+    check_batch_size(cfg)
+    if cfg.common.model_parallel_size > 1 and not megatron_trainer.has_megatron_submodule:
+        raise UsageError(
+            f"--model-parallel-size {cfg.common.model_parallel_size}: needs Megatron-LM, which is "
+            "not installed"
+        )
+    validation = () if cfg.dataset.disable_validation else ("valid_subset",)
+    check_splits(cfg, "train_subset", *validation)
+
+
+def check_validation(cfg: Any) -> None:
+    """Raises UsageError where a validation has no batches, or no data."""
+    check_batch_size(cfg)
+    check_splits(cfg, "valid_subset")
+
+
+def check_evaluation(cfg: Any) -> None:
+    """Raises UsageError where an evaluation has no data."""
+    check_splits(cfg, "gen_subset")
+
+
+def check_batch_size(cfg: Any) -> None:
+    """Raises UsageError where batches have no size."""
+    if cfg.dataset.max_tokens is None and cfg.dataset.batch_size is None:
+        raise UsageError("--max-tokens or --batch-size: one of them is required")
+
+
+def check_generation(cfg: Any) -> None:
+    """Raises UsageError where generation has no data, or its options contradict each other."""
+    check_decoding(cfg)
+    check_splits(cfg, "gen_subset")
+
+
+def check_decoding(cfg: Any) -> None:
+    """Raises UsageError where options of decoding contradict each other."""
+    options = cfg.generation
+    if options.sampling and options.nbest != options.beam:
+        raise UsageError(f"--nbest {options.nbest}: must be --beam {options.beam} with --sampling")
+    searches = {
+        "--sampling": options.sampling,
+        "--diverse-beam-groups": options.diverse_beam_groups > 0,
+        "--match-source-len": options.match_source_len,
+        "--diversity-rate": options.diversity_rate > 0,
+    }
+    if len(asked := [name for name, wanted in searches.items() if wanted]) > 1:
+        raise UsageError(f"{' and '.join(asked)}: are different searches; choose one")
+
+
+def check_interaction(cfg: Any) -> None:
+    """Raises UsageError where options of interactive decoding contradict each other."""
+    check_decoding(cfg)
+    batch, buffer = cfg.dataset.batch_size, max(cfg.interactive.buffer_size, 1)
+    if batch is not None and batch > buffer:
+        raise UsageError(f"--batch-size {batch}: must be at most --buffer-size {buffer}")
+
+
+def check_ranges(cfg: Any) -> None:
+    """Raises UsageError for the first option of a whole configuration that is out of its range."""
+    if isinstance(cfg, argparse.Namespace):
+        cfg = convert_namespace_to_omegaconf(cfg)
+    groups = [group for group in RANGES if " " not in group and cfg.get(group) is not None]
+    for group in groups:
+        check_group(group, cfg[group], cfg)
+
+
+def check_group(group: str, options: Any, cfg: Any = None) -> None:
+    """Raises UsageError for the first option of a group that is out of its range.
+
+    Args:
+        group: a key of ``RANGES``.
+        options: the options of the group.
+        cfg: all options; ``None``: only those of the group are known.
+    """
+    if group == "model" and not is_transformer(options):
+        return
+    choice = str(getattr(options, "_name", None))
+    for name, range in {**RANGES[group], **RANGES.get(f"{group} {choice}", {})}.items():
+        value = getattr(options, name, None)
+        if value is not None and not all_hold(range, value):
+            numbers = [n for n in numbers_of(value) or [value] if isinstance(n, int | float)]
+            raise UsageError(f"{flag(name)} {shown(value)}: {range.reason(*numbers)}")
+    for relation in RELATIONS:
+        if relation.group != group or relation.choice not in ("", choice):
+            continue
+        value = getattr(options, relation.option, None)
+        if value is None or any(of != group and cfg is None for of, _ in relation.others):
+            continue
+        others = [
+            getattr(options if of == group else cfg[of], name, None) for of, name in relation.others
+        ]
+        if not relation.holds(numbers_of(value) or value, *others):
+            reason = relation.reason.format(*map(shown, others))
+            raise UsageError(f"{flag(relation.option)} {shown(value)}: {reason}")
+
+
+def is_transformer(options: Any) -> bool:
+    """Whether a model's options are those of one of fairseq's Transformers: other models have
+    options of the same names."""
+    name = getattr(options, "_name", None) or getattr(options, "arch", None)
+    cls = models.ARCH_MODEL_REGISTRY.get(name) or models.MODEL_REGISTRY.get(name)
+    kinds = (TransformerLanguageModel, TransformerModelBase)
+    return isinstance(cls, type) and issubclass(cls, kinds)
+
+
+def all_hold(range: Range, value: Any) -> bool:
+    """Whether a number, or each one of a list, is in a range."""
+    if not range.length:
+        # A string is another kind of option of the same name.
+        return isinstance(value, str) or range.holds(value)
+    numbers = numbers_of(value)
+    if not numbers or range.length not in (-1, len(numbers)):
+        return False
+    return all(map(range.holds, numbers))
+
+
+def numbers_of(value: Any) -> list[Any] | None:
+    """The numbers of a list, or of its text; ``None``: it is no list."""
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            return None
+    return list(value) if isinstance(value, list | tuple | ListConfig) else None

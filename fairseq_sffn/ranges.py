@@ -1,0 +1,415 @@
+"""The ranges of the numbers that a command can be given.
+
+Plain data, read from what fairseq does with each number. Other special values than the listed ones
+have no meaning in fairseq. ``None``, where an option has it, is always allowed: not set.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+LARGEST = 2**63 - 1
+"""The largest whole number that the compiled parts of fairseq and PyTorch take."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option can be; never NaN, nor infinite.
+
+    Attributes:
+        low, high: the smallest and the largest number.
+        above, below: whether ``low`` and ``high`` themselves are left out.
+        special: numbers outside that have a meaning -> the meaning.
+        length: the option is a list of so many numbers; 0: one number; -1: one or more.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+    special: tuple[tuple[float, str], ...] = ()
+    length: int = 0
+
+    def holds(self, number: Any) -> bool:
+        """Whether a number is one of the range."""
+        if not isinstance(number, int | float):
+            return False
+        if any(number == value for value, _ in self.special):
+            return True
+        low = number > self.low if self.above else number >= self.low
+        high = number < self.high if self.below else number <= self.high
+        return bool(low and high and math.isfinite(number))
+
+    def reason(self, *numbers: Any) -> str:
+        """What numbers must be of which one is not of the range."""
+        whole = self.high == LARGEST
+        parts = []
+        if self.low == 0 and self.above:
+            parts.append("positive")
+        elif self.low > -math.inf:
+            parts.append(f"{'above' if self.above else 'at least'} {self.low}")
+        if self.high == math.inf:
+            parts.append("finite")
+        elif not whole or any(number > LARGEST for number in numbers):
+            parts.append(f"{'below' if self.below else 'at most'} {self.high}")
+        text = " and ".join(parts)
+        if self.length:
+            count = {-1: "one or more", 2: "two", 3: "three"}[self.length]
+            text = f"{count} numbers, each {text}"
+        for value, meaning in self.special:
+            text += f", or {value} ({meaning})"
+        return f"must be {text}"
+
+
+def at_least(low: float, high: float = math.inf, **meanings: float) -> Range:
+    """The numbers from ``low`` to ``high``, and special ones by their meaning."""
+    special = tuple((value, name.replace("_", " ")) for name, value in meanings.items())
+    return Range(low, high, special=special)
+
+
+def whole(low: int, high: int = LARGEST, **meanings: float) -> Range:
+    """Whole numbers from ``low``, and special ones by their meaning."""
+    return at_least(low, high, **meanings)
+
+
+FINITE = Range()
+POSITIVE = Range(0, above=True)
+NOT_NEGATIVE = Range(0)
+RATE = Range(0, 1, below=True)
+SHARE = Range(0, 1)
+POSITIVE_SHARE = Range(0, 1, above=True)
+COUNT, SIZE = whole(0), whole(1)
+EVERY = whole(1, off=-1)
+KEPT = Range(0, LARGEST, special=((-1, "all"),))
+BETAS = Range(0, 1, below=True, length=2)
+# fairseq adds the number of the epoch, and NumPy takes seeds below 2**32.
+SEED = whole(0, 4_000_000_000)
+WARMUP = {"warmup_updates": COUNT, "warmup_init_lr": Range(0, special=((-1, "chosen by fairseq"),))}
+
+
+def sides(options: dict[str, Range]) -> dict[str, Range]:
+    """The options of an encoder and of a decoder."""
+    return {f"{side}_{name}": r for side in ("encoder", "decoder") for name, r in options.items()}
+
+
+RANGES: dict[str, dict[str, Range]] = {
+    "common": {
+        "log_interval": SIZE,
+        "seed": SEED,
+        "fp16_init_scale": SIZE,
+        "fp16_scale_window": SIZE,
+        "fp16_scale_tolerance": SHARE,
+        "min_loss_scale": NOT_NEGATIVE,
+        "threshold_loss_scale": NOT_NEGATIVE,
+        "amp_batch_retries": COUNT,
+        "amp_init_scale": SIZE,
+        "amp_scale_window": SIZE,
+        "empty_cache_freq": COUNT,
+        "all_gather_list_size": SIZE,
+        "model_parallel_size": SIZE,
+    },
+    "distributed_training": {
+        "distributed_world_size": SIZE,
+        "distributed_num_procs": SIZE,
+        "distributed_rank": COUNT,
+        "distributed_port": whole(0, 65535, none=-1),
+        "device_id": COUNT,
+        "bucket_cap_mb": COUNT,
+        "heartbeat_timeout": Range(0, LARGEST, special=((-1, "off"),)),
+        "slowmo_momentum": RATE,
+        "localsgd_frequency": SIZE,
+        "nprocs_per_node": SIZE,
+        "pipeline_chunks": COUNT,
+    },
+    "dataset": {
+        "num_workers": COUNT,
+        "max_tokens": SIZE,
+        "batch_size": SIZE,
+        "required_batch_size_multiple": SIZE,
+        "required_seq_len_multiple": SIZE,
+        "data_buffer_size": COUNT,
+        "validate_interval": SIZE,
+        "validate_interval_updates": COUNT,
+        "validate_after_updates": COUNT,
+        "fixed_validation_seed": COUNT,
+        "max_tokens_valid": SIZE,
+        "batch_size_valid": SIZE,
+        "max_valid_steps": COUNT,
+        "curriculum": COUNT,
+        "num_shards": SIZE,
+        "shard_id": COUNT,
+    },
+    "optimization": {
+        "max_epoch": COUNT,
+        "max_update": COUNT,
+        "stop_time_hours": NOT_NEGATIVE,
+        "clip_norm": NOT_NEGATIVE,
+        "update_freq": Range(1, LARGEST, length=-1),
+        "lr": Range(0, length=-1),
+        "stop_min_lr": Range(0, special=((-1, "off"),)),
+    },
+    "checkpoint": {
+        "save_interval": SIZE,
+        "save_interval_updates": COUNT,
+        "keep_interval_updates": KEPT,
+        "keep_interval_updates_pattern": EVERY,
+        "keep_last_epochs": KEPT,
+        "keep_best_checkpoints": KEPT,
+        "patience": Range(0, LARGEST, special=((-1, "off"),)),
+        "checkpoint_shard_count": SIZE,
+    },
+    "bmuf": {
+        "block_lr": POSITIVE,
+        "block_momentum": RATE,
+        "global_sync_iter": SIZE,
+        "warmup_iterations": COUNT,
+    },
+    "ema": {"ema_decay": SHARE, "ema_start_update": COUNT, "ema_update_freq": SIZE},
+    "generation": {
+        "beam": SIZE,
+        "beam_mt": COUNT,
+        "nbest": SIZE,
+        "max_len_a": NOT_NEGATIVE,
+        "max_len_b": COUNT,
+        "max_len_a_mt": NOT_NEGATIVE,
+        "max_len_b_mt": COUNT,
+        "min_len": COUNT,
+        "lenpen": FINITE,
+        "lenpen_mt": FINITE,
+        "unkpen": FINITE,
+        "prefix_size": COUNT,
+        "no_repeat_ngram_size": COUNT,
+        "sampling_topk": EVERY,
+        "sampling_topp": Range(0, 1, above=True, special=((-1, "off"),)),
+        "temperature": POSITIVE,
+        "diverse_beam_groups": EVERY,
+        "diverse_beam_strength": FINITE,
+        "diversity_rate": Range(0, special=((-1, "off"),)),
+        "lm_weight": FINITE,
+        "iter_decode_eos_penalty": NOT_NEGATIVE,
+        "iter_decode_max_iter": COUNT,
+        "iter_decode_with_beam": SIZE,
+    },
+    "eval_lm": {"context_window": COUNT, "softmax_batch": SIZE},
+    "interactive": {"buffer_size": COUNT},
+    "task": {
+        "tokens_per_sample": SIZE,
+        "output_dictionary_size": EVERY,
+        "max_source_positions": SIZE,
+        "max_target_positions": SIZE,
+        "upsample_primary": EVERY,
+        "num_batch_buckets": COUNT,
+    },
+    # Those of fairseq's Transformers, whatever the command.
+    "model": {
+        **sides(
+            {
+                "embed_dim": SIZE,
+                "ffn_embed_dim": SIZE,
+                "layers": SIZE,
+                "attention_heads": SIZE,
+                "layerdrop": RATE,
+            }
+        ),
+        "decoder_input_dim": SIZE,
+        "decoder_output_dim": SIZE,
+        "max_source_positions": SIZE,
+        "max_target_positions": SIZE,
+        "dropout": RATE,
+        "attention_dropout": RATE,
+        "activation_dropout": RATE,
+        "relu_dropout": RATE,
+        "adaptive_softmax_dropout": RATE,
+        "adaptive_softmax_factor": POSITIVE,
+        "adaptive_input_factor": POSITIVE,
+        "character_embedding_dim": SIZE,
+        "char_embedder_highway_layers": COUNT,
+        "quant_noise_pq": SHARE,
+        "quant_noise_pq_block_size": SIZE,
+        "quant_noise_scalar": SHARE,
+        "min_params_to_wrap": COUNT,
+        "base_layers": COUNT,
+        "base_sublayers": SIZE,
+        "base_shuffle": COUNT,
+    },
+    "optimizer": {
+        "weight_decay": NOT_NEGATIVE,
+        "momentum": RATE,
+        "adam_betas": BETAS,
+        "adam_eps": POSITIVE,
+        "adamax_betas": BETAS,
+        "adamax_eps": POSITIVE,
+        "lamb_betas": BETAS,
+        "lamb_eps": POSITIVE,
+        "adadelta_rho": SHARE,
+        "adadelta_eps": POSITIVE,
+        "adafactor_eps": Range(0, above=True, length=2),
+        "clip_threshold": POSITIVE,
+        "decay_rate": Range(high=0),
+        "beta1": RATE,
+    },
+    "lr_scheduler": {
+        **WARMUP,
+        "min_lr": NOT_NEGATIVE,
+        "max_lr": POSITIVE,
+        "t_mult": at_least(1),
+        "lr_period_updates": Range(0, above=True, special=((-1, "all of the training"),)),
+        "lr_shrink": POSITIVE,
+        "force_anneal": COUNT,
+        "end_learning_rate": NOT_NEGATIVE,
+        "power": NOT_NEGATIVE,
+        "total_num_update": COUNT,
+        "lr_threshold": NOT_NEGATIVE,
+        "lr_patience": COUNT,
+        "lr_deacy_period": SIZE,
+        "lr_decay": POSITIVE_SHARE,
+        "warmup_steps": COUNT,
+        "hold_steps": COUNT,
+        "decay_steps": COUNT,
+        "phase_ratio": Range(0, 1, length=3),
+        "init_lr_scale": NOT_NEGATIVE,
+        "final_lr_scale": POSITIVE,
+    },
+    "lr_scheduler inverse_sqrt": {"warmup_updates": SIZE},
+    "lr_scheduler reduce_lr_on_plateau": {"lr_shrink": Range(0, 1, above=True, below=True)},
+    "lr_scheduler triangular": {"lr_period_updates": at_least(2)},
+    "criterion": {
+        "label_smoothing": RATE,
+        "ignore_prefix_size": COUNT,
+        "alignment_lambda": NOT_NEGATIVE,
+        "rdrop_alpha": NOT_NEGATIVE,
+    },
+}
+"""Group of options, or group and choice -> option -> its range. A choice's goes before its group's.
+"""
+
+
+class Relation(NamedTuple):
+    """What an option must be, given others.
+
+    Attributes:
+        group, option: the option that a line names.
+        others: (group, option) of the options that it depends on.
+        holds: of the option, which is not ``None``, and the others: whether all is well.
+        reason: completes the line; ``{0}`` is the first of the others.
+        choice: of its group (such as a scheduler), where the relation is for one only.
+    """
+
+    group: str
+    option: str
+    others: tuple[tuple[str, str], ...]
+    holds: Callable[..., bool]
+    reason: str
+    choice: str = ""
+
+
+def divides(value: int, other: int | None) -> bool:
+    """Whether a number divides another, if that is set."""
+    return other is None or other % value == 0
+
+
+def has_positions(width: int, learned: bool, none: bool) -> bool:
+    """Whether fairseq can compute positions of a width: it divides by the half of it less 1."""
+    return width not in (2, 3) or learned or none
+
+
+def one_rate(rates: list[float]) -> bool:
+    """Whether there is one learning rate for all epochs."""
+    return len(rates) == 1
+
+
+def of_model(*options: str) -> tuple[tuple[str, str], ...]:
+    """Options of the model, as the others of a relation."""
+    return tuple(("model", option) for option in options)
+
+
+RELATIONS = (
+    *(
+        relation
+        for side in ("encoder", "decoder")
+        for relation in (
+            Relation(
+                *("model", f"{side}_attention_heads", of_model(f"{side}_embed_dim"), divides),
+                f"must divide --{side}-embed-dim {{0}}",
+            ),
+            Relation(
+                *("model", f"{side}_embed_dim"),
+                of_model(f"{side}_learned_pos", "no_token_positional_embeddings"),
+                has_positions,
+                f"is too narrow for sinusoidal positions; take 4 or more, or --{side}-learned-pos",
+            ),
+        )
+    ),
+    Relation(
+        *("distributed_training", "distributed_rank"),
+        (("distributed_training", "distributed_world_size"),),
+        lambda rank, ranks: rank < ranks,
+        "must be below --distributed-world-size {0}",
+    ),
+    Relation(
+        *("dataset", "shard_id", (("dataset", "num_shards"),)),
+        lambda shard, shards: shard < shards,
+        "must be below --num-shards {0}",
+    ),
+    Relation(
+        *("generation", "diverse_beam_groups", (("generation", "beam"),)),
+        lambda groups, beam: groups < 0 or divides(groups, beam),
+        "must divide --beam {0}",
+    ),
+    *(
+        Relation(
+            *("generation", option, (("generation", "sampling"),)),
+            lambda number, sampling: number < 0 or sampling,
+            "needs --sampling",
+        )
+        for option in ("sampling_topk", "sampling_topp")
+    ),
+    *(
+        Relation(
+            *("lr_scheduler", "lr", (), one_rate),
+            f"{choice} takes one learning rate; --lr-scheduler fixed takes one for each epoch",
+            choice,
+        )
+        for choice in ("cosine", "inverse_sqrt", "reduce_lr_on_plateau", "tri_stage", "triangular")
+    ),
+    Relation(
+        *("lr_scheduler", "max_lr", (("optimization", "lr"),)),
+        lambda highest, rates: highest > rates[0],
+        "must be above --lr {0}",
+        "triangular",
+    ),
+    Relation(
+        *("lr_scheduler", "min_lr", (("optimization", "lr"),)),
+        lambda lowest, rates: lowest < rates[0],
+        "must be below --lr {0}",
+        "step",
+    ),
+    Relation(
+        *("lr_scheduler", "lr_period_updates"),
+        (("optimization", "max_update"), ("lr_scheduler", "warmup_updates")),
+        lambda period, updates, warmup: period > 0 or updates > warmup,
+        "needs a --max-update above the --warmup-updates",
+        "cosine",
+    ),
+    Relation(
+        *("lr_scheduler", "total_num_update", (), bool),
+        "must be at least 1; it is --max-update unless set",
+        "polynomial_decay",
+    ),
+    Relation(
+        *("lr_scheduler", "phase_ratio", (("optimization", "max_update"),)),
+        lambda phases, updates: sum(phases) == 1 and int(updates * phases[2]) > 0,
+        "must add up to 1, with some of --max-update {0} in the last phase",
+        "tri_stage",
+    ),
+    Relation(
+        *("lr_scheduler", "decay_steps", (("lr_scheduler", "phase_ratio"),)),
+        lambda steps, phases: steps > 0 or bool(phases),
+        "must be at least 1, or set --phase-ratio",
+        "tri_stage",
+    ),
+)
+"""What is looked at once every number is in its range."""

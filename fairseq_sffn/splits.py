@@ -1,0 +1,161 @@
+"""Checks of what a command reads: its splits, and the metric that chooses the best checkpoint."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+from fairseq.data import data_utils
+from fairseq.file_io import PathManager
+from fairseq.logging import metrics
+from fairseq.tasks import TASK_REGISTRY
+from fairseq.tasks.language_modeling import LanguageModelingTask
+from fairseq.tasks.translation import TranslationTask
+from fairseq.utils import split_paths
+from fairseq_cli import train as train_command
+
+from .compat import replace_once
+from .errors import UsageError, flag, shown
+
+READERS = (LanguageModelingTask, TranslationTask)
+"""The tasks whose files are known."""
+
+
+def apply() -> None:
+    """Apply every repair."""
+    name_missing_data()
+    name_unused_validation_data()
+    refuse_data_without_sentences()
+    check_metric_first()
+
+
+def name_missing_data() -> None:
+    """A task whose split is not there ends in a traceback. Can go when fairseq gives a line."""
+
+    def naming(original: Any) -> Any:
+        @functools.wraps(original)
+        def load_dataset(self: Any, split: str, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(self, split, *args, **kwargs)
+            except FileNotFoundError as error:
+                raise UsageError(f"split {shown(split)}: {error}") from error
+
+        return load_dataset
+
+    for task in READERS:
+        replace_once(task, "load_dataset", naming(task.load_dataset))
+
+
+def name_unused_validation_data() -> None:
+    """fairseq refuses validation splits that it would not use, in a traceback. Can go when it gives
+    a line."""
+
+    @functools.wraps(data_utils.raise_if_valid_subsets_unintentionally_ignored)
+    def raise_if_valid_subsets_unintentionally_ignored(train_cfg: Any) -> None:
+        try:
+            original(train_cfg)
+        except ValueError as error:
+            raise UsageError(f"--valid-subset {train_cfg.dataset.valid_subset}: {error}") from error
+
+    original = data_utils.raise_if_valid_subsets_unintentionally_ignored
+    replace_once(
+        data_utils,
+        "raise_if_valid_subsets_unintentionally_ignored",
+        raise_if_valid_subsets_unintentionally_ignored,
+    )
+
+
+def refuse_data_without_sentences() -> None:
+    """Where every sentence is left out as too long, fairseq ends in a traceback, or trains for ever
+    on nothing. Can go when it says so."""
+
+    @functools.wraps(data_utils.batch_by_size)
+    def batch_by_size(
+        indices: Any,
+        num_tokens_fn: Any,
+        num_tokens_vec: Any = None,
+        max_tokens: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if hasattr(indices, "__len__") and not len(indices):
+            limit = "" if max_tokens is None else f"--max-tokens {max_tokens} and "
+            raise UsageError(f"{limit}the model's positions: no sentence of the data is as short")
+        return original(indices, num_tokens_fn, num_tokens_vec, max_tokens, *args, **kwargs)
+
+    original = data_utils.batch_by_size
+    replace_once(data_utils, "batch_by_size", batch_by_size)
+
+
+def check_metric_first() -> None:
+    """fairseq looks for ``--best-checkpoint-metric`` after the first validation, and ends in a
+    traceback if there is none of the name. Can go when it looks before it trains."""
+
+    @functools.wraps(train_command.train)
+    def train(cfg: Any, trainer: Any, task: Any, epoch_itr: Any) -> Any:
+        if not getattr(trainer, "sffn_metric_checked", False):
+            check_metric(cfg, trainer, task, epoch_itr.epoch)
+            trainer.sffn_metric_checked = True
+        return original(cfg, trainer, task, epoch_itr)
+
+    original = train_command.train
+    replace_once(train_command, "train", train)
+
+
+def check_metric(cfg: Any, trainer: Any, task: Any, epoch: int) -> None:
+    """Refuse a metric that validation does not give. All processes call it together.
+
+    Metrics are known by one validation step, which is left out for ``loss``: every criterion gives
+    it. Training goes on as without it: each update sets its own seed.
+    """
+    metric = cfg.checkpoint.best_checkpoint_metric
+    # A task's hook after validation may add metrics.
+    known = metric == "loss" or hasattr(task, "post_validate")
+    if known or cfg.dataset.disable_validation:
+        return
+    dummy = trainer._dummy_batch
+    trainer.begin_valid_epoch(epoch)
+    subset = cfg.dataset.valid_subset.split(",")[0]
+    batches = trainer.get_valid_iterator(subset).next_epoch_itr(
+        shuffle=False, set_dataset_epoch=False
+    )
+    with metrics.aggregate(new_root=True) as validation:
+        if batches.has_next():
+            trainer.valid_step(next(batches))
+    trainer.reset_dummy_batch(dummy)
+    names = {*validation.get_smoothed_values(), "num_updates"}
+    if len(names) > 1 and metric not in names:
+        raise UsageError(
+            f"--best-checkpoint-metric {metric}: is none of those that validation gives: "
+            f"{', '.join(sorted(names))}"
+        )
+
+
+def check_splits(cfg: Any, *options: str) -> None:
+    """Raises UsageError where a language modelling or translation task has no data.
+
+    Args:
+        options: of the group ``dataset``, those that name splits.
+    """
+    if not issubclass(TASK_REGISTRY.get(cfg.task._name, object), READERS):
+        return
+    folders = split_paths(cfg.task.data)
+    if any(map(PathManager.path_requires_pathmanager, folders)):
+        return
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise UsageError(f"data {folder}: there is no such folder")
+    for option in options:
+        for split in cfg.dataset[option].split(","):
+            # Each epoch may read a training split of its own folder, all others are in the first.
+            for folder in folders if option == "train_subset" else folders[:1]:
+                if not split or not has_split(folder, split):
+                    names = f"{flag(option)} {shown(cfg.dataset[option])}"
+                    raise UsageError(f"{names}: there is no split {shown(split)} in {folder}")
+
+
+def has_split(folder: str, split: str) -> bool:
+    """Whether a folder has files of a split, in any of fairseq's formats."""
+    files = os.listdir(folder)
+    return any(file == split or file.startswith(f"{split}.") for file in files)
