@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 from fairseq import models
+from fairseq.dataclass import utils as dataclass_utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.distributed import utils as distributed_utils
 from fairseq.model_parallel import megatron_trainer
@@ -22,12 +23,34 @@ from .models.size import check_size
 from .ranges import RANGES, RELATIONS, Range
 from .splits import check_splits
 
+PARSE_ERRORS = (ValueError, SyntaxError, OverflowError, MemoryError, RecursionError)
+"""What parsing the text of numbers can end in."""
+
 
 def apply() -> None:
     """Apply every check."""
+    refuse_lists_of_no_numbers()
     check_before_processes_start()
     check_each_command()
     check_each_model()
+
+
+def refuse_lists_of_no_numbers() -> None:
+    """``--lr 1..2`` and ``--update-freq 1e999`` end in a traceback, and ``--update-freq 1.5`` is
+    taken for 1. Gives argparse the error that it knows. Can go when fairseq does."""
+
+    @functools.wraps(dataclass_utils.eval_str_list)
+    def eval_str_list(x: Any, x_type: Any = float) -> Any:
+        try:
+            numbers, given = original(x, x_type), original(x, float)
+        except PARSE_ERRORS as error:
+            raise ValueError(str(error)) from error
+        if numbers != given:
+            raise ValueError(f"{x} is not of whole numbers")
+        return numbers
+
+    original = dataclass_utils.eval_str_list
+    replace_once(dataclass_utils, "eval_str_list", eval_str_list)
 
 
 def check_before_processes_start() -> None:
@@ -86,11 +109,25 @@ def check_each_model() -> None:
     def build_model(cfg: Any, task: Any, *args: Any, **kwargs: Any) -> Any:
         if is_transformer(cfg):
             check_group("model", cfg)
+            check_cutoffs(cfg, task)
             check_size(cfg, task)
         return original(cfg, task, *args, **kwargs)
 
     original = models.build_model
     replace_once(models, "build_model", build_model)
+
+
+def check_cutoffs(args: Any, task: Any) -> None:
+    """Raises UsageError where the bands of adaptive embeddings go beyond the dictionary."""
+    for option, side in (("softmax", "target"), ("input", "source")):
+        name = f"adaptive_{option}_cutoff"
+        cutoffs = numbers_of(getattr(args, name, None))
+        types = len(getattr(task, f"{side}_dictionary", None) or ())
+        if cutoffs and types and cutoffs[-1] > types:
+            raise UsageError(
+                f"{flag(name)} {shown(getattr(args, name))}: is beyond the {types} types of the "
+                "dictionary"
+            )
 
 
 def check_training(cfg: Any) -> None:
@@ -211,10 +248,12 @@ def all_hold(range: Range, value: Any) -> bool:
 
 
 def numbers_of(value: Any) -> list[Any] | None:
-    """The numbers of a list, or of its text; ``None``: it is no list."""
+    """The numbers of a list, or of its text; ``None``: it is neither."""
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except PARSE_ERRORS:
             return None
+        if isinstance(value, int | float):
+            return [value]
     return list(value) if isinstance(value, list | tuple | ListConfig) else None

@@ -6,6 +6,7 @@ have no meaning in fairseq. ``None``, where an option has it, is always allowed:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -222,6 +223,8 @@ RANGES: dict[str, dict[str, Range]] = {
         "attention_dropout": RATE,
         "activation_dropout": RATE,
         "relu_dropout": RATE,
+        "adaptive_softmax_cutoff": Range(1, LARGEST, length=-1),
+        "adaptive_input_cutoff": Range(1, LARGEST, length=-1),
         "adaptive_softmax_dropout": RATE,
         "adaptive_softmax_factor": POSITIVE,
         "adaptive_input_factor": POSITIVE,
@@ -321,6 +324,11 @@ def one_rate(rates: list[float]) -> bool:
     return len(rates) == 1
 
 
+def rises(numbers: list[float]) -> bool:
+    """Whether each number is larger than the one before."""
+    return all(low < high for low, high in itertools.pairwise(numbers))
+
+
 def of_model(*options: str) -> tuple[tuple[str, str], ...]:
     """Options of the model, as the others of a relation."""
     return tuple(("model", option) for option in options)
@@ -342,6 +350,10 @@ RELATIONS = (
                 f"is too narrow for sinusoidal positions; take 4 or more, or --{side}-learned-pos",
             ),
         )
+    ),
+    *(
+        Relation("model", f"adaptive_{of}_cutoff", (), rises, "must rise")
+        for of in ("softmax", "input")
     ),
     Relation(
         *("distributed_training", "distributed_rank"),

@@ -123,9 +123,11 @@ class MemoryConfig:
             raise ConfigError("vocab_size", self.vocab_size, "must be at least 1")
         for name in ("capacity_factor", "eval_capacity_factor"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(name, getattr(self, name), "must be positive, or 0 for dropless")
+                reason = "must be positive and finite, or 0 for dropless"
+                raise ConfigError(name, getattr(self, name), reason)
         if not 0 <= self.activation_dropout < 1:
-            raise ConfigError("activation_dropout", self.activation_dropout, "is not in [0, 1)")
+            reason = "must be at least 0 and below 1"
+            raise ConfigError("activation_dropout", self.activation_dropout, reason)
         if self.engine is not None:
             if self.engine not in ENGINES:
                 raise ConfigError("engine", self.engine, f"is none of {', '.join(ENGINES)}")
@@ -136,7 +138,7 @@ class MemoryConfig:
                 raise ConfigError("engine", self.engine, reason)
         for name in ("init_scale", "value_lr_scale"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(name, getattr(self, name), "must be positive")
+                raise ConfigError(name, getattr(self, name), "must be positive and finite")
         for name, choices in self.selector_options.choices().items():
             if (value := getattr(self.selector_options, name)) not in choices:
                 raise ConfigError(name, value, f"is none of {', '.join(choices)}")

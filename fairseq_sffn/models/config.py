@@ -228,8 +228,8 @@ def build_memory_config(
     width = getattr(args, f"{side}_ffn_embed_dim")
     if args.sffn_expansion < 1:
         raise UsageError(f"--sffn-expansion {args.sffn_expansion}: must be at least 1")
-    block_size = args.sffn_block_size
-    if block_size is None:
+    block_size, given = args.sffn_block_size, args.sffn_block_size is not None
+    if not given:
         block_size = selector.default_block_size(width)
     if block_size < 1:
         raise UsageError(f"--sffn-block-size {block_size}: must be at least 1")
@@ -237,17 +237,16 @@ def build_memory_config(
     if active_blocks is None:
         active_blocks, remainder = divmod(width, block_size)
         if remainder or not active_blocks:
+            default = "" if given else f"the default of {selector.name}, "
             raise UsageError(
-                f"--sffn-block-size {block_size}: does not divide --{side}-ffn-embed-dim {width}; "
-                "choose one that does, or set --sffn-active-blocks"
+                f"--sffn-block-size {block_size}: {default}does not divide --{side}-ffn-embed-dim "
+                f"{width}; choose one that does, or set --sffn-active-blocks"
             )
 
-    names = {"block_size": "sffn_block_size", "active_blocks": "sffn_active_blocks"}
-    names |= {"gate": "sffn_gate", "engine": "sffn_engine", "init_scale": "sffn_init_scale"}
-    names |= {"embed_dim": f"{side}_embed_dim"}
-    names |= {"value_lr_scale": "sffn_value_lr_scale"}
-    names |= {"capacity_factor": "sffn_capacity_factor"}
-    names |= {"eval_capacity_factor": "sffn_eval_capacity_factor"}
+    fields_of_ours = ("block_size", "active_blocks", "selector", "gate", "engine", "init_scale")
+    fields_of_ours += ("value_lr_scale", "capacity_factor", "eval_capacity_factor")
+    names = {name: f"sffn_{name}" for name in fields_of_ours}
+    names |= {"embed_dim": f"{side}_embed_dim", "activation": "activation_fn"}
     names |= {own: option for option, own in selector_flags(selector).items()}
     # fairseq's older name of the option is its fallback.
     dropout = "activation_dropout" if args.activation_dropout else "relu_dropout"
@@ -274,7 +273,8 @@ def build_memory_config(
         check_sharding(config, args.sffn_expert_parallel)
         return config
     except ConfigError as error:
-        name = flag(names.get(error.field, error.field))
+        # A number of the data, such as the types of the dictionary, has no flag.
+        name = flag(names[error.field]) if error.field in names else error.field.replace("_", " ")
         if error.field == "active_blocks" and args.sffn_active_blocks is None:
             blocks = (
                 f"{active_blocks} active blocks, as many as make --{side}-ffn-embed-dim {width}"

@@ -85,6 +85,9 @@ def parts_of_side(args: Any, side: str, dictionary: Any, cross_attention: bool) 
         return []
     d, f, count = sizes.values()
     sparse = sparse_layers(args, count)
+    if kept := getattr(args, f"{side}_layers_to_keep", None):  # of a trained model
+        count = len(kept.split(","))
+        sparse = min(sparse, count)
     maps = 4 * (1 + cross_attention)
     parts = [
         Part("attention layers", count * maps * d * d, options(width, layers)),

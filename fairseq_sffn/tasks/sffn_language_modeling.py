@@ -53,7 +53,7 @@ class SFFNLanguageModelingTask(LanguageModelingTask):
         factor = args.eval_capacity_factor
         if factor is not None and not 0 <= factor < math.inf:
             raise UsageError(
-                f"--eval-capacity-factor {factor}: must be positive, or 0 for dropless"
+                f"--eval-capacity-factor {factor}: must be positive and finite, or 0 for dropless"
             )
 
     def token_counts(self) -> Sequence[int]:

@@ -17,12 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 from ..errors import UsageError
 from ..models.config import flag
 
-POSITIVE = (
-    *("decoder_layers", "decoder_embed_dim", "decoder_attention_heads", "decoder_ffn_embed_dim"),
-    *("decoder_input_dim", "decoder_output_dim"),
-)
-"""Options of a model that are at least 1."""
-
 UNCOUNTED = {
     "adaptive_input": "the cost of adaptive embeddings depends on the token",
     "adaptive_softmax_cutoff": "the cost of an adaptive softmax depends on the token",
@@ -120,12 +114,6 @@ def model_config(arch: str, context: int, options: argparse.Namespace) -> DictCo
     for name, reason in UNCOUNTED.items():
         if config[name]:
             refuse(name, reason)
-    for name in POSITIVE:
-        if config[name] < 1:
-            refuse(name, "must be at least 1")
-    if config.decoder_embed_dim % config.decoder_attention_heads:
-        reason = f"does not divide --decoder-embed-dim {config.decoder_embed_dim}"
-        refuse("decoder_attention_heads", reason)
     tied = config.share_decoder_input_output_embed
     if tied and config.decoder_input_dim != config.decoder_output_dim:
         reason = f"embeddings of --decoder-input-dim {config.decoder_input_dim} cannot be shared"
