@@ -145,7 +145,11 @@ def refused(told: str) -> Iterator[None]:
         ("avgk", dict(sffn_block_size=0), "--sffn-block-size 0: "),
         ("avgk", dict(sffn_block_size=-8), "--sffn-block-size -8: "),
         ("avgk", dict(sffn_block_size=12), "--sffn-block-size 12: .* --decoder-ffn-embed-dim 32"),
-        ("avgk", dict(sffn_block_size=64), "--sffn-block-size 64: .* --decoder-ffn-embed-dim 32"),
+        (
+            "avgk",
+            dict(sffn_block_size=64),
+            "--sffn-block-size 64: does not divide --decoder-ffn-embed-dim 32",
+        ),
         (
             "avgk",
             dict(sffn_block_size=12, sffn_active_blocks=2),
@@ -158,7 +162,17 @@ def refused(told: str) -> Iterator[None]:
         ("hash_layer", dict(sffn_gate="softmax"), "--sffn-gate softmax: hash_layer"),
         ("avgk", dict(sffn_capacity_factor=-1.0), "--sffn-capacity-factor -1.0: "),
         ("avgk", dict(sffn_eval_capacity_factor=-1.0), "--sffn-eval-capacity-factor -1.0: "),
-        ("avgk", dict(sffn_init_scale=0.0), "--sffn-init-scale 0.0: "),
+        ("avgk", dict(sffn_init_scale=0.0), "--sffn-init-scale 0.0: must be positive and finite$"),
+        (
+            "avgk",
+            dict(sffn_init_scale=math.inf),
+            "--sffn-init-scale inf: must be positive and finite$",
+        ),
+        (
+            "gshard",
+            dict(decoder_ffn_embed_dim=33),
+            "--sffn-block-size 16: the default of gshard, does not divide .*-ffn-embed-dim 33",
+        ),
         ("avgk", dict(activation_dropout=1.0), "--activation-dropout 1.0: "),
         ("avgk", dict(relu_dropout=1.0), "--relu-dropout 1.0: "),
         ("avgk", dict(sffn_capacity_factor=math.inf), "--sffn-capacity-factor inf: "),
@@ -194,7 +208,7 @@ def test_what_cannot_be_honoured_is_told_in_one_line(method, options, told):
 @pytest.mark.parametrize("counts", [None, COUNTS[:-1]])
 def test_counts_that_do_not_fit_are_refused(counts):
     args = small_config("hash_layer", hash_table="balanced")
-    with refused("--(hash-table balanced|vocab-size 20): .*counts"):
+    with refused("(--hash-table balanced|vocab size 20): .*counts"):
         build_memory_config(args, TYPES, counts)
 
 

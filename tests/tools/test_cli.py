@@ -136,7 +136,7 @@ REFUSED = [
     ("--decoder-layers 0", "must be at least 1"),
     ("--decoder-embed-dim -8", "must be at least 1"),
     ("--decoder-ffn-embed-dim 0", "must be at least 1"),
-    ("--decoder-attention-heads 7", "does not divide --decoder-embed-dim 128"),
+    ("--decoder-attention-heads 7", "must divide --decoder-embed-dim 128"),
     ("--decoder-output-dim 64", "cannot be shared"),
     ("--sffn-block-size 7", "does not divide --decoder-ffn-embed-dim 512"),
     ("--sffn-selector switch", "this model selects by avgk"),
