@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
+import typing
 from typing import Any
 
 from fairseq import models
@@ -20,7 +21,8 @@ from omegaconf import ListConfig
 from .compat import replace_once
 from .errors import UsageError, flag, shown
 from .models.size import check_size
-from .ranges import RANGES, RELATIONS, Range
+from .ranges import RANGES, Range
+from .relations import RELATIONS
 from .splits import check_splits
 
 PARSE_ERRORS = (ValueError, SyntaxError, OverflowError, MemoryError, RecursionError)
@@ -30,6 +32,7 @@ PARSE_ERRORS = (ValueError, SyntaxError, OverflowError, MemoryError, RecursionEr
 def apply() -> None:
     """Apply every check."""
     refuse_lists_of_no_numbers()
+    keep_defaults_of_other_options()
     check_before_processes_start()
     check_each_command()
     check_each_model()
@@ -51,6 +54,24 @@ def refuse_lists_of_no_numbers() -> None:
 
     original = dataclass_utils.eval_str_list
     replace_once(dataclass_utils, "eval_str_list", eval_str_list)
+
+
+def keep_defaults_of_other_options() -> None:
+    """``--lr-scheduler polynomial_decay`` without ``--total-num-update`` ends in a traceback: a
+    number whose default is another option's value is set to nothing. Leaves the default. Can go
+    when fairseq does."""
+
+    @functools.wraps(dataclass_utils._override_attr)
+    def _override_attr(sub_node: str, data_class: Any, args: Any) -> list[str]:
+        nothing = {
+            f"{sub_node}.{name}=null"
+            for name, field in getattr(data_class, "__dataclass_fields__", {}).items()
+            if str(field.default).startswith("${") and type(None) not in typing.get_args(field.type)
+        }
+        return [line for line in original(sub_node, data_class, args) if line not in nothing]
+
+    original = dataclass_utils._override_attr
+    replace_once(dataclass_utils, "_override_attr", _override_attr)
 
 
 def check_before_processes_start() -> None:

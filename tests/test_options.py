@@ -26,7 +26,6 @@ from fairseq_sffn.ranges import LARGEST, RANGES
 SCHEDULERS = {
     "triangular": ("--max-lr", "2"),
     "tri_stage": ("--decay-steps", "2"),
-    "polynomial_decay": ("--total-num-update", "9"),
 }
 """Learning-rate scheduler -> what it needs."""
 
@@ -134,6 +133,7 @@ TRAINING = [
     ("--lr 1,2 --lr-scheduler inverse_sqrt", "inverse_sqrt takes one learning rate"),
     ("--warmup-updates 0 --lr-scheduler inverse_sqrt", "must be at least 1"),
     ("--total-num-update 0 --lr-scheduler polynomial_decay", "it is --max-update unless set"),
+    ("--max-update -1 --lr-scheduler polynomial_decay", "must be at least 0"),
     ("--max-lr 0.001 --lr-scheduler triangular", "must be above --lr 0.01"),
     ("--min-lr 1 --lr-scheduler step", "must be below --lr 0.01"),
     ("--decay-steps 0 --lr-scheduler tri_stage", "must be at least 1, or set --phase-ratio"),
@@ -185,6 +185,7 @@ SPECIAL = [
     "--max-epoch 1 --max-update 0 --stop-min-lr -1 --heartbeat-timeout -1 --distributed-port -1",
     "--clip-norm 0 --save-interval-updates 0 --validate-interval-updates 0 --num-workers 0",
     "--warmup-init-lr -1 --lr-scheduler cosine --lr-period-updates -1",
+    "--lr-scheduler polynomial_decay --power 2",
     "--lr 1e-3,1e-4 --update-freq 1,2 --adam-betas 0.9,0.98",
     "--seed 0 --curriculum 0 --weight-decay 0 --output-dictionary-size -1 --data-buffer-size 0",
 ]

@@ -21,7 +21,8 @@ from fairseq.tasks import TASK_DATACLASS_REGISTRY
 
 from fairseq_sffn import options, ranges
 from fairseq_sffn.errors import UsageError, flag
-from fairseq_sffn.ranges import LARGEST, RANGES, RELATIONS, Range
+from fairseq_sffn.ranges import LARGEST, RANGES, Range
+from fairseq_sffn.relations import RELATIONS
 
 WITHOUT_DEFAULTS = {("lr_scheduler", "tri_stage")}
 """What fairseq refuses unless some options are set."""

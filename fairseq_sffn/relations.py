@@ -1,0 +1,144 @@
+"""What options must be, given others. Plain data, as in :mod:`.ranges`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Relation(NamedTuple):
+    """What an option must be, given others.
+
+    Attributes:
+        group, option: the option that a line names.
+        others: (group, option) of the options that it depends on.
+        holds: of the option, which is not ``None``, and the others: whether all is well.
+        reason: completes the line; ``{0}`` is the first of the others.
+        choice: of its group (such as a scheduler), where the relation is for one only.
+    """
+
+    group: str
+    option: str
+    others: tuple[tuple[str, str], ...]
+    holds: Callable[..., bool]
+    reason: str
+    choice: str = ""
+
+
+def divides(value: int, other: int | None) -> bool:
+    """Whether a number divides another, if that is set."""
+    return other is None or other % value == 0
+
+
+def has_positions(width: int, learned: bool, none: bool) -> bool:
+    """Whether fairseq can compute positions of a width: it divides by the half of it less 1."""
+    return width not in (2, 3) or learned or none
+
+
+def one_rate(rates: list[float]) -> bool:
+    """Whether there is one learning rate for all epochs."""
+    return len(rates) == 1
+
+
+def rises(numbers: list[float]) -> bool:
+    """Whether each number is larger than the one before."""
+    return all(low < high for low, high in itertools.pairwise(numbers))
+
+
+def of_model(*options: str) -> tuple[tuple[str, str], ...]:
+    """Options of the model, as the others of a relation."""
+    return tuple(("model", option) for option in options)
+
+
+RELATIONS = (
+    *(
+        relation
+        for side in ("encoder", "decoder")
+        for relation in (
+            Relation(
+                *("model", f"{side}_attention_heads", of_model(f"{side}_embed_dim"), divides),
+                f"must divide --{side}-embed-dim {{0}}",
+            ),
+            Relation(
+                *("model", f"{side}_embed_dim"),
+                of_model(f"{side}_learned_pos", "no_token_positional_embeddings"),
+                has_positions,
+                f"is too narrow for sinusoidal positions; take 4 or more, or --{side}-learned-pos",
+            ),
+        )
+    ),
+    *(
+        Relation("model", f"adaptive_{of}_cutoff", (), rises, "must rise")
+        for of in ("softmax", "input")
+    ),
+    Relation(
+        *("distributed_training", "distributed_rank"),
+        (("distributed_training", "distributed_world_size"),),
+        lambda rank, ranks: rank < ranks,
+        "must be below --distributed-world-size {0}",
+    ),
+    Relation(
+        *("dataset", "shard_id", (("dataset", "num_shards"),)),
+        lambda shard, shards: shard < shards,
+        "must be below --num-shards {0}",
+    ),
+    Relation(
+        *("generation", "diverse_beam_groups", (("generation", "beam"),)),
+        lambda groups, beam: groups < 0 or divides(groups, beam),
+        "must divide --beam {0}",
+    ),
+    *(
+        Relation(
+            *("generation", option, (("generation", "sampling"),)),
+            lambda number, sampling: number < 0 or sampling,
+            "needs --sampling",
+        )
+        for option in ("sampling_topk", "sampling_topp")
+    ),
+    *(
+        Relation(
+            *("lr_scheduler", "lr", (), one_rate),
+            f"{choice} takes one learning rate; --lr-scheduler fixed takes one for each epoch",
+            choice,
+        )
+        for choice in ("cosine", "inverse_sqrt", "reduce_lr_on_plateau", "tri_stage", "triangular")
+    ),
+    Relation(
+        *("lr_scheduler", "max_lr", (("optimization", "lr"),)),
+        lambda highest, rates: highest > rates[0],
+        "must be above --lr {0}",
+        "triangular",
+    ),
+    Relation(
+        *("lr_scheduler", "min_lr", (("optimization", "lr"),)),
+        lambda lowest, rates: lowest < rates[0],
+        "must be below --lr {0}",
+        "step",
+    ),
+    Relation(
+        *("lr_scheduler", "lr_period_updates"),
+        (("optimization", "max_update"), ("lr_scheduler", "warmup_updates")),
+        lambda period, updates, warmup: period > 0 or updates > warmup,
+        "needs a --max-update above the --warmup-updates",
+        "cosine",
+    ),
+    Relation(
+        *("lr_scheduler", "total_num_update", (), bool),
+        "must be at least 1; it is --max-update unless set",
+        "polynomial_decay",
+    ),
+    Relation(
+        *("lr_scheduler", "phase_ratio", (("optimization", "max_update"),)),
+        lambda phases, updates: sum(phases) == 1 and int(updates * phases[2]) > 0,
+        "must add up to 1, with some of --max-update {0} in the last phase",
+        "tri_stage",
+    ),
+    Relation(
+        *("lr_scheduler", "decay_steps", (("lr_scheduler", "phase_ratio"),)),
+        lambda steps, phases: steps > 0 or bool(phases),
+        "must be at least 1, or set --phase-ratio",
+        "tri_stage",
+    ),
+)
+"""What is looked at once every number is in its range."""
