@@ -210,7 +210,7 @@ RANGES: dict[str, dict[str, Range]] = {
                 "ffn_embed_dim": SIZE,
                 "layers": SIZE,
                 "attention_heads": SIZE,
-                "layerdrop": RATE,
+                "layerdrop": SHARE,
             }
         ),
         "decoder_input_dim": SIZE,
