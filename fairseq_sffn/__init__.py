@@ -9,8 +9,9 @@ import warnings
 with warnings.catch_warnings():
     # Of its own use of PyTorch; fairseq imports it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="fairscale")
-    from . import compat
+    from . import compat, evaluation
 
+evaluation.apply()
 compat.apply()
 
 from . import checks, criterions, models, optim, tasks  # noqa: E402
@@ -19,4 +20,4 @@ from .parallel import checkpoints, gradients, launch  # noqa: E402
 for repairs in (checks, launch, gradients, checkpoints):
     repairs.apply()
 
-__all__ = ["checks", "compat", "criterions", "models", "optim", "tasks"]
+__all__ = ["checks", "compat", "criterions", "evaluation", "models", "optim", "tasks"]

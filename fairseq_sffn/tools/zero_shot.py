@@ -217,7 +217,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
                 "documents": len(drawn[task]),
                 "documents_of_task": len(documents[task]),
                 **asdict(figures),
+                "requests": len(pairs[task]),
                 "cut_requests": sum(scorer.is_cut(tokens) for tokens, _ in pairs[task]),
+                "requests_in_pieces": sum(scorer.is_in_pieces(scored) for _, scored in pairs[task]),
                 "subset": subset_hash(drawn[task]),
             }
         )
@@ -296,4 +298,23 @@ def format_report(report: dict[str, Any]) -> str:
             ]
         )
     title = f"{report['checkpoint']}: zero-shot, seed {report['seed']}"
-    return "\n".join([title, "", *(line.rstrip() for line in align(rows))])
+    notes = list(filter(None, map(length_note, report["tasks"])))
+    lines = [title, "", *(line.rstrip() for line in align(rows))]
+    return "\n".join([*lines, *([""] if notes else []), *notes])
+
+
+def length_note(figures: dict[str, Any]) -> str:
+    """What of a task's requests is longer than the model's context; empty: nothing is."""
+    cut, pieces = figures["cut_requests"], figures["requests_in_pieces"]
+    if not cut:
+        return ""
+    note = (
+        f"{figures['task']}: {cut:,} of {figures['requests']:,} requests are longer than the "
+        "model's context and cut at the left"
+    )
+    if pieces:
+        note += (
+            f"; {pieces:,} have a continuation that is longer by itself and is scored in pieces, "
+            "where lm-evaluation-harness stops"
+        )
+    return note
