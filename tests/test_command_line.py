@@ -394,7 +394,6 @@ def test_layers_kept_in_any_order(data_bin: Path, tmp_path: Path) -> None:
     assert sorted_order == other_order
 
 
-@pytest.mark.xfail(strict=True, reason="fairseq leaves out the last batch: here the only one")
 def test_validation_split_of_few_samples(data_bin: Path, tmp_path: Path) -> None:
     log = commands.train(data_bin, tmp_path, "avgk", "--tokens-per-sample", "64")
     assert len(losses(log)) == 6 and valid_ppl(log) > 1
