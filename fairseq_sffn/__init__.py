@@ -15,9 +15,11 @@ evaluation.apply()
 compat.apply()
 
 from . import checks, criterions, models, optim, tasks  # noqa: E402
-from .parallel import checkpoints, gradients, launch  # noqa: E402
+from .checkpoints import loading, resuming, writing  # noqa: E402
+from .parallel import checkpoints as sharded_checkpoints  # noqa: E402
+from .parallel import gradients, launch  # noqa: E402
 
-for repairs in (checks, launch, gradients, checkpoints):
+for repairs in (loading, writing, checks, launch, gradients, sharded_checkpoints, resuming):
     repairs.apply()
 
 __all__ = ["checks", "compat", "criterions", "evaluation", "models", "optim", "tasks"]

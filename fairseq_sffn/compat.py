@@ -5,31 +5,20 @@ Each function is one repair: what breaks, and when it can go. All are safe to ap
 
 from __future__ import annotations
 
-import argparse
-import copy
 import functools
-import inspect
 import logging
-import os
-import pickle
-import shutil
 import types
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from fairseq import checkpoint_utils
-from fairseq.file_io import PathManager
-from fairseq.logging.meters import AverageMeter, SumMeter
 from fairseq.models.ema.ema import EMA
 from fairseq.tasks import FairseqTask
 from fairseq.tasks.language_modeling import LanguageModelingTask
 from fairseq.trainer import Trainer
 from fairseq_cli import eval_lm as eval_command
 from fairseq_cli import train as train_command
-from torch.serialization import MAGIC_NUMBER
 
 from .errors import UsageError
 
@@ -39,11 +28,6 @@ logger = logging.getLogger(__name__)
 def apply() -> None:
     """Apply every repair."""
     restore_numpy_compat()
-    copy_checkpoints_atomically()
-    save_plain_containers()
-    restore_arrays_of_meters()
-    check_save_directory_first()
-    refuse_code_in_checkpoints()
     refuse_half_precision_on_cpu()
     evaluate_at_the_model_context()
     leave_finished_runs_alone()
@@ -57,153 +41,6 @@ def restore_numpy_compat() -> None:
     eos``, generation). Can go when fairseq no longer does."""
     if not hasattr(np, "compat"):
         np.compat = types.SimpleNamespace(long=int)  # type: ignore[attr-defined]
-
-
-def copy_checkpoints_atomically() -> None:
-    """fairseq writes ``checkpoint1.pt`` atomically but copies it over ``checkpoint_last.pt`` in
-    place: killed meanwhile, it leaves no checkpoint to resume from. Can go when
-    ``PathManager.copy`` is atomic."""
-
-    def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
-        if PathManager.path_requires_pathmanager(dst_path):
-            return original(src_path, dst_path, overwrite)
-        partial = f"{dst_path}.tmp"
-        shutil.copyfile(src_path, partial)
-        os.replace(partial, dst_path)
-        return True
-
-    original = PathManager.copy
-    replace_once(PathManager, "copy", copy, staticmethod)
-
-
-def save_plain_containers() -> None:
-    """Meters hold NumPy's arrays (``--eval-bleu`` counts in them), which PyTorch refuses to load
-    from a checkpoint. Saves lists and Python's numbers. Can go when fairseq does."""
-
-    @functools.wraps(checkpoint_utils.torch_persistent_save)
-    def torch_persistent_save(obj: Any, *args: Any, **kwargs: Any) -> None:
-        original(without_numpy(obj), *args, **kwargs)
-
-    original = checkpoint_utils.torch_persistent_save
-    replace_once(checkpoint_utils, "torch_persistent_save", torch_persistent_save)
-
-
-def without_numpy(value: Any) -> Any:
-    """The value with lists for NumPy's arrays and Python's numbers for its scalars, within plain
-    containers too."""
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    if type(value) in (list, tuple):
-        return type(value)(map(without_numpy, value))
-    if isinstance(value, dict):
-        result = copy.copy(value)  # with the attributes that a model's state has
-        for key, of in value.items():
-            result[key] = without_numpy(of)
-        return result
-    return value
-
-
-def restore_arrays_of_meters() -> None:
-    """A meter that summed arrays cannot average the list that is saved of them: arrays again. Can
-    go with ``save_plain_containers``."""
-
-    def restoring(original: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(original)
-        def load_state_dict(self: Any, state: dict[str, Any]) -> None:
-            arrays = {key: np.array(of) for key, of in state.items() if isinstance(of, list)}
-            original(self, {**state, **arrays})
-
-        return load_state_dict
-
-    for meter in (AverageMeter, SumMeter):
-        replace_once(meter, "load_state_dict", restoring(meter.load_state_dict))
-
-
-def check_save_directory_first() -> None:
-    """fairseq tries the directory for checkpoints before it trains, but ends in a traceback if it
-    cannot write there. Can go when it names the flag and the reason."""
-
-    @functools.wraps(checkpoint_utils.verify_checkpoint_directory)
-    def verify_checkpoint_directory(save_dir: str) -> None:
-        try:
-            original(save_dir)
-        except OSError as error:
-            raise UsageError(
-                f"--save-dir {save_dir}: cannot be written to: {error.strerror}"
-            ) from error
-
-    original = checkpoint_utils.verify_checkpoint_directory
-    replace_once(checkpoint_utils, "verify_checkpoint_directory", verify_checkpoint_directory)
-
-
-def refuse_code_in_checkpoints() -> None:
-    """PyTorch refuses pickled code by default, but ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD`` turns that
-    off for fairseq, which does not ask for it; and the refusal fills a page. Can go when fairseq
-    passes ``weights_only=True``.
-
-    The configuration of older optimizers is an ``argparse.Namespace``: a plain container, allowed.
-    """
-    torch.serialization.add_safe_globals([argparse.Namespace])
-
-    def checked(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def load(path: str, *args: Any, **kwargs: Any) -> Any:
-            check_checkpoint(PathManager.get_local_path(path))
-            return original(path, *args, **kwargs)
-
-        return load
-
-    for name in ("load_checkpoint_to_cpu", "load_ema_from_checkpoint"):
-        replace_once(checkpoint_utils, name, checked(getattr(checkpoint_utils, name)))
-
-    @functools.wraps(checkpoint_utils.load_model_ensemble_and_task)
-    def load_model_ensemble_and_task(*args: Any, **kwargs: Any) -> Any:
-        call = signature.bind(*args, **kwargs)
-        call.apply_defaults()
-        given = call.arguments
-        # fairseq would say so in a traceback; a suffix or shards make other names of these.
-        if given["state"] is None and not given["suffix"] and given["num_shards"] == 1:
-            for path in given["filenames"]:
-                check_checkpoint(PathManager.get_local_path(path))
-        return original(*args, **kwargs)
-
-    original = checkpoint_utils.load_model_ensemble_and_task
-    signature = inspect.signature(original)
-    replace_once(checkpoint_utils, "load_model_ensemble_and_task", load_model_ensemble_and_task)
-
-
-def check_checkpoint(path: str) -> Any:
-    """Read a checkpoint without running anything in it.
-
-    Returns:
-        what it holds; tensors are mapped, not read, unless the file is of PyTorch before 1.6.
-
-    Raises:
-        UsageError: the file is missing, no checkpoint, truncated, or holds more than tensors and
-            plain containers.
-    """
-    if not os.path.isfile(path):
-        raise UsageError(f"checkpoint {path}: there is no such file")
-    of_today = zipfile.is_zipfile(path)
-    if not of_today and not is_of_old_torch(path):
-        raise UsageError(f"checkpoint {path}: truncated, or not a checkpoint")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=of_today)
-    except pickle.UnpicklingError as error:
-        raise UsageError(
-            f"checkpoint {path}: refused, it holds more than tensors and plain containers, "
-            "and could run code"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise UsageError(f"checkpoint {path}: damaged, or not a checkpoint") from error
-
-
-def is_of_old_torch(path: str) -> bool:
-    """Whether a file begins as those of PyTorch before 1.6, which published models are in, do: with
-    a number. Nothing in it is run."""
-    begin = pickle.dumps(MAGIC_NUMBER, protocol=2)
-    with open(path, "rb") as file:
-        return file.read(len(begin)) == begin
 
 
 def refuse_half_precision_on_cpu() -> None:

@@ -23,6 +23,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from fairseq_sffn.models.transformer_lm import METHODS
+from fairseq_sffn.tools import cli
 
 ROOT = Path(__file__).parents[1]
 USER_DIR = str(ROOT / "fairseq_sffn")
@@ -137,6 +138,15 @@ def evaluate(data: Path, checkpoint: Path, *flags: str) -> float:
     """Perplexity of a trained model on the validation split."""
     flags = ("--gen-subset", "valid", "--tokens-per-sample", "16", *flags)
     return perplexity(apply("eval-lm", data, checkpoint, *flags))
+
+
+def sffn(*words: Any) -> str:
+    """What ``fairseq-sffn`` prints.
+
+    Raises:
+        SystemExit: as the command does.
+    """
+    return capture(lambda: cli.main([str(word) for word in words]))
 
 
 def records(log: str, tag: str = "train_inner") -> list[dict[str, Any]]:

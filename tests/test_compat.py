@@ -1,10 +1,7 @@
 """Each repair of fairseq, with what breaks without it."""
 
-import argparse
 import importlib
 import inspect
-import shutil
-from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +10,7 @@ import commands
 import numpy as np
 import pytest
 import torch
-from fairseq import checkpoint_utils
 from fairseq.data import TokenBlockDataset
-from fairseq.file_io import PathManager
-from fairseq.logging.meters import AverageMeter, SumMeter
 from fairseq.models.ema.ema import EMA
 from fairseq.tasks import FairseqTask
 from fairseq.tasks.language_modeling import LanguageModelingTask
@@ -28,14 +22,6 @@ from fairseq_sffn import compat
 from fairseq_sffn.errors import UsageError
 
 REPAIRED = [
-    (PathManager, "copy"),
-    (checkpoint_utils, "torch_persistent_save"),
-    (AverageMeter, "load_state_dict"),
-    (SumMeter, "load_state_dict"),
-    (checkpoint_utils, "verify_checkpoint_directory"),
-    (checkpoint_utils, "load_checkpoint_to_cpu"),
-    (checkpoint_utils, "load_ema_from_checkpoint"),
-    (checkpoint_utils, "load_model_ensemble_and_task"),
     (Trainer, "__init__"),
     (LanguageModelingTask, "eval_lm_dataloader"),
     (eval_command, "main"),
@@ -71,140 +57,6 @@ def test_numpy_compat(monkeypatch: pytest.MonkeyPatch) -> None:
         sentences()
     compat.restore_numpy_compat()
     assert len(sentences()) == 2
-
-
-# Copies.
-
-
-def test_copy_replaces(tmp_path: Path) -> None:
-    (tmp_path / "new").write_bytes(b"new")
-    for target in ("last", "last"):
-        assert PathManager.copy(tmp_path / "new", tmp_path / target, overwrite=True)
-    assert (tmp_path / "last").read_bytes() == b"new"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "new"]
-
-
-@pytest.mark.parametrize("failing", ["copyfile", "replace"])
-def test_failed_copy_leaves_the_target(
-    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(source: str, target: str) -> None:
-        if failing == "copyfile":
-            Path(target).write_bytes(b"n")
-        raise OSError("disk full")
-
-    (tmp_path / "new").write_bytes(b"new")
-    (tmp_path / "last").write_bytes(b"old")
-    monkeypatch.setattr(shutil if failing == "copyfile" else compat.os, failing, fail)
-    with pytest.raises(OSError, match="disk full"):
-        PathManager.copy(str(tmp_path / "new"), str(tmp_path / "last"), overwrite=True)
-    assert (tmp_path / "last").read_bytes() == b"old"
-
-
-# Checkpoints.
-
-
-def save(state: Any, path: Path) -> str:
-    torch.save(state, path)
-    return str(path)
-
-
-def test_checkpoint_of_plain_values_is_accepted(tmp_path: Path) -> None:
-    state = {"model": {"w": torch.ones(2)}, "cfg": {"a": [1, None, "b"]}, "step": 3}
-    compat.check_checkpoint(save(state, tmp_path / "good.pt"))
-
-
-@pytest.mark.parametrize("size", [1.0, 0.9, 0.02])
-def test_checkpoint_of_old_pytorch(size: float, tmp_path: Path) -> None:
-    """That of before 1.6 is read without running anything in it, too."""
-    path = tmp_path / "old.pt"
-    state = {"model": {"w": torch.arange(1000.0)}, "args": argparse.Namespace(arch="a")}
-    torch.save(state, path, _use_new_zipfile_serialization=False)
-    content = path.read_bytes()
-    path.write_bytes(content[: int(size * len(content))])
-    if size == 1:
-        assert torch.equal(compat.check_checkpoint(str(path))["model"]["w"], torch.arange(1000.0))
-        torch.save({"x": print}, path, _use_new_zipfile_serialization=False)
-        with pytest.raises(UsageError, match="refused, it holds more than tensors"):
-            compat.check_checkpoint(str(path))
-    else:
-        with pytest.raises(UsageError, match="damaged, or not a checkpoint"):
-            compat.check_checkpoint(str(path))
-
-
-@pytest.mark.parametrize("load", ["load_model_ensemble", "load_model_ensemble_and_task"])
-def test_only_names_that_fairseq_reads_are_checked(load: str, tmp_path: Path) -> None:
-    """A suffix or shards make other names of the given one."""
-    save({"x": print}, tmp_path / "m-1.pt")
-    function = getattr(checkpoint_utils, load)
-    with pytest.raises(UsageError, match=r"m\.pt: there is no such file"):
-        function([str(tmp_path / "m.pt")])
-    for arguments in ({"suffix": "-1"}, {"suffix": "-1", "state": None}):
-        with pytest.raises(UsageError, match=r"m-1\.pt: refused, it holds"):
-            function([str(tmp_path / "m.pt")], **arguments)
-    with pytest.raises(OSError, match=r"m_part0\.pt"):
-        function([str(tmp_path / "m.pt")], num_shards=2, strict=False)
-
-
-def test_numpy_is_saved_as_plain_values(tmp_path: Path) -> None:
-    model = OrderedDict(w=torch.ones(2))
-    model._metadata = {"": {"version": 2}}  # type: ignore[attr-defined]
-    state = {
-        "model": model,
-        "meters": [(1, {"sum": np.array([1, 2]), "best": np.float64(0.5)})],
-        "count": np.int64(3),
-    }
-    path = tmp_path / "numpy.pt"
-    checkpoint_utils.torch_persistent_save(state, str(path))
-    saved = torch.load(path, weights_only=True)
-    assert saved["meters"] == [(1, {"sum": [1, 2], "best": 0.5})] and saved["count"] == 3
-    assert saved["model"]["w"].tolist() == [1, 1] and saved["model"]._metadata == model._metadata
-    assert isinstance(state["meters"][0][1]["sum"], np.ndarray)  # the caller's is as it was
-    unrepaired(checkpoint_utils, "torch_persistent_save")(state, str(path))
-    with pytest.raises(UsageError, match="refused, it holds more than tensors"):
-        compat.check_checkpoint(str(path))
-
-
-@pytest.mark.parametrize("kind", [AverageMeter, SumMeter])
-def test_meters_of_arrays_go_on_from_saved_lists(kind: type) -> None:
-    meter, resumed = kind(), kind()
-    meter.update(np.array([1, 2]))
-    resumed.load_state_dict(compat.without_numpy(meter.state_dict()))
-    np.testing.assert_array_equal(resumed.smoothed_value, meter.smoothed_value)
-    for each in (meter, resumed):
-        each.update(np.array([5, 6]))
-    np.testing.assert_array_equal(resumed.smoothed_value, meter.smoothed_value)
-
-
-@pytest.mark.parametrize("value", [print, SimpleNamespace(a=1), Path("a")])
-def test_checkpoint_with_objects_is_refused(
-    value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = save({"x": value}, tmp_path / "bad.pt")
-    for forced in ("0", "1"):
-        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", forced)
-        with pytest.raises(UsageError, match="refused, it holds more than tensors"):
-            checkpoint_utils.load_checkpoint_to_cpu(path)
-
-
-def test_fairseq_itself_would_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    path = save({"x": SimpleNamespace(a=1), "optimizer_history": [{}]}, tmp_path / "bad.pt")
-    load = unrepaired(checkpoint_utils, "load_checkpoint_to_cpu")
-    monkeypatch.setattr(checkpoint_utils, "_upgrade_state_dict", lambda state: state)
-    assert load(path)["x"].a == 1
-
-
-def test_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    whole = Path(save({"w": torch.ones(1000)}, tmp_path / "whole.pt")).read_bytes()
-    cases = {"empty": b"", "text": b"hello", "half": whole[: len(whole) // 2], "tail": whole[:-1]}
-    for name, content in cases.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(UsageError, match="truncated, or not a checkpoint"):
-            compat.check_checkpoint(str(tmp_path / name))
-    for nothing in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UsageError, match="there is no such file"):
-            compat.check_checkpoint(str(nothing))
 
 
 # Precision.

@@ -136,11 +136,6 @@ def torch_save(obj, file, *args, **kwargs):
         die()
     file.write(whole.getvalue())
 
-def rename(source, target, *args, **kwargs):
-    if stage == "renaming" and saves["written"] == save:
-        die()
-    original_rename(source, target, *args, **kwargs)
-
 def copyfile(source, target, *args, **kwargs):
     saves["copied"] += "checkpoint_last" in str(target)
     if stage == "copying" and saves["copied"] == save:
@@ -151,12 +146,13 @@ def copyfile(source, target, *args, **kwargs):
     return original_copyfile(source, target, *args, **kwargs)
 
 def replace(source, target, *args, **kwargs):
+    if stage == "renaming" and saves["written"] == save:
+        die()
     if stage == "replacing" and "checkpoint_last" in str(target) and saves["copied"] == save:
         die()
     original_replace(source, target, *args, **kwargs)
 
 original_save, torch.save = torch.save, torch_save
-original_rename, os.rename = os.rename, rename
 original_copyfile, shutil.copyfile = shutil.copyfile, copyfile
 original_replace, os.replace = os.replace, replace
 from fairseq_cli.train import cli_main
@@ -184,7 +180,8 @@ def test_killed_while_saving(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The second save, of update 4, is cut short: training resumes from update 2."""
+    """The second save, of update 4, is cut short: training resumes from update 2, or from 4 where
+    only the copy to ``checkpoint_last.pt`` is missing."""
     with monkeypatch.context() as patch:
         command: list[str] = []
         patch.setattr(commands, "run", lambda *words: command.extend(map(str, words[1:])) or "")
@@ -199,5 +196,6 @@ def test_killed_while_saving(
     assert final_state(tmp_path)["updates"] == 2
     logged, final = not_killed
     resumed = train(data_bin, tmp_path, "avgk", 6, *SAVING)
-    assert resumed == {update: logged[update] for update in (3, 4, 5, 6)}
+    left = (3, 4, 5, 6) if stage in ("writing", "renaming") else (5, 6)
+    assert resumed == {update: logged[update] for update in left}
     assert_identical(final_state(tmp_path), final)

@@ -55,7 +55,7 @@ def eval_perplexity(path: Path) -> float:
     return float(match[1])
 
 
-def model_result(run: Path) -> tuple[dict[str, Any], list[tuple[int, float]]]:
+def model_result(run: Path, data: Path) -> tuple[dict[str, Any], list[tuple[int, float]]]:
     """Returns a model's row, of RESULT_KEYS, and its curve: (updates, validation perplexity) pairs.
 
     `updates` are those of the whole run, `tokens_per_second` is the median over the training log
@@ -78,7 +78,7 @@ def model_result(run: Path) -> tuple[dict[str, Any], list[tuple[int, float]]]:
             f"--models {run.name}: {log_path} has no validation at update {best_update}, "
             "where checkpoint_best is from"
         )
-    cost = checkpoint_cost(str(checkpoint_path))
+    cost = checkpoint_cost(str(checkpoint_path), str(data))
     command_path = run / "command.txt"
     curve = [(int(record["num_updates"]), record["ppl"]) for record in valid]
 
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
 
     models, curves = [], {}
     for name in args.models:
-        row, curves[name] = model_result(args.runs / name)
+        row, curves[name] = model_result(args.runs / name, args.data)
         models.append(row)
     ngrams = ngram_rows(args.data)
     rows = [dict.fromkeys(RESULT_KEYS) | {"name": row["arch"]} | row for row in ngrams] + models

@@ -35,7 +35,10 @@ from fairseq.trainer import Trainer
 from omegaconf import open_dict
 from torch import Tensor
 
-from ..compat import check_checkpoint, replace_once
+from ..checkpoints.loading import KEY, fingerprints, is_checked
+from ..checkpoints.reading import DamagedCheckpoint, read_file, verify_file
+from ..checkpoints.structure import PART, check_structure
+from ..compat import replace_once
 from ..errors import UsageError
 from ..memory import SparseMemory
 from ..memory.sparse_memory import SHARDED, can_be_shared_out
@@ -45,13 +48,12 @@ from .launch import flattens_parameters
 
 logger = logging.getLogger(__name__)
 
-KEY = "sffn"
-"""Of what this module keeps in a checkpoint: ``parameters``, the names in the optimizer's order;
-``sharded``, those that can be in parts; ``folder`` and ``shards`` of the parts, where they are."""
 PREFIX = "shards-"
 """Of the folders that training writes."""
 RESHARDED = "resharded-"
 """Of those that ``fairseq-sffn reshard`` writes, perhaps where a job trains and removes folders."""
+FAILED = ""
+"""What rank 0 says in place of a folder where it could not write."""
 HOUR = 3600
 """In seconds: longer than it takes to write parts."""
 
@@ -122,14 +124,21 @@ def write_parts() -> None:
         trainer.sffn_together, saved = True, None
         try:
             saved = original(cfg, trainer, *args, **kwargs)  # on rank 0, where it saves
-            if trainer.is_data_parallel_master:
-                _tell(None)
-                remove_unnamed(Path(cfg.save_dir))
+        except UsageError as error:
+            if trainer.is_data_parallel_master and not isinstance(error, PartNotWritten):
+                _tell(FAILED)
+            raise
         finally:
             trainer.sffn_together = False
-        if not trainer.is_data_parallel_master:
-            while (folder := _tell(None)) is not None:
-                write_part(trainer, Path(folder))
+            if trainer.is_data_parallel_master:
+                remove_unnamed(Path(cfg.save_dir))
+        if trainer.is_data_parallel_master:
+            _tell(None)
+            return saved
+        while (folder := _tell(None)) is not None:
+            if folder == FAILED:
+                raise SystemExit(1)  # rank 0 says why
+            write_part(trainer, Path(folder))
         return saved
 
     @functools.wraps(Trainer.save_checkpoint)
@@ -154,6 +163,7 @@ def write_parts() -> None:
         if part.shards > 1:
             state[KEY] |= {"folder": self.sffn_folder.name, "shards": part.shards}
             take_parts(state, part)
+        state[KEY] |= fingerprints(state["model"], in_parts=part.shards > 1)
         return state
 
     original = checkpoint_utils.save_checkpoint
@@ -171,13 +181,29 @@ def _tell(folder: str | None) -> Any:
 
 
 def write_part(trainer: Trainer, folder: Path) -> None:
-    """Writes this process's part, unless it is a replica of another's, and waits for all."""
-    part = part_of(trainer)
+    """Writes this process's part, unless it is a replica of another's, and waits for all.
+
+    Raises:
+        PartNotWritten: on every rank, where some rank cannot write its own.
+    """
+    part, problem = part_of(trainer), None
     if dist.get_rank() < part.shards:  # the first group that shares blocks out
         model = trainer.get_model().state_dict()
         state = {"model": model, "last_optimizer_state": _optimizer_state(trainer)}
-        save_part(folder, part, take_parts(state, part))
-    dist.barrier(group=distributed_utils.get_global_group())
+        try:
+            save_part(folder, part, take_parts(state, part))
+        except UsageError as error:
+            problem = str(error)
+    group = distributed_utils.get_global_group()
+    problems: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(problems, problem, group=group)
+    if said := next(filter(None, problems), None):
+        # The first that failed says why.
+        raise PartNotWritten(said if dist.get_rank() == problems.index(said) else 1)
+
+
+class PartNotWritten(UsageError):
+    """Some rank could not write its part, which every rank knows."""
 
 
 def _optimizer_state(trainer: Trainer) -> Any:
@@ -207,9 +233,16 @@ def new_folder(checkpoint: str | Path, name: str) -> Path:
 
 
 def save_part(folder: Path, part: Part, taken: dict[str, Any]) -> None:
-    """Writes one part, atomically."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes one part, atomically.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
     path = part_path(folder, part.shard, part.shards)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"checkpoint {path}: not written: {error.strerror}") from error
     state = {**taken, **identity_of_part(folder.name, part.shard, part.shards)}
     checkpoint_utils.torch_persistent_save(state, str(path))
 
@@ -232,18 +265,24 @@ def remove_unnamed(save_dir: Path) -> None:
         return
     for checkpoint in save_dir.glob("*.pt"):
         try:
-            state = check_checkpoint(str(checkpoint))
+            state = read_file(checkpoint, verify=False, mapped=True)
         except UsageError as error:
             logger.warning(f"folders of parts are kept, since one may belong to it: {error}")
             return
-        if isinstance(state, dict):
-            folders.discard(state.get(KEY, {}).get("folder"))
+        if (folder := folder_named_by(state)) is not None:
+            folders.discard(folder)
     for name in folders:
         try:
             if not _may_be_named_soon(save_dir / name):
                 shutil.rmtree(save_dir / name)
         except OSError as error:  # such as files that NFS keeps while they are open somewhere
             logger.warning(f"{save_dir / name}: not removed: {error}")
+
+
+def folder_named_by(state: Any) -> str | None:
+    """The folder that what a file holds names, if it is a checkpoint in parts."""
+    saved = state.get(KEY) if isinstance(state, dict) else None
+    return saved.get("folder") if isinstance(saved, dict) else None
 
 
 def _is_of_parts(folder: Path) -> bool:
@@ -294,7 +333,8 @@ def read_parts() -> None:
 def _is_in_parts(filename: str) -> bool:
     if not PathManager.isfile(filename):
         return False
-    return "folder" in check_checkpoint(PathManager.get_local_path(filename)).get(KEY, {})
+    local = PathManager.get_local_path(filename)
+    return folder_named_by(read_file(local, verify=False, mapped=True)) is not None
 
 
 @contextmanager
@@ -337,8 +377,7 @@ def put_parts(state: dict[str, Any], path: Path, part: Part) -> None:
                 f"checkpoint {path}: its optimizer's state is in parts, and --fp16 without "
                 "--fp16-no-flatten-grads wants one piece; add that, or --reset-optimizer"
             )
-        # A link to a checkpoint lies elsewhere than its parts.
-        own = _join_parts(_open_parts(path.resolve(), saved), saved["sharded"], part)
+        own = _join_parts(open_parts(path, saved), saved["sharded"], part)
     elif part.shards > 1:
         own = cut_part(state, path, part)
     else:
@@ -379,27 +418,64 @@ def cut_part(state: dict[str, Any], path: Path, part: Part) -> dict[str, Any]:
     return result
 
 
-def _join_parts(parts: list[dict[str, Any]], names: list[str], part: Part) -> dict[str, Any]:
-    """A process's part, from parts that may be others."""
+def _join_parts(parts: dict[Path, dict[str, Any]], names: list[str], part: Part) -> dict[str, Any]:
+    """A process's part, from parts that may be others. Only files of which it uses rows are read,
+    and compared with their checksums."""
     result: dict[str, Any] = {"model": {}, "optimizer": {}}
+    for path in _used(parts, names, part):
+        if not is_checked(path):
+            with open(path, "rb") as file:
+                verify_file(path, file)
     for name in names:
-        tables = [saved["model"][name] for saved in parts]
+        tables = [saved["model"][name] for saved in parts.values()]
         result["model"][name] = _rows(tables, part)
-        states = [saved["optimizer"][name] for saved in parts if saved["optimizer"]]
+        states = [saved["optimizer"][name] for saved in parts.values() if saved["optimizer"]]
         if states and not part.reset_optimizer:
             result["optimizer"][name] = _cut(states, tables, part)
     return result
 
 
-def _open_parts(path: Path, saved: dict[str, Any]) -> list[dict[str, Any]]:
-    """All parts, mapped: only what is used is read."""
-    parts, shards = [], saved["shards"]
-    for shard in range(shards):
-        part = part_path(path.parent / saved["folder"], shard, shards)
+def _used(parts: dict[Path, dict[str, Any]], names: list[str], part: Part) -> list[Path]:
+    """The files that have rows of a process's part."""
+    used = set()
+    for name in names:
+        start, wanted = 0, part.of(sum(len(saved["model"][name]) for saved in parts.values()))
+        for path, saved in parts.items():
+            stop = start + len(saved["model"][name])
+            if start < wanted.stop and wanted.start < stop:
+                used.add(path)
+            start = stop
+    return [path for path in parts if path in used]
+
+
+def part_paths(path: Path, saved: dict[str, Any]) -> list[Path]:
+    """The files of a checkpoint's parts.
+
+    Args:
+        path: of the checkpoint. A link to it lies elsewhere than its parts.
+        saved: what the checkpoint says of its parts.
+
+    Raises:
+        DamagedCheckpoint: one is missing.
+    """
+    folder, shards = path.resolve().parent / saved["folder"], saved["shards"]
+    paths = [part_path(folder, shard, shards) for shard in range(shards)]
+    for part in paths:
         if not part.is_file():
-            raise UsageError(f"checkpoint {path}: its part {part} is missing")
-        parts.append(check_checkpoint(str(part)))
-        check_part(parts[-1], part, saved, shard)
+            raise DamagedCheckpoint(f"checkpoint {path}: its part {part} is missing")
+    return paths
+
+
+def open_parts(path: Path, saved: dict[str, Any]) -> dict[Path, dict[str, Any]]:
+    """All parts, mapped: only what is used is read.
+
+    Raises:
+        UsageError: one is missing, damaged or another's.
+    """
+    parts = {}
+    for shard, part in enumerate(part_paths(path, saved)):
+        parts[part] = read_file(part, verify=False, mapped=True)
+        check_part(parts[part], part, saved, shard)
     return parts
 
 
@@ -410,9 +486,7 @@ def check_part(part: Any, path: Path, saved: dict[str, Any], shard: int) -> None
         saved: what the checkpoint says of its parts.
     """
     expected = identity_of_part(saved["folder"], shard, saved["shards"])
-    keys = {"model", "optimizer", *expected}
-    if not isinstance(part, dict) or not keys <= part.keys():
-        raise UsageError(f"{path}: not a part of a checkpoint")
+    check_structure(part, str(path), PART)
     if {key: part[key] for key in expected} != expected:
         raise UsageError(
             f"{path}: not the part of this name, but {part['folder']}'s "

@@ -12,9 +12,10 @@ import logging
 import warnings
 from collections.abc import Sequence
 
-from . import cost, evaluate, plan, report, reshard, run, zero_shot
+from . import average, cost, evaluate, plan, report, reshard, run, zero_shot
 
 COMMANDS = {
+    "average": average,
     "cost": cost,
     "evaluate": evaluate,
     "plan": plan,

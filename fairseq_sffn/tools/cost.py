@@ -150,13 +150,17 @@ def mean_keys_flops(model: TransformerLanguageModel) -> int:
     return sum(config.selector_class.flops_per_step(config) for config in configs)
 
 
-def checkpoint_cost(path: str) -> dict[str, Any]:
+def checkpoint_cost(path: str, data: str) -> dict[str, Any]:
     """Cost of the model in a checkpoint, at the context it was trained with, as a dictionary.
+
+    Args:
+        path: of the checkpoint.
+        data: folder with its ``dict.txt``.
 
     Raises:
         UsageError: the file is no checkpoint, or holds code.
     """
-    ensemble, _, task = checkpoint_utils.load_model_ensemble_and_task([path])
+    ensemble, _, task = checkpoint_utils.load_model_ensemble_and_task([path], {"data": data})
     return asdict(model_cost(ensemble[0], task.args.tokens_per_sample))
 
 

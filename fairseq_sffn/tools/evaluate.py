@@ -17,7 +17,7 @@ from fairseq import checkpoint_utils, options, tasks, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_cli import eval_lm
 
-from ..compat import check_checkpoint
+from ..checkpoints.reading import open_file
 from ..errors import UsageError
 from ..study.routing import Routing
 from .cost import align
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> str:
     Raises:
         UsageError: names what cannot be read.
     """
-    check_checkpoint(args.checkpoint)
+    open_file(args.checkpoint).close()
     sets = {name: split_name(name) for name in [*args.sets, *filter(None, [args.routing])]}
     for name, (folder, split) in sets.items():
         if not (folder / f"{split}.idx").exists():

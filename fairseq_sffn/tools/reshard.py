@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from fairseq import checkpoint_utils
 
-from ..compat import check_checkpoint
+from ..checkpoints.loading import KEY, add_flags_to, fingerprints, read_checkpoint
+from ..checkpoints.reading import SKIP_CHECKSUMS
 from ..errors import UsageError
 from ..parallel.checkpoints import (
-    KEY,
     RESHARDED,
     Part,
     cut_part,
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shards", type=int, default=1, help="number of parts (default: 1, all in one file)"
     )
+    add_flags_to(parser, SKIP_CHECKSUMS)
 
 
 def run(args: argparse.Namespace) -> str:
@@ -38,6 +39,16 @@ def run(args: argparse.Namespace) -> str:
     Raises:
         UsageError: it cannot be read, not be written, or not be in so many parts.
     """
+    check_output(args)
+    state = read(args.checkpoint)
+    if args.shards > 1:
+        check_shards(state, args.shards)
+    write(state, args.checkpoint, args.output, args.shards)
+    return f"{args.output}: {args.shards} part{'s' * (args.shards > 1)}"
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Raises UsageError where ``--shards`` or the file to write cannot be."""
     if args.shards < 1:
         raise UsageError(f"--shards {args.shards}: must be at least 1")
     if args.shards > 1 and args.output.suffix != ".pt":
@@ -48,14 +59,6 @@ def run(args: argparse.Namespace) -> str:
         raise UsageError(f"{args.output}: is there already")
     if not args.output.parent.is_dir():
         raise UsageError(f"{args.output}: there is no folder {args.output.parent}")
-    state = read(args.checkpoint)
-    if args.shards > 1:
-        check_shards(state, args.shards)
-    try:
-        write(state, args)
-    except OSError as error:
-        raise UsageError(f"{args.output}: cannot be written: {error.strerror}") from error
-    return f"{args.output}: {args.shards} part{'s' * (args.shards > 1)}"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -64,8 +67,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: it cannot be read.
     """
-    check_checkpoint(str(path))
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_checkpoint(str(path), mapped=True)
     if KEY not in state:
         raise UsageError(
             f"checkpoint {path}: does not tell its parameters' names, which this "
@@ -76,21 +78,33 @@ def read(path: Path) -> dict[str, Any]:
     return state
 
 
-def write(state: dict[str, Any], args: argparse.Namespace) -> None:
+def write(state: dict[str, Any], source: Path, output: Path, shards: int) -> None:
     """Writes a checkpoint, in so many parts, which it takes out of the state.
 
+    Args:
+        state: the whole checkpoint.
+        source: where it is from, for messages.
+        output: the file to write.
+        shards: number of parts.
+
     Raises:
-        UsageError: the optimizer's state cannot be cut.
+        UsageError: it cannot be written, or the optimizer's state cannot be cut; nothing is left
+            then.
     """
-    names, shards = state[KEY], args.shards
-    if shards > 1:
-        folder = new_folder(args.output, f"{RESHARDED}{args.output.stem}")
-        for shard in range(shards):
-            part = Part(shard, shards, tuple(names["sharded"]), names["parameters"])
-            save_part(folder, part, cut_part(state, args.checkpoint, part))
-        take_parts(state, part)
-        state[KEY] = {**names, "folder": folder.name, "shards": shards}
-    checkpoint_utils.torch_persistent_save(state, str(args.output))
+    names = state[KEY]
+    folder = new_folder(output, f"{RESHARDED}{output.stem}")
+    try:
+        if shards > 1:
+            for shard in range(shards):
+                part = Part(shard, shards, tuple(names["sharded"]), names["parameters"])
+                save_part(folder, part, cut_part(state, source, part))
+            take_parts(state, part)
+            names |= {"folder": folder.name, "shards": shards}
+        state[KEY] = names | fingerprints(state["model"], in_parts=shards > 1)
+        checkpoint_utils.torch_persistent_save(state, str(output))
+    except UsageError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def check_shards(state: dict[str, Any], shards: int) -> None:

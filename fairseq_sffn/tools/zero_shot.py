@@ -18,6 +18,7 @@ from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import FairseqLanguageModel
 from omegaconf import MISSING
 
+from ..checkpoints.loading import add_flags_to
 from ..errors import UsageError
 from ..memory import SparseMemory
 from ..models.config import flag
@@ -146,6 +147,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    add_flags_to(parser)
     parser.epilog = (
         "Every other flag is the encoder's, such as --sentencepiece-model FILE, or "
         "--gpt2-encoder-json FILE --gpt2-vocab-bpe FILE, and comes after CHECKPOINT. Scores are "

@@ -155,8 +155,8 @@ def test_there_and_back(saved, uninterrupted, data_bin, tmp_path, capsys):
         (("OUT", "--shards", "0"), "--shards 0: must be at least 1"),
         (("checkpoint_last.pt",), "is there already"),
         (("nowhere/OUT",), "nowhere/OUT: there is no folder"),
-        (("/proc/OUT",), "/proc/OUT: cannot be written: "),
-        (("/proc/OUT.pt", "--shards", "2"), "/proc/OUT.pt: cannot be written: "),
+        (("/proc/OUT",), "checkpoint /proc/OUT: not written: "),
+        (("/proc/OUT.pt", "--shards", "2"), "checkpoint /proc/resharded-OUT-.*: not written: "),
     ],
 )
 def test_what_reshard_refuses(arguments, message, saved):

@@ -1,0 +1,222 @@
+"""What a checkpoint holds: one description, and the check against it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fairseq.logging import meters
+
+from ..errors import UsageError
+
+METERS = {
+    name
+    for name, kind in vars(meters).items()
+    if isinstance(kind, type) and issubclass(kind, meters.Meter)
+}
+"""Classes of fairseq's meters, which it looks up by the name that a checkpoint gives."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value for which ``accepts`` is true; ``is_a`` says so in words."""
+
+    is_a: str
+    accepts: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A dictionary with named entries, of which some come ``together`` or not at all; others may be
+    there besides."""
+
+    required: Mapping[str, Any] = field(default_factory=dict)
+    optional: Mapping[str, Any] = field(default_factory=dict)
+    together: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """A dictionary from names to values of one kind."""
+
+    of: Any
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A list, or tuple, of at least ``least`` items of one kind."""
+
+    of: Any
+    least: int = 0
+
+
+@dataclass(frozen=True)
+class Either:
+    """One of several kinds, of which the last one explains what is wrong."""
+
+    kinds: tuple[Any, ...]
+
+
+def of_type(is_a: str, *types: type) -> Value:
+    """A value of some types, of which ``bool`` is no ``int``."""
+    return Value(
+        is_a, lambda v: isinstance(v, types) and not (isinstance(v, bool) and bool not in types)
+    )
+
+
+ANYTHING = Value("anything", lambda _: True)
+NOTHING = Value("None", lambda value: value is None)
+TEXT = of_type("a string", str)
+INTEGER = of_type("an integer", int)
+COUNT = Value("a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0)
+NUMBER = Value(
+    "a number",  # in several processes, fairseq keeps some in tensors
+    lambda v: (
+        (isinstance(v, int | float) and not isinstance(v, bool))
+        or (isinstance(v, torch.Tensor) and v.numel() == 1)
+    ),
+)
+TENSOR = of_type("a tensor", torch.Tensor)
+DICTIONARY = of_type("a dictionary", dict)
+
+
+def optional(kind: Any) -> Either:
+    """``kind``, or ``None``."""
+    return Either((NOTHING, kind))
+
+
+OPTIMIZER_STATE = Record(
+    optional={
+        "state": DICTIONARY,
+        "param_groups": Sequence(Record({"params": Sequence(INTEGER)}), least=1),
+        "loss_scale": NUMBER,
+    }
+)
+FOLDER = Value(
+    "the name of a folder",
+    lambda v: isinstance(v, str) and re.fullmatch(r"(shards|resharded)-[\w. -]+", v) is not None,
+)
+SHARDS = Value(
+    "a number of parts", lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 2
+)
+METER = Value(
+    "a meter (priority, name, class, state)",
+    lambda v: (
+        isinstance(v, list | tuple)
+        and len(v) == 4
+        and isinstance(v[1], str)
+        and v[2] in METERS
+        and isinstance(v[3], dict)
+    ),
+)
+
+CHECKPOINT = Record(
+    required={
+        "model": Table(TENSOR),
+        "optimizer_history": Sequence(
+            Record(
+                optional={
+                    "criterion_name": TEXT,
+                    "optimizer_name": TEXT,
+                    "lr_scheduler_state": optional(DICTIONARY),
+                    "num_updates": COUNT,
+                }
+            ),
+            least=1,
+        ),
+        "extra_state": Record(
+            optional={
+                "train_iterator": Record({"epoch": COUNT}, {"iterations_in_epoch": COUNT}),
+                "metrics": Table(Sequence(METER)),
+                "previous_training_time": NUMBER,
+                "best": NUMBER,
+                "val_loss": optional(NUMBER),
+                "ema": optional(Table(TENSOR)),
+                "early_stopping": Record({"best": optional(NUMBER), "num_runs": COUNT}),
+            }
+        ),
+    },
+    optional={
+        "args": optional(of_type("a Namespace", argparse.Namespace)),
+        "cfg": optional(DICTIONARY),
+        "criterion": optional(Table(TENSOR)),
+        "task_state": DICTIONARY,
+        "last_optimizer_state": optional(OPTIMIZER_STATE),
+        "sffn": Record(
+            {"parameters": Sequence(TEXT), "sharded": Sequence(TEXT)},
+            {"folder": FOLDER, "shards": SHARDS, "fingerprint": TEXT, "integers": TEXT},
+            together=("folder", "shards"),
+        ),
+    },
+)
+"""What fairseq writes, and what the plugin adds under ``sffn``."""
+
+PART = Record(
+    {
+        "model": Table(TENSOR),
+        "optimizer": Table(DICTIONARY),
+        "folder": FOLDER,
+        "shard": COUNT,
+        "shards": SHARDS,
+    }
+)
+"""What one file of a checkpoint in parts holds."""
+
+
+def check_structure(state: Any, path: str, kind: Record = CHECKPOINT) -> None:
+    """Raise UsageError where something that is read from a file is not what it should hold.
+
+    Args:
+        state: what the file holds.
+        path: the file, for the message.
+        kind: what it should hold.
+    """
+    if problem := find_problem(state, kind):
+        what = "a checkpoint of fairseq" if kind is CHECKPOINT else "a part of a checkpoint"
+        raise UsageError(f"checkpoint {path}: not {what}: {problem}")
+
+
+def find_problem(value: Any, kind: Any, where: str = "") -> str | None:
+    """Return what is wrong with a value, in words; ``None``: nothing.
+
+    Args:
+        value: anything.
+        kind: what it should be.
+        where: the names that lead to it.
+    """
+    here = where or "it"
+    if isinstance(kind, Value):
+        return None if kind.accepts(value) else f"{here} is not {kind.is_a}"
+    if isinstance(kind, Either):
+        problems = [find_problem(value, one, where) for one in kind.kinds]
+        return problems[-1] if all(problems) else None
+    if isinstance(kind, Sequence):
+        if not isinstance(value, list | tuple):
+            return f"{here} is not a list"
+        if len(value) < kind.least:
+            return f"{here} is empty"
+        entries = {f"{where}[{i}]": (item, kind.of) for i, item in enumerate(value)}
+    elif not isinstance(value, dict):
+        return f"{here} is not a dictionary"
+    elif isinstance(kind, Table):
+        if not all(isinstance(name, str) for name in value):
+            return f"{here} has an entry without a name"
+        entries = {f"{where}.{name}": (item, kind.of) for name, item in value.items()}
+    else:
+        for name in kind.required:
+            if name not in value:
+                return f"{here} has no {name!r}"
+        missing = [name for name in kind.together if name not in value]
+        if missing and len(missing) < len(kind.together):
+            return f"{here} has no {missing[0]!r}"
+        kinds = {**kind.required, **kind.optional}
+        entries = {
+            f"{where}.{name}" if where else name: (value[name], kinds[name])
+            for name in kinds
+            if name in value
+        }
+    return next(filter(None, (find_problem(*entry, at) for at, entry in entries.items())), None)

@@ -1,0 +1,112 @@
+"""Averages the parameters of checkpoints of one model, in parts or not."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.integrity import is_not_averaged
+from ..checkpoints.loading import add_flags_to
+from ..checkpoints.reading import SKIP_CHECKSUMS
+from ..checkpoints.resuming import updates_of
+from ..errors import UsageError
+from .reshard import check_output, check_shards, read, write
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    parser.add_argument(
+        "checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="the .pt files to average"
+    )
+    parser.add_argument("output", type=Path, help="the .pt file to write; its parts go beside it")
+    parser.add_argument(
+        "--shards", type=int, default=1, help="number of parts (default: 1, all in one file)"
+    )
+    add_flags_to(parser, SKIP_CHECKSUMS)
+    parser.epilog = (
+        "Everything but the parameters is that of the checkpoint with the most updates. The result "
+        "has no optimizer state: it is to be evaluated, or to be trained further with "
+        "--finetune-from-model."
+    )
+
+
+def run(args: argparse.Namespace) -> str:
+    """Writes the average.
+
+    Raises:
+        UsageError: a checkpoint cannot be read, they are not of one model, or the result cannot be
+            written.
+    """
+    check_output(args)
+    if len(args.checkpoints) < 2:
+        raise UsageError(f"{args.checkpoints[0]}: give two checkpoints or more to average")
+    paths = {path.resolve(): path for path in args.checkpoints}
+    if len(paths) < len(args.checkpoints):
+        raise UsageError(f"{' '.join(map(str, args.checkpoints))}: names a checkpoint twice")
+    newest = max(args.checkpoints, key=updates_of)
+    state = read(newest)
+    others = [path for path in args.checkpoints if path != newest]
+    state["model"] = average(newest, state["model"], others)
+    state["last_optimizer_state"] = None
+    for name in ("ema", "ema_fp32_params"):  # of one of the checkpoints
+        state["extra_state"].pop(name, None)
+    if args.shards > 1:
+        check_shards(state, args.shards)
+    write(state, newest, args.output, args.shards)
+    return f"{args.output}: mean of {len(args.checkpoints)} checkpoints"
+
+
+def average(newest: Path, model: dict[str, Tensor], others: list[Path]) -> dict[str, Tensor]:
+    """Return the mean of parameters and buffers, added up in double precision.
+
+    Integers and booleans, such as hash tables, are those of the newest checkpoint, which the others
+    must have too.
+
+    Args:
+        newest: the checkpoint with the most updates, for messages.
+        model: what it holds; it is replaced piece by piece.
+        others: the other checkpoints.
+
+    Raises:
+        UsageError: they are not of one model.
+    """
+    count = len(others) + 1
+    exact = {name for name, tensor in model.items() if is_not_averaged(tensor)}
+    types = {name: tensor.dtype for name, tensor in model.items()}
+    for name in model.keys() - exact:
+        model[name] = model[name].double()
+    for path in others:
+        other = read(path)["model"]
+        check_same_model(newest, model, path, other, exact)
+        for name in model.keys() - exact:
+            model[name] += other.pop(name)
+    for name in model.keys() - exact:
+        model[name] = (model[name] / count).to(types[name])
+    return model
+
+
+def check_same_model(
+    first: Path, model: dict[str, Any], second: Path, other: dict[str, Any], exact: set[str]
+) -> None:
+    """Raises UsageError where two checkpoints cannot be averaged.
+
+    Args:
+        first, second: the checkpoints, for the message.
+        model, other: what they hold.
+        exact: names of integers and booleans, which must agree.
+    """
+    pair = f"{first} and {second}: cannot be averaged"
+    if names := sorted(model.keys() ^ other.keys()):
+        raise UsageError(f"{pair}: only one of them has {names[0]}")
+    for name in model:
+        if model[name].shape != other[name].shape:
+            shapes = f"{list(model[name].shape)} and {list(other[name].shape)}"
+            raise UsageError(f"{pair}: {name} is {shapes}")
+        if (name in exact) != is_not_averaged(other[name]):
+            raise UsageError(f"{pair}: {name} is of types {model[name].dtype}, {other[name].dtype}")
+        if name in exact and not torch.equal(model[name], other[name]):
+            raise UsageError(f"{pair}: {name} differs, as in models of different seeds or --hash-*")

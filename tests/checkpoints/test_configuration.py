@@ -1,0 +1,375 @@
+"""A checkpoint's configuration: no string of it is evaluated, imported or opened."""
+
+import argparse
+import copy
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import commands
+import pytest
+import torch
+from fairseq import checkpoint_utils, models, registry, tasks
+from fairseq.models.transformer_lm import TransformerLanguageModel
+
+from fairseq_sffn.checkpoints import configuration as rules
+from fairseq_sffn.checkpoints.loading import OVERRIDE, TRUST
+from fairseq_sffn.errors import UsageError
+from fairseq_sffn.models.plugin_model import PluginModel
+
+PAYLOADS = {
+    "code": "open({witness!r}, 'w') and [(1, 4)]",
+    "code in a literal": "[(1, 4), open({witness!r}, 'w')]",
+    "import": "__import__('pathlib').Path({witness!r}).touch()",
+    "setting": '{{"beam": "{witness}"}}',
+    "file": "{witness}",
+    "file from here": "../../../../../../../../..{witness}",
+    "address": "http://localhost:1{witness}",
+    "interpolation": "${{oc.env:HOME}}",
+    "override": "x,hydra.searchpath=[{witness}]",
+    "class": "{{_target_: pathlib.Path, _args_: [{witness}]}}",
+}
+
+
+class Watch:
+    """Notes what files are opened, in all of the process."""
+
+    def __init__(self) -> None:
+        self.opened: list[str] = []
+        self.active = False
+        sys.addaudithook(self.hook)
+
+    def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.active and event in ("open", "os.listdir", "os.mkdir", "socket.connect"):
+            self.opened.append(str(arguments[0]))
+
+
+@pytest.fixture(scope="module")
+def watch() -> Watch:
+    """One for all tests: an audit hook stays until the process ends."""
+    return Watch()
+
+
+@pytest.fixture
+def witness(tmp_path: Path, watch: Watch) -> Iterator[Path]:
+    """A file that no payload may make or open."""
+    path = tmp_path / "witness"
+    watch.opened.clear()
+    watch.active = True
+    yield path
+    watch.active = False
+    assert not path.exists()
+    assert not [opened for opened in watch.opened if "witness" in opened]
+
+
+# Every dataclass that a checkpoint can name.
+
+
+def reachable() -> list[tuple[str, str, type]]:
+    """Group, name and dataclass of everything that a checkpoint may name, each kind of model
+    once."""
+    found: dict[Any, tuple[str, str, type]] = {}
+    for name in (*models.MODEL_REGISTRY, *models.ARCH_MODEL_REGISTRY):
+        try:
+            dataclass = rules.dataclass_of("model", name)
+        except UsageError:
+            continue
+        assert dataclass is not None
+        options = tuple(option.name for option in fields(dataclass))
+        found.setdefault(options, ("model", name, dataclass))
+    for group, names in rules.NAMES.items():
+        for name in names:
+            found[group, name] = (group, name, rules.dataclass_of(group, name))  # type: ignore[assignment]
+    for group in rules.RECORDED:
+        for name, dataclass in registry.REGISTRIES[group]["dataclass_registry"].items():
+            found[group, name] = (group, name, dataclass)
+    for group, dataclass in rules.GROUPS.items():
+        found[group] = (group, group, dataclass)
+    return list(found.values())
+
+
+@pytest.mark.parametrize(("group", "name", "dataclass"), reachable())
+def test_every_option_of_every_dataclass(
+    group: str, name: str, dataclass: type, witness: Path
+) -> None:
+    """A payload is refused, or does not reach fairseq. Where an option holds a list, so are lists
+    and dictionaries with payloads."""
+    for option, payload in itertools.product(rules.options_in(dataclass), PAYLOADS.values()):
+        text = payload.format(witness=str(witness))
+        for value in (text, [text], {"_target_": text}, (1, text)):
+            try:
+                kept = rules.safe_options(group, {option.name: value}, dataclass)
+            except UsageError as error:
+                assert rules.flag(option.name) in str(error)
+            else:
+                assert "witness" not in str(kept) and "${" not in str(kept), option.name
+
+
+@pytest.mark.parametrize(("group", "name", "dataclass"), reachable())
+def test_defaults_are_kept(group: str, name: str, dataclass: type) -> None:
+    if not is_dataclass(dataclass):
+        return
+    options = {option.name: rules.default_of(option) for option in rules.options_in(dataclass)}
+    assert rules.safe_options(group, options, dataclass) == options
+
+
+def test_every_string_has_a_rule() -> None:
+    """A string option that fairseq adds is refused until somebody looks at it; those of today
+    have been."""
+    for group, name, dataclass in reachable():
+        if group not in rules.BUILT:
+            continue
+        for option in rules.options_in(dataclass):
+            known = option.name in rules.STRINGS or option.name in rules.FILES
+            unused = option.name.endswith("xformers_att_config")
+            assert known or unused or str not in rules.types_of(option), (group, name, option.name)
+
+
+def test_names_that_are_refused() -> None:
+    """All others that fairseq registers, and what is registered nowhere."""
+    registered = {
+        "model": {*models.MODEL_REGISTRY, *models.ARCH_MODEL_REGISTRY},
+        "task": {*tasks.TASK_REGISTRY},
+        **{
+            group: {*registry.REGISTRIES[group]["registry"]}
+            for group in ("criterion", "tokenizer", "bpe")
+        },
+    }
+    allowed = {
+        group: {name for name in names if may_name(group, name)}
+        for group, names in registered.items()
+    }
+    for name in allowed.pop("model"):
+        found = models.MODEL_REGISTRY.get(name) or models.ARCH_MODEL_REGISTRY[name]
+        stock = found.__name__ in ("TransformerLanguageModel", "TransformerModel")
+        assert issubclass(found, PluginModel) or stock
+    assert allowed == {group: set(names) for group, names in rules.NAMES.items()}
+    for group in registered:
+        assert not any(
+            may_name(group, name) for name in ("nosuch", "os.system", "", None, 3, ["a"])
+        )
+
+
+def may_name(group: str, name: Any) -> bool:
+    try:
+        rules.dataclass_of(group, name)
+    except UsageError:
+        return False
+    return True
+
+
+# Checkpoints, loaded.
+
+
+@pytest.fixture(scope="module")
+def saved(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a small checkpoint holds."""
+    folder = tmp_path_factory.mktemp("saved")
+    task = ("--task", "sffn_language_modeling", "--max-update", "1", "--adam-betas", "(0.9, 0.98)")
+    commands.train(data_bin, folder, "avgk", *task)
+    state: dict[str, Any] = torch.load(folder / "checkpoint_last.pt", weights_only=True)
+    return state
+
+
+def load(state: Any, folder: Path, data: Path, **overrides: Any) -> Any:
+    """Load a checkpoint as Python callers do."""
+    path = folder / "checkpoint.pt"
+    torch.save(state, path)
+    return checkpoint_utils.load_model_ensemble_and_task(
+        [str(path)], {"data": str(data), **overrides}
+    )
+
+
+@pytest.mark.parametrize("payload", ["code", "file", "interpolation"])
+def test_every_option_of_a_checkpoint(
+    payload: str, saved: dict[str, Any], data_bin: Path, witness: Path, tmp_path: Path
+) -> None:
+    """In every option from which something is built, numbers and names too, one at a time; in all
+    options of another group together; and in options that there are not."""
+    text = PAYLOADS[payload].format(witness=str(witness))
+    changed = []
+    for group, options in saved["cfg"].items():
+        if isinstance(options, dict):
+            names = [[name] for name in (*options, "_target_")]
+            if group not in rules.BUILT:
+                names = [[*options, "_target_"]]
+            changed += [(group, dict.fromkeys(some, text)) for some in names]
+    for group, options in changed:
+        cfg = copy.deepcopy(saved["cfg"])
+        cfg[group] |= options
+        try:
+            _, loaded, _ = load({**saved, "cfg": cfg}, tmp_path, data_bin)
+        except UsageError as error:
+            assert "refused, its" in str(error) and group in rules.BUILT
+        else:
+            assert "witness" not in str(loaded).replace(str(data_bin), "")
+
+
+def test_every_argument_of_an_older_checkpoint(saved: dict[str, Any], witness: Path) -> None:
+    """fairseq before 0.10 stored a Namespace."""
+    flat = flattened(saved["cfg"])
+    for name, payload in itertools.product(
+        (*flat, "bpe", "tokenizer", "user_dir", "other"), PAYLOADS.values()
+    ):
+        arguments = argparse.Namespace(**{**flat, name: payload.format(witness=str(witness))})
+        try:
+            kept = rules.safe_arguments(arguments)
+        except UsageError:
+            continue
+        assert "witness" not in str(kept) and "${" not in str(kept), name
+
+
+@pytest.mark.parametrize("name", ["arch", "task", "bpe", "data", "character_filters", "seed"])
+def test_an_older_checkpoint_is_loaded_by_the_same_rules(
+    name: str, saved: dict[str, Any], data_bin: Path, witness: Path, tmp_path: Path
+) -> None:
+    payload = PAYLOADS["code"].format(witness=str(witness))
+    arguments = argparse.Namespace(**{**flattened(saved["cfg"]), name: payload})
+    try:
+        load({**saved, "cfg": None, "args": arguments}, tmp_path, data_bin)
+    except UsageError as error:
+        assert "refused, its" in str(error) and name not in ("bpe", "data")
+
+
+def flattened(cfg: dict[str, Any]) -> dict[str, Any]:
+    names = {"arch": cfg["model"]["_name"], "task": cfg["task"]["_name"]}
+    options = {**cfg["task"], **cfg["model"], "criterion": cfg["criterion"]["_name"], **names}
+    del options["_name"]
+    return options
+
+
+def test_an_older_checkpoint_loads(saved: dict[str, Any], data_bin: Path, tmp_path: Path) -> None:
+    arguments = argparse.Namespace(**flattened(saved["cfg"]))
+    (model,), _, _ = load({**saved, "cfg": None, "args": arguments}, tmp_path, data_bin)
+    torch.testing.assert_close(dict(model.state_dict()), dict(saved["model"]), rtol=0, atol=0)
+
+
+def poisoned(saved: dict[str, Any], witness: Path) -> dict[str, Any]:
+    """The checkpoint of the report: fairseq evaluates the filters before it looks at the rest."""
+    cfg = copy.deepcopy(saved["cfg"])
+    cfg["model"] |= {
+        "character_embeddings": True,
+        "share_decoder_input_output_embed": False,
+        "character_filters": PAYLOADS["code"].format(witness=str(witness)),
+    }
+    return {**saved, "cfg": cfg}
+
+
+COMMANDS: dict[str, Callable[[Path, Path, Path], Any]] = {
+    **{
+        command: lambda data, path, folder, command=command: commands.apply(
+            *(command, data, path, "--task", "language_modeling", "--tokens-per-sample", "16"),
+            stdin="the\n",
+        )
+        for command in ("eval-lm", "generate", "interactive")
+    },
+    "validate": lambda data, path, folder: commands.apply(
+        *("validate", data, path, "--task", "language_modeling", "--batch-size", "8")
+    ),
+    "evaluate": lambda data, path, folder: commands.sffn(
+        "evaluate", path, f"{data}:valid", "--cpu", "--tokens-per-sample", "16"
+    ),
+    "from_pretrained": lambda data, path, folder: TransformerLanguageModel.from_pretrained(
+        str(path.parent), path.name, str(data)
+    ),
+    "ensemble": lambda data, path, folder: checkpoint_utils.load_model_ensemble(
+        [str(path)], {"data": str(data)}
+    ),
+    "one file": lambda data, path, folder: checkpoint_utils.load_checkpoint_to_cpu(str(path)),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_refuses(
+    command: str, saved: dict[str, Any], data_bin: Path, witness: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint.pt"
+    torch.save(poisoned(saved, witness), path)
+    with pytest.raises(UsageError, match=r"refused, its --character-filters is .*--trust"):
+        COMMANDS[command](data_bin, path, tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["--restore-file", "--finetune-from-model", "--ema-seed-model"])
+def test_training_does_not_look(
+    flag: str, saved: dict[str, Any], data_bin: Path, witness: Path, tmp_path: Path
+) -> None:
+    """A training has its own configuration."""
+    path = tmp_path / "checkpoint.pt"
+    state = poisoned(saved, witness)
+    if flag == "--ema-seed-model":
+        state["extra_state"] = {**state["extra_state"], "ema": state["model"]}
+    torch.save(state, path)
+    flags = (flag, str(path), "--store-ema", "--max-update", "2")
+    assert commands.losses(commands.train(data_bin, tmp_path / "run", "avgk", *flags))
+
+
+def test_trust(
+    saved: dict[str, Any], data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With it, fairseq does what it always did: so the tests above would notice."""
+    path = tmp_path / "checkpoint.pt"
+    for number, trusting in enumerate(("flag", "override", "variable")):
+        made = tmp_path / f"made{number}"
+        torch.save(poisoned(saved, made), path)
+        with monkeypatch.context() as patch, pytest.raises(BaseException):  # noqa: B017
+            patch.setenv(TRUST, "" if trusting != "variable" else "1")
+            if trusting == "flag":
+                flags = ("--trust-checkpoint", "--tokens-per-sample", "16")
+                commands.apply("eval-lm", data_bin, path, *flags)
+            else:
+                overrides = {OVERRIDE: True} if trusting == "override" else {}
+                load(poisoned(saved, made), tmp_path, data_bin, **overrides)
+        assert made.exists()
+
+
+def test_a_folder_that_a_checkpoint_names_is_not_opened(
+    saved: dict[str, Any], data_bin: Path, tmp_path: Path, watch: Watch
+) -> None:
+    path = tmp_path / "checkpoint.pt"
+    torch.save(saved, path)
+    watch.opened.clear()
+    watch.active = True
+    with pytest.raises(UsageError, match="give arg_overrides="):
+        checkpoint_utils.load_model_ensemble_and_task([str(path)])
+    watch.active = False
+    assert not [opened for opened in watch.opened if str(data_bin) in opened]
+    for overrides in ({"data": str(data_bin)}, {"task": {"data": str(data_bin)}}, {OVERRIDE: True}):
+        checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides)
+
+
+ENCODERS = {
+    "sentencepiece": {"sentencepiece_model": "{file}"},
+    "gpt2": {"gpt2_encoder_json": "{file}", "gpt2_vocab_bpe": "{file}"},
+    "subword_nmt": {"bpe_codes": "{file}", "bpe_separator": "@@"},
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_files_of_an_encoder_are_the_callers(
+    name: str, saved: dict[str, Any], data_bin: Path, witness: Path, tmp_path: Path
+) -> None:
+    """Without them there is no encoder."""
+    options = {option: value.format(file=str(witness)) for option, value in ENCODERS[name].items()}
+    cfg = {**copy.deepcopy(saved["cfg"]), "bpe": {"_name": name, **options}}
+    path = tmp_path / "checkpoint.pt"
+    torch.save({**saved, "cfg": cfg}, path)
+    hub = TransformerLanguageModel.from_pretrained(str(tmp_path), path.name, str(data_bin))
+    assert hub.bpe is None
+    given = {option: "mine" for option in options if option in rules.FILES}
+    kept = rules.safe_configuration(cfg, given)["bpe"]
+    assert kept["_name"] == name and str(witness) not in str(kept)
+
+
+def test_training_settings_are_still_told(
+    saved: dict[str, Any], data_bin: Path, tmp_path: Path
+) -> None:
+    """Numbers, switches and choices of all groups are."""
+    _, cfg, _ = load(saved, tmp_path, data_bin)
+    stored = saved["cfg"]
+    assert cfg.optimization.lr == stored["optimization"]["lr"]
+    assert cfg.optimizer.adam_betas == stored["optimizer"]["adam_betas"]
+    assert cfg.common.seed == stored["common"]["seed"] and cfg.common.cpu is True
+    assert cfg.checkpoint.save_dir == "checkpoints"  # the default

@@ -1,0 +1,294 @@
+"""A checkpoint is written whole, or not at all; a failure is one line."""
+
+import errno
+import inspect
+import os
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import commands
+import numpy as np
+import pytest
+import torch
+from fairseq import checkpoint_utils
+from fairseq.file_io import PathManager
+from fairseq.logging.meters import AverageMeter, SumMeter
+
+from fairseq_sffn.checkpoints import writing
+from fairseq_sffn.checkpoints.reading import read_file
+from fairseq_sffn.errors import UsageError
+
+FULL = Path("/dev/full")
+"""A device on which every write fails for lack of space."""
+
+
+def unpatched(owner: Any, name: str) -> Any:
+    """fairseq's own function."""
+    return inspect.unwrap(getattr(owner, name))
+
+
+# Plain containers.
+
+
+def test_numpy_is_saved_as_plain_values(tmp_path: Path) -> None:
+    model = OrderedDict(w=torch.ones(2))
+    model._metadata = {"": {"version": 2}}  # type: ignore[attr-defined]
+    state = {
+        "model": model,
+        "meters": [(1, {"sum": np.array([1, 2]), "best": np.float64(0.5)})],
+        "count": np.int64(3),
+    }
+    path = tmp_path / "numpy.pt"
+    checkpoint_utils.torch_persistent_save(state, str(path))
+    saved = torch.load(path, weights_only=True)
+    assert saved["meters"] == [(1, {"sum": [1, 2], "best": 0.5})] and saved["count"] == 3
+    assert saved["model"]["w"].tolist() == [1, 1] and saved["model"]._metadata == model._metadata
+    assert isinstance(state["meters"][0][1]["sum"], np.ndarray)  # the caller's is as it was
+    unpatched(checkpoint_utils, "torch_persistent_save")(state, str(path))
+    with pytest.raises(UsageError, match="refused, it holds more than tensors"):
+        read_file(path)
+
+
+@pytest.mark.parametrize("kind", [AverageMeter, SumMeter])
+def test_meters_of_arrays_go_on_from_saved_lists(kind: type) -> None:
+    meter, resumed = kind(), kind()
+    meter.update(np.array([1, 2]))
+    resumed.load_state_dict(writing.without_numpy(meter.state_dict()))
+    np.testing.assert_array_equal(resumed.smoothed_value, meter.smoothed_value)
+    for each in (meter, resumed):
+        each.update(np.array([5, 6]))
+    np.testing.assert_array_equal(resumed.smoothed_value, meter.smoothed_value)
+
+
+# One file.
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_copy_replaces(tmp_path: Path) -> None:
+    (tmp_path / "new").write_bytes(b"new")
+    for target in ("last", "last"):
+        assert PathManager.copy(str(tmp_path / "new"), str(tmp_path / target), overwrite=True)
+    assert (tmp_path / "last").read_bytes() == b"new"
+    assert names(tmp_path) == ["last", "new"]
+
+
+@pytest.mark.parametrize("step", ["write", "sync", "replace"])
+@pytest.mark.parametrize("kind", ["save", "copy"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
+def test_a_failure_leaves_what_was_there(
+    number: int, kind: str, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each step of writing. Errors that may pass are tried again."""
+    tries = []
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        tries.append(args)
+        if step == "write" and kind == "copy":
+            Path(args[1]).write_bytes(b"n")
+        raise OSError(number, os.strerror(number))
+
+    new, last = tmp_path / "new", tmp_path / "last"
+    new.write_bytes(b"new")
+    last.write_bytes(b"old")
+    owner, name = {
+        "write": (writing.shutil, "copyfile") if kind == "copy" else (writing.Remembering, "write"),
+        "sync": (writing.os, "fsync"),
+        "replace": (writing.os, "replace"),
+    }[step]
+    monkeypatch.setattr(writing, "PAUSE", 0)
+    with monkeypatch.context() as patch, pytest.raises(UsageError) as caught:
+        patch.setattr(owner, name, fail)
+        if kind == "copy":
+            PathManager.copy(str(new), str(last), overwrite=True)
+        else:
+            checkpoint_utils.torch_persistent_save({"w": torch.ones(1000)}, str(last))
+    line = str(caught.value)
+    assert line.startswith(f"checkpoint {last}: not written: {os.strerror(number)}; it takes ")
+    assert f"{tmp_path} has " in line and "\n" not in line
+    assert last.read_bytes() == b"old" and names(tmp_path) == ["last", "new"]
+    if step == "replace" or kind == "copy":  # PyTorch's writer writes again as it closes
+        assert len(tries) == (writing.ATTEMPTS if number == errno.EIO else 1)
+
+
+def test_an_error_that_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, tries = os.replace, []
+
+    def fail_once(*args: Any) -> None:
+        tries.append(args)
+        if len(tries) == 1:
+            raise OSError(errno.EIO, "input/output error")
+        replace(*args)
+
+    monkeypatch.setattr(writing.os, "replace", fail_once)
+    monkeypatch.setattr(writing, "PAUSE", 0)
+    checkpoint_utils.torch_persistent_save({"a": 1}, str(tmp_path / "new.pt"))
+    assert read_file(tmp_path / "new.pt") == {"a": 1} and names(tmp_path) == ["new.pt"]
+
+
+def test_size_counts_each_storage_once() -> None:
+    table = torch.ones(100)
+    state = {"a": table, "b": [table[:50], (torch.ones(3, dtype=torch.float64),)], "c": "text"}
+    assert writing.size_of(state) == 400 + 24
+
+
+# Trainings.
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of files for which there is no space."""
+    if not FULL.exists():
+        pytest.skip(f"no {FULL} here")
+    refused: list[str] = []
+    original_open, copyfile = open, shutil.copyfile
+
+    def full(path: Any) -> bool:
+        return any(Path(path).name == f"{name}.tmp" for name in refused)
+
+    def open_on_full(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if "w" in mode and full(path):
+            original_open(path, mode).close()  # the empty file that is left there
+            path = FULL
+        return original_open(path, mode, *args, **kwargs)
+
+    def copy_on_full(source: Any, target: Any) -> Any:
+        if full(target):
+            original_open(target, "wb").close()
+            target = FULL
+        return copyfile(source, target)
+
+    monkeypatch.setattr(writing, "open", open_on_full, raising=False)
+    monkeypatch.setattr(writing.shutil, "copyfile", copy_on_full)
+    yield refused
+
+
+SAVING = ("--save-interval-updates", "2", "--no-epoch-checkpoints", "--disable-validation")
+
+
+@pytest.mark.parametrize("asynchronous", [(), ("--write-checkpoints-asynchronously",)])
+@pytest.mark.parametrize("file", ["checkpoint_1_4.pt", "checkpoint_last.pt"])
+def test_full_disk(
+    file: str,
+    asynchronous: tuple[str, ...],
+    full_disk: list[str],
+    data_bin: Path,
+    tmp_path: Path,
+) -> None:
+    """One line; earlier checkpoints are whole; the next start goes on from the newest."""
+    flags = (*SAVING, *asynchronous)
+    commands.train(data_bin, tmp_path, "avgk", *flags, "--max-update", "3")
+    commands.train(data_bin, tmp_path, "avgk", *flags, "--max-update", "3")
+    full_disk.append(file)
+    with pytest.raises(UsageError, match=rf"{file}: not written: No space left on device; it"):
+        commands.train(data_bin, tmp_path, "avgk", *flags)
+    assert not list(tmp_path.glob("*.tmp"))
+    kept = {path.name for path in tmp_path.glob("*.pt")}
+    assert {"checkpoint_1_2.pt", "checkpoint_last.pt"} <= kept
+    for name in kept:
+        read_file(tmp_path / name)
+    full_disk.clear()
+    log = commands.train(data_bin, tmp_path, "avgk", *flags)
+    at_last = file == "checkpoint_last.pt"
+    assert list(commands.losses(log)) == ([5, 6] if at_last else [4, 5, 6])
+    went_on = f"training goes on from {tmp_path / 'checkpoint_1_4.pt'}, the newest whole checkpoint"
+    assert (went_on in log) == at_last
+
+
+def test_folder_that_becomes_a_file(
+    data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_dir, original = tmp_path / "run", checkpoint_utils.save_checkpoint
+
+    def replace_folder(*args: Any, **kwargs: Any) -> Any:
+        shutil.rmtree(save_dir)
+        save_dir.write_text("a file")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint_utils, "save_checkpoint", replace_folder)
+    with pytest.raises(UsageError) as caught:
+        commands.train(data_bin, save_dir, "avgk", *SAVING)
+    assert str(caught.value).startswith(f"--save-dir {save_dir}: cannot be written to at update 2:")
+
+
+def test_folder_that_goes_is_made_again(
+    data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_dir, original = tmp_path / "run", checkpoint_utils.save_checkpoint
+
+    def remove_folder(*args: Any, **kwargs: Any) -> Any:
+        shutil.rmtree(save_dir, ignore_errors=True)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint_utils, "save_checkpoint", remove_folder)
+    commands.train(data_bin, save_dir, "avgk", *SAVING)
+    assert names(save_dir) == ["checkpoint_1_6.pt", "checkpoint_last.pt"]
+
+
+# In the background.
+
+
+def test_background_writes_what_the_foreground_does(data_bin: Path, tmp_path: Path) -> None:
+    """All files, with the same contents; a thread reads none of the tensors that training goes on
+    to change."""
+    flags = ("--save-interval-updates", "2", "--keep-best-checkpoints", "2")
+    flags = (*flags, "--keep-interval-updates", "2", "--max-update", "9")
+    states = {}
+    for name, more in (("front", ()), ("back", ("--write-checkpoints-asynchronously",))):
+        log = commands.train(data_bin, tmp_path / name, "avgk", *flags, *more)
+        assert "iopath" not in log
+        states[name] = {
+            path.name: torch.load(path, weights_only=True)
+            for path in (tmp_path / name).glob("checkpoint*.pt")
+        }
+    assert {"checkpoint_last.pt", "checkpoint_best.pt"} <= states["back"].keys()
+    assert states["front"].keys() <= states["back"].keys()  # which one is removed at the next save
+    for file, state in states["front"].items():
+        for part in ("model", "last_optimizer_state"):
+            other = states["back"][file][part]
+            torch.testing.assert_close(other, state[part], rtol=0, atol=0)
+
+
+def test_training_goes_on_while_a_thread_writes(
+    data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first file is held back until an update more is made."""
+    from fairseq.trainer import Trainer
+
+    updated, save, train_step = threading.Event(), writing.save, Trainer.train_step
+    waited = []
+
+    def save_late(obj: Any, path: str) -> None:
+        if "checkpoint_1_2" in path:
+            waited.append(updated.wait(60))
+        save(obj, path)
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = train_step(self, *args, **kwargs)
+        if self.get_num_updates() == 3:
+            updated.set()
+        return result
+
+    monkeypatch.setattr(writing, "save", save_late)
+    monkeypatch.setattr(Trainer, "train_step", step)
+    flags = (*SAVING, "--write-checkpoints-asynchronously", "--max-update", "4")
+    commands.train(data_bin, tmp_path, "avgk", *flags)
+    assert waited == [True]
+    assert read_file(tmp_path / "checkpoint_1_2.pt")["optimizer_history"][-1]["num_updates"] == 2
+
+
+def test_hydra_writes_in_the_background(data_bin: Path, tmp_path: Path) -> None:
+    """It builds its own training function before the plugin is there."""
+    log = commands.hydra_train(
+        *(data_bin, tmp_path, "checkpoint.write_checkpoints_asynchronously=true"),
+        *("optimization.max_update=2", "task.tokens_per_sample=16", "dataset.batch_size=8"),
+        *("model.decoder_layers=2", "model.decoder_embed_dim=16", "model.sffn_block_size=64"),
+        "model.decoder_attention_heads=2",
+    )
+    assert commands.losses(log) and (tmp_path / "checkpoint_last.pt").is_file()
