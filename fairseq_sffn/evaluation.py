@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from fairseq.data.iterators import EpochBatchIterator
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.sequence_scorer import SequenceScorer
 from fairseq.tasks import FairseqTask
@@ -181,11 +182,11 @@ def count_what_validation_leaves_out() -> None:
     @functools.wraps(Trainer.get_valid_iterator)
     def get_valid_iterator(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         iterator = original_iterator(self, *args, **kwargs)
-        self.validation_leaves_out = left_out(
-            iterator.dataset,
-            [index for batch in iterator.frozen_batches for index in batch],
-            np.arange(len(iterator.dataset)),
-        )
+        self.validation_leaves_out = None
+        if isinstance(iterator, EpochBatchIterator):
+            used = [index for batch in iterator.frozen_batches for index in batch]
+            every = np.arange(len(iterator.dataset))
+            self.validation_leaves_out = left_out(iterator.dataset, used, every)
         return iterator
 
     @functools.wraps(train_command.get_valid_stats)
@@ -227,10 +228,9 @@ def count_what_eval_lm_scores() -> None:
         call = signature_dataloader.bind(self, dataset, *args, **kwargs)
         call.apply_defaults()
         given = call.arguments
-        split = Split.of(
-            dataset, given["max_positions"], given["num_shards"], self.args.sample_break_mode
-        )
-        if split.long + split.cut == split.tokens:
+        mode = getattr(self.args, "sample_break_mode", None)
+        split = Split.of(dataset, given["max_positions"], given["num_shards"], mode)
+        if split is not None and split.long + split.cut == split.tokens:
             raise UsageError(f"there is nothing to evaluate: {split.left_out(Scored())}")
         batches = original_dataloader(self, dataset, *args, **kwargs)
         batches.split = split
@@ -310,9 +310,11 @@ class Split:
     break_mode: str
 
     @classmethod
-    def of(cls, dataset: Any, positions: Any, shards: int, break_mode: Any) -> Split:
-        """Of a language model's data set."""
-        sizes, too_long = dataset.sizes, []
+    def of(cls, dataset: Any, positions: Any, shards: int, break_mode: Any) -> Split | None:
+        """The split that a data set was made from; ``None``: the data set does not know."""
+        sizes, too_long = sizes_of(dataset), []
+        if sizes is None:
+            return None
         if positions is not None:
             _, too_long = dataset.filter_indices_by_size(np.arange(len(dataset)), positions)
         tokens = binarised_tokens(dataset)

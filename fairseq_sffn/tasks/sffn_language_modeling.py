@@ -62,7 +62,7 @@ class SFFNLanguageModelingTask(LanguageModelingTask):
         """How often each token id occurs in the training data: (V,)."""
         if str(self.args.hash_counts) == "dictionary":
             return self.dictionary.count
-        split = self.args.train_subset
+        split = getattr(self.args, "train_subset", "train")
         counts = np.zeros(len(self.dictionary), dtype=np.int64)
         folders = range(1, len(split_paths(self.args.data)) + 1)
         for tokens in itertools.chain.from_iterable(self._binarised(split, n) for n in folders):
