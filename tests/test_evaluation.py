@@ -21,7 +21,7 @@ from fairseq_cli import validate as validate_command
 
 from fairseq_sffn import evaluation
 from fairseq_sffn.errors import UsageError
-from fairseq_sffn.evaluation import Scored
+from fairseq_sffn.left_out import Scored
 
 LENGTHS = [4, 9, 15, 16, 3, 8, 20, 5, 6, 7, 2]
 """Words of each sentence; with ``</s>`` one more. The model has 16 positions."""
