@@ -9,8 +9,9 @@ import warnings
 with warnings.catch_warnings():
     # Of its own use of PyTorch; fairseq imports it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="fairscale")
-    from . import compat
+    from . import compat, evaluation
 
+evaluation.apply()
 compat.apply()
 
 from . import checks, criterions, interruptions, models, optim, options, splits, tasks  # noqa: E402
@@ -24,4 +25,4 @@ for repairs in (
 ):
     repairs.apply()
 
-__all__ = ["checks", "compat", "criterions", "models", "optim", "options", "splits", "tasks"]
+__all__ = ["checks", "compat", "criterions", "models", "optim", "tasks"]

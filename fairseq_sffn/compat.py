@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -185,8 +186,17 @@ def deal_the_same_batches_when_resumed() -> None:
 def replace_once(
     owner: Any, name: str, function: Callable[..., Any], wrap: Callable[..., Any] = lambda f: f
 ) -> None:
-    """Sets an attribute, unless the same repair has set it, or one that others went on from."""
+    """Set an attribute, unless the same repair has set it, or one that others went on from.
+
+    ``python -m fairseq_cli.eval_lm`` runs a second copy of the module, ``__main__``, which gets the
+    attribute too.
+    """
     repair, done = function.__code__.co_qualname, getattr(getattr(owner, name), "sffn_repairs", ())
-    if repair not in done:
-        function.sffn_repairs = (*done, repair)  # type: ignore[attr-defined]
-        setattr(owner, name, wrap(function))
+    if repair in done:
+        return
+    function.sffn_repairs = (*done, repair)  # type: ignore[attr-defined]
+    setattr(owner, name, wrap(function))
+    command = sys.modules.get("__main__")
+    spec = getattr(command, "__spec__", None)
+    if isinstance(owner, types.ModuleType) and getattr(spec, "name", None) == owner.__name__:
+        setattr(command, name, wrap(function))

@@ -15,15 +15,17 @@ import pytest
 import torch
 from commands import ROOT, USER_DIR, losses, records
 from fairseq import checkpoint_utils, options, tasks
+from fairseq.data import Dictionary, data_utils
 from fairseq.dataclass.initialize import add_defaults
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf, open_dict
 
+from fairseq_sffn.memory.selectors.hash_layer import balanced_table
+
 MODELS = (*commands.MODELS, "sffn")
 SPARSE = ("avgk", "switch", "hash_layer")
 EVERY_SAMPLE = ("--required-batch-size-multiple", "1")
-"""fairseq-train otherwise leaves out the last batch of a split unless its size is a multiple of 8,
-in validation too; fairseq-eval-lm does not."""
+"""fairseq-train otherwise leaves out the last batch where its size is no multiple of 8."""
 SENTENCES = ("--task", "language_modeling", "--sample-break-mode", "eos")
 
 
@@ -305,6 +307,46 @@ def test_hash_counts_of_the_training_split_spread_it_better(data_bin: Path, tmp_
     assert loads["train"] > loads["dictionary"] + 0.01
 
 
+@pytest.mark.parametrize("command", ["train", "hydra-train"])
+@pytest.mark.parametrize("subset", ["train", "valid"])
+def test_hash_counts_are_of_the_split_that_trains(command, subset, data_bin, tmp_path) -> None:
+    if command == "train":
+        flags = ("--task", "sffn_language_modeling", "--hash-table", "balanced", "--max-update")
+        commands.train(
+            *(data_bin, tmp_path, "hash_layer", *flags, "1", "--hash-counts", "train"),
+            *("--train-subset", subset, "--disable-validation"),
+        )
+    else:
+        commands.hydra_train(
+            *(data_bin, tmp_path, "model._name=transformer_lm_hash_layer_tiny"),
+            *("+model.decoder_layers=2", "+model.decoder_embed_dim=16", "dataset.num_workers=0"),
+            *("+model.decoder_ffn_embed_dim=32", "+model.decoder_attention_heads=2"),
+            *("+model.hash_table=balanced", "+task.hash_counts=train", "optimization.max_update=1"),
+            *(f"dataset.train_subset={subset}", "dataset.disable_validation=true"),
+            "task.tokens_per_sample=16",
+        )
+    state = last_checkpoint(tmp_path)
+    assert state["cfg"]["task"]["train_subset"] == subset
+    text = data_utils.load_indexed_dataset(str(data_bin / subset), None)
+    types = len(Dictionary.load(str(data_bin / "dict.txt")))
+    counts = torch.cat([text[i] for i in range(len(text))]).long().bincount(minlength=types)
+    table = state["model"]["decoder.layers.1.fc1.memory.selector.table"]
+    assert table.flatten().tolist() == balanced_table(counts.tolist(), 16).flatten().tolist()
+
+    # Loading counts nothing: the split need not be there, nor an earlier version's option.
+    held_out = shutil.copytree(data_bin, tmp_path / "bin")
+    for split in {"train", subset} - {"test"}:
+        (held_out / f"{split}.idx").unlink()
+    del state["cfg"]["task"]["train_subset"]
+    torch.save(state, tmp_path / "earlier.pt")
+    found = {
+        commands.evaluate(held_out, tmp_path / name, "--task", task, "--gen-subset", "test")
+        for name in ("checkpoint_last.pt", "earlier.pt")
+        for task in ("language_modeling", "sffn_language_modeling")
+    }
+    assert len(found) == 1
+
+
 def test_capacity_at_evaluation(data_bin: Path, tmp_path: Path) -> None:
     commands.train(data_bin, tmp_path, "switch")
     checkpoint = tmp_path / "checkpoint_last.pt"
@@ -352,7 +394,6 @@ def test_layers_kept_in_any_order(data_bin: Path, tmp_path: Path) -> None:
     assert sorted_order == other_order
 
 
-@pytest.mark.xfail(strict=True, reason="fairseq leaves out the last batch: here the only one")
 def test_validation_split_of_few_samples(data_bin: Path, tmp_path: Path) -> None:
     log = commands.train(data_bin, tmp_path, "avgk", "--tokens-per-sample", "64")
     assert len(losses(log)) == 6 and valid_ppl(log) > 1

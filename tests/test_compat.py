@@ -2,8 +2,9 @@
 
 import importlib
 import inspect
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import commands
@@ -16,6 +17,7 @@ from fairseq.tasks import FairseqTask
 from fairseq.tasks.language_modeling import LanguageModelingTask
 from fairseq.trainer import Trainer
 from fairseq_cli import eval_lm as eval_command
+from fairseq_cli import generate as generate_command
 from fairseq_cli import train as train_command
 
 from fairseq_sffn import compat
@@ -150,3 +152,20 @@ def test_fairseq_itself_would_train_a_finished_run(
     assert "nothing to train: at update 1 of --max-update 1" in log and not commands.losses(log)
     monkeypatch.setattr(train_command, "train", unrepaired(train_command, "train"))
     assert list(commands.losses(commands.train(data_bin, tmp_path, "avgk", *flags))) == [2]
+
+
+def test_a_command_run_as_a_module_is_repaired_too(monkeypatch):
+    """``python -m fairseq_cli.eval_lm`` runs another copy of the module."""
+    copy, other = ModuleType("__main__"), ModuleType("__main__")
+    copy.__spec__, other.__spec__ = eval_command.__spec__, generate_command.__spec__
+
+    def repaired() -> None:
+        pass
+
+    for command in (other, copy):
+        monkeypatch.setitem(sys.modules, "__main__", command)
+        repaired.sffn_repairs = ()
+        monkeypatch.setattr(eval_command, "cli_main", lambda: None)
+        compat.replace_once(eval_command, "cli_main", repaired)
+    assert copy.cli_main is eval_command.cli_main is repaired
+    assert not hasattr(other, "cli_main")

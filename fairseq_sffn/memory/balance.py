@@ -31,8 +31,13 @@ def balance_loss(
     """B * sum_i (mean softmax score of block i) * (share of the assignments to block i).
 
     Fedus et al. 2021, eq. 4. It is 1.0 at perfect balance and B when one block takes everything,
-    whatever the number of blocks. (fairscale's is this over B^2; transformers' is this times the
-    number of active blocks; Tutel's and the fairseq MoE branch's is the same.)
+    whatever the number of blocks. It is computed of all tokens of a micro-batch, for each layer.
+
+    Tutel's and the fairseq MoE branch's are the same. fairscale's is this over B^2. transformers'
+    Mixtral's of one layer is this times the number of active blocks. No factor converts others:
+    transformers' Mixtral pools the tokens of several layers; transformers' Switch, st-moe-pytorch
+    and mixture-of-experts compute the loss of each sequence and average these, and Switch pools
+    the layers of a sequence too.
 
     Args:
         total: adds up a vector over the ranks whose tokens count together; gradients reach all.

@@ -39,6 +39,10 @@ REFUSED = {
         ),
         "trainings end after their updates, and go on where they were stopped",
     ),
+    **dict.fromkeys(
+        ("--train-subset", "--valid-subset", "--gen-subset", "--combine-valid-subsets"),
+        "trainings read the splits train and valid of the scale's data",
+    ),
 }
 """Flags that no training may have, and why."""
 

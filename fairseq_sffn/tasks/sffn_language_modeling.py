@@ -13,7 +13,7 @@ from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from fairseq.utils import split_paths
-from omegaconf import open_dict
+from omegaconf import II, open_dict
 
 from ..errors import UsageError
 
@@ -28,7 +28,7 @@ class SFFNLanguageModelingConfig(LanguageModelingConfig):
         default="dictionary",
         metadata={
             "help": "where balanced hash tables take the counts of the tokens from: dict.txt (in "
-            "which fairseq does not count </s>), or the training split itself"
+            "which fairseq does not count </s>), or the split that --train-subset names"
         },
     )
     eval_capacity_factor: Optional[float] = field(
@@ -37,6 +37,8 @@ class SFFNLanguageModelingConfig(LanguageModelingConfig):
             "help": "when a trained model is loaded: replaces its --sffn-eval-capacity-factor"
         },
     )
+    # Without help: the flag is fairseq's.
+    train_subset: str = II("dataset.train_subset")
 
 
 @register_task("sffn_language_modeling", dataclass=SFFNLanguageModelingConfig)
@@ -60,13 +62,17 @@ class SFFNLanguageModelingTask(LanguageModelingTask):
         """How often each token id occurs in the training data: (V,)."""
         if str(self.args.hash_counts) == "dictionary":
             return self.dictionary.count
+        split = getattr(self.args, "train_subset", "train")
         counts = np.zeros(len(self.dictionary), dtype=np.int64)
         folders = range(1, len(split_paths(self.args.data)) + 1)
-        for tokens in itertools.chain.from_iterable(self._binarised("train", n) for n in folders):
+        for tokens in itertools.chain.from_iterable(self._binarised(split, n) for n in folders):
             for piece in np.array_split(tokens, len(tokens) // CHECKED_TOKENS + 1):
                 counts += np.bincount(piece, minlength=len(counts))[: len(counts)]
         if not counts.any():
-            raise UsageError("--hash-counts train: there is no training split in mmap format")
+            raise UsageError(
+                f"--hash-counts train: {self.args.data} has no tokens of --train-subset {split} "
+                "in mmap format"
+            )
         return counts.tolist()
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> Any:

@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.epilog = (
         "Every other flag is fairseq-eval-lm's, such as --cpu --tokens-per-sample 128 "
-        "--batch-size 32, and comes after the sets. Losses are in bits a token."
+        "--batch-size 32, and comes after the sets. Losses are in bits a token. Tokens are those "
+        "that are scored."
     )
     parser.set_defaults(other_flags=[])
 
@@ -59,13 +60,15 @@ def run(args: argparse.Namespace) -> str:
             raise UsageError(f"{name}: there is no {folder / split}.idx")
     report: dict[str, Any] = {"checkpoint": args.checkpoint, "sets": {}}
     base = configuration(args.checkpoint, *sets[args.sets[0]], args.other_flags)
+    if words := base.common_eval.post_process:
+        raise UsageError(f"--post-process {words}: its losses are of words, these are of tokens")
     if args.routing and (window := base.eval_lm.context_window):
         raise UsageError(f"--context-window {window}: with --routing tokens would count twice")
     for name in args.sets:
         print(f"evaluating {name}", file=sys.stderr, flush=True)
         report["sets"][name] = perplexity(on_set(base, *sets[name]))
     if args.routing:
-        report["routing"] = routing(on_set(base, *sets[args.routing]))
+        report |= routing(on_set(base, *sets[args.routing]))
     return json.dumps(report) if args.json else format_report(report)
 
 
@@ -97,27 +100,29 @@ def on_set(cfg: Any, folder: Path, split: str) -> Any:
 
 
 def perplexity(cfg: Any) -> dict[str, float]:
-    """What ``fairseq-eval-lm`` finds, and how many tokens there are.
+    """What ``fairseq-eval-lm`` finds.
 
     Returns:
-        ``loss`` in bits a token, ``perplexity``, ``tokens``.
+        ``loss`` in bits a token, ``perplexity``, ``tokens`` that were scored, ``left_out_tokens``
+        that were not.
     """
-    split = cfg.dataset.gen_subset
     logging.disable(logging.INFO)
     try:
         found = eval_lm.main(cfg)
-        task = tasks.setup_task(cfg.task)
-        task.load_dataset(split)
     finally:
         logging.disable(logging.NOTSET)
     loss = float(found["loss"])
-    tokens = int(task.dataset(split).sizes.sum(dtype="int64"))  # they are of a small type
-    return {"loss": loss, "perplexity": float(2**loss), "tokens": tokens}
+    counts = {name: found[name] for name in ("tokens", "left_out_tokens")}
+    return {"loss": loss, "perplexity": float(2**loss), **counts}
 
 
 def routing(cfg: Any) -> dict[str, Any]:
-    """How the sparse layers of a model use their blocks; see :class:`Routing`. Empty where it has
-    none."""
+    """How the sparse layers of a model use their blocks.
+
+    Returns:
+        ``routing``, see :class:`Routing`, empty where it has no sparse layers; ``routing_set``:
+        ``tokens`` that the model read, ``left_out_tokens`` that it did not.
+    """
     split = cfg.dataset.gen_subset
     task = tasks.setup_task(cfg.task)
     # As fairseq_cli.eval_lm does.
@@ -139,23 +144,34 @@ def routing(cfg: Any) -> dict[str, Any]:
         batch_size=cfg.dataset.batch_size,
         max_positions=utils.resolve_max_positions(model.max_positions()),
     )
-    tokens = int(task.dataset(split).sizes.sum(dtype="int64"))  # they are of a small type
-    with torch.no_grad(), Routing(model, task.source_dictionary, tokens) as seen:
+    used = batches.split.tokens - batches.split.long - batches.split.cut
+    with torch.no_grad(), Routing(model, task.source_dictionary, used) as seen:
         for sample in batches:
             sample = utils.move_to_cuda(sample) if cuda else sample
             seen.tokens(sample["net_input"]["src_tokens"])
             model(**sample["net_input"])
-    return seen.report()
+    counts = {"tokens": used, "left_out_tokens": batches.split.tokens - used}
+    return {"routing": seen.report(), "routing_set": counts}
+
+
+def numbers(counts: dict[str, Any], partly: bool) -> list[str]:
+    """The cells of a set's tokens, and of those left out where there are some."""
+    left_out = [f"{counts['left_out_tokens']:,}"] if partly else []
+    return [f"{counts['tokens']:,}", *left_out]
 
 
 def format_report(report: dict[str, Any]) -> str:
     """Tables for a person."""
-    rows = [["", "tokens", "bits/token", "perplexity"]]
+    counted = [*report["sets"].values(), *filter(None, [report.get("routing_set")])]
+    partly = any(counts["left_out_tokens"] for counts in counted)
+    rows = [["", "tokens", *(["left out"] * partly), "bits/token", "perplexity"]]
     for name, found in report["sets"].items():
         loss = found["loss"]
         shown = f"{found['perplexity']:.2f}" if math.isfinite(loss) else "inf"
-        rows.append([name, f"{found['tokens']:,}", f"{loss:.4f}", shown])
-    lines = align(rows)
+        rows.append([name, *numbers(found, partly), f"{loss:.4f}", shown])
+    if partly and "routing_set" in report:
+        rows.append(["routing", *numbers(report["routing_set"], partly), "", ""])
+    lines = [line.rstrip() for line in align(rows)]
     if layers := report.get("routing"):
         table = [
             [

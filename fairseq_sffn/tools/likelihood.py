@@ -38,15 +38,17 @@ class Encoder:
         return ids
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], int]:
-        """Context and continuation together, which may be other tokens than each by itself, and how
-        many of them, at the end, are the continuation's: those beyond as many as the context has
-        by itself, at least one. Spaces at the end of the context count as the continuation's, since
-        an encoder that marks the beginnings of words has them there (``_encode_pair`` of
-        lm-evaluation-harness).
+        """The token ids of context and continuation together, and how many of them, at the end, are
+        the continuation's.
+
+        The two together may be other tokens than each by itself. The continuation has those beyond
+        as many as the context has by itself, and at least one. White space at the end of the
+        context, line breaks included, is the continuation's, since an encoder that marks the
+        beginnings of words has it there. lm-evaluation-harness splits in the same way
+        (``_encode_pair``), but stops where the continuation has no token of its own.
         """
-        stripped = context.rstrip(" ")
         whole = self.encode(context + continuation)
-        return whole, max(len(whole) - len(self.encode(stripped)), 1)
+        return whole, max(len(whole) - len(self.encode(context.rstrip())), 1)
 
 
 class Window(NamedTuple):
@@ -62,7 +64,7 @@ def windows(tokens: list[int], scored: int, positions: int) -> Iterator[Window]:
     not count in, as it is only predicted.
 
     A continuation that is longer is scored in pieces of half of the positions, so that each token
-    has at least that much context.
+    has at least that much context. lm-evaluation-harness stops at such a continuation.
     """
     piece = scored if scored <= positions else max(positions // 2, 1)
     for begin in range(len(tokens) - scored, len(tokens), piece):
@@ -120,6 +122,10 @@ class Scorer:
         """Whether a sequence, as :meth:`Encoder.encode_pair` gives it, has more tokens than the
         model takes."""
         return len(tokens) > self.positions
+
+    def is_in_pieces(self, scored: int) -> bool:
+        """Whether a continuation has more tokens than the model takes, and is scored in pieces."""
+        return scored > self.positions
 
     def score(
         self,

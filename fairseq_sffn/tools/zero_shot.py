@@ -22,8 +22,8 @@ from ..checkpoints.loading import add_flags_to
 from ..errors import UsageError
 from ..memory import SparseMemory
 from ..models.config import flag
-from .cost import align
 from .likelihood import Encoder, Scorer
+from .zero_shot_report import format_report
 from .zero_shot_tasks import TASKS, draw, read_documents, subset_hash, task_figures
 
 FILES = (
@@ -219,7 +219,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
                 "documents": len(drawn[task]),
                 "documents_of_task": len(documents[task]),
                 **asdict(figures),
+                "requests": len(pairs[task]),
                 "cut_requests": sum(scorer.is_cut(tokens) for tokens, _ in pairs[task]),
+                "requests_in_pieces": sum(scorer.is_in_pieces(scored) for _, scored in pairs[task]),
                 "subset": subset_hash(drawn[task]),
             }
         )
@@ -273,29 +275,3 @@ class Progress:
         if 10 * done // of > self.tenths:
             self.tenths = 10 * done // of
             print(f"{self.task}: {done / of:.0%}", file=sys.stderr, flush=True)
-
-
-def format_report(report: dict[str, Any]) -> str:
-    """A table of the tasks."""
-
-    def percent(share: float | None) -> str:
-        return "" if share is None else f"{share:.1%}"
-
-    def accuracy(share: float | None, error: float | None) -> str:
-        return percent(share) + ("" if error is None else f" ± {percent(error)}")
-
-    rows = [["", "documents", "accuracy", "by character", "random", "perplexity"]]
-    for figures in report["tasks"]:
-        perplexity = figures["perplexity"]
-        rows.append(
-            [
-                figures["task"],
-                f"{figures['documents']:,} of {figures['documents_of_task']:,}",
-                accuracy(figures["accuracy"], figures["standard_error"]),
-                accuracy(figures["accuracy_norm"], figures["standard_error_norm"]),
-                percent(figures["random"]),
-                "" if perplexity is None else f"{perplexity:,.1f}",
-            ]
-        )
-    title = f"{report['checkpoint']}: zero-shot, seed {report['seed']}"
-    return "\n".join([title, "", *(line.rstrip() for line in align(rows))])

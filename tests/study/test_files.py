@@ -99,6 +99,8 @@ def test_a_table(tmp_path: Path) -> None:
         ("--sffn-block-size ", "--max-epoch 1", r"--max-epoch: trainings end after their updates"),
         ("seeds = [3]", "x = 0", r"row 'Avg-K': x 0: must be above 0"),
         ("--sffn-block-size ", "--no-save", r"flags: --no-save: the last checkpoint is evaluated"),
+        ("--sffn-block-size ", "--train-subset=x", r"flags: --train-subset=x: trainings read the"),
+        ("--sffn-block-size ", "--valid-subset x", r"flags: --valid-subset: trainings read the"),
         ("--sffn-block-size ", "--distributed-world-size 1", r"--distributed-world-size: is set"),
         ('"--sffn-block-size  {ffn}"', "[]", r"rows\[1\]: flags \[\]: must be a text"),
         ("[[claims]]", 'claims = "x"\n[[other]]', r"t\.toml: (claims|other)"),

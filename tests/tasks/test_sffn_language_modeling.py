@@ -38,7 +38,7 @@ def set_up(
         use_plasma_view=False,
         plasma_path="/tmp/plasma",
     )
-    options = {"tokens_per_sample": 16, **options}
+    options = {"tokens_per_sample": 16, "train_subset": "train", **options}
     config = SFFNLanguageModelingConfig(data=str(data), **elsewhere, **options)
     return cls.setup_task(OmegaConf.structured(config))
 
@@ -101,10 +101,18 @@ def test_counts_of_a_training_split_in_folders(tmp_path):
     assert task.token_counts() == [0, 0, 2, 0, 3, 1, 0, 0, 0, 0]
 
 
-def test_no_training_split_to_count(data):
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_counts_of_the_split_that_trains(data_bin, split):
+    task = set_up(data_bin, hash_counts="train", train_subset=split)
+    assert task.token_counts() == naive_counts(task, data_bin / split)
+
+
+@pytest.mark.parametrize("split", ["train", "nosuch"])
+def test_no_training_split_to_count(data, split):
     (data / "train.idx").unlink()
-    with pytest.raises(UsageError, match=r"^--hash-counts train: [^\n]+$"):
-        set_up(data, hash_counts="train").token_counts()
+    told = rf"^--hash-counts train: {data} has no tokens of --train-subset {split} [^\n]+$"
+    with pytest.raises(UsageError, match=told):
+        set_up(data, hash_counts="train", train_subset=split).token_counts()
 
 
 @pytest.mark.parametrize("hash_counts", ["dictionary", "train"])

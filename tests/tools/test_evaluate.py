@@ -49,7 +49,73 @@ def test_each_set_is_what_fairseq_finds(checkpoint, data_bin, other, capsys):
         assert found["perplexity"] == pytest.approx(2 ** found["loss"])
     # Of sentences with 8 words and an end.
     assert [found["tokens"] for found in sets.values()] == [9 * 40, 9 * 40, 9 * 400]
+    assert not any(found["left_out_tokens"] for found in sets.values())
     assert len({found["perplexity"] for found in sets.values()}) == 3
+
+
+@pytest.fixture
+def long(data_bin: Path, tmp_path: Path) -> Path:
+    """A folder whose validation split has sentences longer than the model's 16 positions."""
+    line = (data_bin.parent / "valid").read_text().splitlines()[0]
+    (tmp_path / "long").write_text("".join(f"{' '.join([line] * n)}\n" for n in (1, 2, 1, 3)))
+    commands.run(
+        *("preprocess", "--only-source", "--workers", "1", "--destdir", tmp_path / "long-bin"),
+        *("--srcdict", data_bin / "dict.txt", "--validpref", tmp_path / "long"),
+    )
+    return tmp_path / "long-bin"
+
+
+@pytest.mark.parametrize(
+    ("mode", "scored"), [("none", 60), ("eos", 18), ("complete", 18), ("complete_doc", 18)]
+)
+def test_tokens_are_those_that_are_scored(mode, scored, checkpoint, data_bin, long, capsys):
+    name = f"{long}:valid"
+    flags = ("--routing", name, "--sample-break-mode", mode)
+    report = evaluate(checkpoint, name, f"{data_bin}:valid", *flags, capsys=capsys)
+    counts = {"tokens": scored, "left_out_tokens": 60 - scored}
+    assert report["routing_set"] == counts
+    assert counts.items() <= report["sets"][name].items()
+    other = report["sets"][f"{data_bin}:valid"]
+    assert (other["tokens"], other["left_out_tokens"]) == (360, 0)
+    (layer,) = report["routing"].values()
+    assert sum(layer["counts"]) == scored * 4  # active blocks of 8 cells, of 32 units
+    assert len(layer["positions"]) == scored
+
+    cli.main(["evaluate", str(checkpoint), name, f"{data_bin}:valid", *flags, *FLAGS])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    if scored == 60:
+        assert lines[:2] == [
+            ["tokens", "bits/token", "perplexity"],
+            [name, "60", *lines[1][2:]],
+        ]
+    else:
+        assert lines[0] == ["tokens", "left", "out", "bits/token", "perplexity"]
+        assert [line[:3] for line in lines[1:4]] == [
+            [name, "18", "42"],
+            [f"{data_bin}:valid", "360", "0"],
+            ["routing", "18", "42"],
+        ]
+
+
+def test_a_shard_is_no_whole_set(checkpoint, data_bin, capsys):
+    name = f"{data_bin}:valid"
+    whole = evaluate(checkpoint, name, "--batch-size", "2", capsys=capsys)["sets"][name]
+    shards = [
+        evaluate(
+            *(checkpoint, name, "--batch-size", "2", "--num-shards", "2", "--shard-id", shard),
+            capsys=capsys,
+        )["sets"][name]
+        for shard in ("0", "1")
+    ]
+    for shard in shards:
+        assert shard["tokens"] + shard["left_out_tokens"] == whole["tokens"] > shard["tokens"] > 0
+    loss = sum(shard["loss"] * shard["tokens"] for shard in shards)
+    assert loss / whole["tokens"] == pytest.approx(whole["loss"])
+
+
+def test_losses_of_words_are_refused(checkpoint, data_bin, capsys):
+    with pytest.raises(UsageError, match=r"^--post-process subword_nmt: [^\n]+$"):
+        evaluate(checkpoint, f"{data_bin}:valid", "--post-process", "subword_nmt", capsys=capsys)
 
 
 def test_routing_is_that_of_its_own_set(checkpoint, data_bin, other, capsys):

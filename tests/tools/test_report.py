@@ -88,6 +88,7 @@ def zero_shot(right: float, word: float) -> dict[str, Any]:
     choice = {
         **{"task": "piqa", "documents": 1000, "accuracy": 0.9, "standard_error": 0.5},
         **{"accuracy_norm": right, "standard_error_norm": 0.02, "random": 0.5},
+        **{"requests": 2000, "cut_requests": 1234, "requests_in_pieces": 5},
     }
     last = {
         **{"task": "lambada", "documents": 500, "accuracy": word, "standard_error": 0.01},
@@ -288,6 +289,8 @@ def test_zero_shot(printed: str) -> None:
         "random: 1 of 4. All rows answer"
     ) in text
     assert "500 to 1,000 documents a task." in text
+    assert "longer than the model's context are cut at the left: 1,234 of piqa. Cont" in text
+    assert "Continuations that are longer are scored in pieces: 5 of piqa." in text
     assert "1 of 3 trainings are missing." in text
 
 

@@ -136,8 +136,9 @@ def test_a_window_is_cut_at_the_left() -> None:
     assert list(windows(tokens, 9, 8)) == [
         *((tokens[6:15], 4), (tokens[10:19], 4), (tokens[11:20], 1))
     ]
-    assert scorer(small_lm("dense")).is_cut([5] * 17)
-    assert not scorer(small_lm("dense")).is_cut([5] * 16)
+    for length in (16, 17):
+        assert scorer(small_lm("dense")).is_cut([5] * length) == (length > POSITIONS)
+        assert scorer(small_lm("dense")).is_in_pieces(length) == (length > POSITIONS)
 
 
 def test_a_cut_context_counts_no_more() -> None:
@@ -188,7 +189,10 @@ def letters() -> Dictionary:
         ("", "ab c", "ab _c", "ab _c"),
         ("c", " a ", "c _a _", "_a _"),
         ("c\na", " b", "c </s> a _b", "_b"),  # a line ends with </s>, as in training
-        ("c\n", "a", "c </s> a", "a"),
+        ("c\n", "a", "c </s> a", "</s> a"),  # white space goes with what follows
+        ("c \n", "a", "c _ </s> a", "_ </s> a"),
+        ("c\n ", "a", "c </s> _a", "</s> _a"),
+        ("\n", "a", "</s> a", "</s> a"),
         ("c", "\na", "c </s> a", "</s> a"),
         ("c", " x", "c <unk>", "<unk>"),
     ],
@@ -199,6 +203,33 @@ def test_boundary(
     ids, count = Encoder(Merging(), letters).encode_pair(context, continuation)
     assert [letters[i] for i in ids] == tokens.split()
     assert [letters[i] for i in ids[-count:]] == scored.split()
+
+
+def harness_pair(encoder: Encoder, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """All tokens, and the continuation's, by the rule of lm-evaluation-harness."""
+    n_spaces = len(context) - len(context.rstrip())
+    if n_spaces > 0:
+        context, continuation = context[:-n_spaces], context[-n_spaces:] + continuation
+    whole = encoder.encode(context + continuation)
+    return whole, whole[len(encoder.encode(context)) :]
+
+
+SPACES = ("", " ", "  ", "\n", "\n\n", " \n", "\n ", " \n ", "\t", "\r\n", "\u00a0", "\u3000")
+
+
+@pytest.mark.parametrize("after", ["", " ", "\n"], ids=repr)
+@pytest.mark.parametrize("before", SPACES, ids=repr)
+@pytest.mark.parametrize("context", ["", "c", "ca", "a b", "a\nb"], ids=repr)
+def test_boundary_is_that_of_the_harness(
+    context: str, before: str, after: str, letters: Dictionary
+) -> None:
+    encoder = Encoder(Merging(), letters)
+    for continuation in ("a", "ab c", "b"):
+        pair = (context + before, after + continuation)
+        whole, scored = harness_pair(encoder, *pair)
+        ids, count = encoder.encode_pair(*pair)
+        assert ids == whole
+        assert ids[-count:] == (scored or whole[-1:])  # it stops where there is none
 
 
 # Figures that are known
@@ -466,7 +497,7 @@ def test_command_against_a_plain_loop(
     piqa, lambada = report["tasks"][1], report["tasks"][-1]
     assert piqa["accuracy"] == right / 12 and piqa["accuracy_norm"] == right_norm / 12
     assert piqa["documents"] == piqa["documents_of_task"] == 12 and piqa["random"] == 0.25
-    assert 0 < piqa["cut_requests"] < 48 and len(piqa["subset"]) == 16
+    assert 0 < piqa["cut_requests"] < piqa["requests"] == 48 and len(piqa["subset"]) == 16
 
     words = []
     for word in WORDS:
@@ -477,6 +508,33 @@ def test_command_against_a_plain_loop(
     assert lambada["perplexity"] == pytest.approx(math.exp(-mean), rel=1e-4)
     assert lambada["accuracy"] == sum(word.greedy for word in words) / 8
     assert lambada["accuracy_norm"] is None
+
+
+def test_requests_longer_than_the_context_are_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = " of the law" * 8
+    choices = [
+        {"contexts": ["the law"] * 2, "continuations": [" is", end], "label": 0}
+        for end in (" a", long)
+    ]
+    choices.append({"contexts": ["the law" + long] * 2, "continuations": [" is", long], "label": 0})
+    write_task(tmp_path, "piqa", choices)
+    write_task(tmp_path, "sciq", [{**choices[2], "continuations": [" is", " a"]}])
+    write_task(tmp_path, "openbookqa", choices[:1])
+    flags = ("--requests", str(tmp_path), "--tasks", "piqa,sciq,openbookqa")
+    names = ("requests", "cut_requests", "requests_in_pieces")
+    report = figures_of(folder, "avgk", capsys, *flags)
+    counts = [[task[name] for name in names] for task in report["tasks"]]
+    assert counts == [[6, 3, 2], [2, 2, 0], [2, 0, 0]]
+    zero_shot(folder, "avgk", *flags)
+    cut = "requests are longer than the model's context and cut at the left"
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "",
+        f"piqa: 3 of 6 {cut}; 2 have a continuation that is longer by itself and is scored in "
+        "pieces, where lm-evaluation-harness stops",
+        f"sciq: 2 of 2 {cut}",
+    ]
 
 
 def test_table_and_progress(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,9 @@ class GShard(LearnedGate):
     """Top-b blocks of a learned linear gate, by default two of half the FFN's width, times their
     probabilities renormalised to sum to 1 (Lepikhin et al. 2020, arXiv 2006.16668, algorithm 1).
 
+    With a capacity factor, a block keeps its weight where the token's other block is full.
+    fairscale's ``Top2Gate`` renormalises over the blocks that are left: the weight becomes 1.
+
     The balance loss counts first choices only. The paper's experts are as wide as the FFN, so that
     a token uses two FFNs: ``transformer_lm_gshard_8d``.
     """

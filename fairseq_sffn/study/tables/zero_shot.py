@@ -34,6 +34,7 @@ def zero_shot(study: Study, table: Table) -> Parts:
         "Accuracy in % ± standard error: of the answer with the highest log-likelihood per "
         "character; where there is none to choose from, of the last word, decoded greedily.",
         documents_note(known.values()),
+        cut_note(known),
         "The first seed of each row." if any(len(o.row.seeds) > 1 for o in outcomes) else "",
         apart_note(found),
         *gaps_notes(outcomes),
@@ -52,12 +53,16 @@ class Task:
         accuracy: with likelihoods normalised by length, where there are choices.
         error: its standard error; ``None``: not known.
         random: accuracy of guesses.
+        cut: requests that were cut to the model's context.
+        in_pieces: those of them whose continuation was scored in pieces.
     """
 
     documents: int
     accuracy: float
     error: float | None
     random: float
+    cut: int = 0
+    in_pieces: int = 0
 
     @property
     def apart(self) -> bool:
@@ -79,7 +84,8 @@ def read_task(task: Mapping[str, Any]) -> Task:
     """A task as ``fairseq-sffn zero-shot --json`` has it."""
     kind = "" if task["accuracy_norm"] is None else "_norm"
     accuracy, error = task[f"accuracy{kind}"], task[f"standard_error{kind}"]
-    return Task(task["documents"], accuracy, error, task["random"])
+    counts = (task.get(name, 0) for name in ("cut_requests", "requests_in_pieces"))
+    return Task(task["documents"], accuracy, error, task["random"], *counts)
 
 
 def accuracy(task: Task) -> str:
@@ -103,6 +109,18 @@ def documents_note(found: Iterable[Task]) -> str:
         return ""
     least, most = f"{min(counts):,}", f"{max(counts):,}"
     return f"{most if least == most else f'{least} to {most}'} documents a task."
+
+
+def cut_note(found: Mapping[str, Task]) -> str:
+    """Which tasks have requests that are longer than the model's context."""
+
+    def listed(counts: Mapping[str, int]) -> str:
+        return ", ".join(f"{count:,} of {name}" for name, count in counts.items() if count)
+
+    cut = listed({name: task.cut for name, task in found.items()})
+    pieces = listed({name: task.in_pieces for name, task in found.items()})
+    note = f"Requests longer than the model's context are cut at the left: {cut}." * bool(cut)
+    return note + f" Continuations that are longer are scored in pieces: {pieces}." * bool(pieces)
 
 
 def apart_note(found: Mapping[str, Mapping[str, Task]]) -> str:

@@ -44,6 +44,10 @@ def test_fairscale_weighs_tokens_alike(num_blocks, num_tokens, top2gating):
     whole_N = out.selection.kept.all(dim=1)
     assert whole_N.any()
     close(combine_NBc.sum(dim=2)[whole_N], weights_NB[whole_N], tolerance=1e-6)
+    alone_N = out.selection.kept.sum(dim=1) == 1
+    theirs_N = combine_NBc.sum(dim=(1, 2))[alone_N]
+    close(theirs_N, torch.ones_like(theirs_N), tolerance=1e-6)
+    assert ((weights_NB * kept_NB).sum(dim=1)[alone_N] < 1).all()
     # Its loss is the mean over blocks of what ours sums, times their number squared.
     close(out.balance_loss, num_blocks**2 * l_aux, tolerance=1e-5)
 

@@ -1,0 +1,143 @@
+"""Counts of the tokens that an evaluation uses, and of those that it leaves out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+
+def sizes_of(dataset: Any) -> np.ndarray | None:
+    """Tokens of each sample, of its target where it has two sides: (samples,). ``None``: the data
+    set does not know."""
+    sizes = getattr(dataset, "sizes", None)
+    if sizes is None and hasattr(dataset, "dataset"):
+        return sizes_of(dataset.dataset)
+    if not isinstance(sizes, np.ndarray) or len(sizes) != len(dataset):
+        return None
+    return sizes if sizes.ndim == 1 else sizes[:, -1]
+
+
+def total(sizes: np.ndarray) -> int:
+    """The sum of sizes, which are of a small type."""
+    return int(sizes.sum(dtype=np.int64))
+
+
+def binarised_tokens(dataset: Any) -> int:
+    """Tokens of the split that a data set was made from, before any were cut or left out."""
+    while hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    return total(np.asarray(dataset.sizes))
+
+
+class LeftOut(NamedTuple):
+    """Samples of a data set that are not used.
+
+    Attributes:
+        samples: how many.
+        of_samples: of how many.
+        tokens: how many they have; ``None``, as ``of_tokens``: the data set does not know.
+        of_tokens: of how many.
+    """
+
+    samples: int
+    of_samples: int
+    tokens: int | None
+    of_tokens: int | None
+
+    def __str__(self) -> str:
+        samples = f"{self.samples:,} of {self.of_samples:,} samples"
+        if self.tokens is None:
+            return samples
+        return f"{self.tokens:,} of {self.of_tokens:,} tokens, in {samples}"
+
+
+def left_out(dataset: Any, kept: Any, indices: Any) -> LeftOut | None:
+    """What is left out of a data set; ``None``: nothing is.
+
+    Args:
+        kept: indices of the samples that are used.
+        indices: of all samples.
+    """
+    missing = np.setdiff1d(np.asarray(indices, dtype=np.int64), np.asarray(kept, dtype=np.int64))
+    if not len(missing):
+        return None
+    sizes = sizes_of(dataset)
+    if sizes is None:
+        return LeftOut(len(missing), len(indices), None, None)
+    return LeftOut(len(missing), len(indices), total(sizes[missing]), total(sizes[indices]))
+
+
+@dataclass
+class Scored:
+    """Tokens that ``fairseq-eval-lm`` scores.
+
+    Attributes:
+        begin: tokens at the beginning of each sample that it takes off again, ``<s>``.
+        tokens: that are in its loss.
+        impossible: that it leaves out, since their score is infinite.
+    """
+
+    begin: int = 0
+    tokens: int = 0
+    impossible: int = 0
+
+    def add(self, hypotheses: list[list[dict[str, Any]]]) -> None:
+        """Counts what a batch's samples have."""
+        for best, *_ in hypotheses:
+            scores = best["positional_scores"][self.begin :]
+            impossible = int(torch.isinf(scores).sum())
+            self.tokens += scores.numel() - impossible
+            self.impossible += impossible
+
+
+@dataclass(frozen=True)
+class Split:
+    """What there is to score in a split.
+
+    Attributes:
+        tokens: as ``fairseq-preprocess`` made them.
+        cut: of these, how many are in no sample.
+        long: tokens of samples that the model is too short for.
+        long_samples: how many samples these are.
+        positions: that the model has.
+        shards: that the samples are dealt to; one is evaluated.
+        break_mode: of the task, ``none`` where it may split a sentence.
+    """
+
+    tokens: int
+    cut: int
+    long: int
+    long_samples: int
+    positions: Any
+    shards: int
+    break_mode: str
+
+    @classmethod
+    def of(cls, dataset: Any, positions: Any, shards: int, break_mode: Any) -> Split | None:
+        """The split that a data set was made from; ``None``: the data set does not know."""
+        sizes, too_long = sizes_of(dataset), []
+        if sizes is None:
+            return None
+        if positions is not None:
+            _, too_long = dataset.filter_indices_by_size(np.arange(len(dataset)), positions)
+        tokens = binarised_tokens(dataset)
+        cut, long = tokens - total(sizes), total(sizes[too_long]) if too_long else 0
+        return cls(tokens, cut, long, len(too_long), positions, shards, str(break_mode))
+
+    def left_out(self, scored: Scored) -> str:
+        """How many tokens have no part in a result, and why."""
+        missing = self.tokens - scored.tokens
+        shorter = "" if self.break_mode == "none" else "; --sample-break-mode none scores all"
+        reasons = {
+            f"in {self.long_samples:,} samples longer than the model's {self.positions} positions"
+            + shorter: self.long,
+            f"cut by --sample-break-mode {self.break_mode} or --shorten-method": self.cut,
+            "of probability 0": scored.impossible,
+        }
+        if self.shards > 1 and scored.tokens:
+            reasons[f"dealt to others of {self.shards} shards"] = missing - sum(reasons.values())
+        told = ", ".join(f"{count:,} {why}" for why, count in reasons.items() if count > 0)
+        return f"{missing:,} of {self.tokens:,} tokens are left out of the loss: {told or 'all'}"
