@@ -1,6 +1,7 @@
 """What all models of the plugin share: their flags, how they load, how they are registered."""
 
 import re
+from argparse import Namespace
 from dataclasses import field, make_dataclass
 from typing import Any, ClassVar, Optional
 
@@ -34,6 +35,11 @@ class PluginModel(BaseFairseqModel):
             parser.add_argument(
                 flag(f"no_{name}"), dest=name, action="store_false", help=f"turns off {flag(name)}"
             )
+
+    @classmethod
+    def options(cls, args: Any) -> Any:
+        """Return a model's options; fill in what an ``argparse.Namespace`` leaves out."""
+        return cls.config_class.from_namespace(args) if isinstance(args, Namespace) else args
 
     def ask_for_losses(self, wanted: bool) -> bool:
         """Whether the routing of the next forward passes is to have balance and z losses. They take

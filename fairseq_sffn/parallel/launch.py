@@ -3,6 +3,7 @@ before they do. Each function is one repair, safe to apply twice."""
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import os
@@ -17,9 +18,10 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.models import distributed_fairseq_model
 from fairseq.trainer import Trainer
 from fairseq_cli import train as train_command
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from ..compat import replace_once
+from ..configuration import as_configuration, writable
 from ..errors import UsageError
 from ..models.config import flag
 
@@ -63,7 +65,7 @@ def obey_torchrun() -> None:
         if cfg.distributed_init_method is not None or cfg.tpu or cfg.pipeline_model_parallel:
             return original(cfg, force_distributed)
         if is_launched():
-            with open_dict(cfg):
+            with writable(cfg):
                 cfg.distributed_world_size = int(os.environ["WORLD_SIZE"])
                 cfg.distributed_rank = int(os.environ["RANK"])
                 cfg.device_id = int(os.environ["LOCAL_RANK"])
@@ -96,6 +98,7 @@ def choose_gloo_on_cpus() -> None:
 
     @functools.wraps(distributed_utils.distributed_init)
     def distributed_init(cfg: Any) -> Any:
+        cfg = as_configuration(cfg)
         if on_cpu(cfg) and str(cfg.distributed_training.distributed_backend) == "nccl":
             cfg.distributed_training.distributed_backend = "gloo"
         return original(cfg)
@@ -171,11 +174,13 @@ def compare_settings_first() -> None:
 
     @functools.wraps(train_command.main)
     def main(cfg: Any, **kwargs: Any) -> Any:
+        cfg = as_configuration(cfg)
         check_and_compare_settings(cfg)
         return original_main(cfg, **kwargs)
 
     @functools.wraps(Trainer.__init__)
     def __init__(self: Trainer, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        cfg = as_configuration(cfg)
         check_and_compare_settings(cfg)
         original(self, cfg, *args, **kwargs)
 
@@ -289,7 +294,7 @@ def settings_of(cfg: Any) -> dict[tuple[str, str], Any]:
         (group, name): value
         for group, values in plain.items()
         if group != OF_HYDRA
-        for name, value in (values if isinstance(values, dict) else {group: values}).items()
+        for name, value in options_of(group, values).items()
         if name not in OF_ONE_RANK
     }
     options = {
@@ -299,6 +304,14 @@ def settings_of(cfg: Any) -> dict[tuple[str, str], Any]:
     versions = {"PyTorch": torch.__version__, "fairseq": fairseq.__version__}
     versions["fairseq_sffn's code"] = code_fingerprint()
     return options | {("", name): version for name, version in versions.items()}
+
+
+def options_of(group: str, values: Any) -> dict[str, Any]:
+    """Return the options of a group by name. fairseq's models without a dataclass have theirs in an
+    ``argparse.Namespace``."""
+    if isinstance(values, argparse.Namespace):
+        return vars(values)
+    return values if isinstance(values, dict) else {group: values}
 
 
 def first_difference(ranks: list[dict[tuple[str, str], Any]]) -> str | None:
