@@ -80,7 +80,7 @@ def obey_torchrun() -> None:
         if world_size > max(gpus, 1) and not by_slurm:
             raise UsageError(
                 f"--distributed-world-size {world_size}: is more than the {gpus} GPUs here; start "
-                f"with torchrun --nproc_per_node {world_size} $(which fairseq-train) ..."
+                f'with torchrun --nproc_per_node {world_size} "$(which fairseq-train)" ...'
             )
         return original(cfg, force_distributed)
 
@@ -215,7 +215,7 @@ def refuse_to_spawn_nothing() -> None:
             raise UsageError(
                 f"--distributed-init-method {options.distributed_init_method}: starts a process "
                 "for each GPU, and there is none here; start with torchrun --nproc_per_node "
-                f"{options.distributed_world_size} $(which fairseq-train) ..."
+                f'{options.distributed_world_size} "$(which fairseq-train)" ...'
             )
         return original(cfg, main, **kwargs)
 
