@@ -13,10 +13,11 @@ with warnings.catch_warnings():
 
 compat.apply()
 
-from . import checks, criterions, models, optim, tasks  # noqa: E402
+from . import checks, configuration, criterions, models, optim, tasks  # noqa: E402
 from .parallel import checkpoints, gradients, launch  # noqa: E402
 
-for repairs in (checks, launch, gradients, checkpoints):
+# The configuration last, so that its wrappers go around all others.
+for repairs in (checks, launch, gradients, checkpoints, configuration):
     repairs.apply()
 
 __all__ = ["checks", "compat", "criterions", "models", "optim", "tasks"]

@@ -10,7 +10,6 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 from fairseq.trainer import Trainer
 
 from .compat import replace_once
-from .configuration import as_configuration
 from .criterions.routing_losses import RoutingLosses
 from .errors import UsageError
 from .memory import MemoryConfig, SparseMemory
@@ -26,7 +25,6 @@ def apply() -> None:
     def __init__(
         self: Trainer, cfg: Any, task: Any, model: Any, criterion: Any, *args: Any, **kwargs: Any
     ) -> None:
-        cfg = as_configuration(cfg)
         if (ours := plugin_model_in(model)) is not None:
             check_options(cfg, ours)
             name = getattr(cfg.criterion, "_name", None) or type(criterion).__name__

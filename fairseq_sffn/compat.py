@@ -31,7 +31,6 @@ from fairseq_cli import eval_lm as eval_command
 from fairseq_cli import train as train_command
 from torch.serialization import MAGIC_NUMBER
 
-from .configuration import as_configuration
 from .errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -213,7 +212,6 @@ def refuse_half_precision_on_cpu() -> None:
 
     @functools.wraps(Trainer.__init__)
     def __init__(self: Trainer, cfg: Any, *args: Any, **kwargs: Any) -> None:
-        cfg = as_configuration(cfg)
         check_precision(cfg.common)
         original(self, cfg, *args, **kwargs)
 
@@ -261,7 +259,6 @@ def evaluate_at_the_model_context() -> None:
 
     @functools.wraps(eval_command.main)
     def main(cfg: Any, **kwargs: Any) -> Any:
-        cfg = as_configuration(cfg)
         window, length = cfg.eval_lm.context_window, getattr(cfg.task, "tokens_per_sample", None)
         if length is not None and window >= length:
             raise UsageError(

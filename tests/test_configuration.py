@@ -17,7 +17,7 @@ from fairseq.trainer import Trainer
 from fairseq_cli import eval_lm, generate, interactive, train, validate
 from omegaconf import OmegaConf
 
-from fairseq_sffn import compat
+from fairseq_sffn import compat, configuration
 from fairseq_sffn.configuration import as_configuration, writable
 from fairseq_sffn.errors import UsageError
 from fairseq_sffn.parallel import launch
@@ -99,8 +99,6 @@ def test_the_trainer_takes_a_namespace(data_bin: Path, tmp_path: Path, arch: str
 def test_a_namespace_is_converted_once(
     data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fairseq_sffn import configuration
-
     calls = []
 
     def counted(args: argparse.Namespace) -> Any:
@@ -264,7 +262,7 @@ def test_what_is_no_namespace_stays() -> None:
 
 
 def test_repairs_are_applied_once_more_without_effect() -> None:
-    before = Trainer.__init__
-    compat.apply()
-    launch.apply()
-    assert Trainer.__init__ is before
+    before = Trainer.__init__, train.main, eval_lm.main
+    for repairs in (compat, launch, configuration):
+        repairs.apply()
+    assert (Trainer.__init__, train.main, eval_lm.main) == before

@@ -21,7 +21,7 @@ from fairseq_cli import train as train_command
 from omegaconf import DictConfig, OmegaConf
 
 from ..compat import replace_once
-from ..configuration import as_configuration, writable
+from ..configuration import writable
 from ..errors import UsageError
 from ..models.config import flag
 
@@ -98,7 +98,6 @@ def choose_gloo_on_cpus() -> None:
 
     @functools.wraps(distributed_utils.distributed_init)
     def distributed_init(cfg: Any) -> Any:
-        cfg = as_configuration(cfg)
         if on_cpu(cfg) and str(cfg.distributed_training.distributed_backend) == "nccl":
             cfg.distributed_training.distributed_backend = "gloo"
         return original(cfg)
@@ -174,13 +173,11 @@ def compare_settings_first() -> None:
 
     @functools.wraps(train_command.main)
     def main(cfg: Any, **kwargs: Any) -> Any:
-        cfg = as_configuration(cfg)
         check_and_compare_settings(cfg)
         return original_main(cfg, **kwargs)
 
     @functools.wraps(Trainer.__init__)
     def __init__(self: Trainer, cfg: Any, *args: Any, **kwargs: Any) -> None:
-        cfg = as_configuration(cfg)
         check_and_compare_settings(cfg)
         original(self, cfg, *args, **kwargs)
 
