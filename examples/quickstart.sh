@@ -14,8 +14,9 @@ cd "$(dirname "$0")/.."
 UPDATES=${QUICKSTART_UPDATES:-500}
 [[ $UPDATES =~ ^[1-9][0-9]*$ ]] ||
     { echo "QUICKSTART_UPDATES=$UPDATES: must be a positive whole number" >&2; exit 1; }
-MODELS=${QUICKSTART_MODELS:-dense hash_layer switch avgk}
-python -W ignore - $MODELS <<'END'
+# Words, whatever blanks are between them; read fails at the end of its input.
+read -r -d '' -a MODELS <<<"${QUICKSTART_MODELS:-dense hash_layer switch avgk}" || true
+python -W ignore - "${MODELS[@]}" <<'END'
 import sys
 from fairseq_sffn.models.transformer_lm import METHODS
 
@@ -103,13 +104,13 @@ run_model() {
 export OMP_NUM_THREADS=1
 set -m
 trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done' EXIT
-set -- $MODELS
+set -- "${MODELS[@]}"
 while [ $# -gt 0 ]; do
-    pair=${*:1:2}
+    pair=("${@:1:2}")
     shift $(($# > 1 ? 2 : 1))
-    echo "== $pair"
+    echo "== ${pair[*]}"
     jobs=()
-    for model in $pair; do
+    for model in "${pair[@]}"; do
         run_model "$model" &
         jobs+=($!)
     done
@@ -117,4 +118,4 @@ while [ $# -gt 0 ]; do
 done
 
 echo "== results: $RUNS/results.json, $RUNS/perplexity.png"
-python -W ignore examples/quickstart/report.py --runs $RUNS --data $DATA --models $MODELS
+python -W ignore examples/quickstart/report.py --runs $RUNS --data $DATA --models "${MODELS[@]}"

@@ -19,10 +19,12 @@ make_venv() {
     local python
     python=$(python_for_venv)
     [ -x .venv/bin/python ] || "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-        --requirement examples/requirements.txt
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-        --no-build-isolation --editable .
+    local pip=(.venv/bin/python -m pip --disable-pip-version-check)
+    # ve-fairseq comes without its dependencies: torchaudio must not (requirements.txt says why).
+    "${pip[@]}" install --quiet --requirement <(grep -v '^ve-fairseq==' examples/requirements.txt)
+    "${pip[@]}" install --quiet --no-deps --requirement examples/requirements.txt
+    "${pip[@]}" -qq uninstall --yes torchaudio
+    "${pip[@]}" install --quiet --no-deps --no-build-isolation --editable .
     # Last, so that an interrupted installation is taken up again.
     cat examples/requirements.txt setup.py >.venv/made-from.txt
 }

@@ -14,14 +14,25 @@ with warnings.catch_warnings():
 evaluation.apply()
 compat.apply()
 
-from . import checks, criterions, interruptions, models, optim, options, splits, tasks  # noqa: E402
+from . import (  # noqa: E402
+    checks,
+    configuration,
+    criterions,
+    interruptions,
+    models,
+    optim,
+    options,
+    splits,
+    tasks,
+)
 from .checkpoints import loading, resuming, writing  # noqa: E402
 from .parallel import checkpoints as sharded_checkpoints  # noqa: E402
 from .parallel import gradients, launch  # noqa: E402
 
+# The configuration last, so that its wrappers go around all others.
 for repairs in (
     *(loading, writing, checks, launch, gradients, sharded_checkpoints, resuming),
-    *(interruptions, options, splits),
+    *(interruptions, options, splits, configuration),
 ):
     repairs.apply()
 

@@ -27,7 +27,8 @@ def apply() -> None:
     ) -> None:
         if (ours := plugin_model_in(model)) is not None:
             check_options(cfg, ours)
-            check_criterion(ours, criterion, str(cfg.criterion._name))
+            name = getattr(cfg.criterion, "_name", None) or type(criterion).__name__
+            check_criterion(ours, criterion, str(name))
         original(self, cfg, task, model, criterion, *args, **kwargs)
 
     original = Trainer.__init__

@@ -6,6 +6,7 @@ Each function is one repair: what breaks, and when it can go. All are safe to ap
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import sys
 import types
@@ -71,36 +72,34 @@ def evaluate_at_the_model_context() -> None:
     it prints a perplexity of 1.00. Can go when fairseq evaluates or refuses."""
 
     @functools.wraps(LanguageModelingTask.eval_lm_dataloader)
-    def eval_lm_dataloader(
-        self: Any,
-        dataset: Any,
-        *,
-        max_positions: Any = None,
-        context_window: int = 0,
-        **kwargs: Any,
-    ) -> Any:
+    def eval_lm_dataloader(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(self, *args, **kwargs)
+        call.apply_defaults()
+        given = call.arguments
+        max_positions, window = given["max_positions"], given["context_window"]
+        # A caller's own dataset cannot be cut anew.
+        splits = [name for name, of in self.datasets.items() if of is given["dataset"]]
+        if max_positions is None or not splits:
+            return original(*call.args, **call.kwargs)
         asked = self.args.tokens_per_sample
-        if max_positions is not None and asked + context_window > max_positions:
-            if context_window >= max_positions:
+        if asked + window > max_positions:
+            if window >= max_positions:
                 raise UsageError(
-                    f"--context-window {context_window}: the model has {max_positions} positions"
+                    f"--context-window {window}: the model has {max_positions} positions"
                 )
-            self.args.tokens_per_sample = max_positions - context_window
+            self.args.tokens_per_sample = max_positions - window
             logger.warning(
-                f"--tokens-per-sample {asked + context_window}: the model has {max_positions} "
+                f"--tokens-per-sample {asked + window}: the model has {max_positions} "
                 f"positions; evaluating at {max_positions}"
             )
-            split = next(name for name, loaded in self.datasets.items() if loaded is dataset)
-            self.load_dataset(split)
-            dataset = self.dataset(split)
-        return original(
-            self, dataset, max_positions=max_positions, context_window=context_window, **kwargs
-        )
+            self.load_dataset(splits[0])
+            given["dataset"] = self.dataset(splits[0])
+        return original(*call.args, **call.kwargs)
 
     @functools.wraps(eval_command.main)
     def main(cfg: Any, **kwargs: Any) -> Any:
-        window, length = cfg.eval_lm.context_window, cfg.task.tokens_per_sample
-        if window >= length:
+        window, length = cfg.eval_lm.context_window, getattr(cfg.task, "tokens_per_sample", None)
+        if length is not None and window >= length:
             raise UsageError(
                 f"--context-window {window}: leaves nothing of --tokens-per-sample {length}"
             )
@@ -109,6 +108,7 @@ def evaluate_at_the_model_context() -> None:
     original_main = eval_command.main
     replace_once(eval_command, "main", main)
     original = LanguageModelingTask.eval_lm_dataloader
+    signature = inspect.signature(original)
     replace_once(LanguageModelingTask, "eval_lm_dataloader", eval_lm_dataloader)
 
 
@@ -163,23 +163,27 @@ def deal_the_same_batches_when_resumed() -> None:
     first epoch wherever batches are kept. Can go when fairseq does."""
 
     @functools.wraps(FairseqTask.get_batch_iterator)
-    def get_batch_iterator(
-        self: FairseqTask, dataset: Any, *args: Any, epoch: int = 1, **kwargs: Any
-    ) -> Any:
+    def get_batch_iterator(self: FairseqTask, *args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(self, *args, **kwargs)
+        call.apply_defaults()
+        given = call.arguments
+        dataset, epoch = given["dataset"], given["epoch"]
         kept = (
             self.can_reuse_epoch_itr(dataset)
-            and not kwargs.get("disable_iterator_cache")
-            and not kwargs.get("update_epoch_batch_itr")
+            and not given["disable_iterator_cache"]
+            and not given["update_epoch_batch_itr"]
             and not getattr(self.cfg, "rebuild_batches", False)
         )
         if not kept or dataset in self.dataset_to_epoch_iter:
-            return original(self, dataset, *args, epoch=epoch, **kwargs)
-        iterator = original(self, dataset, *args, epoch=1, **kwargs)
+            return original(*call.args, **call.kwargs)
+        given["epoch"] = 1
+        iterator = original(*call.args, **call.kwargs)
         iterator.epoch = epoch
         dataset.set_epoch(epoch)
         return iterator
 
     original = FairseqTask.get_batch_iterator
+    signature = inspect.signature(original)
     replace_once(FairseqTask, "get_batch_iterator", get_batch_iterator)
 
 

@@ -131,9 +131,9 @@ def count_what_validation_leaves_out() -> None:
         found = getattr(trainer, "validation_leaves_out", None)
         if isinstance(found, LeftOut):
             # Tensors, since fairseq rounds other numbers to six digits.
-            unit, number, of = ("samples", *found[:2])
-            if found.tokens is not None:
-                unit, number, of = ("tokens", *found[2:])
+            unit, number, of = "samples", found.samples, found.of_samples
+            if found.tokens is not None and found.of_tokens is not None:
+                unit, number, of = "tokens", found.tokens, found.of_tokens
             stats |= {f"left_out_{unit}": torch.tensor(number), unit: torch.tensor(of)}
         return stats
 

@@ -114,7 +114,7 @@ def measure_model(
     for run, step in zip(runs, steps, strict=True):
         several, tokens = times[run], context * sentences
         asked = " ".join(flags(model, OPTIMIZER, context, sentences, run.flags(model)))
-        launcher = f"torchrun --standalone --nproc_per_node {PROCESSES} $(which fairseq-train)"
+        launcher = f'torchrun --standalone --nproc_per_node {PROCESSES} "$(which fairseq-train)"'
         row = {
             **{"model": model, "processes": PROCESSES, **run._asdict()},
             "speedup": spread(PROCESSES * x / y for x, y in zip(one, several, strict=True)),

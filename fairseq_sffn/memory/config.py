@@ -23,6 +23,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+TYPE_REASONS = {bool: "neither True nor False", int: "not a whole number", float: "not a number"}
+"""Type of a selector's option -> what another value is."""
+
+
 class ConfigError(ValueError):
     """A field of :class:`MemoryConfig` (or of a selector's options) that cannot be honoured.
 
@@ -104,6 +108,8 @@ class MemoryConfig:
             raise ConfigError("active_blocks", self.active_blocks, reason)
         if not isinstance(self.selector, (str, SelectorConfig)):
             raise ConfigError("selector", self.selector, "is no name and no selector's Config")
+        if type(self.selector) is SelectorConfig:
+            raise ConfigError("selector", self.selector, "is the Config of no selector")
         if isinstance(self.selector, str) and self.selector not in Selector.registry:
             known = ", ".join(sorted(Selector.registry))
             raise ConfigError("selector", self.selector, f"is none of {known}")
@@ -139,6 +145,12 @@ class MemoryConfig:
         for name in ("init_scale", "value_lr_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(name, getattr(self, name), "must be positive and finite")
+        if not isinstance(self.bias, bool):
+            raise ConfigError("bias", self.bias, "is neither True nor False")
+        for name, kind in self.selector_options.plain_types().items():
+            value = getattr(self.selector_options, name)
+            if type(value) not in (kind, int if kind is float else kind):
+                raise ConfigError(name, value, f"is {TYPE_REASONS[kind]}")
         for name, choices in self.selector_options.choices().items():
             if (value := getattr(self.selector_options, name)) not in choices:
                 raise ConfigError(name, value, f"is none of {', '.join(choices)}")

@@ -101,6 +101,16 @@ class SelectorConfig:
         hints = get_type_hints(cls).items()
         return {name: get_args(kind) for name, kind in hints if get_origin(kind) is Literal}
 
+    def plain_types(self) -> dict[str, type]:
+        """The type of each option that is a number or a switch, unless it is left ``None``."""
+        result: dict[str, type] = {}
+        for name, kind in get_type_hints(type(self)).items():
+            kinds = get_args(kind) or (kind,)
+            found = next((each for each in (bool, int, float) if each in kinds), None)
+            if found and not (type(None) in kinds and getattr(self, name) is None):
+                result[name] = found
+        return result
+
 
 class Selector(nn.Module):
     """Chooses ``active_blocks`` of ``num_blocks`` blocks for each token.

@@ -193,16 +193,19 @@ class SparseMemory(nn.Module):
 
     def _flatten_token_ids(self, token_ids: Tensor | None, x: Tensor) -> Tensor | None:
         context = self.config.context_tokens
-        if not context:
-            return None
         if token_ids is None:
+            if not context:
+                return None
             raise ValueError(f"{self.config.selector_class.name} selects by token ids: give them")
-        if token_ids.shape == x.shape[:-1]:
+        # What a selector does not look at has to fit all the same.
+        given, wanted = tuple(token_ids.shape), (*x.shape[:-1], max(context, 1))
+        if given == wanted[:-1]:
             token_ids = token_ids.unsqueeze(-1)
         if token_ids.shape[:-1] != x.shape[:-1] or token_ids.shape[-1] < context:
-            shape, wanted = tuple(token_ids.shape), (*x.shape[:-1], context)
-            raise ValueError(f"token_ids of shape {shape} do not fit: expected {wanted}")
-        return token_ids[..., -context:].reshape(-1, context)
+            raise ValueError(f"token_ids of shape {given} do not fit: expected {wanted}")
+        if token_ids.is_floating_point() or token_ids.is_complex() or token_ids.dtype == torch.bool:
+            raise ValueError(f"token_ids of {token_ids.dtype} are no whole numbers")
+        return token_ids[..., -context:].reshape(-1, context) if context else None
 
     def _compute(self, x_ND: Tensor, selection: Selection) -> tuple[Tensor, int]:
         """The output of the selected blocks, and the bytes sent to other ranks for it."""

@@ -21,7 +21,35 @@ from ..memory.sparse_memory import check_sharding
 
 
 @dataclass
-class DenseConfig(TransformerLanguageModelConfig):
+class FollowingOptions(FairseqDataclass):
+    """Goes before other options of a model, some of which default to another one's value."""
+
+    @classmethod
+    def from_namespace(cls, args: Any) -> Any:
+        """Like fairseq's, but resolve references such as ``${model.decoder_embed_dim}``, and read
+        the numbers that fairseq's parser leaves as text because their default is a reference.
+
+        Raises:
+            UsageError: a number is none.
+        """
+        config = super().from_namespace(args)
+        for option in fields(config):
+            value = getattr(config, option.name)
+            while reference := re.fullmatch(r"\$\{model\.(\w+)\}", str(value)):
+                value = getattr(config, reference[1])
+            is_text = isinstance(value, str) and not value.startswith("${")
+            if is_text and option.type in (int, Optional[int]):
+                try:
+                    value = int(value)
+                except ValueError as error:
+                    shown = f"{flag(option.name)} {value}"
+                    raise UsageError(f"{shown}: must be a whole number") from error
+            setattr(config, option.name, value)
+        return config
+
+
+@dataclass
+class DenseConfig(FollowingOptions, TransformerLanguageModelConfig):
     """fairseq's Transformer language model, with widths that follow ``decoder_embed_dim`` and
     pre-norm layers, as fairseq's own architectures set them."""
 
@@ -54,7 +82,7 @@ def _flat_fields(config: type, prefix: str = "") -> list[tuple[str, Any, Any]]:
 @dataclass
 class TranslationConfig(
     make_dataclass(
-        "FlatTransformerConfig", _flat_fields(TransformerConfig), bases=(FairseqDataclass,)
+        "FlatTransformerConfig", _flat_fields(TransformerConfig), bases=(FollowingOptions,)
     )
 ):
     """fairseq's encoder-decoder Transformer, whose own config is nested and unregistered. A

@@ -1,12 +1,15 @@
 """What all models of the plugin share: their flags, how they load, how they are registered."""
 
 import re
+import sys
+from argparse import Namespace
 from dataclasses import field, make_dataclass
 from typing import Any, ClassVar, Optional
 
 from fairseq.dataclass import FairseqDataclass
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import BaseFairseqModel, register_model
+from omegaconf import OmegaConf
 from torch import nn
 
 from ..compat import check_precision
@@ -34,6 +37,18 @@ class PluginModel(BaseFairseqModel):
             parser.add_argument(
                 flag(f"no_{name}"), dest=name, action="store_false", help=f"turns off {flag(name)}"
             )
+
+    @classmethod
+    def options(cls, args: Any) -> Any:
+        """Return a model's options as plain values, and its defaults for what is left out.
+
+        fairseq's configurations hold choices whose classes have no name, so that no model that
+        keeps one can be pickled.
+        """
+        if OmegaConf.is_config(args):
+            plain = OmegaConf.to_container(args, resolve=True, enum_to_str=True)
+            args = Namespace(**plain)
+        return cls.config_class.from_namespace(args)
 
     def ask_for_losses(self, wanted: bool) -> bool:
         """Whether the routing of the next forward passes is to have balance and z losses. They take
@@ -148,7 +163,11 @@ def _flags_that_decide(name: str, config: Optional[MemoryConfig]) -> list[str]:
 def register(
     name: str, base: type[PluginModel], defaults: dict[str, Any], **attributes: Any
 ) -> None:
-    """Registers a subclass of ``base`` whose options have other defaults."""
+    """Register a subclass of ``base`` whose options have other defaults.
+
+    The subclass and its config become attributes of ``base``'s module, so that models and
+    configs can be pickled.
+    """
     inherited = base.config_class.__dataclass_fields__
     options = [
         (option, inherited[option].type, field(default=value, metadata=inherited[option].metadata))
@@ -156,4 +175,7 @@ def register(
     ]
     config = make_dataclass(f"{name}_config", options, bases=(base.config_class,))
     model = type(name, (base,), {"config_class": config, **attributes})
+    for made in (config, model):
+        made.__module__ = base.__module__
+        setattr(sys.modules[base.__module__], made.__name__, made)
     register_model(name, dataclass=config)(model)

@@ -25,6 +25,7 @@ class SparseTransformer(PluginModel, TransformerModel):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "SparseTransformer":
+        args = cls.options(args)
         check_supported(args, ["encoder", "decoder"])
         check_selector(args, cls.selector, "transformer_sffn")
         # fairseq decides which embeddings are shared while it builds a model; without layers it

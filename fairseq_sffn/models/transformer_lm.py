@@ -26,6 +26,7 @@ class DenseTransformerLM(PluginModel, TransformerLanguageModel):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> Any:
+        args = cls.options(args)
         for name in ("character_embeddings", "adaptive_input"):
             tied = args.share_decoder_input_output_embed and args.adaptive_softmax_cutoff is None
             if tied and getattr(args, name):
@@ -47,6 +48,7 @@ class SparseTransformerLM(DenseTransformerLM):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "SparseTransformerLM":
+        args = cls.options(args)
         check_supported(args, ["decoder"])
         check_selector(args, cls.selector, "transformer_lm_sffn")
         dictionary = task.source_dictionary

@@ -17,6 +17,8 @@ from ..errors import UsageError
 
 HALF = (torch.float16, torch.bfloat16)
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# The third is the maximum of the second moment so far.
+AMSGRAD_MOMENTS = (*MOMENTS, "max_exp_avg_sq")
 
 
 @register_optimizer("sffn_adam", dataclass=FairseqAdamConfig)
@@ -58,8 +60,7 @@ SFFNAdam.__name__ = FairseqAdam.__name__
 
 
 class FusedAdam(Adam):
-    """fairseq's ``Adam`` by PyTorch's fused AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101);
-    no AMSGrad.
+    """fairseq's ``Adam`` by PyTorch's fused AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101).
 
     The two differ in where eps is added: fairseq's denominator is sqrt(v) + eps, PyTorch's
     sqrt(v / (1 - beta2^t)) + eps, so that eps is scaled anew for each step t.
@@ -100,12 +101,13 @@ class FusedAdam(Adam):
             raise RuntimeError("Adam does not support sparse gradients, use SparseAdam instead")
         state: dict[str, Any] = self.state[parameter]
         dtype = _wide_dtype(parameter)
+        moments = AMSGRAD_MOMENTS if group.get("amsgrad") else MOMENTS
         if not state:
             state["step"] = 0
-            for name in MOMENTS:
+            for name in moments:
                 state[name] = torch.zeros_like(parameter, dtype=dtype)
         state.setdefault("step", group.get("step", 0))  # where apex keeps it
-        for name in MOMENTS:  # PyTorch loads them in the parameter's dtype
+        for name in moments:  # PyTorch loads them in the parameter's dtype
             state[name] = state[name].to(parameter.device, dtype).contiguous()
         return state
 
@@ -117,15 +119,16 @@ class FusedAdam(Adam):
         states = [self.state[parameter] for parameter in parameters]
         steps = torch.full((len(wide),), float(step), dtype=torch.float32, device=wide[0].device)
         beta1, beta2 = group["betas"]
+        amsgrad = bool(group.get("amsgrad"))
         adamw(
             wide,
             grads,
             exp_avgs=[state["exp_avg"] for state in states],
             exp_avg_sqs=[state["exp_avg_sq"] for state in states],
-            max_exp_avg_sqs=[],
+            max_exp_avg_sqs=[state["max_exp_avg_sq"] for state in states] if amsgrad else [],
             state_steps=list(steps.unbind()),
             fused=True,
-            amsgrad=False,
+            amsgrad=amsgrad,
             beta1=beta1,
             beta2=beta2,
             lr=group["lr"],

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from fairseq import models
 from fairseq.trainer import Trainer
-from omegaconf import OmegaConf, open_dict
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..compat import replace_once
+from ..configuration import writable
 from ..criterions.routing_losses import SENT
 from ..models.plugin_model import PluginModel, plugin_model_in
 from .groups import process_groups
@@ -194,7 +193,7 @@ def load_models_whole() -> None:
     def build_model(cfg: Any, task: Any, from_checkpoint: bool = False) -> Any:
         if not from_checkpoint or not hasattr(cfg, "sffn_expert_parallel"):
             return original(cfg, task, from_checkpoint)
-        with open_dict(cfg) if OmegaConf.is_config(cfg) else nullcontext():
+        with writable(cfg):
             cfg.sffn_expert_parallel = 1
         model = original(cfg, task, from_checkpoint)
         model.work_alone()

@@ -3,6 +3,7 @@ before they do. Each function is one repair, safe to apply twice."""
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import os
@@ -17,9 +18,10 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.models import distributed_fairseq_model
 from fairseq.trainer import Trainer
 from fairseq_cli import train as train_command
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from ..compat import replace_once
+from ..configuration import writable
 from ..errors import UsageError
 from ..models.config import flag
 
@@ -63,7 +65,7 @@ def obey_torchrun() -> None:
         if cfg.distributed_init_method is not None or cfg.tpu or cfg.pipeline_model_parallel:
             return original(cfg, force_distributed)
         if is_launched():
-            with open_dict(cfg):
+            with writable(cfg):
                 cfg.distributed_world_size = int(os.environ["WORLD_SIZE"])
                 cfg.distributed_rank = int(os.environ["RANK"])
                 cfg.device_id = int(os.environ["LOCAL_RANK"])
@@ -78,7 +80,7 @@ def obey_torchrun() -> None:
         if world_size > max(gpus, 1) and not by_slurm:
             raise UsageError(
                 f"--distributed-world-size {world_size}: is more than the {gpus} GPUs here; start "
-                f"with torchrun --nproc_per_node {world_size} $(which fairseq-train) ..."
+                f'with torchrun --nproc_per_node {world_size} "$(which fairseq-train)" ...'
             )
         return original(cfg, force_distributed)
 
@@ -210,7 +212,7 @@ def refuse_to_spawn_nothing() -> None:
             raise UsageError(
                 f"--distributed-init-method {options.distributed_init_method}: starts a process "
                 "for each GPU, and there is none here; start with torchrun --nproc_per_node "
-                f"{options.distributed_world_size} $(which fairseq-train) ..."
+                f'{options.distributed_world_size} "$(which fairseq-train)" ...'
             )
         return original(cfg, main, **kwargs)
 
@@ -289,7 +291,7 @@ def settings_of(cfg: Any) -> dict[tuple[str, str], Any]:
         (group, name): value
         for group, values in plain.items()
         if group != OF_HYDRA
-        for name, value in (values if isinstance(values, dict) else {group: values}).items()
+        for name, value in options_of(group, values).items()
         if name not in OF_ONE_RANK
     }
     options = {
@@ -299,6 +301,14 @@ def settings_of(cfg: Any) -> dict[tuple[str, str], Any]:
     versions = {"PyTorch": torch.__version__, "fairseq": fairseq.__version__}
     versions["fairseq_sffn's code"] = code_fingerprint()
     return options | {("", name): version for name, version in versions.items()}
+
+
+def options_of(group: str, values: Any) -> dict[str, Any]:
+    """Return the options of a group by name. fairseq's models without a dataclass have theirs in an
+    ``argparse.Namespace``."""
+    if isinstance(values, argparse.Namespace):
+        return vars(values)
+    return values if isinstance(values, dict) else {group: values}
 
 
 def first_difference(ranks: list[dict[tuple[str, str], Any]]) -> str | None:

@@ -13,8 +13,9 @@ from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from fairseq.utils import split_paths
-from omegaconf import II, open_dict
+from omegaconf import II
 
+from ..configuration import writable
 from ..errors import UsageError
 
 CHECKED_TOKENS = 2**27
@@ -52,15 +53,25 @@ class SFFNLanguageModelingTask(LanguageModelingTask):
 
     def __init__(self, args: Any, *arguments: Any, **kwargs: Any) -> None:
         super().__init__(args, *arguments, **kwargs)
-        factor = args.eval_capacity_factor
+        factor = self.eval_capacity_factor
         if factor is not None and not 0 <= factor < math.inf:
             raise UsageError(
                 f"--eval-capacity-factor {factor}: must be positive and finite, or 0 for dropless"
             )
 
+    @property
+    def eval_capacity_factor(self) -> Optional[float]:
+        """``--eval-capacity-factor``; a namespace need not have it."""
+        return getattr(self.args, "eval_capacity_factor", None)
+
+    @property
+    def hash_counts(self) -> str:
+        """``--hash-counts``; a namespace need not have it."""
+        return str(getattr(self.args, "hash_counts", None) or "dictionary")
+
     def token_counts(self) -> Sequence[int]:
         """How often each token id occurs in the training data: (V,)."""
-        if str(self.args.hash_counts) == "dictionary":
+        if self.hash_counts == "dictionary":
             return self.dictionary.count
         split = getattr(self.args, "train_subset", "train")
         counts = np.zeros(len(self.dictionary), dtype=np.int64)
@@ -79,19 +90,19 @@ class SFFNLanguageModelingTask(LanguageModelingTask):
         if from_checkpoint:
             # The model's own tables are loaded over those that would be made from counts.
             self.args.hash_counts = "dictionary"
-            if (factor := self.args.eval_capacity_factor) is not None:
+            if (factor := self.eval_capacity_factor) is not None:
                 if "sffn_eval_capacity_factor" not in args:
                     raise UsageError(
                         f"--eval-capacity-factor {factor}: the model has no sparse layers"
                     )
-                with open_dict(args):
+                with writable(args):
                     args.sffn_eval_capacity_factor = factor
-        elif (factor := self.args.eval_capacity_factor) is not None:
+        elif (factor := self.eval_capacity_factor) is not None:
             raise UsageError(
                 f"--eval-capacity-factor {factor}: is for a trained model; in training, set "
                 "--sffn-eval-capacity-factor"
             )
-        counts = str(self.args.hash_counts)
+        counts = self.hash_counts
         if counts != "dictionary" and str(getattr(args, "hash_table", None)) != "balanced":
             raise UsageError(f"--hash-counts {counts}: is for models with --hash-table balanced")
         return super().build_model(args, from_checkpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,14 +23,17 @@ DOCUMENTS = (ROOT / "README.md", PAPER / "README.md")
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """This one, with the Python that runs the tests as its virtual environment."""
+    """This one, in a folder of an odd name, with the Python that runs the tests as its virtual
+    environment."""
+    tmp_path = tmp_path / "a b'c $d [e] (f) & g"
+    tmp_path.mkdir()
     for name in ("examples", "fairseq_sffn", "setup.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     made_from = (ROOT / "examples" / "requirements.txt", ROOT / "setup.py")
     environment = tmp_path / ".venv"
     (environment / "bin").mkdir(parents=True)
     (environment / "made-from.txt").write_text("".join(path.read_text() for path in made_from))
-    activate = f"PATH={Path(sys.executable).parent}:$PATH\n"
+    activate = f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH\n"
     (environment / "bin" / "activate").write_text(activate)
     return tmp_path
 

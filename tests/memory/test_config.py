@@ -6,6 +6,7 @@ import torch
 from oracle import CASES, build
 
 from fairseq_sffn.memory import ConfigError, MemoryConfig, SparseMemory
+from fairseq_sffn.memory.selection import SelectorConfig
 from fairseq_sffn.memory.selectors.avgk import AvgK
 from fairseq_sffn.memory.selectors.gshard import GShard
 from fairseq_sffn.memory.selectors.hash_layer import HashLayer
@@ -54,6 +55,16 @@ BALANCED = {**HASH, "selector": HashLayer.Config(table="balanced")}
         (dict(block_size=4.0), "block_size", 4.0),
         (dict(active_blocks=True), "active_blocks", True),
         (dict(selector=None), "selector", None),
+        (dict(selector=SelectorConfig()), "selector", SelectorConfig()),
+        (dict(bias="no"), "bias", "no"),
+        (dict(selector=AvgK.Config(exclude_bias="no")), "exclude_bias", "no"),
+        (dict(selector=AvgK.Config(center=1)), "center", 1),
+        (dict(selector=AvgK.Config(balance_rate="0.1")), "balance_rate", "0.1"),
+        (dict(selector=AvgK.Config(balance_rate=True)), "balance_rate", True),
+        (dict(SINGLE, selector=LoRKM.Config(rank=2.5)), "rank", 2.5),
+        (dict(SINGLE, selector=PKM.Config(heads=2.0)), "heads", 2.0),
+        (dict(SINGLE, selector=PKM.Config(heads=None)), "heads", None),
+        (dict(SINGLE, selector=PKMFFN.Config(query_dim="4")), "query_dim", "4"),
         (dict(activation=None), "activation", None),
         (dict(engine="nothing"), "engine", "nothing"),
         (dict(engine="grouped", block_size=1), "engine", "grouped"),

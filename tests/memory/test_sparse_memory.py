@@ -671,16 +671,23 @@ def test_repr_tells_the_method():
 @pytest.mark.parametrize(
     "call",
     [
-        lambda memory: memory(tokens(4)[0]),
         lambda memory: memory(tokens(4)[0], tokens(3)[1]),
         lambda memory: memory(tokens(2, 3)[0], tokens(3, 2)[1]),
+        lambda memory: memory(tokens(4)[0], tokens(4)[1].float()),
+        lambda memory: memory(tokens(4)[0], tokens(4)[1].bool()),
     ],
-    ids=["missing", "too few", "transposed"],
+    ids=["too few", "transposed", "float", "bool"],
 )
-def test_token_ids_that_do_not_fit_are_refused(call):
-    with pytest.raises(ValueError, match=r"token_ids|token ids") as caught:
-        call(build("hash_layer"))
+@pytest.mark.parametrize("case", CASES)
+def test_token_ids_that_do_not_fit_are_refused(case, call):
+    with pytest.raises(ValueError, match=r"token_ids of") as caught:
+        call(build(case))
     assert "\n" not in str(caught.value)
+
+
+def test_missing_token_ids_are_refused():
+    with pytest.raises(ValueError, match="hash_layer selects by token ids: give them"):
+        build("hash_layer")(tokens(4)[0])
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4), (16,)])

@@ -35,6 +35,8 @@ SETTINGS: list[dict[str, Any]] = [
     dict(betas=(0.9, 0.98), eps=1e-6),
     dict(betas=(0.5, 0.6), eps=0.1, weight_decay=0.01),  # an eps that decides
     dict(betas=(0.0, 0.999), eps=0.0),
+    dict(amsgrad=True),
+    dict(amsgrad=True, betas=(0.5, 0.6), eps=0.1, weight_decay=0.01),
 ]
 
 
@@ -77,7 +79,7 @@ def assert_same_state(actual: dict[str, Any], expected: dict[str, Any]) -> None:
         state = actual["state"][number]
         assert state.keys() == reference.keys()
         assert type(state["step"]) is int and state["step"] == reference["step"]
-        names = ("exp_avg", "exp_avg_sq")
+        names = sorted(reference.keys() - {"step"})
         assert_same([state[name] for name in names], [reference[name] for name in names])
     assert actual["param_groups"] == expected["param_groups"]
 
@@ -117,7 +119,8 @@ def test_groups_have_their_own_settings() -> None:
         groups = [
             dict(params=tensors[:2], own_lr=3.0, weight_decay=0.2),
             dict(params=[]),
-            dict(params=tensors[2:], betas=(0.8, 0.9), eps=1e-3),
+            dict(params=tensors[2:4], betas=(0.8, 0.9), eps=1e-3),
+            dict(params=tensors[4:], amsgrad=True),
         ]
         train(kind(groups), range(10))
         results.append(tensors)
@@ -126,11 +129,12 @@ def test_groups_have_their_own_settings() -> None:
 
 @pytest.mark.parametrize(("first", "second"), [(Adam, FusedAdam), (FusedAdam, Adam)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("amsgrad", [False, True])
 def test_either_goes_on_from_the_other(
-    first: type[Adam], second: type[Adam], dtype: torch.dtype
+    first: type[Adam], second: type[Adam], dtype: torch.dtype, amsgrad: bool
 ) -> None:
     whole, parts = parameters(dtype), parameters(dtype)
-    optimizer = first(whole, weight_decay=0.1)
+    optimizer = first(whole, weight_decay=0.1, amsgrad=amsgrad)
     train(optimizer, range(5))
     for target, source in zip(parts, whole, strict=True):
         target.data.copy_(source.data)

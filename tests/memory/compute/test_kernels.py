@@ -2,6 +2,7 @@
 with the engines that use them.)"""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,7 @@ def test_what_the_compiler_says_is_told_in_a_line(tmp_path):
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho 'In file x:' >&2\necho 'error: no' >&2\nexit 1\n")
     compiler.chmod(0o755)
-    lines = report(tmp_path, CXX=str(compiler)).splitlines()
+    lines = report(tmp_path, CXX=shlex.quote(str(compiler))).splitlines()
     assert lines[1] == "WARNING no C++ kernels, so stock PyTorch computes: error: no"
     assert lines[2:] == ["kernels: False False"]
     assert not list((tmp_path / "fairseq_sffn").glob("*.so"))
@@ -72,7 +73,7 @@ def test_a_compiler_that_says_nothing_or_anything(said, tmp_path):
     compiler = tmp_path / "c++"
     compiler.write_text(f"#!/bin/sh\nprintf '{said}' >&2\nexit 1\n")
     compiler.chmod(0o755)
-    lines = report(tmp_path, CXX=f"{compiler} -m64").splitlines()
+    lines = report(tmp_path, CXX=f"{shlex.quote(str(compiler))} -m64").splitlines()
     assert lines[1].startswith("WARNING no C++ kernels") and lines[2] == "kernels: False False"
 
 
