@@ -136,7 +136,7 @@ CHECKPOINT = Record(
                 "best": NUMBER,
                 "val_loss": optional(NUMBER),
                 "ema": optional(Table(TENSOR)),
-                "early_stopping": Record({"best": optional(NUMBER), "num_runs": COUNT}),
+                "early_stopping": Record({"best": NUMBER, "num_runs": COUNT}),
             }
         ),
     },
