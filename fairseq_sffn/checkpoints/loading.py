@@ -22,9 +22,9 @@ from omegaconf import OmegaConf
 
 from ..compat import replace_once
 from ..errors import UsageError
-from .configuration import safe_state
 from .integrity import fingerprint, is_not_averaged
 from .reading import SKIP_CHECKSUMS, DamagedCheckpoint, read_file
+from .stored_configuration import safe_state
 from .structure import check_structure
 
 KEY = "sffn"
