@@ -167,13 +167,20 @@ def test_what_reshard_refuses(arguments, message, saved):
 
 
 @pytest.mark.parametrize("command", ["eval-lm", "train", "reshard"])
-@pytest.mark.parametrize("damage", ["missing", "truncated", "swapped", "another", "alien", "list"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "truncated", "flipped", "swapped", "another", "alien", "list"]
+)
 def test_a_part_that_cannot_be_read_is_named(damage, command, saved, data_bin, tmp_path):
     part = next(saved.glob("shards-*/part3-of-4.pt"))
     if damage == "missing":
         part.unlink()
     elif damage == "truncated":
         part.write_bytes(part.read_bytes()[:1000])
+    elif damage == "flipped":  # a bit of a tensor
+        table = next(iter(torch.load(part, weights_only=True)["model"].values()))
+        content = bytearray(part.read_bytes())
+        content[content.index(table.numpy().tobytes()) + 9] ^= 4
+        part.write_bytes(content)
     elif damage == "swapped":
         part.write_bytes(b"no checkpoint")
     elif damage == "another":
