@@ -225,6 +225,16 @@ def test_hydra_imports_the_plugin_in_the_midst_of_training() -> None:
         train.add_defaults(cfg)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("distributed_world_size", 0), ("distributed_port", -2)]
+)
+def test_no_process_is_started_by_numbers_out_of_range(option: str, value: int) -> None:
+    _, cfg = training_options()
+    cfg.distributed_training[option] = value
+    with pytest.raises(UsageError, match=rf"^{flag(option)} {value}: must be at least "):
+        distributed_utils.call_main(cfg, lambda cfg: None)
+
+
 @pytest.fixture(scope="module")
 def trained(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained checkpoint."""

@@ -2,16 +2,19 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import commands
 import pytest
 import torch
 from fairseq.data import data_utils
+from fairseq.logging import metrics
 from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf import OmegaConf
 
+from fairseq_sffn import splits
 from fairseq_sffn.errors import UsageError
-from fairseq_sffn.splits import check_splits
+from fairseq_sffn.splits import check_metric, check_splits
 
 
 def configuration(data: str, task: str = "language_modeling", **dataset: str) -> OmegaConf:
@@ -129,3 +132,23 @@ def test_training_goes_on_as_without_the_look(model: str, data_bin: Path, tmp_pa
         assert torch.equal(tensor, states[1]["model"][name]), name
     best = torch.load(tmp_path / "ppl" / "checkpoint_best.pt")["extra_state"]["best"]
     assert best == pytest.approx(float(validations[1][-1]["valid_ppl"]))
+
+
+def test_the_look_leaves_nothing_behind(
+    data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in the meters of training, nor in the batch of ranks that have no sentences."""
+    looks = []
+
+    def look(cfg: Any, trainer: Any, *args: Any) -> None:
+        trainer.reset_dummy_batch(batch := {"of": "the test"})
+        before = set(metrics.get_meters("default") or ())
+        check_metric(cfg, trainer, *args)
+        after = set(metrics.get_meters("default") or ())
+        looks.append((before == after, trainer._dummy_batch is batch))
+
+    monkeypatch.setattr(splits, "check_metric", look)
+    flags = ("--best-checkpoint-metric", "ppl", "--batch-size", "100", "--max-update", "9")
+    log = commands.train(data_bin, tmp_path, "avgk", *flags, "--required-batch-size-multiple", "1")
+    assert looks == [(True, True)]  # once for all epochs
+    assert {int(record["epoch"]) for record in commands.records(log)} >= {1, 2}

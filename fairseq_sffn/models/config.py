@@ -18,6 +18,7 @@ from ..memory import ConfigError, MemoryConfig, Selector
 from ..memory.compute import ENGINES
 from ..memory.gate import GATES
 from ..memory.sparse_memory import check_sharding
+from .size import check_selector_size
 
 
 @dataclass
@@ -299,7 +300,6 @@ def build_memory_config(
             engine=None if args.sffn_engine is None else str(args.sffn_engine),
         )
         check_sharding(config, args.sffn_expert_parallel)
-        return config
     except ConfigError as error:
         # A number of the data, such as the types of the dictionary, has no flag.
         name = flag(names[error.field]) if error.field in names else error.field.replace("_", " ")
@@ -311,6 +311,9 @@ def build_memory_config(
                 f"--sffn-block-size {block_size}: needs {blocks}, but {error.reason}"
             ) from error
         raise UsageError(f"{name} {error.value}: {error.reason}") from error
+    own = {option: getattr(args, option, None) for option in selector_flags(selector)}
+    check_selector_size(config, {name: size for name, size in own.items() if type(size) is int})
+    return config
 
 
 def _selector_options(args: Any, selector: type[Selector]) -> Any:

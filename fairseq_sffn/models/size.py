@@ -10,7 +10,7 @@ from fairseq import models
 from fairseq.models.transformer_lm import TransformerLanguageModel
 
 from ..errors import UsageError, flag
-from ..memory import Selector
+from ..memory import MemoryConfig, Selector
 
 BYTES = 4
 """Of a parameter in fp32, the type in which fairseq builds every model."""
@@ -58,6 +58,27 @@ def check_size(args: Any, task: Any) -> None:
     where = f" in {processes} processes" if processes > 1 else ""
     raise UsageError(
         f"{flag(name)} {largest.options[name]}: {what} take {in_words(taken)} in fp32{where}, "
+        f"this machine has {in_words(memory)}"
+    )
+
+
+def check_selector_size(config: MemoryConfig, options: dict[str, int]) -> None:
+    """Refuse a selector whose own parameters do not fit into the memory of this machine.
+
+    Args:
+        options: name -> value of the selector's options that are numbers.
+
+    Raises:
+        UsageError: names the largest option, and the memory that is taken.
+    """
+    memory = physical_memory()
+    taken = config.selector_class.num_params(config) * BYTES
+    on_meta = torch.get_default_device().type == "meta"
+    if memory is None or on_meta or taken <= memory or not options:
+        return
+    name = max(options, key=lambda option: options[option])
+    raise UsageError(
+        f"{flag(name)} {options[name]}: the selector of a layer takes {in_words(taken)} in fp32, "
         f"this machine has {in_words(memory)}"
     )
 

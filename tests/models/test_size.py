@@ -80,6 +80,13 @@ def test_parts_are_those_of_the_model(method: str) -> None:
     assert 0.95 * params < counted <= params
 
 
+@pytest.mark.parametrize("method", ["pkm", "pkm_ffn"])
+def test_selectors_that_no_machine_holds(method: str) -> None:
+    told = refusal(small_config(method, **{f"{method}_query_dim": HUGE}))
+    flag = f"--{method.replace('_', '-')}-query-dim"
+    assert re.match(f"{flag} {HUGE}: the selector of a layer takes .* TB in fp32, this ", told)
+
+
 def test_blocks_of_other_processes_take_no_memory() -> None:
     args = small_config("avgk", sffn_expansion=1000)
     alone = {part.name: part.params for part in parts_of(args, language_modeling())}
