@@ -117,10 +117,16 @@ def hydra_config(*overrides: str) -> Any:
         return compose("avgk_tiny", overrides=list(overrides))
 
 
+def override(name: str, path: Path | str) -> str:
+    """Sets an option to a path, whatever characters it has."""
+    escaped = str(path).replace("'", "\\'")
+    return f"{name}='{escaped}'"
+
+
 def hydra_train(data: Path, save_dir: Path, *overrides: str) -> str:
     """Trains the example with fairseq-hydra-train."""
-    where = (f"task.data={data}", f"checkpoint.save_dir={save_dir}", f"common.user_dir={USER_DIR}")
-    config = hydra_config(*where, *overrides)
+    where = {"task.data": data, "checkpoint.save_dir": save_dir, "common.user_dir": USER_DIR}
+    config = hydra_config(*(override(*each) for each in where.items()), *overrides)
     return capture(lambda: hydra_command._hydra_main(config))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import commands
 import pytest
 import torch
-from commands import ROOT, USER_DIR, losses, records
+from commands import ROOT, USER_DIR, losses, override, records
 from fairseq import checkpoint_utils, options, tasks
 from fairseq.data import Dictionary, data_utils
 from fairseq.dataclass.initialize import add_defaults
@@ -465,7 +465,7 @@ def hydra_resolved(config: Any, arch: str, **model: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def some_hydra_config(data_bin: Path) -> Any:
-    return commands.hydra_config(f"task.data={data_bin}")
+    return commands.hydra_config(commands.override("task.data", data_bin))
 
 
 @pytest.mark.parametrize("size", ["", "_gpt3_medium"])  # _tiny was just trained
@@ -617,8 +617,8 @@ def test_script_is_interactive(scripted: tuple[Path, Path, dict[int, str]], tmp_
 def test_script_trains_with_hydra(data_bin: Path, tmp_path: Path) -> None:
     log = script(
         *("hydra-train", "--config-dir", CONFIG_DIR, "--config-name", "avgk_tiny", *SMALLER),
-        *(f"task.data={data_bin}", f"common.user_dir={USER_DIR}", *OF_MODEL["avgk"]),
-        f"hydra.run.dir={tmp_path}",
+        *(override("task.data", data_bin), override("common.user_dir", USER_DIR)),
+        *(override("hydra.run.dir", tmp_path), *OF_MODEL["avgk"]),
         cwd=ROOT,
     )
     by_arch = commands.train(data_bin, tmp_path / "arch", "avgk", *RECIPE)

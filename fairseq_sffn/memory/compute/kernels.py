@@ -75,7 +75,7 @@ def _library(anew: bool = False) -> Path:
     folder = Path(asked if os.path.isabs(asked) else Path.home() / ".cache") / "fairseq_sffn"
     library = folder / f"kernels-{_fingerprint()}.so"
     if not library.exists() or anew:
-        compiler = shlex.split(os.environ.get("CXX") or "c++")
+        compiler = _compiler()
         if shutil.which(compiler[0]) is None:
             raise FileNotFoundError("no C++ compiler found (c++, or what CXX names)")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -87,6 +87,19 @@ def _library(anew: bool = False) -> Path:
                 _compile(compiler, library)
     _check_owner(library)
     return library
+
+
+def _compiler() -> list[str]:
+    """The command that ``CXX`` names, or ``c++``.
+
+    Raises:
+        OSError: a quote in it is not closed.
+    """
+    command = os.environ.get("CXX") or "c++"
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise OSError(f"CXX={command}: {error}") from error
 
 
 def _check_owner(library: Path) -> None:

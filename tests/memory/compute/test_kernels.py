@@ -96,8 +96,16 @@ def test_code_that_others_could_write_is_not_loaded(tmp_path):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    lines = report(tmp_path / "file", CXX=sys.executable).splitlines()
+    lines = report(tmp_path / "file", CXX=shlex.quote(sys.executable)).splitlines()
     assert len(lines) == 2 and lines[1] == "kernels: False False"
+
+
+def test_a_compiler_whose_name_is_cut_off(tmp_path):
+    lines = report(tmp_path, CXX="'c++").splitlines()
+    assert lines[0].startswith(
+        "WARNING no C++ kernels, so stock PyTorch computes: CXX='c++: No clo"
+    )
+    assert lines[1:] == ["kernels: False False"]
 
 
 def test_switched_off(tmp_path):
