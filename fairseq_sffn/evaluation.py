@@ -184,6 +184,8 @@ def count_what_eval_lm_scores() -> None:
         )
         found = original(*call.args, **call.kwargs)
         found["tokens"] = scored.tokens
+        if isinstance(split, Split) and not scored.tokens:
+            raise UsageError(f"there is nothing to evaluate: {split.left_out(scored)}")
         if isinstance(split, Split):
             found["left_out_tokens"] = split.tokens - scored.tokens
             if found["left_out_tokens"]:

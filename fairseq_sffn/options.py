@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import functools
 import typing
 from typing import Any
@@ -19,6 +20,7 @@ from fairseq_cli import eval_lm, generate, interactive, train, validate
 from omegaconf import ListConfig
 
 from .compat import replace_once
+from .configuration import writable
 from .errors import UsageError, flag, shown
 from .models.size import check_size
 from .ranges import RANGES, Range
@@ -129,9 +131,10 @@ def check_each_model() -> None:
     @functools.wraps(models.build_model)
     def build_model(cfg: Any, task: Any, *args: Any, **kwargs: Any) -> Any:
         if is_transformer(cfg):
-            check_group("model", cfg)
-            check_cutoffs(cfg, task)
-            check_size(cfg, task)
+            full = with_defaults_of_architecture(cfg)
+            check_group("model", full)
+            check_cutoffs(full, task)
+            check_size(full, task)
         return original(cfg, task, *args, **kwargs)
 
     original = models.build_model
@@ -149,6 +152,17 @@ def check_cutoffs(args: Any, task: Any) -> None:
                 f"{flag(name)} {shown(getattr(args, name))}: is beyond the {types} types of the "
                 "dictionary"
             )
+
+
+def with_defaults_of_architecture(options: Any) -> Any:
+    """A model's options, with those that fairseq fills in by the name of an architecture."""
+    name = getattr(options, "_name", None) or getattr(options, "arch", None)
+    if name in models.MODEL_DATACLASS_REGISTRY or name not in models.ARCH_CONFIG_REGISTRY:
+        return options
+    options = copy.deepcopy(options)
+    with writable(options):
+        models.ARCH_CONFIG_REGISTRY[name](options)
+    return options
 
 
 def check_training(cfg: Any) -> None:
@@ -190,7 +204,9 @@ def check_decoding(cfg: Any) -> None:
     """Raises UsageError where options of decoding contradict each other."""
     options = cfg.generation
     if options.sampling and options.nbest != options.beam:
-        raise UsageError(f"--nbest {options.nbest}: must be --beam {options.beam} with --sampling")
+        raise UsageError(
+            f"--nbest {options.nbest}: must equal --beam {options.beam} with --sampling"
+        )
     searches = {
         "--sampling": options.sampling,
         "--diverse-beam-groups": options.diverse_beam_groups > 0,

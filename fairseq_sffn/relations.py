@@ -96,6 +96,12 @@ RELATIONS = (
         )
         for option in ("sampling_topk", "sampling_topp")
     ),
+    Relation(
+        *("generation", "min_len"),
+        (("generation", "max_len_b"), ("generation", "max_len_a")),
+        lambda least, most, growth: growth > 0 or least <= most,
+        "must be at most --max-len-b {0}",
+    ),
     *(
         Relation(
             *("lr_scheduler", "lr", (), one_rate),

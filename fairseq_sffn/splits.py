@@ -80,8 +80,11 @@ def refuse_data_without_sentences() -> None:
         **kwargs: Any,
     ) -> Any:
         if hasattr(indices, "__len__") and not len(indices):
-            limit = "" if max_tokens is None else f"--max-tokens {max_tokens} and "
-            raise UsageError(f"{limit}the model's positions: no sentence of the data is as short")
+            tokens = "" if max_tokens is None else f"--max-tokens {max_tokens} or "
+            raise UsageError(
+                f"every sample of the data is longer than {tokens}the model's positions "
+                "(--max-target-positions, --tokens-per-sample)"
+            )
         return original(indices, num_tokens_fn, num_tokens_vec, max_tokens, *args, **kwargs)
 
     original = data_utils.batch_by_size

@@ -110,9 +110,7 @@ def load_safely() -> None:
         overrides = dict(arg_overrides or {})
         trusted = overrides.pop(OVERRIDE, False) or os.environ.get(TRUST)
         if (trainer := _trainer.get()) is not None:
-            state["cfg"] = None  # which training has no use for
-            if state.get("args") is not None:
-                state["args"] = argparse.Namespace(task="language_modeling")
+            state["cfg"] = state["args"] = None  # for which training has no use
             if trainer.cfg.ema.store_ema:
                 # fairseq begins an average from parameters that it has deleted by then.
                 state["extra_state"].setdefault("ema", dict(state["model"]))
@@ -168,7 +166,7 @@ def upgraded(state: dict[str, Any], path: str, overrides: Mapping[str, Any]) -> 
         overwrite_args_by_name(state["cfg"], overrides)
     try:
         return checkpoint_utils._upgrade_state_dict(state)
-    except (KeyError, AttributeError, TypeError) as error:
+    except KeyError as error:
         raise UsageError(
             f"checkpoint {path}: not a checkpoint of fairseq: it has no {error}"
         ) from error
@@ -225,15 +223,31 @@ def load_no_folder_of_a_checkpoint() -> None:
 
 def train_without_its_configuration() -> None:
     """A training that goes on from a checkpoint has its own configuration. What the stored one says
-    is then not even looked at, so that any model may be trained."""
+    is then not even looked at, so that any model may be trained. fairseq says in a traceback what
+    does not fit."""
 
     @functools.wraps(Trainer.load_checkpoint)
-    def load_checkpoint(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+    def load_checkpoint(self: Trainer, filename: str, *args: Any, **kwargs: Any) -> Any:
         with set_for_now(_trainer, self):
-            return original(self, *args, **kwargs)
+            try:
+                return original(self, filename, *args, **kwargs)
+            except Exception as error:
+                if not is_about_content(error):
+                    raise
+                reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+                raise UsageError(
+                    f"checkpoint {filename}: training cannot go on from it: {reason}"
+                ) from error
 
     original = Trainer.load_checkpoint
     replace_once(Trainer, "load_checkpoint", load_checkpoint)
+
+
+def is_about_content(error: Exception) -> bool:
+    """Return whether fairseq fails because of what a checkpoint holds, not because of the machine
+    or another process."""
+    odd = (AssertionError, AttributeError, LookupError, TypeError, ValueError)
+    return isinstance(error, odd) or type(error) is Exception
 
 
 def is_checked(path: str | Path) -> bool:

@@ -36,8 +36,9 @@ def read_file(path: str | Path, *, verify: bool = True, mapped: bool = False) ->
         UsageError: it holds more than tensors and plain containers.
     """
     with open_file(path) as file:
-        mapped = mapped and zipfile.is_zipfile(file)
-        if zipfile.is_zipfile(file):
+        of_today = is_archive(path, file)
+        mapped = mapped and of_today
+        if of_today:
             verify_file(path, file, tensors=verify)
         elif not is_of_old_torch(file):
             raise DamagedCheckpoint(f"checkpoint {path}: truncated, or not a checkpoint")
@@ -54,6 +55,18 @@ def read_file(path: str | Path, *, verify: bool = True, mapped: bool = False) ->
             ) from error
         except Exception as error:  # whatever PyTorch's reader makes of damaged bytes
             raise DamagedCheckpoint(f"checkpoint {path}: damaged, or not a checkpoint") from error
+
+
+def is_archive(path: str | Path, file: BinaryIO) -> bool:
+    """Return whether a file is of today's format.
+
+    Raises:
+        DamagedCheckpoint: it is, but its directory is damaged.
+    """
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile as error:
+        raise DamagedCheckpoint(f"checkpoint {path}: damaged: {error}") from error
 
 
 def open_file(path: str | Path) -> BinaryIO:

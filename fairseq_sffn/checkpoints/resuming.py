@@ -54,6 +54,10 @@ def go_on_from_the_newest() -> None:
     def load_checkpoint(cfg: Any, trainer: Trainer, **kwargs: Any) -> Any:
         if trainer.checkpoint_suffix or not cfg.save_dir or not is_local(cfg):
             return original(cfg, trainer, **kwargs)
+        if cfg.finetune_from_model and not os.path.isfile(cfg.finetune_from_model):
+            raise UsageError(
+                f"--finetune-from-model {cfg.finetune_from_model}: there is no such file"
+            )
         if cfg.restore_file != LAST:
             check_named(cfg)
             return original(cfg, trainer, **kwargs)
@@ -139,7 +143,7 @@ def go_on_without_optimizer_state() -> None:
 
 def is_local(cfg: Any) -> bool:
     """Return whether checkpoints lie in a folder of a file system."""
-    names = (cfg.save_dir, cfg.restore_file)
+    names = (cfg.save_dir, cfg.restore_file, cfg.finetune_from_model)
     return not any(name and PathManager.path_requires_pathmanager(name) for name in names)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import re
 import typing
 from argparse import Namespace
@@ -27,6 +28,9 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from ..errors import UsageError
 from ..models.config import TranslationConfig, flag
 from ..models.plugin_model import PluginModel
+from ..options import check_group
+
+logger = logging.getLogger(__name__)
 
 TASKS = ("language_modeling", "sffn_language_modeling", "translation")
 CRITERIONS = (
@@ -47,10 +51,10 @@ FILES = frozenset(
     (
         *("data", "plasma_path", "tensorboard_logdir", "encoder_embed_path", "decoder_embed_path"),
         *("sentencepiece_model", "sentencepiece_model_path", "bpe_codes"),
-        *("gpt2_encoder_json", "gpt2_vocab_bpe"),
+        *("gpt2_encoder_json", "gpt2_vocab_bpe", "use_plasma_view", "tpu"),
     )
 )
-"""Options that name files, folders or addresses, which fairseq would open."""
+"""Options that name files, folders, addresses or devices, which fairseq would open."""
 
 
 def is_word(value: str) -> bool:
@@ -159,7 +163,7 @@ def safe_state(state: dict[str, Any], path: str, overrides: Mapping[str, Any]) -
         if state.get("cfg") is not None:
             state["cfg"] = safe_configuration(state["cfg"], overrides)
         if state.get("args") is not None:
-            state["args"] = safe_arguments(state["args"])
+            state["args"] = safe_arguments(state["args"], overrides)
     except UsageError as error:
         raise UsageError(
             f"checkpoint {path}: refused, {error}; if you trust where it comes from, add "
@@ -188,16 +192,33 @@ def safe_configuration(stored: Mapping[str, Any], overrides: Mapping[str, Any]) 
         if (dataclass := dataclass_of(group, name)) is not None:
             result[group] = {**safe_options(group, options, dataclass), "_name": name}
     for group in ("tokenizer", "bpe"):
-        if any(name in FILES and name not in overrides for name in result[group] or ()):
-            result[group] = None  # without its files it cannot be built
+        if lacks_files(group, result[group], overrides):
+            result[group] = None
+    check_group("task", Namespace(**(result["task"] or {})))
     if isinstance(stored.get("model"), Namespace):
         result["model"] = Namespace(**result["model"], arch=result["model"]["_name"])
     return result
 
 
-def safe_arguments(stored: Namespace) -> Namespace:
+def lacks_files(group: str, options: Mapping[str, Any] | None, given: Mapping[str, Any]) -> bool:
+    """Return whether a tokenizer or encoder cannot be built without files that the caller does not
+    name, and say so."""
+    files = [name for name in options or () if name in FILES and name not in given]
+    if files and options is not None:
+        logger.warning(
+            f"the checkpoint's {group}, {options['_name']}, is left out: its files are opened only "
+            f"if you name them ({', '.join(files)})"
+        )
+    return bool(files)
+
+
+def safe_arguments(stored: Namespace, overrides: Mapping[str, Any]) -> Namespace:
     """Return what may be used of the arguments that fairseq before 0.10 stored in place of a
     configuration.
+
+    Args:
+        stored: the arguments.
+        overrides: options that the caller gives.
 
     Raises:
         UsageError: names what is refused.
@@ -209,6 +230,11 @@ def safe_arguments(stored: Namespace) -> Namespace:
         name = given.get(key, "translation" if group == "task" else None)
         if name is not None and (dataclass := dataclass_of(group, name)) is not None:
             result |= safe_options(group, given, dataclass) | {key: name}
+    for group in ("tokenizer", "bpe"):
+        if (name := given.get(group)) is not None and (dataclass := dataclass_of(group, name)):
+            options = safe_options(group, given, dataclass)
+            if not lacks_files(group, {**options, "_name": name}, overrides):
+                result = {**options, **result, group: name}
     return Namespace(**result)
 
 
@@ -270,7 +296,7 @@ def safe_options(group: str, stored: Any, dataclass: type) -> dict[str, Any]:
         value, default = options[name], default_of(option)
         if name in FILES:
             value = default
-        elif value != default and not accepts(option, value):
+        elif not accepts(option, value) and not (type(value) is type(default) and value == default):
             if group in BUILT:
                 raise UsageError(f"its {flag(name)} is {short(value)}")
             value = default
@@ -310,7 +336,9 @@ def accepts(option: Field[Any], value: Any) -> bool:
             return is_number(value)
         return kind in (bool, Any) and isinstance(value, bool)
 
-    return value is None or any(map(is_a, types_of(option)))
+    if value is None:
+        return type(None) in typing.get_args(option.type) or default_of(option) is None
+    return any(map(is_a, types_of(option)))
 
 
 def is_nothing(value: str) -> bool:

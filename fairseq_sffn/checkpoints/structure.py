@@ -89,9 +89,23 @@ def optional(kind: Any) -> Either:
     return Either((NOTHING, kind))
 
 
+def is_state_of_parameter(entry: tuple[Any, Any]) -> bool:
+    """Return whether an entry of an optimizer's state is a number and what the optimizer keeps of
+    that parameter."""
+    number, kept = entry
+    return (
+        isinstance(number, int)
+        and isinstance(kept, dict)
+        and all(torch.is_tensor(kept[name]) for name in ("exp_avg", "exp_avg_sq") if name in kept)
+    )
+
+
 OPTIMIZER_STATE = Record(
     optional={
-        "state": DICTIONARY,
+        "state": Value(
+            "a dictionary of the parameters' states",
+            lambda v: isinstance(v, dict) and all(map(is_state_of_parameter, v.items())),
+        ),
         "param_groups": Sequence(Record({"params": Sequence(INTEGER)}), least=1),
         "loss_scale": NUMBER,
     }
@@ -108,7 +122,9 @@ METER = Value(
     lambda v: (
         isinstance(v, list | tuple)
         and len(v) == 4
+        and isinstance(v[0], int)
         and isinstance(v[1], str)
+        and isinstance(v[2], str)
         and v[2] in METERS
         and isinstance(v[3], dict)
     ),

@@ -54,6 +54,16 @@ class Writer:
         """Call ``write(*args)`` in the thread."""
         self.pending.append(self.thread.submit(write, *args))
 
+    def check(self) -> None:
+        """Forget what is written.
+
+        Raises:
+            UsageError: something could not be written.
+        """
+        for future in [future for future in self.pending if future.done()]:
+            self.pending.remove(future)
+            future.result()
+
     def wait(self) -> None:
         """Wait until all is written.
 
@@ -212,7 +222,7 @@ def write_atomically(write: Callable[[str], None], path: str, size: int) -> None
             if error.errno in LASTING or attempt == ATTEMPTS - 1:
                 raise UsageError(
                     f"checkpoint {path}: not written: {error.strerror or error}; "
-                    f"{room_for(path, size)}; earlier checkpoints are as they were"
+                    f"{room_for(path, size)}"
                 ) from error
         finally:
             with suppress(OSError):  # also where the folder has gone
@@ -279,7 +289,8 @@ def room_for(path: str, size: int) -> str:
     """Return, in words, what a file takes and what is left where it goes."""
     folder = Path(path).parent
     try:
-        return f"it takes {megabytes(size)} and {folder} has {megabytes(free_space(folder))} left"
+        left = megabytes(free_space(folder))
+        return f"it takes {megabytes(size)} and {folder} has {left} left; what was there is whole"
     except OSError as error:
         return f"{folder}: {error.strerror}"
 
@@ -316,6 +327,12 @@ def write_in_the_background() -> None:
         with set_for_now(_writer, trainer.sffn_writer):
             return original(cfg, trainer, *args, **kwargs)
 
+    @functools.wraps(train_command.validate_and_save)
+    def validate_and_save(cfg: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(trainer, "sffn_writer"):
+            trainer.sffn_writer.check()  # after each update, so that no more are lost
+        return original_step(cfg, trainer, *args, **kwargs)
+
     @functools.wraps(train_command.train)
     def train(cfg: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -325,10 +342,11 @@ def write_in_the_background() -> None:
                 trainer.sffn_writer.wait()
 
     original_defaults, original = train_command.add_defaults, checkpoint_utils.save_checkpoint
-    original_train = train_command.train
+    original_train, original_step = train_command.train, train_command.validate_and_save
     replace_once(train_command, "add_defaults", add_defaults)
     replace_once(checkpoint_utils, "save_checkpoint", save_checkpoint)
     replace_once(train_command, "train", train)
+    replace_once(train_command, "validate_and_save", validate_and_save)
 
 
 def save_or_say_why_not() -> None:

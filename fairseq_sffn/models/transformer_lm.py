@@ -34,6 +34,13 @@ class DenseTransformerLM(PluginModel, TransformerLanguageModel):
                     f"{flag(name)}: these embeddings cannot be the output projection as well; "
                     "add --no-share-decoder-input-output-embed"
                 )
+        shared = args.share_decoder_input_output_embed and args.adaptive_softmax_cutoff is None
+        if shared and args.decoder_input_dim != args.decoder_output_dim:
+            raise UsageError(
+                f"--decoder-output-dim {args.decoder_output_dim}: must equal --decoder-input-dim "
+                f"{args.decoder_input_dim} where the embeddings are the output projection as well; "
+                "or add --no-share-decoder-input-output-embed"
+            )
         if args.offload_activations:  # as its help says, and fairseq's own architectures do
             args.checkpoint_activations = True
         return super().build_model(args, task)

@@ -28,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_flags_to(parser, SKIP_CHECKSUMS)
     parser.epilog = (
-        "Everything but the parameters is that of the checkpoint with the most updates. The result "
-        "has no optimizer state: it is to be evaluated, or to be trained further with "
-        "--finetune-from-model."
+        "Everything but the model's parameters is that of the checkpoint with the most updates. "
+        "The result has neither optimizer state nor a moving average: it is to be evaluated, or to "
+        "be trained further with --finetune-from-model."
     )
 
 
@@ -44,11 +44,11 @@ def run(args: argparse.Namespace) -> str:
     check_output(args)
     if len(args.checkpoints) < 2:
         raise UsageError(f"{args.checkpoints[0]}: give two checkpoints or more to average")
-    paths = {path.resolve(): path for path in args.checkpoints}
-    if len(paths) < len(args.checkpoints):
+    files = [(path.stat().st_dev, path.stat().st_ino) for path in args.checkpoints if path.exists()]
+    if len(set(files)) < len(files):
         raise UsageError(f"{' '.join(map(str, args.checkpoints))}: names a checkpoint twice")
     newest = max(args.checkpoints, key=updates_of)
-    state = read(newest)
+    state = read(newest, named=args.shards > 1)
     others = [path for path in args.checkpoints if path != newest]
     state["model"] = average(newest, state["model"], others)
     state["last_optimizer_state"] = None
@@ -80,12 +80,14 @@ def average(newest: Path, model: dict[str, Tensor], others: list[Path]) -> dict[
     for name in model.keys() - exact:
         model[name] = model[name].double()
     for path in others:
-        other = read(path)["model"]
+        other = read(path, named=False)["model"]
         check_same_model(newest, model, path, other, exact)
         for name in model.keys() - exact:
             model[name] += other.pop(name)
     for name in model.keys() - exact:
         model[name] = (model[name] / count).to(types[name])
+        if not model[name].isfinite().all():
+            raise UsageError(f"{newest} and others: cannot be averaged: {name} is not finite")
     return model
 
 

@@ -17,6 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from ..errors import UsageError
 from ..models.config import flag
 
+MOST_TYPES = 2**24
+"""Types in a dictionary, which takes a few seconds to make."""
+
 UNCOUNTED = {
     "adaptive_input": "the cost of adaptive embeddings depends on the token",
     "adaptive_softmax_cutoff": "the cost of an adaptive softmax depends on the token",
@@ -42,6 +45,8 @@ def build_language_model(
         UsageError: names the flag and the value that cannot be honoured.
     """
     check_language_model(arch)
+    if vocab_size > MOST_TYPES:
+        raise UsageError(f"--vocab-size {vocab_size}: must be at most {MOST_TYPES}")
     parser = argparse.ArgumentParser(
         prog="fairseq-sffn",
         usage="%(prog)s COMMAND --arch ARCH --vocab-size TYPES [flags of the model]",

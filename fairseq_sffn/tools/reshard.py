@@ -61,13 +61,19 @@ def check_output(args: argparse.Namespace) -> None:
         raise UsageError(f"{args.output}: there is no folder {args.output.parent}")
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, named: bool = True) -> dict[str, Any]:
     """A checkpoint with all that is in its parts.
+
+    Args:
+        path: the checkpoint.
+        named: the names of its parameters, in the optimizer's order, are needed.
 
     Raises:
         UsageError: it cannot be read.
     """
     state = read_checkpoint(str(path), mapped=True)
+    if KEY not in state and not named:
+        return state
     if KEY not in state:
         raise UsageError(
             f"checkpoint {path}: does not tell its parameters' names, which this "
@@ -91,7 +97,7 @@ def write(state: dict[str, Any], source: Path, output: Path, shards: int) -> Non
         UsageError: it cannot be written, or the optimizer's state cannot be cut; nothing is left
             then.
     """
-    names = state[KEY]
+    names = state.get(KEY, {})
     folder = new_folder(output, f"{RESHARDED}{output.stem}")
     try:
         if shards > 1:
@@ -100,7 +106,8 @@ def write(state: dict[str, Any], source: Path, output: Path, shards: int) -> Non
                 save_part(folder, part, cut_part(state, source, part))
             take_parts(state, part)
             names |= {"folder": folder.name, "shards": shards}
-        state[KEY] = names | fingerprints(state["model"], in_parts=shards > 1)
+        if names:
+            state[KEY] = names | fingerprints(state["model"], in_parts=shards > 1)
         checkpoint_utils.torch_persistent_save(state, str(output))
     except UsageError:
         shutil.rmtree(folder, ignore_errors=True)

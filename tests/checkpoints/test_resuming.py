@@ -76,6 +76,14 @@ def test_the_newest_whole_one(
     assert resume(data_bin, run)[0] == first
 
 
+@pytest.mark.parametrize("back", [20, 30, 38, 60])
+def test_a_damaged_directory_of_an_archive(back: int, data_bin: Path, run: Path) -> None:
+    content = bytearray((run / "checkpoint_last.pt").read_bytes())
+    content[-back] ^= 1
+    (run / "checkpoint_last.pt").write_bytes(content)
+    assert resume(data_bin, run)[0] in (7, 8)
+
+
 def test_it_says_so(data_bin: Path, run: Path) -> None:
     flip(run / "checkpoint_last.pt")
     _, log = resume(data_bin, run)
@@ -117,8 +125,9 @@ def test_order_of_candidates(run: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nowhere.pt", "nowhere/checkpoint_last.pt", ""])
 def test_named_file_that_is_not_there(name: str, data_bin: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=f"--restore-file {name}: there is no such file"):
-        resume(data_bin, tmp_path, "--restore-file", name)
+    for flag in ("--restore-file", *(["--finetune-from-model"] if name else [])):
+        with pytest.raises(UsageError, match=f"{flag} {name}: there is no such file"):
+            resume(data_bin, tmp_path, flag, name)
 
 
 def test_named_file_beside_the_last_one(data_bin: Path, run: Path) -> None:

@@ -216,7 +216,7 @@ def test_every_argument_of_an_older_checkpoint(saved: dict[str, Any], witness: P
     ):
         arguments = argparse.Namespace(**{**flat, name: payload.format(witness=str(witness))})
         try:
-            kept = rules.safe_arguments(arguments)
+            kept = rules.safe_arguments(arguments, {})
         except UsageError:
             continue
         assert "witness" not in str(kept) and "${" not in str(kept), name
@@ -245,6 +245,35 @@ def test_an_older_checkpoint_loads(saved: dict[str, Any], data_bin: Path, tmp_pa
     arguments = argparse.Namespace(**flattened(saved["cfg"]))
     (model,), _, _ = load({**saved, "cfg": None, "args": arguments}, tmp_path, data_bin)
     torch.testing.assert_close(dict(model.state_dict()), dict(saved["model"]), rtol=0, atol=0)
+
+
+def test_training_goes_on_from_an_older_checkpoint(
+    saved: dict[str, Any], data_bin: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "old.pt"
+    arguments = argparse.Namespace(**flattened(saved["cfg"]))
+    torch.save({**saved, "cfg": None, "args": arguments}, path)
+    for flag, first in (("--restore-file", 2), ("--finetune-from-model", 1)):
+        log = commands.train(data_bin, tmp_path / flag, "avgk", flag, str(path))
+        assert min(commands.losses(log)) == first
+
+
+def test_sizes_that_come_with_a_name(saved: dict[str, Any], data_bin: Path, tmp_path: Path) -> None:
+    """An architecture of fairseq's fills in what a checkpoint leaves out."""
+    cfg = {**saved["cfg"], "model": {"_name": "transformer_lm_gpt3_175"}}
+    with pytest.raises(UsageError, match="this machine has"):
+        load({**saved, "cfg": cfg}, tmp_path, data_bin)
+
+
+@pytest.mark.parametrize("value", [torch.zeros(2), torch.zeros(1), None, "word", 0, -3, 0.5])
+@pytest.mark.parametrize("option", ["tokens_per_sample", "add_bos_token"])
+def test_values_of_another_type(
+    option: str, value: Any, saved: dict[str, Any], data_bin: Path, tmp_path: Path
+) -> None:
+    cfg = copy.deepcopy(saved["cfg"])
+    cfg["task"][option] = value
+    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')}"):
+        load({**saved, "cfg": cfg}, tmp_path, data_bin)
 
 
 def poisoned(saved: dict[str, Any], witness: Path) -> dict[str, Any]:
@@ -349,18 +378,37 @@ ENCODERS = {
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_files_of_an_encoder_are_the_callers(
-    name: str, saved: dict[str, Any], data_bin: Path, witness: Path, tmp_path: Path
+    name: str,
+    saved: dict[str, Any],
+    data_bin: Path,
+    witness: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Without them there is no encoder."""
+    """Without them there is no encoder, and a line says so."""
     options = {option: value.format(file=str(witness)) for option, value in ENCODERS[name].items()}
     cfg = {**copy.deepcopy(saved["cfg"]), "bpe": {"_name": name, **options}}
     path = tmp_path / "checkpoint.pt"
     torch.save({**saved, "cfg": cfg}, path)
     hub = TransformerLanguageModel.from_pretrained(str(tmp_path), path.name, str(data_bin))
     assert hub.bpe is None
+    assert f"the checkpoint's bpe, {name}, is left out" in caplog.text
     given = {option: "mine" for option in options if option in rules.FILES}
     kept = rules.safe_configuration(cfg, given)["bpe"]
     assert kept["_name"] == name and str(witness) not in str(kept)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_an_encoder_without_files_is_kept(
+    older: bool, saved: dict[str, Any], data_bin: Path, tmp_path: Path
+) -> None:
+    state = {**saved, "cfg": {**saved["cfg"], "bpe": "bytes"}}
+    if older:
+        arguments = argparse.Namespace(**flattened(saved["cfg"]), bpe="bytes")
+        state |= {"cfg": None, "args": arguments}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    hub = TransformerLanguageModel.from_pretrained(str(tmp_path), "checkpoint.pt", str(data_bin))
+    assert type(hub.bpe).__name__ == "Bytes"
 
 
 def test_training_settings_are_still_told(

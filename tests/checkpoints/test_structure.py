@@ -96,13 +96,39 @@ def test_odd_values(where: tuple[str, ...], saved: Path, data_bin: Path, tmp_pat
             assert problem is None or line == expected
 
 
-def test_meter_of_a_checkpoint_is_a_meter(saved: Path, data_bin: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "meter", [(1, "key", "OrderedDict", {}), (1, "key", ["a"], {}), (None, "key", "SumMeter", {})]
+)
+def test_meter_of_a_checkpoint_is_a_meter(
+    meter: Any, saved: Path, data_bin: Path, tmp_path: Path
+) -> None:
     """fairseq looks up the class by the name that the checkpoint gives."""
     state = torch.load(saved, weights_only=True)
-    meters = state["extra_state"]["metrics"]["default"]
-    priority, key, _, of = meters[0]
-    meters[0] = (priority, key, "OrderedDict", of)
+    state["extra_state"]["metrics"]["default"][0] = meter
     path = tmp_path / "checkpoint_last.pt"
     torch.save(state, path)
     with pytest.raises(UsageError, match=r"extra_state\.metrics\.default\[0\] is not a meter"):
         commands.train(data_bin, tmp_path, "rand_hash", "--max-update", "2")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [None, 3, torch.ones(2), {"exp_avg": None}, {"exp_avg": torch.ones(2), "exp_avg_sq": 0.5}],
+)
+def test_state_of_a_parameter(odd: Any, saved: Path, data_bin: Path, tmp_path: Path) -> None:
+    state = torch.load(saved, weights_only=True)
+    state["last_optimizer_state"]["state"][0] = odd
+    torch.save(state, tmp_path / "checkpoint_last.pt")
+    with pytest.raises(UsageError, match=r"last_optimizer_state\.state is not a dictionary of"):
+        commands.train(data_bin, tmp_path, "rand_hash", *MORE)
+
+
+def test_what_fairseq_finds_is_told_in_a_line(saved: Path, data_bin: Path, tmp_path: Path) -> None:
+    state = torch.load(saved, weights_only=True)
+    del state["last_optimizer_state"]["param_groups"][0]["params"][0]
+    torch.save(state, tmp_path / "checkpoint_last.pt")
+    with pytest.raises(UsageError, match=r"checkpoint_last\.pt: training cannot go on from it: "):
+        commands.train(data_bin, tmp_path, "rand_hash", *MORE)
+    torch.save(torch.load(saved, weights_only=True), tmp_path / "checkpoint_last.pt")
+    with pytest.raises(UsageError, match="Optimizer does not match; please reset the optimizer"):
+        commands.train(data_bin, tmp_path, "rand_hash", *MORE, "--optimizer", "nag")

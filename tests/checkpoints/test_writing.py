@@ -17,6 +17,7 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 from fairseq.logging.meters import AverageMeter, SumMeter
+from fairseq.trainer import Trainer
 
 from fairseq_sffn.checkpoints import writing
 from fairseq_sffn.checkpoints.reading import read_file
@@ -201,6 +202,41 @@ def test_full_disk(
     assert (went_on in log) == at_last
 
 
+def test_a_thread_that_cannot_write_ends_the_training_soon(
+    full_disk: list[str], data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only where the next checkpoint is due."""
+    submit = writing.Writer.submit
+
+    def submit_and_wait(self: Any, *args: Any) -> None:
+        submit(self, *args)
+        self.thread.submit(int).result()
+
+    monkeypatch.setattr(writing.Writer, "submit", submit_and_wait)
+    full_disk.append("checkpoint_1_2.pt")
+    steps: list[int] = []
+    step = Trainer.train_step
+
+    def count(self: Any, *args: Any, **kwargs: Any) -> Any:
+        steps.append(self.get_num_updates())
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "train_step", count)
+    flags = ("--write-checkpoints-asynchronously", "--max-update", "6", "--save-interval", "9")
+    with pytest.raises(UsageError, match="No space left on device"):
+        commands.train(
+            data_bin,
+            tmp_path,
+            "avgk",
+            "--save-interval-updates",
+            "2",
+            *flags,
+            "--log-interval",
+            "1",
+        )
+    assert steps == [0, 1, 2]
+
+
 def test_folder_that_becomes_a_file(
     data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,8 +295,6 @@ def test_training_goes_on_while_a_thread_writes(
     data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first file is held back until an update more is made: it has the tensors of its own."""
-    from fairseq.trainer import Trainer
-
     updated, save, train_step = threading.Event(), writing.save, Trainer.train_step
     waited = []
 

@@ -103,6 +103,36 @@ def test_mean_of_checkpoints_in_parts(trained: Path, data_bin: Path, tmp_path: P
     assert len(values) == 1
 
 
+def test_checkpoints_of_fairseq_itself(trained: Path, tmp_path: Path) -> None:
+    """They do not tell the names of their parameters, which only parts need."""
+    stock = []
+    for path in checkpoints(trained):
+        state = torch.load(path, weights_only=True)
+        del state["sffn"]
+        torch.save(state, tmp_path / path.name)
+        stock.append(tmp_path / path.name)
+    commands.sffn("average", *stock, out := tmp_path / "mean.pt")
+    torch.testing.assert_close(model(out), mean(stock), rtol=0, atol=0)
+    with pytest.raises(UsageError, match="does not tell its parameters' names"):
+        commands.sffn("average", *stock, tmp_path / "parts.pt", "--shards", "2")
+
+
+def test_what_is_not_finite(trained: Path, tmp_path: Path) -> None:
+    first, second, _ = checkpoints(trained)
+    state = torch.load(first, weights_only=True)
+    state["model"]["decoder.layers.0.fc1.weight"][0, 0] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    with pytest.raises(UsageError, match=r"decoder\.layers\.0\.fc1\.weight is not finite"):
+        commands.sffn("average", tmp_path / "nan.pt", second, tmp_path / "mean.pt")
+
+
+def test_a_link_is_the_same_checkpoint(trained: Path, tmp_path: Path) -> None:
+    first, *_ = checkpoints(trained)
+    (tmp_path / "soft.pt").symlink_to(first)
+    with pytest.raises(UsageError, match="names a checkpoint twice"):
+        commands.sffn("average", first, tmp_path / "soft.pt", tmp_path / "mean.pt")
+
+
 # fairseq's scripts/average_checkpoints.py and its like.
 
 
