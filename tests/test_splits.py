@@ -84,6 +84,18 @@ def test_batches_of_no_sentence() -> None:
         data_utils.batch_by_size(lengths[:0], None, lengths, 8)
 
 
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_split_of_one_batch_that_is_left_out(split: str, data_bin: Path, tmp_path: Path) -> None:
+    """Of several hundred tokens, in samples longer than a batch size of 8 fills."""
+    length = "64" if split == "valid" else "1024"
+    flags = ("--tokens-per-sample", length, "--disable-validation" if split == "train" else "")
+    told = "^--required-batch-size-multiple 8: leaves out the only batch, of . sentences; give 1"
+    with pytest.raises(UsageError, match=told):
+        commands.train(data_bin, tmp_path, "dense", *filter(None, flags))
+    flags += ("--required-batch-size-multiple", "1", "--max-update", "1")
+    assert commands.losses(commands.train(data_bin, tmp_path, "dense", *filter(None, flags)))
+
+
 # The metric of the best checkpoint
 
 ONE = ("--max-update", "1")
