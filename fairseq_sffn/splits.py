@@ -67,8 +67,8 @@ def name_unused_validation_data() -> None:
 
 
 def refuse_data_without_sentences() -> None:
-    """Where every sentence is left out as too long, fairseq ends in a traceback, or trains for ever
-    on nothing. Can go when it says so."""
+    """Where every sentence is left out, as too long or with the last batch, fairseq ends in a
+    traceback, trains for ever on nothing, or finds a perplexity of 1. Can go when it says so."""
 
     @functools.wraps(data_utils.batch_by_size)
     def batch_by_size(
@@ -76,8 +76,9 @@ def refuse_data_without_sentences() -> None:
         num_tokens_fn: Any,
         num_tokens_vec: Any = None,
         max_tokens: Any = None,
-        *args: Any,
-        **kwargs: Any,
+        max_sentences: Any = None,
+        required_batch_size_multiple: int = 1,
+        fixed_shapes: Any = None,
     ) -> Any:
         if hasattr(indices, "__len__") and not len(indices):
             tokens = "" if max_tokens is None else f"--max-tokens {max_tokens} or "
@@ -85,7 +86,16 @@ def refuse_data_without_sentences() -> None:
                 f"every sample of the data is longer than {tokens}the model's positions "
                 "(--max-target-positions, --tokens-per-sample)"
             )
-        return original(indices, num_tokens_fn, num_tokens_vec, max_tokens, *args, **kwargs)
+        batches = original(
+            *(indices, num_tokens_fn, num_tokens_vec, max_tokens, max_sentences),
+            *(required_batch_size_multiple, fixed_shapes),
+        )
+        if not len(batches) and required_batch_size_multiple > 1:
+            raise UsageError(
+                f"--required-batch-size-multiple {required_batch_size_multiple}: leaves out the "
+                f"only batch, of {len(indices)} sentences; give 1 to use all"
+            )
+        return batches
 
     original = data_utils.batch_by_size
     replace_once(data_utils, "batch_by_size", batch_by_size)

@@ -11,7 +11,7 @@ import commands
 import numpy as np
 import pytest
 import torch
-from fairseq.data import TokenBlockDataset
+from fairseq.data import TokenBlockDataset, data_utils
 from fairseq.models.ema.ema import EMA
 from fairseq.tasks import FairseqTask
 from fairseq.tasks.language_modeling import LanguageModelingTask
@@ -123,6 +123,7 @@ def test_fairseq_itself_would_evaluate_nothing(
 ) -> None:
     original = unrepaired(LanguageModelingTask, "eval_lm_dataloader")
     monkeypatch.setattr(LanguageModelingTask, "eval_lm_dataloader", original)
+    monkeypatch.setattr(data_utils, "batch_by_size", unrepaired(data_utils, "batch_by_size"))
     log = commands.apply("eval-lm", data_bin, checkpoint, "--tokens-per-sample", "1024")
     assert commands.perplexity(log) == 1.0
 

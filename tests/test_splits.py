@@ -84,6 +84,16 @@ def test_batches_of_no_sentence() -> None:
         data_utils.batch_by_size(lengths[:0], None, lengths, 8)
 
 
+def test_a_split_of_one_batch_that_is_left_out(data_bin: Path, tmp_path: Path) -> None:
+    """Of several thousand tokens, in fewer samples than a batch of 8."""
+    flags = ("--tokens-per-sample", "1024", "--disable-validation")
+    told = "^--required-batch-size-multiple 8: leaves out the only batch, of . sentences; give 1"
+    with pytest.raises(UsageError, match=told):
+        commands.train(data_bin, tmp_path, "dense", *flags)
+    flags += ("--required-batch-size-multiple", "1", "--max-update", "1")
+    assert commands.losses(commands.train(data_bin, tmp_path, "dense", *flags))
+
+
 # The metric of the best checkpoint
 
 ONE = ("--max-update", "1")
