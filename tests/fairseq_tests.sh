@@ -29,7 +29,7 @@ fi
 
 # passed ARGUMENTS...: the names of the tests that pass.
 passed() {
-    python -W ignore -m pytest -p no:cacheprovider --tb=no -rp "$@" 2>"$scratch/errors" |
+    python -W ignore -m pytest -p no:cacheprovider --tb=no -rp "$@" 2>/dev/null |
         sed -n 's/^PASSED //p' | sort || true
 }
 
@@ -45,5 +45,5 @@ for file in "$@"; do
     comm -23 without with | sed 's/^/    only without: /'
     number=$((number + $(comm -23 without with | wc -l)))
 done
-[ $all -gt 0 ] || fail "no test passes, see $(tail -n 1 errors)"
+[ $all -gt 0 ] || fail "no test passes without the plugin"
 [ $number -eq 0 ] || { echo "$number tests pass without the plugin only"; exit 1; }
