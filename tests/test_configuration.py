@@ -247,11 +247,18 @@ def test_a_callers_own_dataset_is_evaluated(data_bin: Path, tmp_path: Path) -> N
 
 
 def test_batches_take_an_epoch_by_position(data_bin: Path, tmp_path: Path) -> None:
-    task = tasks.setup_task(training_namespace(data_bin, tmp_path))
-    task.load_dataset("train")
-    dataset = task.dataset("train")
-    iterator = task.get_batch_iterator(dataset, 64, None, None, False, 1, 1, 1, 0, 0, 3)
-    assert iterator.epoch == 3
+    """They are dealt as in the first epoch, which is kept for later ones."""
+    iterators = []
+    for epoch in (1, 3):
+        task = tasks.setup_task(training_namespace(data_bin, tmp_path))
+        task.load_dataset("train")
+        dataset = task.dataset("train")
+        iterators.append(task.get_batch_iterator(dataset, 64, 4, 16, False, 1, 1, 1, 0, 0, epoch))
+    first, third = iterators
+    assert (first.epoch, third.epoch) == (1, 3)
+    assert [list(batch) for batch in third.frozen_batches] == [
+        list(batch) for batch in first.frozen_batches
+    ]
 
 
 def test_what_is_no_namespace_stays() -> None:
