@@ -152,7 +152,7 @@ TRAINING = [
     ("--valid-subset valid,nosuch", "there is no split nosuch in"),
     ("--valid-subset ''", "there is no split '' in"),
     ("--train-subset nosuch", "there is no split nosuch in"),
-    ("--max-tokens 3", "no sentence of the data is as short"),
+    ("--max-tokens 3", "every sample of the data is longer than --max-tokens 3"),
 ]
 
 

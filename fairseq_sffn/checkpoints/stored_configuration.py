@@ -233,7 +233,9 @@ def safe_arguments(stored: Namespace, overrides: Mapping[str, Any]) -> Namespace
     for group in ("tokenizer", "bpe"):
         if (name := given.get(group)) is not None and (dataclass := dataclass_of(group, name)):
             options = safe_options(group, given, dataclass)
-            if not lacks_files(group, {**options, "_name": name}, overrides):
+            if dataclass is Bare:  # fairseq cannot read these of a Namespace
+                logger.warning(f"the checkpoint's {group}, {name}, is left out: name it yourself")
+            elif not lacks_files(group, {**options, "_name": name}, overrides):
                 result = {**options, **result, group: name}
     return Namespace(**result)
 
