@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -44,25 +44,32 @@ ATTEMPTS, PAUSE = 3, 2.5
 
 
 class Writer:
-    """Writes checkpoints in a thread, one after the other."""
+    """Writes checkpoints in a thread, one after the other, until one cannot be written."""
 
     def __init__(self) -> None:
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
         self.pending: list[Future[None]] = []
+        self.failure: BaseException | None = None
 
     def submit(self, write: Callable[..., None], *args: Any) -> None:
         """Call ``write(*args)`` in the thread."""
-        self.pending.append(self.thread.submit(write, *args))
+        self.pending.append(self.thread.submit(self._write, write, *args))
+
+    def _write(self, write: Callable[..., None], *args: Any) -> None:
+        if self.failure is None:  # a copy needs the file before it
+            try:
+                write(*args)
+            except BaseException as error:
+                self.failure = error
 
     def check(self) -> None:
-        """Forget what is written.
+        """Raise the error of what could not be written.
 
         Raises:
             UsageError: something could not be written.
         """
-        for future in [future for future in self.pending if future.done()]:
-            self.pending.remove(future)
-            future.result()
+        if self.failure is not None:
+            raise self.failure
 
     def wait(self) -> None:
         """Wait until all is written.
@@ -70,9 +77,9 @@ class Writer:
         Raises:
             UsageError: something could not be written.
         """
-        pending, self.pending = self.pending, []
-        for future in pending:
-            future.result()
+        wait(self.pending)
+        self.pending.clear()
+        self.check()
 
 
 _asked: ContextVar[bool] = ContextVar("asked", default=False)
