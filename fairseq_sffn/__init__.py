@@ -25,14 +25,14 @@ from . import (  # noqa: E402
     splits,
     tasks,
 )
-from .checkpoints import loading, resuming, writing  # noqa: E402
+from .checkpoints import loading, resuming, training_state, writing  # noqa: E402
 from .parallel import checkpoints as sharded_checkpoints  # noqa: E402
 from .parallel import gradients, launch  # noqa: E402
 
 # The configuration last, so that its wrappers go around all others.
 for repairs in (
     *(loading, writing, checks, launch, gradients, sharded_checkpoints, resuming),
-    *(interruptions, options, splits, configuration),
+    *(training_state, interruptions, options, splits, configuration),
 ):
     repairs.apply()
 

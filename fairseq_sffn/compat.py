@@ -113,19 +113,37 @@ def evaluate_at_the_model_context() -> None:
 
 
 def leave_finished_runs_alone() -> None:
-    """``fairseq-train``, run again when ``--max-update`` is reached, trains one update more, and
-    stores it. Can go when fairseq looks before it trains."""
+    """``fairseq-train``, run again when its training has ended, trains one update more, or to the
+    next validation, and stores it. Can go when fairseq looks before it trains."""
 
     @functools.wraps(train_command.train)
     def train(cfg: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> tuple[list[None], bool]:
-        updates, max_update = trainer.get_num_updates(), cfg.optimization.max_update
-        if max_update and updates >= max_update:
-            logger.info(f"nothing to train: at update {updates} of --max-update {max_update}")
+        if reason := reason_to_stop(cfg, trainer):
+            logger.info(f"nothing to train: {reason}")
             return [None], True
         return original(cfg, trainer, *args, **kwargs)
 
     original = train_command.train
     replace_once(train_command, "train", train)
+
+
+def reason_to_stop(cfg: Any, trainer: Trainer) -> str | None:
+    """Return, in words, why a training that begins has ended already, or ``None``.
+
+    The number of epochs and ``--stop-min-lr`` are not looked at, since fairseq does that in time.
+    """
+    updates, max_update = trainer.get_num_updates(), cfg.optimization.max_update
+    if max_update and updates >= max_update:
+        return f"at update {updates} of --max-update {max_update}"
+    # Without the time since the start, which differs between ranks.
+    hours, most = trainer._previous_training_time / 3600, cfg.optimization.stop_time_hours
+    if 0 < most < hours:
+        return f"after {hours:.2f} hours of --stop-time-hours {most:g}"
+    patience = cfg.checkpoint.patience
+    bad_runs = getattr(train_command.should_stop_early, "num_runs", 0)
+    if 0 < patience <= bad_runs:
+        return f"after {bad_runs} validations without an improvement, of --patience {patience}"
+    return None
 
 
 def copy_integers_into_moving_averages() -> None:

@@ -51,6 +51,7 @@ class Interruption:
         receiver: as given.
         number: the signal that ends the training, the same on every rank, or 0.
         saved: whether fairseq has saved since this was set to ``False``.
+        val_loss: the first loss of the last validation, where one was done after this update.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Interruption:
     ) -> None:
         self.number = 0
         self.saved = False
+        self.val_loss: float | None = None
         self._cfg, self._trainer, self._epoch_itr = cfg, trainer, epoch_itr
         self.receiver = receiver
 
@@ -78,7 +80,7 @@ class Interruption:
         return self.number > 0
 
     def save(self) -> None:
-        """Save without a validation loss."""
+        """Save, without making the validation loss a candidate for the best one."""
         checkpoint = self._cfg.checkpoint
         path = checkpoint_utils.save_checkpoint(checkpoint, self._trainer, self._epoch_itr, None)
         if self._trainer.is_data_parallel_master and path is None:
@@ -152,10 +154,11 @@ def save_when_interrupted() -> None:
         interruption = current.get()
         if interruption is None:
             return original(*args, **kwargs)
-        interruption.saved = False
+        interruption.saved, interruption.val_loss = False, None
         if interruption.agree():
             interruption.save()
         losses, should_stop = original(*args, **kwargs)
+        interruption.val_loss = losses[0]
         validated = losses != [None]
         if interruption.number:
             unsaved = validated  # what the validation changed
@@ -178,6 +181,15 @@ def save_when_interrupted() -> None:
             interruption.save()
         return result
 
+    @functools.wraps(Trainer.save_checkpoint)
+    def save_of_trainer(self: Trainer, filename: str, extra_state: dict[str, Any]) -> Any:
+        interruption = current.get()
+        loss = None if interruption is None else interruption.val_loss
+        if loss is not None and extra_state.get("val_loss") is None:
+            # At the end of an epoch the schedule of the learning rate has yet to be told.
+            extra_state = {**extra_state, "val_loss": loss}
+        return original_of_trainer(self, filename, extra_state)
+
     @functools.wraps(checkpoint_utils.save_checkpoint)
     def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
         path = original_save(*args, **kwargs)
@@ -187,11 +199,13 @@ def save_when_interrupted() -> None:
 
     original_train, original = train_command.train, train_command.validate_and_save
     original_step, original_save = Trainer.valid_step, checkpoint_utils.save_checkpoint
+    original_of_trainer = Trainer.save_checkpoint
     signature = inspect.signature(original)
     replace_once(train_command, "train", train)
     replace_once(train_command, "validate_and_save", validate_and_save)
     replace_once(Trainer, "valid_step", valid_step)
     replace_once(checkpoint_utils, "save_checkpoint", save_checkpoint)
+    replace_once(Trainer, "save_checkpoint", save_of_trainer)
 
 
 def load_data_until_the_end() -> None:

@@ -29,11 +29,11 @@ def send(number: int, target: int | None = None) -> None:
 
 
 def at(patch: pytest.MonkeyPatch, place: str, update: int, action: Any) -> None:
-    """Does something once: in an update, in the validation after it, at that validation's end, or
+    """Does something once: in an update, where the validation after it begins, where that ends, or
     while the update is saved."""
     owner, name, updates = {
         "update": (Trainer, "train_step", updates_of_trainer(0)),
-        "validation": (Trainer, "valid_step", updates_of_trainer(0)),
+        "validation": (Trainer, "begin_valid_epoch", updates_of_trainer(0)),
         "validated": (train_command, "validate", updates_of_trainer(1)),
         "save": (checkpoint_utils, "torch_persistent_save", updates_of_state),
     }[place]

@@ -148,9 +148,8 @@ def test_saved_before_validation_ends(
 ) -> None:
     """A scheduler that does not wait for the validation loses no update."""
     saved: list[int] = []
-    look = lambda: saved.append(updates(tmp_path))  # noqa: E731
     interrupted.at(monkeypatch, place, 7, lambda: interrupted.send(signal.SIGTERM))
-    interrupted.at(monkeypatch, "validated", 7, look)
+    interrupted.at(monkeypatch, "validated", 7, lambda: saved.append(updates(tmp_path)))
     batches = ("--batch-size-valid", "8")  # several, so that one comes after the signal
     run_interrupted(data_bin, tmp_path, *batches, status=128 + signal.SIGTERM)
     assert saved == [7]

@@ -153,6 +153,7 @@ CHECKPOINT = Record(
                 "val_loss": optional(NUMBER),
                 "ema": optional(Table(TENSOR)),
                 "early_stopping": Record({"best": NUMBER, "num_runs": COUNT}),
+                "loss_scaler": Table(NUMBER),
             }
         ),
     },

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,16 +136,27 @@ class Runner:
                 self.stop()
                 for future in waiting:
                     future.cancel()
+                self.wait_for_saving(waiting)
                 raise
         if failures:
             among = "" if len(cells) == 1 else f"{len(failures)} of {len(cells)} trainings failed: "
             raise UsageError(f"{among}{failures[0]}")
 
     def stop(self) -> None:
-        """Ends all processes."""
+        """Asks all processes to end. Trainings finish an update and save; a second time they end at
+        once."""
         self.stopping.set()
         for child in list(self.children):
             end(child)
+
+    def wait_for_saving(self, waiting: Iterable[Future[None]]) -> None:
+        """Waits until all processes have ended, and passes further signals on to them."""
+        while True:
+            try:
+                wait(waiting)
+                return
+            except KeyboardInterrupt:
+                self.stop()
 
     def progress(self) -> Iterable[str]:
         """Where each training that runs is."""
@@ -359,7 +370,7 @@ def part_of(sweep: bool, zero_shot: bool) -> str:
 
 
 def end(child: subprocess.Popen[str]) -> None:
-    """Ends a process and those that it started."""
+    """Asks a process and those that it started to end."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGTERM)
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 PROGRAM = Path(__file__).parents[1] / "interrupted.py"
-UPDATES = 9
-"""An epoch has seven, in two processes."""
+UPDATES = 10
+"""An epoch has eight, in two processes."""
 FLAGS = (
     *("--batch-size", "16", "--max-update", f"{UPDATES}", "--dropout", "0.1"),
     *("--no-epoch-checkpoints", "--required-batch-size-multiple", "1"),
@@ -63,12 +63,12 @@ def uninterrupted(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     ("kind", "place", "update", "target"),
     [
         ("data parallel", "update", 3, "0"),
-        ("data parallel", "update", 7, "parent"),
-        ("data parallel", "validation", 7, "1"),
-        ("legacy", "update", 8, "1"),
+        ("data parallel", "update", 8, "parent"),
+        ("data parallel", "validation", 8, "1"),
+        ("legacy", "update", 9, "1"),
         ("expert parallel", "update", 3, "1"),
-        ("expert parallel", "validation", 7, "0"),
-        ("expert parallel", "update", 8, "parent"),
+        ("expert parallel", "validation", 8, "0"),
+        ("expert parallel", "update", 9, "parent"),
     ],
 )
 def test_one_signal_interrupts_all(
