@@ -325,7 +325,6 @@ def test_applying_twice_changes_nothing() -> None:
         *((dataclass_utils, name) for name in ("eval_str_list", "_override_attr")),
         *((distributed_utils, "call_main"), (models, "build_model")),
         *((data_utils, name) for name in ("batch_by_size",)),
-        *((task, "load_dataset") for task in splits.READERS),
     ]
     before = [getattr(owner, name) for owner, name in replaced]
     assert all(function.sffn_repairs for function in before)
