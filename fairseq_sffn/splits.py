@@ -24,27 +24,9 @@ READERS = (LanguageModelingTask, TranslationTask)
 
 def apply() -> None:
     """Apply every repair."""
-    name_missing_data()
     name_unused_validation_data()
     refuse_data_without_sentences()
     check_metric_first()
-
-
-def name_missing_data() -> None:
-    """A task whose split is not there ends in a traceback. Can go when fairseq gives a line."""
-
-    def naming(original: Any) -> Any:
-        @functools.wraps(original)
-        def load_dataset(self: Any, split: str, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return original(self, split, *args, **kwargs)
-            except FileNotFoundError as error:
-                raise UsageError(f"split {shown(split)}: {error}") from error
-
-        return load_dataset
-
-    for task in READERS:
-        replace_once(task, "load_dataset", naming(task.load_dataset))
 
 
 def name_unused_validation_data() -> None:

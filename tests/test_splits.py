@@ -9,7 +9,6 @@ import pytest
 import torch
 from fairseq.data import data_utils
 from fairseq.logging import metrics
-from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf import OmegaConf
 
 from fairseq_sffn import splits
@@ -58,14 +57,6 @@ def test_every_format_of_a_split_is_known(file: str, tmp_path: Path) -> None:
 
 def test_tasks_that_read_other_files_are_left_alone() -> None:
     check_splits(configuration("nowhere", "masked_lm", train_subset="x"), "train_subset")
-
-
-def test_a_split_that_is_missed_later(data_bin: Path) -> None:
-    """Such as one of a later epoch, or of a Python caller."""
-    _, cfg = data_bin, OmegaConf.create({"data": str(data_bin), "dataset_impl": None})
-    with pytest.raises(UsageError, match=r"^split nosuch: Dataset not found: nosuch") as stopped:
-        LanguageModelingTask(cfg, None).load_dataset("nosuch")
-    assert "\n" not in str(stopped.value)
 
 
 def test_validation_data_that_is_not_named(data_bin: Path, tmp_path: Path) -> None:
