@@ -228,7 +228,8 @@ def safe_arguments(stored: Namespace, overrides: Mapping[str, Any]) -> Namespace
     for group in ("model", "task", "criterion"):
         key = "arch" if group == "model" else group
         name = given.get(key, "translation" if group == "task" else None)
-        if name is not None and (dataclass := dataclass_of(group, name)) is not None:
+        needed = name is not None or group == "model"
+        if needed and (dataclass := dataclass_of(group, name)) is not None:
             result |= safe_options(group, given, dataclass) | {key: name}
     for group in ("tokenizer", "bpe"):
         if (name := given.get(group)) is not None and (dataclass := dataclass_of(group, name)):
