@@ -184,6 +184,8 @@ def safe_configuration(stored: Mapping[str, Any], overrides: Mapping[str, Any]) 
     for group in (*BUILT, *RECORDED):
         result[group] = None
         if (options := stored.get(group)) is None:
+            if group in ("model", "task"):
+                raise UsageError(f"its {group} is None")
             continue
         if isinstance(options, str):  # an encoder without options
             options = {"_name": options}
