@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -78,6 +79,12 @@ def main() -> None:
             time.sleep(1.5)
             os.kill(os.getpid(), int(number))
             time.sleep(600)
+        elif target.startswith("lost"):
+            if "unseen" in target:
+                del os.pidfd_open
+            os.kill(os.getpid(), int(number))
+            if rank == "1":
+                os.kill(os.getpid(), signal.SIGKILL)
         elif target == rank:
             send(int(number))
 
