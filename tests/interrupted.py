@@ -66,6 +66,8 @@ def main() -> None:
     place, update, number, target, *arguments = sys.argv[1:]
     rank = os.environ.get("RANK", "0")
     sys.argv = ["fairseq-train", *arguments]
+    if "unseen" in target:
+        del os.pidfd_open
 
     def act() -> None:
         if target == "group":
@@ -80,8 +82,6 @@ def main() -> None:
             os.kill(os.getpid(), int(number))
             time.sleep(600)
         elif target.startswith("lost"):
-            if "unseen" in target:
-                del os.pidfd_open
             os.kill(os.getpid(), int(number))
             if rank == "1":
                 os.kill(os.getpid(), signal.SIGKILL)

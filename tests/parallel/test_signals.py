@@ -118,7 +118,12 @@ def run_by_hand(data: Path, save_dir: Path, number: int, target: str) -> list[tu
         )
         for rank in range(2)
     ]
-    errors = [rank.communicate()[1] for rank in ranks]
+    try:
+        # Ranks that wait for each other are told from a slow machine.
+        errors = [rank.communicate(timeout=1200)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     return [(rank.returncode, said) for rank, said in zip(ranks, errors, strict=True)]
 
 
