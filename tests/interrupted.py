@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -65,6 +66,8 @@ def main() -> None:
     place, update, number, target, *arguments = sys.argv[1:]
     rank = os.environ.get("RANK", "0")
     sys.argv = ["fairseq-train", *arguments]
+    if "unseen" in target:
+        del os.pidfd_open
 
     def act() -> None:
         if target == "group":
@@ -78,6 +81,10 @@ def main() -> None:
             time.sleep(1.5)
             os.kill(os.getpid(), int(number))
             time.sleep(600)
+        elif target.startswith("lost"):
+            os.kill(os.getpid(), int(number))
+            if rank == "1":
+                os.kill(os.getpid(), signal.SIGKILL)
         elif target == rank:
             send(int(number))
 

@@ -1,8 +1,7 @@
 """A signal to one of several processes, or to their launcher, interrupts all of them together."""
 
-import os
-import random
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -98,18 +97,17 @@ def test_one_signal_interrupts_all(
     torch.testing.assert_close(saved, final, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_exit_status_of_processes_started_by_hand(
-    number: int, data_bin: Path, tmp_path: Path
-) -> None:
-    """128 + n on every rank, whichever got the signal."""
-    job = launch.training(data_bin, tmp_path / "saved", "avgk", *FLAGS)
-    port = random.Random(os.getpid() + number).randint(20000, 30000)
+def run_by_hand(data: Path, save_dir: Path, number: int, target: str) -> list[tuple[int, str]]:
+    """Status and errors of two ranks that are started without a launcher."""
+    job = launch.training(data, save_dir, "avgk", *FLAGS)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
     ranks = [
         subprocess.Popen(
             [
-                *(sys.executable, PROGRAM, "update", "3", str(int(number)), "1", *job),
-                *("--distributed-world-size", "2", "--distributed-rank", str(rank)),
+                *(sys.executable, "-W", "ignore", PROGRAM, "update", "3", str(int(number)), target),
+                *(*job, "--distributed-world-size", "2", "--distributed-rank", str(rank)),
                 *("--distributed-init-method", f"tcp://localhost:{port}"),
                 *("--distributed-no-spawn", "--distributed-backend", "gloo"),
             ],
@@ -120,7 +118,31 @@ def test_exit_status_of_processes_started_by_hand(
         )
         for rank in range(2)
     ]
-    errors = [rank.communicate()[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [128 + number] * 2, errors
-    assert not any("Traceback" in said for said in errors)
+    try:
+        # Ranks that wait for each other are told from a slow machine.
+        errors = [rank.communicate(timeout=1200)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [(rank.returncode, said) for rank, said in zip(ranks, errors, strict=True)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_exit_status_of_processes_started_by_hand(
+    number: int, data_bin: Path, tmp_path: Path
+) -> None:
+    """128 + n on every rank, whichever got the signal."""
+    ended = run_by_hand(data_bin, tmp_path / "saved", number, "1")
+    assert [status for status, _ in ended] == [128 + number] * 2, ended
+    assert not any("Traceback" in said for _, said in ended)
     assert final_state(tmp_path / "saved")["updates"] == 3
+
+
+@pytest.mark.parametrize("target", ["lost", "lost and unseen"])
+def test_a_process_is_lost_after_a_signal(target: str, data_bin: Path, tmp_path: Path) -> None:
+    """The other one ends with a line, also where the system does not tell of it."""
+    (status, said), (lost, _) = run_by_hand(data_bin, tmp_path / "saved", signal.SIGTERM, target)
+    assert (status, lost) == (128 + signal.SIGTERM, -signal.SIGKILL)
+    lines = [line for line in said.splitlines() if line.startswith("SIGTERM: ")]
+    assert len(lines) == 1 and "another process of the training has ended" in lines[0]
+    assert "Traceback" not in said

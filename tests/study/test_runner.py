@@ -1,6 +1,7 @@
 """What the runner makes of processes and files."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,24 @@ def test_trainings_share_the_cores(
 def a_runner(folder: Path, jobs: int = 1, **changes: Any) -> Runner:
     results = made.empty(folder, domains="", **changes)
     return Runner(results.scale, Launcher(), results, folder, "abc", jobs, print)
+
+
+def test_signals_are_passed_on_until_trainings_have_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that gets a second one ends at once."""
+    of_study, left = a_runner(tmp_path), [KeyboardInterrupt, KeyboardInterrupt]
+
+    def wait(*_: object) -> None:
+        if left:
+            raise left.pop()
+
+    class Child:
+        pid = 12345
+
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(runner, "wait", wait)
+    monkeypatch.setattr(runner.os, "killpg", lambda *call: sent.append(call))
+    of_study.children.add(Child())  # type: ignore[arg-type]
+    of_study.wait_for_saving([])
+    assert sent == [(12345, signal.SIGTERM)] * 2

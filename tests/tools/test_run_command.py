@@ -28,7 +28,7 @@ from fairseq_sffn.study import runner
 from fairseq_sffn.study.files import load_scale, load_table
 from fairseq_sffn.study.plan import Launcher, row_cells, train_arguments
 from fairseq_sffn.study.results import log_records
-from fairseq_sffn.study.runner import Runner, fingerprint
+from fairseq_sffn.study.runner import Runner, fingerprint, updates_of
 from fairseq_sffn.tools import cli
 from fairseq_sffn.tools.zero_shot_tasks import TASKS
 
@@ -649,7 +649,9 @@ def test_a_dry_run_of_blocks_that_are_shared_out(
     assert said.count("an update done") == 2 and "2 trainings are ready" in said
 
 
-def test_trainings_end_with_the_command(data_bin, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_trainings_end_with_the_command(number, data_bin, tmp_path):
+    """They finish an update and save, and the same command goes on from there."""
     study = Study(tmp_path, data_bin, '{ label = "dense", model = "dense", length = 10000 }')
     words = ["run", str(study.table), "--scale", str(study.scale), "--work", str(tmp_path / "work")]
     command = [sys.executable, "-W", "ignore", "-m", "fairseq_sffn", *words]
@@ -659,13 +661,12 @@ def test_trainings_end_with_the_command(data_bin, tmp_path):
                 break
             time.sleep(0.1)
         assert trainings(study.work)
-        run.terminate()
-        assert run.wait(timeout=60) != 0
-    for _ in range(100):  # to die takes them a moment
-        if not (left := trainings(study.work)):
-            break
-        time.sleep(0.1)
-    assert not left
+        run.send_signal(number)
+        assert run.wait(timeout=600) != 0
+    assert not trainings(study.work)
+    (log,) = study.work.glob("*/train.log")
+    ended = re.findall(r"SIGTERM: the training ends at update (\d+)", log.read_text())
+    assert ended == [str(updates_of(log.parent / "checkpoints" / "checkpoint_last.pt"))]
 
 
 def test_a_training_that_outlives_a_killed_command_is_waited_for(data_bin, tmp_path):
