@@ -10,6 +10,7 @@ import typing
 from typing import Any
 
 from fairseq import models
+from fairseq.data import data_utils
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.distributed import utils as distributed_utils
@@ -175,6 +176,11 @@ def check_training(cfg: Any) -> None:
         )
     validation = () if cfg.dataset.disable_validation else ("valid_subset",)
     check_splits(cfg, "train_subset", *validation)
+    if not cfg.dataset.disable_validation:
+        try:
+            data_utils.raise_if_valid_subsets_unintentionally_ignored(cfg)
+        except ValueError as error:
+            raise UsageError(f"--valid-subset {cfg.dataset.valid_subset}: {error}") from error
 
 
 def check_validation(cfg: Any) -> None:

@@ -24,28 +24,8 @@ READERS = (LanguageModelingTask, TranslationTask)
 
 def apply() -> None:
     """Apply every repair."""
-    name_unused_validation_data()
     refuse_data_without_sentences()
     check_metric_first()
-
-
-def name_unused_validation_data() -> None:
-    """fairseq refuses validation splits that it would not use, in a traceback. Can go when it gives
-    a line."""
-
-    @functools.wraps(data_utils.raise_if_valid_subsets_unintentionally_ignored)
-    def raise_if_valid_subsets_unintentionally_ignored(train_cfg: Any) -> None:
-        try:
-            original(train_cfg)
-        except ValueError as error:
-            raise UsageError(f"--valid-subset {train_cfg.dataset.valid_subset}: {error}") from error
-
-    original = data_utils.raise_if_valid_subsets_unintentionally_ignored
-    replace_once(
-        data_utils,
-        "raise_if_valid_subsets_unintentionally_ignored",
-        raise_if_valid_subsets_unintentionally_ignored,
-    )
 
 
 def refuse_data_without_sentences() -> None:

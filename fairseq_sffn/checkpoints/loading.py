@@ -6,7 +6,6 @@ import argparse
 import functools
 import inspect
 import os
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -25,7 +24,7 @@ from ..errors import UsageError
 from .integrity import fingerprint, is_not_averaged
 from .reading import SKIP_CHECKSUMS, DamagedCheckpoint, read_file
 from .stored_configuration import safe_state
-from .structure import check_structure
+from .structure import AVERAGED, check_structure, find_problem
 
 KEY = "sffn"
 """Entry of a checkpoint for what the plugin keeps there; see :mod:`.structure`."""
@@ -173,21 +172,22 @@ def upgraded(state: dict[str, Any], path: str, overrides: Mapping[str, Any]) -> 
 
 
 def load_averages_safely() -> None:
-    """Replace ``load_ema_from_checkpoint``, which unpickles in the same way."""
+    """``load_ema_from_checkpoint`` unpickles in the same way. Looks at the file first. Can go when
+    fairseq passes ``weights_only=True``."""
 
     @functools.wraps(checkpoint_utils.load_ema_from_checkpoint)
-    def load_ema_from_checkpoint(fpath: str) -> dict[str, Any]:
-        state = read_checkpoint(PathManager.get_local_path(fpath))
-        if not (average := state["extra_state"].get("ema")):
+    def load_ema_from_checkpoint(fpath: str) -> Any:
+        local = PathManager.get_local_path(fpath)
+        if os.path.isfile(local) and find_problem(read_file(local, mapped=True), AVERAGED):
             raise UsageError(
                 f"checkpoint {fpath}: holds no moving average: it was trained without --store-ema"
             )
-        state["model"] = OrderedDict(
-            (name, (of.float() if of.dtype == torch.float16 else of).clone())
-            for name, of in average.items()
-        )
-        return state
+        try:
+            return original(fpath)
+        except FileNotFoundError as error:
+            raise DamagedCheckpoint(f"checkpoint {fpath}: there is no such file") from error
 
+    original = checkpoint_utils.load_ema_from_checkpoint
     replace_once(checkpoint_utils, "load_ema_from_checkpoint", load_ema_from_checkpoint)
 
 

@@ -172,6 +172,9 @@ CHECKPOINT = Record(
 )
 """What fairseq writes, and what the plugin adds under ``sffn``."""
 
+AVERAGED = Record({"extra_state": Record({"ema": Table(TENSOR)})})
+"""What a checkpoint holds whose moving average is used."""
+
 PART = Record(
     {
         "model": Table(TENSOR),

@@ -118,7 +118,7 @@ def write_parts() -> None:
     def save_checkpoint(cfg: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
         if cfg.no_save or expert_parallel_of(trainer.get_model()) == 1:
             saved = original(cfg, trainer, *args, **kwargs)
-            if not cfg.no_save and trainer.is_data_parallel_master:
+            if cfg.save_dir and not cfg.no_save and trainer.is_data_parallel_master:
                 remove_unnamed(Path(cfg.save_dir))  # which training in parts has left
             return saved
         trainer.sffn_together, saved = True, None
