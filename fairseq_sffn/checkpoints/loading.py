@@ -17,6 +17,7 @@ from fairseq import checkpoint_utils, options
 from fairseq.dataclass.utils import overwrite_args_by_name
 from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
+from fairseq_cli import validate as validate_command
 from omegaconf import OmegaConf
 
 from ..compat import replace_once
@@ -216,9 +217,18 @@ def load_no_folder_of_a_checkpoint() -> None:
             )
         return original(*args, **kwargs)
 
+    @functools.wraps(validate_command.main)
+    def validate_main(cfg: Any, override_args: argparse.Namespace | None = None) -> Any:
+        # The only command whose function does not pass on the folder that its configuration names.
+        if override_args is None and getattr(cfg.task, "data", None) is not None:
+            override_args = argparse.Namespace(data=cfg.task.data)
+        return original_main(cfg, override_args)
+
     original = checkpoint_utils.load_model_ensemble_and_task
     signature = inspect.signature(original)
     replace_once(checkpoint_utils, "load_model_ensemble_and_task", load_model_ensemble_and_task)
+    original_main = validate_command.main
+    replace_once(validate_command, "main", validate_main)
 
 
 def train_without_its_configuration() -> None:

@@ -67,8 +67,8 @@ def inputs() -> tuple[Tensor, dict[str, Tensor]]:
     return x, {"self_attn_mask": future, "self_attn_padding_mask": padding}
 
 
-def tokens() -> dict[str, Tensor]:
-    return {"token_ids": random_tokens(LENGTH, BATCH, 1)}
+def tokens(length: int = LENGTH) -> dict[str, Tensor]:
+    return {"token_ids": random_tokens(length, BATCH, 1)}
 
 
 def close(actual: Tensor, expected: Tensor, name: str = "") -> None:
@@ -121,7 +121,7 @@ def test_incremental_state_reaches_attention():
     states: tuple[dict, dict] = {}, {}
     for step in x.split(1):
         expected, *_ = dense(step, incremental_state=states[0])
-        actual, *_ = sparse(step, incremental_state=states[1], **tokens())
+        actual, *_ = sparse(step, incremental_state=states[1], **tokens(length=1))
         close(actual, expected)
 
 

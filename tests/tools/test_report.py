@@ -409,7 +409,8 @@ def test_json(folder: Path) -> None:
     (tasks,) = found["zero"]["parts"][""]
     accuracy, error = 0.5, 0.02
     assert tasks["rows"][0]["piqa"] == {
-        **{"documents": 1000, "accuracy": accuracy, "error": error, "random": 0.5}
+        **{"documents": 1000, "accuracy": accuracy, "error": error, "random": 0.5},
+        **{"cut": 1234, "in_pieces": 5},
     }
     claim = found["main"]["claims"][0]
     assert claim["word"] == "supported" and claim["difference"]["mean"] == 10

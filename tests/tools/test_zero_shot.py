@@ -748,7 +748,7 @@ def test_a_capacity_lets_documents_compete(
 def test_no_language_model(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changed_checkpoint(folder, tmp_path, _name="transformer")
+    changed_checkpoint(folder, tmp_path, _name="transformer", max_target_positions=64)
     assert refusal(tmp_path, "avgk", capsys).endswith("holds no language model, but a transformer")
 
 
