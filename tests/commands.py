@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 from fairseq import checkpoint_utils
@@ -202,7 +202,7 @@ def _captured(output: io.StringIO) -> Iterator[None]:
         root.setLevel(level)
 
 
-def leave() -> None:
+def leave() -> NoReturn:
     """Ends one of several processes, together with the others. Were it to end by itself, a thread
     of gloo could abort it, with or without ``destroy_process_group``."""
     if dist.is_initialized():

@@ -26,9 +26,9 @@ class ProcessGroups(NamedTuple):
     replicas: dist.ProcessGroup | None = None
 
 
-@functools.cache
 def process_groups(expert_parallel: int) -> ProcessGroups:
-    """Groups of consecutive ranks share blocks out. To be called by all processes together.
+    """Groups of consecutive ranks share blocks out, the same ones at each call. To be called by all
+    processes together.
 
     Args:
         expert_parallel: processes over which the blocks are shared out.
@@ -36,6 +36,12 @@ def process_groups(expert_parallel: int) -> ProcessGroups:
     Raises:
         UsageError: it does not divide the number of processes.
     """
+    return _process_groups(expert_parallel, dist.group.WORLD if dist.is_initialized() else None)
+
+
+@functools.cache
+def _process_groups(expert_parallel: int, world: dist.ProcessGroup | None) -> ProcessGroups:
+    """Those within ``world``: a program may train by itself before it joins others."""
     world_size = distributed_utils.get_global_world_size()
     if expert_parallel < 1 or world_size % expert_parallel:
         raise UsageError(

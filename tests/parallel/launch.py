@@ -2,10 +2,13 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import commands
 
@@ -44,12 +47,49 @@ def training(data: Path, save_dir: Path, model: str, *flags: str) -> list[str]:
     return arguments
 
 
-def train(
-    world_size: int, folder: Path, jobs: dict[str, list[str]], expect: int = 0
-) -> dict[str, str]:
-    """Runs trainings in so many processes, one after the other, and gives rank 0's logs."""
+def train(world_size: int, folder: Path, jobs: dict[str, list[str]]) -> dict[str, str]:
+    """Runs trainings in so many processes, one after the other, and gives rank 0's logs. They are
+    copies of this process, which has imported everything; :func:`run` starts them as users do."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    done = run(world_size, HERE / "worker.py", folder / "jobs.json")
-    assert done.returncode == expect, done.stderr[-4000:]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = {}
+    for rank in range(world_size):
+        environment = {**place, "WORLD_SIZE": str(world_size), "RANK": str(rank)}
+        if not (pid := os.fork()):
+            become_rank(folder, {**environment, "LOCAL_RANK": str(rank)})
+        ranks[pid] = rank
+    while ranks:
+        pid, status = os.wait()
+        rank = ranks.pop(pid)
+        if status:
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+                os.waitpid(other, 0)
+            raise AssertionError((folder / f"{rank}.err").read_text()[-4000:])
     return {name: (folder / f"{name}.0.log").read_text() for name in jobs}
+
+
+def become_rank(folder: Path, environment: dict[str, str]) -> NoReturn:
+    """The rest of a process that was forked."""
+    try:
+        with open(folder / f"{environment['RANK']}.err", "w") as said:
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+        os.environ.update(environment)
+        run_jobs(folder / "jobs.json")
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    os._exit(1)
+
+
+def run_jobs(jobs: Path) -> NoReturn:
+    """Trains what a JSON file of {name: arguments} says. Logs go to NAME.RANK.log beside it."""
+    for name, arguments in json.loads(jobs.read_text()).items():
+        log = commands.run("train", *arguments)
+        (jobs.parent / f"{name}.{os.environ['RANK']}.log").write_text(log)
+    commands.leave()
