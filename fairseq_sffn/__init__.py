@@ -19,6 +19,7 @@ from . import (  # noqa: E402
     configuration,
     criterions,
     interruptions,
+    mixed_precision,
     models,
     optim,
     options,
@@ -32,7 +33,7 @@ from .parallel import gradients, launch  # noqa: E402
 # The configuration last, so that its wrappers go around all others.
 for repairs in (
     *(loading, writing, checks, launch, gradients, sharded_checkpoints, resuming),
-    *(training_state, interruptions, options, splits, configuration),
+    *(training_state, interruptions, mixed_precision, options, splits, configuration),
 ):
     repairs.apply()
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .collectives import all_gather_single, reduce_scatter_single
 from .selection import Selection
 
 INDEX_BYTES = 4
@@ -71,12 +72,12 @@ class Sharing:
         ranks, me = dist.get_world_size(self.tokens), dist.get_rank(self.tokens)
         counts_R = torch.zeros(ranks, dtype=torch.int64, device=rows.device)
         own = torch.tensor([len(rows)], device=rows.device)
-        dist.all_gather_single(counts_R, own, group=self.tokens)
+        all_gather_single(counts_R, own, group=self.tokens)
         counts = counts_R.tolist()
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows.detach()
         all_padded = padded.new_empty(ranks * len(padded), *rows.shape[1:])
-        dist.all_gather_single(all_padded, padded, group=self.tokens)
+        all_gather_single(all_padded, padded, group=self.tokens)
         pieces = all_padded.unflatten(0, (ranks, max(counts))).unbind()
         start = sum(counts[:me])
         gathered = [piece[:count] for piece, count in zip(pieces, counts, strict=True)]
@@ -113,14 +114,14 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         whole = part.new_empty(dist.get_world_size(group) * len(part), *part.shape[1:])
-        dist.all_gather_single(whole, part.contiguous(), group=group)
+        all_gather_single(whole, part.contiguous(), group=group)
         return whole
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         part = grad.new_empty(len(grad) // dist.get_world_size(ctx.group), *grad.shape[1:])
-        dist.reduce_scatter_single(part, grad.contiguous(), group=ctx.group)
+        reduce_scatter_single(part, grad.contiguous(), group=ctx.group)
         return part, None
 
 
