@@ -107,13 +107,14 @@ def choose_gloo_on_cpus() -> None:
 
 
 def gather_lists_on_cpus() -> None:
-    """``all_gather_list`` goes by a GPU's memory. Can go when it goes by the group's device."""
+    """``all_gather_list`` goes by a GPU's memory, which a group of CPUs does not reach, whether
+    there is a GPU or not. Can go when it goes by the group's device."""
 
     @functools.wraps(distributed_utils.all_gather_list)
     def all_gather_list(data: Any, group: Any = None, max_size: int = 16384) -> list[Any]:
-        if torch.cuda.is_available():
-            return original(data, group, max_size)
         group = distributed_utils.get_global_group() if group is None else group
+        if dist.get_backend(group) == "nccl":
+            return original(data, group, max_size)
         gathered: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(gathered, utils.move_to_cpu(data), group=group)
         return gathered

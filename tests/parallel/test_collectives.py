@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from fairseq.distributed import utils as distributed_utils
 
+import fairseq_sffn.parallel.launch  # noqa: F401
 from fairseq_sffn.memory.collectives import all_gather_single, reduce_scatter_single
 
 NEW = {
@@ -35,3 +37,11 @@ def test_either_name(old: bool, world: None, monkeypatch: pytest.MonkeyPatch) ->
     all_gather_single(whole, rows, group=dist.group.WORLD)
     reduce_scatter_single(part, rows, group=dist.group.WORLD)
     assert torch.equal(whole, rows) and torch.equal(part, rows)
+
+
+def test_lists_of_cpus_beside_a_gpu(world: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--cpu`` on a machine that has a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    data = {"loss": torch.ones(2), "name": "a"}
+    (gathered,) = distributed_utils.all_gather_list(data, dist.group.WORLD)
+    assert gathered["name"] == "a" and torch.equal(gathered["loss"], torch.ones(2))
