@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.config_store import ConfigStore
 
 HERE = Path(__file__).parent
 
@@ -15,6 +16,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(HERE / "stand_ins"), os.environ.get("PYTHONPATH")])
 )
 torch.set_num_threads(1)
+# For each command hydra copies the schemas of all models, which it then copies again one by one.
+ConfigStore.__deepcopy__ = lambda self, memo: self
 
 
 def pytest_collection_finish() -> None:

@@ -35,6 +35,7 @@ SHARDS = {
     ]
     for model in MODELS
     for world in BACKENDS
+    if world == 2 or model in SHARED_OUT
 }
 RUNS = [(model, world, shards) for (model, world), parts in SHARDS.items() for shards in parts]
 
