@@ -26,10 +26,14 @@ def total(sizes: np.ndarray) -> int:
 
 
 def binarised_tokens(dataset: Any) -> int:
-    """Tokens of the split that a data set was made from, before any were cut or left out."""
+    """Tokens of the split that a data set was made from, before any were cut or left out: those of
+    the innermost data set that knows."""
+    sizes = getattr(dataset, "sizes", None)
     while hasattr(dataset, "dataset"):
         dataset = dataset.dataset
-    return total(np.asarray(dataset.sizes))
+        if getattr(dataset, "sizes", None) is not None:
+            sizes = dataset.sizes
+    return total(np.asarray(sizes))
 
 
 class LeftOut(NamedTuple):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import commands
+import numpy as np
 import pytest
 import torch
 from fairseq.sequence_scorer import SequenceScorer
@@ -21,7 +23,7 @@ from fairseq_cli import validate as validate_command
 
 from fairseq_sffn import evaluation
 from fairseq_sffn.errors import UsageError
-from fairseq_sffn.left_out import Scored
+from fairseq_sffn.left_out import Scored, binarised_tokens
 
 LENGTHS = [4, 9, 15, 16, 3, 8, 20, 5, 6, 7, 2]
 """Words of each sentence; with ``</s>`` one more. The model has 16 positions."""
@@ -242,3 +244,11 @@ def test_validate_is_of_all_sentences_or_tells(subset, skipped, data, tmp_path):
     )
     assert re.search(rf"valid on '{subset}' subset .* bsz 9", out), re.findall("bsz.*", out)
     assert (f"left out: 38 of {ALL} tokens, in 2 of 11 samples" in out) == skipped
+
+
+@pytest.mark.parametrize("sizes", [{}, {"sizes": None}, {"sizes": [5, 4, 2]}])
+def test_a_data_set_around_one_that_knows_no_sizes(sizes: dict[str, Any]) -> None:
+    """As in fairseq's ``test_lm_context_window.py``."""
+    inner = SimpleNamespace(**sizes)
+    outer = SimpleNamespace(dataset=inner, sizes=np.array([4, 4, 2]))
+    assert binarised_tokens(outer) == (11 if sizes.get("sizes") else 10)
