@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
@@ -62,13 +63,17 @@ def train(world_size: int, folder: Path, jobs: dict[str, list[str]]) -> dict[str
             become_rank(folder, {**environment, "LOCAL_RANK": str(rank)})
         ranks[pid] = rank
     while ranks:
-        pid, status = os.wait()
-        rank = ranks.pop(pid)
-        if status:
-            for other in ranks:
-                os.kill(other, signal.SIGKILL)
-                os.waitpid(other, 0)
-            raise AssertionError((folder / f"{rank}.err").read_text()[-4000:])
+        # One by one: a test may have other children.
+        for pid, rank in list(ranks.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                del ranks[pid]
+            if status:
+                for other in ranks:
+                    os.kill(other, signal.SIGKILL)
+                    os.waitpid(other, 0)
+                raise AssertionError((folder / f"{rank}.err").read_text()[-4000:])
+        time.sleep(0.02)
     return {name: (folder / f"{name}.0.log").read_text() for name in jobs}
 
 

@@ -32,8 +32,10 @@ def healthy(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[in
 @pytest.mark.parametrize(
     ("fault", "rank"),
     [
+        ("killed", 0),
         ("killed", 1),
         ("killed saving a part", 0),
+        ("killed saving a part", 1),
         ("killed saving the file", 0),
     ],
 )
@@ -55,7 +57,7 @@ def test_a_process_that_is_killed(fault, rank, healthy, data_bin, tmp_path):
 
 @pytest.mark.parametrize(
     ("fault", "rank"),
-    [("no room for a part", 1), ("no room for the file", 0)],
+    [("no room for a part", 0), ("no room for a part", 1), ("no room for the file", 0)],
 )
 def test_full_disk(fault, rank, healthy, data_bin, tmp_path):
     """One line, from one rank; nothing is left of the checkpoint; training resumes from the one

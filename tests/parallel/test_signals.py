@@ -62,9 +62,11 @@ def uninterrupted(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     ("kind", "place", "update", "target"),
     [
         ("data parallel", "update", 3, "0"),
+        ("data parallel", "update", 8, "parent"),
         ("data parallel", "validation", 8, "1"),
         ("legacy", "update", 9, "1"),
         ("expert parallel", "update", 3, "1"),
+        ("expert parallel", "validation", 8, "0"),
         ("expert parallel", "update", 9, "parent"),
     ],
 )
@@ -125,7 +127,7 @@ def run_by_hand(data: Path, save_dir: Path, number: int, target: str) -> list[tu
     return [(rank.returncode, said) for rank, said in zip(ranks, errors, strict=True)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_exit_status_of_processes_started_by_hand(
     number: int, data_bin: Path, tmp_path: Path
 ) -> None:

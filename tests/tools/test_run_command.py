@@ -649,7 +649,8 @@ def test_a_dry_run_of_blocks_that_are_shared_out(
     assert said.count("an update done") == 2 and "2 trainings are ready" in said
 
 
-def test_trainings_end_with_the_command(data_bin, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_trainings_end_with_the_command(number, data_bin, tmp_path):
     """They finish an update and save, and the same command goes on from there."""
     study = Study(tmp_path, data_bin, '{ label = "dense", model = "dense", length = 10000 }')
     words = ["run", str(study.table), "--scale", str(study.scale), "--work", str(tmp_path / "work")]
@@ -660,7 +661,7 @@ def test_trainings_end_with_the_command(data_bin, tmp_path):
                 break
             time.sleep(0.1)
         assert trainings(study.work)
-        run.send_signal(signal.SIGTERM)
+        run.send_signal(number)
         assert run.wait(timeout=600) != 0
     assert not trainings(study.work)
     (log,) = study.work.glob("*/train.log")
