@@ -78,16 +78,19 @@ def test_avgk_learns_to_translate(pairs_bin: Path, tmp_path: Path) -> None:
 SELECTORS = {
     "avgk": ("--sffn-block-size", "16"),
     "base": (),
+    "gshard": ("--gshard-second-expert", "sampled"),
     "hash_layer": ("--hash-table", "bigram"),
+    "lorkm": (),
     "pkm": (),
+    "pkm_ffn": (),
+    "rand_hash": ("--sffn-block-size", "16"),
     "switch": ("--sffn-capacity-factor", "1.0"),
+    "vanilla_m": (),
 }
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
-def test_selectors_resume_exactly(selector: str, pairs_bin: Path, tmp_path: Path) -> None:
-    """Those that differ in what they keep: nothing, tables, norms, a capacity. (Every selector does
-    in a language model: ``test_resume.py``.)"""
+def test_every_selector_resumes_exactly(selector: str, pairs_bin: Path, tmp_path: Path) -> None:
     flags = ("--sffn-selector", selector, *SELECTORS[selector])
     whole = train(pairs_bin, tmp_path / "whole", "transformer_sffn", 4, *flags)
     parts = train(pairs_bin, tmp_path / "parts", "transformer_sffn", 2, *flags)
