@@ -41,7 +41,7 @@ FLAGS = {
     ),
     "--skip-checksums": (
         SKIP_CHECKSUMS,
-        "do not compare checkpoints with their checksums (0.3 seconds a gigabyte)",
+        "do not compare checkpoints with their checksums (half a second a gigabyte)",
     ),
 }
 """Flag of every command that loads a checkpoint -> its environment variable, which the processes
