@@ -19,8 +19,8 @@ STORAGE = "/data/"
 def verify_checksums(file: str | BinaryIO, tensors: bool = True) -> None:
     """Compare every member of a PyTorch archive with the CRC-32 that PyTorch stored beside it.
 
-    PyTorch does not do this when it loads. Reading takes 0.3 seconds a gigabyte (3.3 GB/s on one
-    core of an AMD EPYC) where the file is in the page cache.
+    PyTorch does not do this when it loads. It adds half a second a gigabyte
+    (``examples/benchmark/checksums.py``, one core of an AMD EPYC) where the file is in the page cache.
 
     Args:
         file: path or open file.
