@@ -20,7 +20,7 @@ def verify_checksums(file: str | BinaryIO, tensors: bool = True) -> None:
     """Compare every member of a PyTorch archive with the CRC-32 that PyTorch stored beside it.
 
     PyTorch does not do this when it loads. It adds half a second a gigabyte
-    (``examples/benchmark/checksums.py``, one core of an AMD EPYC) where the file is in the page cache.
+    (``examples/benchmark/checksums.py``, one core of an AMD EPYC), the file cached.
 
     Args:
         file: path or open file.
