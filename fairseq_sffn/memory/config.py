@@ -137,7 +137,8 @@ class MemoryConfig:
         if self.engine is not None:
             if self.engine not in ENGINES:
                 raise ConfigError("engine", self.engine, f"is none of {', '.join(ENGINES)}")
-            if not ENGINES[self.engine].supports(torch.float32, self.embed_dim, self.block_size):
+            shape = (self.num_blocks, self.block_size, self.embed_dim)
+            if not ENGINES[self.engine].supports("cpu", torch.float32, shape):
                 reason = f"cannot multiply blocks of {self.block_size} x {self.embed_dim}"
                 if self.engine in NATIVE:
                     reason = "has no C++ kernels here: no compiler, or FAIRSEQ_SFFN_KERNELS=off"

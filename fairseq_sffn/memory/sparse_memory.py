@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .balance import assignment_counts, balance_loss, z_loss
 from .capacity import keep_within_capacity
-from .compute import ENGINES, NATIVE, Tables, choose_engine
+from .compute import ENGINES, Tables, choose_engine
 from .config import ConfigError, MemoryConfig
 from .exchange import Sharing, compute_shared
 from .gate import GATES
@@ -237,12 +237,13 @@ class SparseMemory(nn.Module):
         config, dtype = self.config, x_ND.dtype
         shape = (config.num_blocks // self.sharing.shards, config.block_size, config.embed_dim)
         if config.engine is None:
-            engine = choose_engine(x_ND.device.type, dtype, selection.blocks.numel(), shape)
+            num_tokens, active = selection.blocks.shape
+            engine = choose_engine(x_ND.device.type, dtype, num_tokens, active, shape)
         else:
             engine = ENGINES[config.engine]
-            able = x_ND.device.type == "cpu" or config.engine not in NATIVE
-            if not (able and engine.supports(dtype, config.embed_dim, config.block_size)):
-                reason = f"cannot multiply {dtype} blocks of {shape[1]} x {shape[2]} on this device"
+            if not engine.supports(x_ND.device.type, dtype, shape):
+                reason = "cannot multiply {} {} blocks of {} x {} on this device"
+                reason = reason.format(shape[0], dtype, *shape[1:])
                 raise ConfigError("engine", config.engine, reason)
 
         def in_blocks(table: Tensor) -> Tensor:

@@ -131,7 +131,11 @@ def memory_bytes(memory: SparseMemory, tokens: int, shards: int, dtype: torch.dt
     width, gated = config.embed_dim, config.gate_name != "none"
     pairs = tokens * config.active_blocks
     shape = config.num_blocks // shards, config.block_size, width
-    engine = ENGINES[config.engine] if config.engine else choose_engine("cuda", dtype, pairs, shape)
+    engine = (
+        ENGINES[config.engine]
+        if config.engine
+        else choose_engine("cuda", dtype, tokens, config.active_blocks, shape)
+    )
     bags = isinstance(engine, Bags)
     kept = 0
     if shards == 1 or scores_are_kept(config):

@@ -27,7 +27,8 @@ from fairseq_sffn.memory.selectors.vanilla_m import VanillaM
 
 NATIVE = pytest.mark.skipif(kernels.load() is None, reason="no C++ compiler here")
 NATIVE_ENGINES = ("native_loop", "native_bags")
-CPU_ENGINES = ["loop", "bags", *(pytest.param(name, marks=NATIVE) for name in NATIVE_ENGINES)]
+CPU_ENGINES = ["loop", "bags", "masked", "tiled"]
+CPU_ENGINES += [pytest.param(name, marks=NATIVE) for name in NATIVE_ENGINES]
 """Those that compute in fp64."""
 
 BIGRAM = HashLayer.Config(table="bigram")

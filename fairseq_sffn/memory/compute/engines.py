@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from ..selection import Selection
-from .bags import BAGS, BagKernels, RowOrder, dot_rows, sum_rows
+from .bag_kernels import BAGS, BagKernels, RowOrder, pays_to_mask
+from .bags import dot_rows, sum_rows
 from .plan import make_plan
 from .products import PRODUCTS, Products
 from .sorted_pairs import combine, score
+from .tiled_products import gathered_products, scattered_products
+from .tiles import make_tiles, tile_rows
 
 
 class Tables(NamedTuple):
@@ -28,8 +31,10 @@ class Tables(NamedTuple):
 class Engine(Protocol):
     """Computes sum over a token's selected blocks of weight * f(x . keys + bias) . values."""
 
-    def supports(self, dtype: torch.dtype, embed_dim: int, block_size: int) -> bool:
-        """Whether the engine can compute tables of this kind."""
+    def supports(
+        self, device_type: str, dtype: torch.dtype, table_shape: tuple[int, int, int]
+    ) -> bool:
+        """Whether the engine can compute tables (B, G, D) of this kind."""
 
     def compute(
         self,
@@ -53,8 +58,10 @@ class SortedPairs:
 
     products: Products
 
-    def supports(self, dtype: torch.dtype, embed_dim: int, block_size: int) -> bool:
-        return self.products.supports(dtype, embed_dim, block_size)
+    def supports(
+        self, device_type: str, dtype: torch.dtype, table_shape: tuple[int, int, int]
+    ) -> bool:
+        return self.products.supports(device_type, dtype, table_shape)
 
     def compute(
         self,
@@ -64,31 +71,9 @@ class SortedPairs:
         activation: Callable[[Tensor], Tensor],
         dropout: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        if self.products.chunk_pairs(x_ND.device) is None:
-            # Without chunks of pairs, so many tokens at a time that gathered rows stay bounded.
-            active, width = selection.blocks.shape[1], x_ND.shape[1]
-            each = max(1, GATHERED_ELEMENTS // max(1, active * width))
-        else:
-            each = max(1, len(x_ND))
-        outputs = [
-            self._compute(x_nD, tables, part, activation, dropout)
-            for x_nD, part in zip(x_ND.split(each), selection.split(each), strict=True)
-        ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def _compute(
-        self,
-        x_ND: Tensor,
-        tables: Tables,
-        selection: Selection,
-        activation: Callable[[Tensor], Tensor],
-        dropout: Callable[[Tensor], Tensor],
-    ) -> Tensor:
-        chunk_pairs = self.products.chunk_pairs(x_ND.device)
-        # Without chunks, how many pairs are kept is known to the device alone: to multiply all is
-        # faster than to ask it, unless they are many.
-        planned_NA = selection.kept if chunk_pairs or selection.padded else None
-        order_P, plan = make_plan(selection.blocks, len(tables.values), chunk_pairs, planned_NA)
+        order_P, plan = make_plan(
+            selection.blocks, len(tables.values), CACHED_PAIRS, selection.kept
+        )
         if selection.coefficients is not None:
             hidden_PG = selection.coefficients.flatten()[order_P].unsqueeze(1)
         elif selection.pre_activations is not None:
@@ -98,13 +83,51 @@ class SortedPairs:
             pre_PG = score(x_ND, tables.keys, tables.key_bias, plan, self.products)
             hidden_PG = activation(pre_PG)
         hidden_PG = dropout(hidden_PG).to(x_ND.dtype)
-        if selection.kept is not None and planned_NA is None:
-            dropped_P = ~selection.kept.flatten()[order_P]
-            hidden_PG = hidden_PG.masked_fill(dropped_P.unsqueeze(1), 0.0)
         weights_P = None
         if selection.weights is not None:
             weights_P = selection.weights.flatten()[order_P].to(x_ND.dtype)
         return combine(hidden_PG, weights_P, tables.values, plan, len(x_ND), self.products)
+
+
+class Tiled:
+    """Pairs sorted by block and multiplied tile by tile, without asking the device for anything:
+    for accelerators."""
+
+    def supports(
+        self, device_type: str, dtype: torch.dtype, table_shape: tuple[int, int, int]
+    ) -> bool:
+        return True
+
+    def compute(
+        self,
+        x_ND: Tensor,
+        tables: Tables,
+        selection: Selection,
+        activation: Callable[[Tensor], Tensor],
+        dropout: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        blocks_NA, num_blocks = selection.blocks, len(tables.values)
+        rows = tile_rows(blocks_NA.numel(), num_blocks)
+        tiles = make_tiles(blocks_NA, num_blocks, selection.kept, rows)
+
+        def in_order(values_NA: Tensor) -> Tensor:
+            if selection.kept is not None:  # what is dropped may not be finite
+                dropped_NA = ~selection.kept
+                dropped_NA = dropped_NA.view(dropped_NA.shape + (1,) * (values_NA.ndim - 2))
+                values_NA = values_NA.masked_fill(dropped_NA, 0.0)
+            return values_NA.flatten(0, 1).index_select(0, tiles.order_P)
+
+        if selection.coefficients is not None:
+            hidden_PG = in_order(selection.coefficients).unsqueeze(1)
+        elif selection.pre_activations is not None:
+            hidden_PG = activation(in_order(selection.pre_activations))
+        else:
+            assert tables.keys is not None
+            hidden_PG = activation(gathered_products(x_ND, tables.keys, tables.key_bias, tiles))
+        hidden_PG = dropout(hidden_PG).to(x_ND.dtype)
+        if selection.weights is not None:
+            hidden_PG = hidden_PG * in_order(selection.weights).to(x_ND.dtype).unsqueeze(1)
+        return scattered_products(hidden_PG, tables.values, len(x_ND), tiles)
 
 
 @dataclass(frozen=True)
@@ -114,8 +137,10 @@ class Bags:
 
     kernels: BagKernels
 
-    def supports(self, dtype: torch.dtype, embed_dim: int, block_size: int) -> bool:
-        return self.kernels.supports(dtype)
+    def supports(
+        self, device_type: str, dtype: torch.dtype, table_shape: tuple[int, int, int]
+    ) -> bool:
+        return self.kernels.supports(device_type, dtype)
 
     def compute(
         self,
@@ -150,36 +175,45 @@ class Bags:
 ENGINES: dict[str, Engine] = {
     **{name: SortedPairs(products) for name, products in PRODUCTS.items()},
     **{name: Bags(kernels) for name, kernels in BAGS.items()},
+    "tiled": Tiled(),
 }
 
 NATIVE = tuple(name for name in ENGINES if name.startswith("native_"))
 """Those that need the C++ kernels: on a CPU, in fp32 or fp64, if they can be compiled."""
 
-GATHERED_ELEMENTS = 2**28
-"""The most numbers in the gathered rows of one product on an accelerator."""
+CACHED_PAIRS = 4096
+"""Pairs whose gathered rows fit a processor's cache, as measured; larger temporaries cost page
+faults that outweigh the products."""
 
 BAGGED_ELEMENTS = 2**16
 """Up to so many products of numbers a block, on a CPU, calling a matrix product costs more than it
 saves, as measured."""
 
+SMALL_BLOCK = 8
+"""Blocks of fewer cells fill a small part of a matrix unit's tile."""
+
 
 def choose_engine(
-    device_type: str, dtype: torch.dtype, num_pairs: int, table_shape: tuple[int, int, int]
+    device_type: str,
+    dtype: torch.dtype,
+    num_tokens: int,
+    active_blocks: int,
+    table_shape: tuple[int, int, int],
 ) -> Engine:
     """The engine that is fastest for these sizes among those that support them.
 
     Args:
-        num_pairs: (token, block) pairs to compute.
+        active_blocks: of each token.
         table_shape: (B, G, D).
     """
     num_blocks, block_size, width = table_shape
-    each = num_pairs / num_blocks
+    num_pairs = num_tokens * active_blocks
     if device_type != "cpu":
-        if block_size == 1:
-            return ENGINES["bags"]
-        able = ENGINES["grouped"].supports(dtype, width, block_size)
-        return ENGINES["grouped" if able else "loop"]
+        if block_size < SMALL_BLOCK and pays_to_mask(num_tokens, active_blocks, num_blocks):
+            return ENGINES["masked"]
+        return ENGINES["bags" if block_size == 1 else "tiled"]
+    each = num_pairs / num_blocks
     few = each <= 1 or each * block_size * width <= BAGGED_ELEMENTS
     name = "bags" if block_size == 1 or few else "loop"
     native = ENGINES[f"native_{name}"]
-    return native if native.supports(dtype, width, block_size) else ENGINES[name]
+    return native if native.supports(device_type, dtype, table_shape) else ENGINES[name]

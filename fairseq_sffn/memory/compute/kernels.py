@@ -35,7 +35,7 @@ def load() -> Any:
 
     ``FAIRSEQ_SFFN_KERNELS=off`` does without.
     """
-    if sys.platform != "linux" or os.environ.get(SWITCH, "").lower() in ("off", "0"):
+    if sys.platform != "linux" or not wanted():
         return None
     try:
         library = _library()
@@ -47,6 +47,11 @@ def load() -> Any:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning("no C++ kernels, so stock PyTorch computes: %s", _reason(error))
         return None
+
+
+def wanted() -> bool:
+    """Whether kernels are to compute what they can, rather than stock PyTorch."""
+    return os.environ.get(SWITCH, "").lower() not in ("off", "0")
 
 
 def supported(dtype: torch.dtype) -> bool:

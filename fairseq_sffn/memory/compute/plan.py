@@ -18,14 +18,14 @@ class Chunk:
         blocks: slice of the blocks.
         ends: (blocks in the chunk,) int32, for each block the end of its pairs, counted from the
             start of the chunk.
-        sizes: how many pairs each block has in the chunk; ``None``: not read from the device.
+        sizes: how many pairs each block has in the chunk.
         continues: whether the first block has pairs in the chunk before, too.
     """
 
     pairs: slice
     blocks: slice
     ends: Tensor
-    sizes: list[int] | None = None
+    sizes: list[int]
     continues: bool = False
 
 
@@ -52,15 +52,14 @@ class Plan:
 
 
 def make_plan(
-    blocks_NA: Tensor, num_blocks: int, chunk_pairs: int | None, kept_NA: Tensor | None = None
+    blocks_NA: Tensor, num_blocks: int, chunk_pairs: int, kept_NA: Tensor | None = None
 ) -> tuple[Tensor, Plan]:
-    """Sort pairs by block and cut them into chunks.
+    """Sort pairs by block and cut them into chunks, whose sizes are read from the device.
 
     Args:
         blocks_NA: selected blocks.
         num_blocks: B.
-        chunk_pairs: the most pairs in a chunk, so that gathered rows stay in a processor's cache;
-            ``None``: one chunk, and nothing is read back from the device.
+        chunk_pairs: the most pairs in a chunk.
         kept_NA: pairs to leave out are ``False``.
 
     Returns:
@@ -83,11 +82,9 @@ def sort_blocks(blocks_P: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
     return blocks_P.to(narrow).sort(stable=True)
 
 
-def _chunks(ends_B: Tensor, num_pairs: int, chunk_pairs: int | None) -> list[Chunk]:
+def _chunks(ends_B: Tensor, num_pairs: int, chunk_pairs: int) -> list[Chunk]:
     if num_pairs == 0:
         return []
-    if chunk_pairs is None:
-        return [Chunk(slice(0, num_pairs), slice(0, len(ends_B)), ends_B)]
     starts = torch.arange(0, num_pairs, chunk_pairs)
     stops = (starts + chunk_pairs).clamp(max=num_pairs)
     ends_B = ends_B.cpu()

@@ -11,19 +11,17 @@ from torch import Tensor
 from . import kernels
 from .plan import Chunk
 
-CACHED_PAIRS = 4096
-"""Pairs whose gathered rows fit a processor's cache, as measured; larger temporaries cost page
-faults that outweigh the products."""
+MOST_GROUPS = 1023
+"""Of ``grouped_mm`` on a CUDA device, which refuses more."""
 
 
 class Products(Protocol):
     """Matrix products of the pairs of a chunk, block by block."""
 
-    def supports(self, dtype: torch.dtype, embed_dim: int, block_size: int) -> bool:
-        """Whether tables of this kind can be multiplied."""
-
-    def chunk_pairs(self, device: torch.device) -> int | None:
-        """The most rows to hand over at once; ``None``: no limit."""
+    def supports(
+        self, device_type: str, dtype: torch.dtype, table_shape: tuple[int, int, int]
+    ) -> bool:
+        """Whether tables (B, G, D) of this kind can be multiplied."""
 
     def rows_by_matrices(
         self,
@@ -64,11 +62,10 @@ class Loop:
     """One ``torch.mm`` a block, straight into place: any dtype and shape. On a CPU nothing is
     allocated, which is faster than a call for all blocks."""
 
-    def supports(self, dtype: torch.dtype, embed_dim: int, block_size: int) -> bool:
+    def supports(
+        self, device_type: str, dtype: torch.dtype, table_shape: tuple[int, int, int]
+    ) -> bool:
         return True
-
-    def chunk_pairs(self, device: torch.device) -> int | None:
-        return CACHED_PAIRS
 
     def rows_by_matrices(
         self,
@@ -78,7 +75,6 @@ class Loop:
         out_PY: Tensor,
         bias_BY: Tensor | None = None,
     ) -> None:
-        assert chunk.sizes is not None
         groups = rows_PX.split(chunk.sizes), out_PY.split(chunk.sizes)
         matrices = matrices_BXY[chunk.blocks].unbind()
         if bias_BY is None:
@@ -96,7 +92,6 @@ class Loop:
     def rows_by_rows(
         self, left_PX: Tensor, right_PY: Tensor, chunk: Chunk, out_BXY: Tensor
     ) -> None:
-        assert chunk.sizes is not None
         lefts = left_PX.t().split(chunk.sizes, dim=1)
         rights, outs = right_PY.split(chunk.sizes), out_BXY[chunk.blocks].unbind()
         if chunk.continues:
@@ -110,18 +105,19 @@ class Loop:
 
 
 class Grouped:
-    """``torch.nn.functional.grouped_mm``: one call for all blocks, whose sizes stay on the
-    device."""
+    """``torch.nn.functional.grouped_mm``: one call for all blocks of a chunk."""
 
-    def supports(self, dtype: torch.dtype, embed_dim: int, block_size: int) -> bool:
+    def supports(
+        self, device_type: str, dtype: torch.dtype, table_shape: tuple[int, int, int]
+    ) -> bool:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return False
+        num_blocks, block_size, width = table_shape
+        if device_type != "cpu" and num_blocks > MOST_GROUPS:
             return False
         # grouped_mm wants every row of its operands to start at a multiple of 16 bytes.
         aligned = 16 // dtype.itemsize
-        return embed_dim % aligned == 0 and block_size % aligned == 0
-
-    def chunk_pairs(self, device: torch.device) -> int | None:
-        return CACHED_PAIRS if device.type == "cpu" else None
+        return width % aligned == 0 and block_size % aligned == 0
 
     def rows_by_matrices(
         self,
@@ -131,16 +127,17 @@ class Grouped:
         out_PY: Tensor,
         bias_BY: Tensor | None = None,
     ) -> None:
-        out_PY.copy_(F.grouped_mm(rows_PX, matrices_BXY[chunk.blocks], offs=chunk.ends))
+        ends = chunk.ends.to(rows_PX.device)
+        out_PY.copy_(F.grouped_mm(rows_PX, matrices_BXY[chunk.blocks], offs=ends))
         if bias_BY is not None:
-            rows_P = torch.arange(len(rows_PX), device=rows_PX.device, dtype=chunk.ends.dtype)
-            block_P = torch.searchsorted(chunk.ends, rows_P, right=True)
+            rows_P = torch.arange(len(rows_PX), device=ends.device, dtype=ends.dtype)
+            block_P = torch.searchsorted(ends, rows_P, right=True)
             out_PY += bias_BY[chunk.blocks].index_select(0, block_P)
 
     def rows_by_rows(
         self, left_PX: Tensor, right_PY: Tensor, chunk: Chunk, out_BXY: Tensor
     ) -> None:
-        products_BXY = F.grouped_mm(left_PX.t(), right_PY, offs=chunk.ends)
+        products_BXY = F.grouped_mm(left_PX.t(), right_PY, offs=chunk.ends.to(left_PX.device))
         if chunk.continues:
             products_BXY[0] += out_BXY[chunk.blocks.start]
         out_BXY[chunk.blocks] = products_BXY
@@ -152,11 +149,10 @@ class Grouped:
 class Native:
     """The kernels of :mod:`.kernels`: the products of a chunk side by side on a CPU's threads."""
 
-    def supports(self, dtype: torch.dtype, embed_dim: int, block_size: int) -> bool:
-        return kernels.supported(dtype)
-
-    def chunk_pairs(self, device: torch.device) -> int | None:
-        return CACHED_PAIRS
+    def supports(
+        self, device_type: str, dtype: torch.dtype, table_shape: tuple[int, int, int]
+    ) -> bool:
+        return device_type == "cpu" and kernels.supported(dtype)
 
     def rows_by_matrices(
         self,

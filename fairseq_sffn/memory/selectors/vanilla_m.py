@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..compute.bags import RowOrder, choose_bags, dot_rows
+from ..compute.bag_kernels import RowOrder, choose_bags
+from ..compute.bags import dot_rows
 from ..config import MemoryConfig
 from ..scores import Scores, top_blocks
 from ..selection import Selection, Selector, SelectorConfig, SelectorInput
@@ -97,7 +98,8 @@ class VanillaM(Selector):
         blocks_NA, known_NK = torch.cat(blocks), torch.cat(known)
         keys_BGD = keys_CD.unflatten(0, (-1, self.block_size))
         bias_BG = None if bias_C is None else bias_C.unflatten(0, (-1, self.block_size))
-        bags = choose_bags(x_ND.device.type, x_ND.dtype)
+        sizes = len(x_ND), self.active_blocks, len(keys_BGD)
+        bags = choose_bags(x_ND.device.type, x_ND.dtype, *sizes)
         pre_NK = dot_rows(x_ND, keys_BGD, bias_BG, blocks_NA, RowOrder(), bags, known_NK)
         pre_NAG = pre_NK.view(*blocks_NA.shape, self.block_size)
         return Selection(blocks_NA, pre_activations=pre_NAG)

@@ -8,43 +8,34 @@ from oracle import CASES, CPU_ENGINES, NATIVE, assert_matches, build, tokens
 from torch import nn
 
 from fairseq_sffn.memory import ConfigError, MemoryConfig, Selection, SparseMemory
-from fairseq_sffn.memory.compute import engines, kernels, plan, products
-from fairseq_sffn.memory.compute.plan import _chunks as plan_chunks
+from fairseq_sffn.memory.compute import bag_kernels, engines, kernels, tiled_torch, tiles
 
 
 def cut(monkeypatch, pairs: int) -> None:
-    """Chunks of so few pairs that blocks are split over several."""
-    monkeypatch.setattr(products, "CACHED_PAIRS", pairs)
+    """Pieces of so few pairs or tokens that blocks are split over several."""
+    monkeypatch.setattr(engines, "CACHED_PAIRS", pairs)
+    monkeypatch.setattr(tiles, "TILE_ROWS", (pairs,))
+    monkeypatch.setattr(tiled_torch, "ELEMENTS_AT_ONCE", 100 * pairs)
+    monkeypatch.setattr(bag_kernels, "MASKED_ELEMENTS", 30 * pairs)
 
 
-@pytest.mark.parametrize("cached_pairs", [1, 5, 7, 4096])
-@pytest.mark.parametrize("engine", CPU_ENGINES)
+CUT = [
+    *((engine, pairs) for engine in ("loop", "masked", "tiled") for pairs in (1, 5, 7, 4096)),
+    *(pytest.param("native_loop", pairs, marks=NATIVE) for pairs in (1, 5, 7, 4096)),
+    ("bags", 4096),
+    pytest.param("native_bags", 4096, marks=NATIVE),
+]
+"""Engines, and of how many pairs the pieces are, where there are any."""
+
+
+@pytest.mark.parametrize(("engine", "pairs"), CUT)
 @pytest.mark.parametrize("losses", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_loops(case, losses, engine, cached_pairs, monkeypatch):
-    cut(monkeypatch, cached_pairs)
+def test_equals_the_loops(case, losses, engine, pairs, monkeypatch):
+    cut(monkeypatch, pairs)
     gate = "none" if case == "hash_layer" else "sigmoid"
     memory = build(case, engine=engine, gate=gate, capacity_factor=1.5)
     assert_matches(memory, *tokens(8), losses=losses)
-
-
-@pytest.mark.parametrize("losses", [True, False])
-@pytest.mark.parametrize("gate", ["none", "sigmoid"])
-@pytest.mark.parametrize("case", ["avgk-g4", "rand_hash", "gshard-sampled", "pkm", "vanilla_m-g1"])
-def test_a_few_tokens_at_a_time_as_on_an_accelerator(case, gate, losses, monkeypatch):
-    """What bounds the memory where chunks of pairs would have to be read from the device."""
-    if case == "rand_hash":
-        gate = "none"
-    monkeypatch.setattr(products.Loop, "chunk_pairs", lambda self, device: None)
-    monkeypatch.setattr(engines, "GATHERED_ELEMENTS", 3 * 8 * 4)
-    monkeypatch.setattr(plan, "_chunks", one_chunk)
-    memory = build(case, engine="loop", gate=gate, capacity_factor=1.5)
-    assert_matches(memory, *tokens(8), losses=losses)
-
-
-def one_chunk(ends_B, num_pairs, chunk_pairs):
-    assert chunk_pairs is None
-    return plan_chunks(ends_B, num_pairs, num_pairs) if num_pairs else []
 
 
 def grads_of(memory, x, token_ids, cotangent, losses=True):
@@ -114,32 +105,42 @@ def test_engines_agree_where_one_block_takes_most(engine, cached_pairs, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("device_type", "dtype", "num_pairs", "table_shape", "name"),
+    ("device_type", "dtype", "num_tokens", "active", "table_shape", "name"),
     [
-        ("cpu", torch.float32, 2048, (16, 1024, 256), "loop"),
-        ("cpu", torch.float64, 2048 * 64, (1024, 16, 256), "loop"),
-        ("cpu", torch.float32, 2048 * 1024, (16384, 1, 256), "bags"),
-        ("cpu", torch.float32, 16, (256, 64, 256), "bags"),  # a token
-        ("cpu", torch.float32, 1, (16, 1024, 256), "bags"),
-        ("cpu", torch.float32, 17, (16, 1024, 256), "loop"),
-        ("cpu", torch.bfloat16, 2048, (16, 1024, 256), "loop"),
-        ("cuda", torch.float32, 2048 * 64, (1024, 16, 256), "grouped"),
-        ("cuda", torch.bfloat16, 2048, (16, 1024, 256), "grouped"),
-        ("cuda", torch.float64, 2048, (16, 1024, 256), "loop"),
-        ("cuda", torch.float32, 2048 * 1024, (16384, 1, 256), "bags"),
-        ("cuda", torch.float32, 2048 * 128, (2048, 2, 1024), "loop"),
-        ("cuda", torch.float32, 16, (256, 64, 256), "grouped"),
+        ("cpu", torch.float32, 2048, 1, (16, 1024, 256), "loop"),
+        ("cpu", torch.float64, 2048, 64, (1024, 16, 256), "loop"),
+        ("cpu", torch.float32, 2048, 1024, (16384, 1, 256), "bags"),
+        ("cpu", torch.float32, 1, 16, (256, 64, 256), "bags"),
+        ("cpu", torch.float32, 1, 1, (16, 1024, 256), "bags"),
+        ("cpu", torch.float32, 17, 1, (16, 1024, 256), "loop"),
+        ("cpu", torch.bfloat16, 2048, 1, (16, 1024, 256), "loop"),
+        *(
+            ("cuda", dtype, *sizes)
+            for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+            for sizes in (
+                (8192, 1, (16, 4096, 1024), "tiled"),
+                (8192, 64, (1024, 64, 1024), "tiled"),  # the paper's
+                (8192, 256, (4096, 16, 1024), "tiled"),
+                (1, 64, (1024, 64, 1024), "tiled"),  # a token
+                (8192, 1024, (16384, 4, 1024), "masked"),
+                (8192, 4096, (65536, 1, 1024), "masked"),
+                (8192, 128, (65536, 1, 1024), "bags"),  # PKM
+                (1, 4096, (65536, 1, 1024), "bags"),
+            )
+        ),
     ],
 )
 @pytest.mark.parametrize("native", [pytest.param(True, marks=NATIVE), False])
-def test_choice_by_size(native, device_type, dtype, num_pairs, table_shape, name, monkeypatch):
+def test_choice_by_size(
+    native, device_type, dtype, num_tokens, active, table_shape, name, monkeypatch
+):
     if not native:
         monkeypatch.setattr(kernels, "load", lambda: None)
     elif device_type == "cpu" and dtype != torch.bfloat16:
         name = f"native_{name}"
-    chosen = engines.choose_engine(device_type, dtype, num_pairs, table_shape)
+    chosen = engines.choose_engine(device_type, dtype, num_tokens, active, table_shape)
     assert chosen is engines.ENGINES[name]
-    assert chosen.supports(dtype, table_shape[2], table_shape[1])
+    assert chosen.supports(device_type, dtype, table_shape)
 
 
 @pytest.mark.parametrize("losses", [True, False])
@@ -172,15 +173,12 @@ def test_on_several_threads(case, engine, losses):
         torch.testing.assert_close(outcomes[1][name], want, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("engine", ["grouped", "loop", "one chunk"])
-def test_half_precision_rounds_a_sum_of_blocks_once(engine, monkeypatch):
+@pytest.mark.parametrize("engine", ["grouped", "loop", "tiled"])
+def test_half_precision_rounds_a_sum_of_blocks_once(engine):
     """Not after each of 64 blocks, of the output or of the gradient of x: the error is near that of
     a dense FFN."""
-    if engine == "one chunk":
-        monkeypatch.setattr(products.Grouped, "chunk_pairs", lambda self, device: None)
-    name = "grouped" if engine == "one chunk" else engine
     sizes = dict(embed_dim=64, num_cells=1024, block_size=16, active_blocks=64, selector="avgk")
-    config = MemoryConfig(**sizes, engine=name, activation="tanh")  # no kink to fall beside
+    config = MemoryConfig(**sizes, engine=engine, activation="tanh")  # no kink to fall beside
     memory = SparseMemory(config).bfloat16()
     x = torch.randn(64, 64, dtype=torch.bfloat16, requires_grad=True)
 
@@ -202,7 +200,7 @@ def test_half_precision_rounds_a_sum_of_blocks_once(engine, monkeypatch):
         assert errors[0] < 2 * errors[1]
 
 
-@pytest.mark.parametrize("engine", ["grouped", "loop", "bags"])
+@pytest.mark.parametrize("engine", ["grouped", "loop", "bags", "masked", "tiled"])
 def test_half_precision_sums_up_the_gradient_of_the_key_bias(engine):
     """Thousands of addends, of which bfloat16 would lose most, one added after the other."""
     memory = build("avgk-g16", torch.float32, engine=engine)
@@ -231,12 +229,8 @@ def test_activations_may_work_in_place(case, engine, losses):
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("engine", [*CPU_ENGINES, "one chunk"])
-def test_what_is_dropped_counts_nothing_even_where_it_overflows(engine, monkeypatch):
-    if engine == "one chunk":
-        engine = "loop"
-        monkeypatch.setattr(products.Loop, "chunk_pairs", lambda self, device: None)
-        monkeypatch.setattr(plan, "_chunks", one_chunk)
+@pytest.mark.parametrize("engine", CPU_ENGINES)
+def test_what_is_dropped_counts_nothing_even_where_it_overflows(engine):
     memory = build("switch-top1", engine=engine, activation=torch.exp, capacity_factor=0.1)
     with torch.no_grad():
         memory.keys.mul_(1e4)

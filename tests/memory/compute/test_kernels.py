@@ -12,14 +12,14 @@ import torch
 from oracle import NATIVE
 
 from fairseq_sffn.memory.compute import kernels
-from fairseq_sffn.memory.compute.bags import RowOrder
+from fairseq_sffn.memory.compute.bag_kernels import RowOrder
 
 ROOT = Path(__file__).parents[3]
 REPORT = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stdout)
 from fairseq_sffn.memory.compute import kernels
-from fairseq_sffn.memory.compute.bags import RowOrder
+from fairseq_sffn.memory.compute.bag_kernels import RowOrder
 print("kernels:", kernels.load() is not None, kernels.load() is not None)
 """
 

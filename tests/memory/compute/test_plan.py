@@ -25,16 +25,15 @@ def assert_right(result, blocks_NA, num_blocks, chunk_pairs, kept_NA=None):
     for chunk in plan.chunks:
         assert chunk.pairs.start == end  # no gap, no overlap
         end = chunk.pairs.stop
-        assert 0 < end - chunk.pairs.start <= (chunk_pairs or len(pairs))
+        assert 0 < end - chunk.pairs.start <= chunk_pairs
         assert chunk.ends.dtype == torch.int32
         assert 0 <= chunk.blocks.start < chunk.blocks.stop <= num_blocks
         blocks = range(num_blocks)[chunk.blocks]
         start = chunk.pairs.start
         assert len(blocks) == len(chunk.ends)
-        if chunk_pairs is not None:
-            inside = [pair[0] for pair in pairs[start:end]]
-            assert chunk.sizes == [inside.count(block) for block in blocks]
-            assert chunk.continues == (start > 0 and pairs[start - 1][0] == pairs[start][0])
+        inside = [pair[0] for pair in pairs[start:end]]
+        assert chunk.sizes == [inside.count(block) for block in blocks]
+        assert chunk.continues == (start > 0 and pairs[start - 1][0] == pairs[start][0])
         for block, stop in zip(blocks, chunk.ends.tolist(), strict=True):
             stop += chunk.pairs.start
             assert all(pair[0] == block for pair in pairs[start:stop])
@@ -45,7 +44,7 @@ def assert_right(result, blocks_NA, num_blocks, chunk_pairs, kept_NA=None):
     assert end == len(pairs)
 
 
-@pytest.mark.parametrize("chunk_pairs", [None, 1, 2, 3, 5, 23, 24, 25, 100])
+@pytest.mark.parametrize("chunk_pairs", [1, 2, 3, 5, 23, 24, 25, 100])
 @pytest.mark.parametrize("num_blocks", [1, 2, 7, 50])
 def test_pairs_are_sorted_and_chunks_cover_them(num_blocks, chunk_pairs):
     active = min(num_blocks, 3)
@@ -54,7 +53,7 @@ def test_pairs_are_sorted_and_chunks_cover_them(num_blocks, chunk_pairs):
     assert_right(plan, blocks_NA, num_blocks, chunk_pairs)
 
 
-@pytest.mark.parametrize("chunk_pairs", [None, 1, 4, 7])
+@pytest.mark.parametrize("chunk_pairs", [1, 4, 7])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_left_out_pairs(share, chunk_pairs):
     blocks_NA = torch.randint(5, (10, 2))
@@ -64,26 +63,24 @@ def test_left_out_pairs(share, chunk_pairs):
 
 
 @pytest.mark.parametrize("block", [0, 3, 6])
-@pytest.mark.parametrize("chunk_pairs", [None, 4, 5])
+@pytest.mark.parametrize("chunk_pairs", [4, 5])
 def test_one_block_takes_all(block, chunk_pairs):
     blocks_NA = torch.full((10, 1), block)
     assert_right(make_plan(blocks_NA, 7, chunk_pairs), blocks_NA, 7, chunk_pairs)
 
 
-@pytest.mark.parametrize("chunk_pairs", [None, 4])
-def test_no_tokens(chunk_pairs):
-    order_P, plan = make_plan(torch.empty(0, 2, dtype=torch.int64), 7, chunk_pairs)
+def test_no_tokens():
+    order_P, plan = make_plan(torch.empty(0, 2, dtype=torch.int64), 7, 4)
     assert plan.chunks == [] and len(order_P) == len(plan.tokens) == len(plan.blocks) == 0
 
 
 @pytest.mark.parametrize("num_blocks", [2**15 - 1, 2**15, 2**15 + 1, 2**17])
-@pytest.mark.parametrize("chunk_pairs", [None, 3])
-def test_very_many_blocks(num_blocks, chunk_pairs):
+def test_very_many_blocks(num_blocks):
     last = num_blocks - 1
     blocks_NA = torch.tensor([[last, 0], [last - 1, last], [0, last // 2], [last, 1]])
-    assert_right(make_plan(blocks_NA, num_blocks, chunk_pairs), blocks_NA, num_blocks, chunk_pairs)
+    assert_right(make_plan(blocks_NA, num_blocks, 3), blocks_NA, num_blocks, 3)
 
 
 def test_duplicates_within_a_row_are_kept():
     blocks_NA = torch.tensor([[2, 2], [0, 2]])
-    assert_right(make_plan(blocks_NA, 3, None), blocks_NA, 3, None)
+    assert_right(make_plan(blocks_NA, 3, 4), blocks_NA, 3, 4)

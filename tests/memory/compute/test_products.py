@@ -7,7 +7,6 @@ from oracle import NATIVE
 from fairseq_sffn.memory.compute import products
 from fairseq_sffn.memory.compute.plan import Chunk
 
-CPU = torch.device("cpu")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16)
 ABLE = [
     *(("loop", dtype) for dtype in FLOATS),
@@ -53,20 +52,23 @@ def test_products_of_each_block(name, ends, bias, continues, dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "embed_dim", "block_size", "able"),
+    ("device", "dtype", "table_shape", "able"),
     [
-        (torch.float64, 64, 64, False),
-        (torch.float32, 64, 64, True),
-        (torch.float32, 64, 1, False),
-        (torch.float32, 4, 4, True),
-        (torch.float32, 6, 4, False),
-        (torch.bfloat16, 8, 8, True),
-        (torch.bfloat16, 8, 4, False),
-        (torch.bfloat16, 12, 8, False),
+        ("cpu", torch.float64, (9, 64, 64), False),
+        ("cpu", torch.float32, (9, 64, 64), True),
+        ("cpu", torch.float32, (9, 1, 64), False),
+        ("cpu", torch.float32, (9, 4, 4), True),
+        ("cpu", torch.float32, (9, 4, 6), False),
+        ("cpu", torch.bfloat16, (9, 8, 8), True),
+        ("cpu", torch.bfloat16, (9, 4, 8), False),
+        ("cpu", torch.bfloat16, (9, 8, 12), False),
+        ("cpu", torch.bfloat16, (4096, 8, 8), True),
+        ("cuda", torch.bfloat16, (1023, 8, 8), True),
+        ("cuda", torch.bfloat16, (1024, 8, 8), False),  # refused by grouped_mm
     ],
 )
-def test_what_grouped_supports(dtype, embed_dim, block_size, able):
-    assert products.PRODUCTS["grouped"].supports(dtype, embed_dim, block_size) == able
+def test_what_grouped_supports(device, dtype, table_shape, able):
+    assert products.PRODUCTS["grouped"].supports(device, dtype, table_shape) == able
 
 
 @pytest.mark.parametrize(("name", "dtype"), ABLE)
@@ -78,8 +80,3 @@ def test_rows_are_added(name, dtype):
         wanted_ND[token] += row
     products.PRODUCTS[name].add_rows(got_ND, tokens_P, rows_PD)
     torch.testing.assert_close(got_ND, wanted_ND)
-
-
-@pytest.mark.parametrize("name", products.PRODUCTS)
-def test_chunks_are_bounded_on_a_cpu(name):
-    assert products.PRODUCTS[name].chunk_pairs(CPU) == products.CACHED_PAIRS

@@ -13,7 +13,6 @@ from fairseq_sffn.memory.compute.sorted_pairs import combine, score
 @pytest.mark.parametrize(
     ("products", "chunk_pairs"),
     [
-        ("grouped", None),
         *itertools.product(["grouped", "loop"], [5, 100]),
         *(pytest.param("native_loop", pairs, marks=NATIVE) for pairs in (5, 100)),
     ],

@@ -1,0 +1,205 @@
+"""Products of rows with the tables of their blocks, tile by tile, as operators of PyTorch.
+
+There are three, and the gradients of each are the others:
+
+- ``gathered_products``: the rows of the pairs' tokens times the table of the pair's block;
+- ``scattered_products``: a row for each pair times the table of its block, added up by token;
+- ``table_products``: for each block the sum of outer products of its pairs' rows and tokens' rows.
+
+They have implementations for fake tensors and formulas of their FLOPs, so that ``torch.compile``,
+export and FLOP counters see them. On CUDA devices the kernels of :mod:`.tiled_triton` compute
+them, where Triton is installed, and elsewhere :mod:`.tiled_torch`. Sums are in fp32 at least.
+
+All take tables (B, G, D) and the tensors and numbers of :class:`.tiles.Tiles`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import kernels, tiled_torch
+from .tiles import Tiles
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST_CAPABILITY = (8, 0)
+"""Of a CUDA device, whose matrix units have every type that the kernels in Triton are for."""
+
+
+def gathered_products(
+    x_ND: Tensor, table_BGD: Tensor, bias_BG: Tensor | None, tiles: Tiles
+) -> Tensor:
+    """x . row + bias, for the rows of each sorted pair's block: (P, G); 0 for pairs of no block."""
+    return _gathered_products(x_ND, table_BGD, bias_BG, *tiles)
+
+
+def scattered_products(rows_PG: Tensor, table_BGD: Tensor, num_tokens: int, tiles: Tiles) -> Tensor:
+    """Sum over a token's pairs of row @ table of the block: (N, D). Pairs of no block are left
+    out."""
+    return _scattered_products(rows_PG, table_BGD, num_tokens, *tiles)
+
+
+def implementation(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module that computes on this device in this dtype."""
+    if (
+        device.type != "cuda"
+        or dtype not in TRITON_DTYPES
+        or not _has_triton()
+        or torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY
+    ):
+        return tiled_torch
+    from . import tiled_triton
+
+    return tiled_triton
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return kernels.wanted() and importlib.util.find_spec("triton") is not None
+
+
+@torch.library.custom_op("fairseq_sffn::gathered_products", mutates_args=())
+def _gathered_products(
+    x_ND: Tensor,
+    table_BGD: Tensor,
+    bias_BG: Tensor | None,
+    order_P: Tensor,
+    starts_S: Tensor,
+    tiles_2T: Tensor,
+    active: int,
+    rows: int,
+) -> Tensor:
+    tiles = Tiles(order_P, starts_S, tiles_2T, active, rows)
+    compute = implementation(x_ND.device, x_ND.dtype).gathered_products
+    bias_BG = None if bias_BG is None else bias_BG.contiguous()
+    return compute(x_ND.contiguous(), table_BGD.contiguous(), bias_BG, tiles)
+
+
+@torch.library.custom_op("fairseq_sffn::scattered_products", mutates_args=())
+def _scattered_products(
+    rows_PG: Tensor,
+    table_BGD: Tensor,
+    num_tokens: int,
+    order_P: Tensor,
+    starts_S: Tensor,
+    tiles_2T: Tensor,
+    active: int,
+    rows: int,
+) -> Tensor:
+    tiles = Tiles(order_P, starts_S, tiles_2T, active, rows)
+    compute = implementation(rows_PG.device, rows_PG.dtype).scattered_products
+    return compute(rows_PG.contiguous(), table_BGD.contiguous(), num_tokens, tiles)
+
+
+@torch.library.custom_op("fairseq_sffn::table_products", mutates_args=())
+def _table_products(
+    rows_PG: Tensor,
+    x_ND: Tensor,
+    order_P: Tensor,
+    starts_S: Tensor,
+    tiles_2T: Tensor,
+    active: int,
+    rows: int,
+) -> tuple[Tensor, Tensor]:
+    """For each block the sum over its pairs of row^T @ x (B, G, D), and of the rows (B, G)."""
+    tiles = Tiles(order_P, starts_S, tiles_2T, active, rows)
+    compute = implementation(x_ND.device, x_ND.dtype).table_products
+    return compute(rows_PG.contiguous(), x_ND.contiguous(), tiles)
+
+
+@_gathered_products.register_fake
+def _(x_ND: Tensor, table_BGD: Tensor, bias_BG: Tensor | None, order_P: Tensor, *_: Any) -> Tensor:
+    return x_ND.new_empty(len(order_P), table_BGD.shape[1])
+
+
+@_scattered_products.register_fake
+def _(rows_PG: Tensor, table_BGD: Tensor, num_tokens: int, *_: Any) -> Tensor:
+    return rows_PG.new_empty(num_tokens, table_BGD.shape[2])
+
+
+@_table_products.register_fake
+def _(
+    rows_PG: Tensor, x_ND: Tensor, order_P: Tensor, starts_S: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    num_blocks, block_size = len(starts_S) - 2, rows_PG.shape[1]
+    return (
+        x_ND.new_empty(num_blocks, block_size, x_ND.shape[1]),
+        x_ND.new_empty(num_blocks, block_size),
+    )
+
+
+def _keep_gathered(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x_ND, table_BGD, _, *tiles = inputs
+    ctx.save_for_backward(x_ND, table_BGD, *tiles[:3])
+    ctx.numbers = tiles[3:]
+
+
+def _gathered_backward(ctx: Any, grad_PG: Tensor) -> tuple[Tensor | None, ...]:
+    x_ND, table_BGD, *tensors = ctx.saved_tensors
+    grad_x = grad_table = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _scattered_products(grad_PG, table_BGD, len(x_ND), *tensors, *ctx.numbers)
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        grad_table, grad_bias = _table_products(grad_PG, x_ND, *tensors, *ctx.numbers)
+    return grad_x, grad_table, grad_bias if ctx.needs_input_grad[2] else None, *[None] * 5
+
+
+def _keep_scattered(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows_PG, table_BGD, _, *tiles = inputs
+    ctx.save_for_backward(rows_PG, table_BGD, *tiles[:3])
+    ctx.numbers = tiles[3:]
+
+
+def _scattered_backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+    rows_PG, table_BGD, *tensors = ctx.saved_tensors
+    grad_rows = grad_table = None
+    if ctx.needs_input_grad[0]:
+        grad_rows = _gathered_products(grad_ND, table_BGD, None, *tensors, *ctx.numbers)
+    if ctx.needs_input_grad[1]:
+        grad_table, _ = _table_products(rows_PG, grad_ND, *tensors, *ctx.numbers)
+    return grad_rows, grad_table, *[None] * 6
+
+
+def _keep_table(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    rows_PG, x_ND, *tiles = inputs
+    ctx.save_for_backward(rows_PG, x_ND, *tiles[:3])
+    ctx.numbers = tiles[3:]
+
+
+def _table_backward(ctx: Any, grad_BGD: Tensor, grad_BG: Tensor) -> tuple[Tensor | None, ...]:
+    rows_PG, x_ND, *tensors = ctx.saved_tensors
+    grad_rows = grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_rows = _gathered_products(x_ND, grad_BGD, grad_BG, *tensors, *ctx.numbers)
+    if ctx.needs_input_grad[1]:
+        grad_x = _scattered_products(rows_PG, grad_BGD, len(x_ND), *tensors, *ctx.numbers)
+    return grad_rows, grad_x, *[None] * 5
+
+
+_gathered_products.register_autograd(_gathered_backward, setup_context=_keep_gathered)
+_scattered_products.register_autograd(_scattered_backward, setup_context=_keep_scattered)
+_table_products.register_autograd(_table_backward, setup_context=_keep_table)
+
+
+# Of as many pairs as there is room for: how many were dropped is known to the device alone.
+@register_flop_formula(torch.ops.fairseq_sffn.gathered_products)
+def _gathered_flops(
+    x_ND: Any, table_BGD: Any, bias_BG: Any, order_P: Any, *_: Any, **__: Any
+) -> int:
+    return 2 * order_P[0] * table_BGD[1] * table_BGD[2]
+
+
+@register_flop_formula(torch.ops.fairseq_sffn.scattered_products)
+def _scattered_flops(rows_PG: Any, table_BGD: Any, *_: Any, **__: Any) -> int:
+    return 2 * rows_PG[0] * table_BGD[1] * table_BGD[2]
+
+
+@register_flop_formula(torch.ops.fairseq_sffn.table_products)
+def _table_flops(rows_PG: Any, x_ND: Any, *_: Any, **__: Any) -> int:
+    return 2 * rows_PG[0] * rows_PG[1] * x_ND[1]

@@ -1,0 +1,97 @@
+"""The operators of :mod:`.tiled_products` by PyTorch's batched matrix products: on any device, in
+any dtype, a few launches whatever the number of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .tiles import Tiles
+
+ELEMENTS_AT_ONCE = 2**27
+"""About how many numbers the tables and rows of the tiles that are multiplied at once have."""
+
+
+class _Batch(NamedTuple):
+    """Some tiles, M rows each.
+
+    Attributes:
+        blocks_T: block of each, any where it has none.
+        rows_TM: which sorted pairs; P where there is none.
+        tokens_TM: their tokens; any where there is none.
+        none_TM1: where there is none.
+    """
+
+    blocks_T: Tensor
+    rows_TM: Tensor
+    tokens_TM: Tensor
+    none_TM1: Tensor
+
+
+def gathered_products(
+    x_ND: Tensor, table_BGD: Tensor, bias_BG: Tensor | None, tiles: Tiles
+) -> Tensor:
+    """See :func:`.tiled_products.gathered_products`."""
+    num_pairs, block_size = len(tiles.order_P), table_BGD.shape[1]
+    out_PG = x_ND.new_zeros(num_pairs + 1, block_size)
+    for batch in _batches(tiles, table_BGD.shape):
+        table_TGD = table_BGD.index_select(0, batch.blocks_T)
+        products_TMG = x_ND[batch.tokens_TM] @ table_TGD.transpose(1, 2)
+        if bias_BG is not None:
+            products_TMG += bias_BG.index_select(0, batch.blocks_T).unsqueeze(1)
+        # What is no pair goes to a row of its own, at the end.
+        out_PG[batch.rows_TM.flatten()] = products_TMG.flatten(0, 1)
+    return out_PG.resize_(num_pairs, block_size)  # no view, which activations could not change
+
+
+def scattered_products(rows_PG: Tensor, table_BGD: Tensor, num_tokens: int, tiles: Tiles) -> Tensor:
+    """See :func:`.tiled_products.scattered_products`."""
+    wide = torch.promote_types(rows_PG.dtype, torch.float32)
+    out_ND = rows_PG.new_zeros(num_tokens, table_BGD.shape[2], dtype=wide)
+    for batch in _batches(tiles, table_BGD.shape):
+        products_TMD = _rows(rows_PG, batch) @ table_BGD.index_select(0, batch.blocks_T)
+        out_ND.index_add_(0, batch.tokens_TM.flatten(), products_TMD.flatten(0, 1).to(wide))
+    return out_ND.to(rows_PG.dtype)
+
+
+def table_products(rows_PG: Tensor, x_ND: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    """See :func:`.tiled_products._table_products`."""
+    wide = torch.promote_types(x_ND.dtype, torch.float32)
+    shape = tiles.num_blocks, rows_PG.shape[1], x_ND.shape[1]
+    table_BGD = x_ND.new_zeros(shape, dtype=wide)
+    sums_BG = x_ND.new_zeros(shape[:2], dtype=wide)
+    for batch in _batches(tiles, shape):
+        rows_TMG = _rows(rows_PG, batch)
+        # A number that is not finite would reach other blocks even times zero.
+        x_TMD = x_ND[batch.tokens_TM].masked_fill(batch.none_TM1, 0.0)
+        products_TGD = rows_TMG.transpose(1, 2) @ x_TMD
+        table_BGD.index_add_(0, batch.blocks_T, products_TGD.to(wide))
+        sums_BG.index_add_(0, batch.blocks_T, rows_TMG.sum(dim=1, dtype=wide))
+    return table_BGD.to(x_ND.dtype), sums_BG.to(x_ND.dtype)
+
+
+def _rows(rows_PG: Tensor, batch: _Batch) -> Tensor:
+    """Rows of the pairs, zeros where there is none: (T, M, G)."""
+    last = max(len(rows_PG) - 1, 0)
+    return rows_PG[batch.rows_TM.clamp(max=last)].masked_fill(batch.none_TM1, 0.0)
+
+
+def _batches(tiles: Tiles, table_shape: torch.Size | tuple[int, ...]) -> Iterator[_Batch]:
+    num_blocks, block_size, width = table_shape
+    num_pairs, device = len(tiles.order_P), tiles.order_P.device
+    within_M = torch.arange(tiles.rows, device=device)
+    each = (block_size + tiles.rows) * width + tiles.rows * block_size
+    for tiles_2T in tiles.tiles_2T.split(max(1, ELEMENTS_AT_ONCE // each), dim=1):
+        block_T, first_T = tiles_2T.long().unbind()
+        real_T = block_T < num_blocks
+        block_T = torch.where(real_T, block_T, 0)
+        end_T = torch.where(real_T, tiles.starts_S.index_select(0, block_T + 1), 0)
+        rows_TM = first_T.unsqueeze(1) + within_M
+        none_TM = rows_TM >= end_T.unsqueeze(1)
+        pairs_TM = tiles.order_P[rows_TM.clamp(max=num_pairs - 1)]
+        tokens_TM = pairs_TM.div(tiles.active, rounding_mode="floor")
+        rows_TM = rows_TM.masked_fill(none_TM, num_pairs)
+        yield _Batch(block_T, rows_TM, tokens_TM, none_TM.unsqueeze(2))
