@@ -16,6 +16,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(HERE / "stand_ins"), os.environ.get("PYTHONPATH")])
 )
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads when it is imported
 # For each command hydra copies the schemas of all models, which it then copies again one by one.
 ConfigStore.__deepcopy__ = lambda self, memo: self
 

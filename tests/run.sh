@@ -3,6 +3,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/venv.sh
+if ! python -m pip freeze | grep --quiet --line-regexp --file <(grep -v '^#' tests/requirements.txt); then
+    python -m pip --disable-pip-version-check install --quiet --no-deps -r tests/requirements.txt
+fi
 
 ruff format --check .
 ruff check .

@@ -96,6 +96,17 @@ def tokens(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Ten
     return torch.randn(*shape, 8, dtype=dtype), torch.randint(VOCAB_SIZE, (*shape, 2))
 
 
+def grads_of(
+    memory: SparseMemory, x: Tensor, token_ids: Tensor | None, cotangent: Tensor, losses=True
+) -> tuple[MemoryOutput, dict[str, Tensor]]:
+    """What a memory returns, and its output and all gradients by name."""
+    x = x.clone().requires_grad_()
+    out = memory(x, token_ids, losses=losses)
+    (out.output * cotangent).sum().backward()
+    grads = {name: p.grad for name, p in memory.named_parameters() if p.grad is not None}
+    return out, {"output": out.output, "x": x.grad, **grads}
+
+
 class Inputs(NamedTuple):
     """What a method chooses by. ``made`` is what the memory selected, for a method whose best
     choice is not unique; ``rng`` the state before that, for one that draws lots."""

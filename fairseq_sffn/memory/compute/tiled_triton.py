@@ -11,38 +11,71 @@ from torch import Tensor
 from .tiles import Tiles
 from .triton_kernels import gathered_kernel, scattered_kernel, table_kernel
 
+MOST_OUTPUTS, DEPTH_BYTES, MOST_STAGES = 128, 128, 4
+"""Rows and columns of what a program computes, bytes of a row that it multiplies at a time, and
+such steps that it has in memory at once: at most."""
+
 SCATTERED_ELEMENTS = 2**28
 """The most numbers of pairs that are held at once where sums are to be reproducible."""
 
 
-class Config(NamedTuple):
-    """How a kernel cuts its products.
+class Sizes(NamedTuple):
+    """What a kernel is compiled for.
 
     Attributes:
-        columns: of the result that a program computes.
-        depth: numbers that are multiplied and added up at a time.
-        warps, stages: of a program.
+        rows: of a tile.
+        active: pairs of a token.
+        block_size, width: G and D of the tables.
+        dtype: of all but sums.
     """
 
-    columns: int
-    depth: int
-    warps: int
-    stages: int
+    rows: int
+    active: int
+    block_size: int
+    width: int
+    dtype: torch.dtype
 
 
-def config(rows: int, columns: int, depth: int, itemsize: int, shared_bytes: int) -> Config:
-    """How to cut products of ``rows`` x ``depth`` and ``depth`` x ``columns`` matrices.
+def gathered_constants(sizes: Sizes, shared_bytes: int) -> dict[str, Any]:
+    """The compile-time constants and options of ``gathered_kernel``.
 
     Args:
-        itemsize: bytes of a number.
         shared_bytes: shared memory that a program may have.
     """
-    wide = _at_most(128, columns)
-    deep = _at_most(128 // itemsize, depth)
-    warps = 8 if rows * wide >= 128 * 128 else 4
-    # As many stages as fit: each has a part of both matrices.
-    each = (rows + wide) * deep * itemsize
-    return Config(wide, deep, warps, max(1, min(4, shared_bytes // each)))
+    return _constants(sizes, sizes.rows, sizes.block_size, sizes.width, shared_bytes)
+
+
+def scattered_constants(sizes: Sizes, shared_bytes: int) -> dict[str, Any]:
+    """As :func:`gathered_constants`, of ``scattered_kernel``."""
+    return _constants(sizes, sizes.rows, sizes.width, sizes.block_size, shared_bytes)
+
+
+def table_constants(sizes: Sizes, shared_bytes: int) -> dict[str, Any]:
+    """As :func:`gathered_constants`, of ``table_kernel``."""
+    cells = _at_most(MOST_OUTPUTS, sizes.block_size)
+    return _constants(sizes, cells, sizes.width, sizes.rows, shared_bytes)
+
+
+def _constants(
+    sizes: Sizes, rows: int, columns: int, depth: int, shared_bytes: int
+) -> dict[str, Any]:
+    """How to cut products of ``rows`` x ``depth`` and ``depth`` x ``columns`` matrices."""
+    itemsize = sizes.dtype.itemsize
+    columns = _at_most(MOST_OUTPUTS, columns)
+    depth = _at_most(DEPTH_BYTES // itemsize, depth)
+    stage_bytes = (rows + columns) * depth * itemsize  # a part of both matrices
+    tf32 = sizes.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return {
+        "ACTIVE": sizes.active,
+        "D": sizes.width,
+        "G": sizes.block_size,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "DEPTH": depth,
+        "num_warps": 8 if rows * columns >= MOST_OUTPUTS**2 else 4,
+        "num_stages": max(1, min(MOST_STAGES, shared_bytes // stage_bytes)),
+    }
 
 
 def _at_most(most: int, size: int) -> int:
@@ -54,11 +87,11 @@ def gathered_products(
     x_ND: Tensor, table_BGD: Tensor, bias_BG: Tensor | None, tiles: Tiles
 ) -> Tensor:
     """See :func:`.tiled_products.gathered_products`."""
-    num_blocks, block_size, width = table_BGD.shape
+    num_blocks, block_size, _ = table_BGD.shape
     out_PG = x_ND.new_empty(len(tiles.order_P), block_size)
+    constants = gathered_constants(_sizes(table_BGD, tiles), _shared_bytes(x_ND.device))
     num_tiles = tiles.tiles_2T.shape[1]
-    cut = config(tiles.rows, block_size, width, x_ND.element_size(), _shared_bytes(x_ND.device))
-    gathered_kernel[(num_tiles * triton.cdiv(block_size, cut.columns),)](
+    gathered_kernel[(num_tiles * triton.cdiv(block_size, constants["COLUMNS"]),)](
         x_ND,
         table_BGD,
         bias_BG,
@@ -68,11 +101,8 @@ def gathered_products(
         out_PG,
         num_tiles,
         num_blocks,
-        ACTIVE=tiles.active,
-        D=width,
-        G=block_size,
         HAS_BIAS=bias_BG is not None,
-        **_launch(cut, tiles.rows, x_ND.dtype),
+        **constants,
     )
     return out_PG
 
@@ -86,17 +116,16 @@ def scattered_products(rows_PG: Tensor, table_BGD: Tensor, num_tokens: int, tile
     width = table_BGD.shape[2]
     if not torch.are_deterministic_algorithms_enabled():
         out_ND = rows_PG.new_zeros(num_tokens, width, dtype=torch.float32)
-        _scatter(rows_PG, table_BGD, tiles, out_ND, 0, width, by_pair=False)
+        _scatter(rows_PG, table_BGD, tiles, out_ND, 0, by_pair=False)
         return out_ND.to(rows_PG.dtype)
     num_pairs = num_tokens * tiles.active
     columns = max(16, SCATTERED_ELEMENTS // max(num_pairs, 1) // 16 * 16)
     out_ND = rows_PG.new_empty(num_tokens, width)
-    for first in range(0, width, columns):
-        part = slice(first, min(first + columns, width))
+    for part_nD in out_ND.split(columns, dim=1):
         # Pairs of no block are not written.
-        by_pair = rows_PG.new_zeros(num_pairs, part.stop - part.start, dtype=torch.float32)
-        _scatter(rows_PG, table_BGD, tiles, by_pair, first, by_pair.shape[1], by_pair=True)
-        out_ND[:, part] = by_pair.unflatten(0, (-1, tiles.active)).sum(dim=1)
+        by_pair = rows_PG.new_zeros(num_pairs, part_nD.shape[1], dtype=torch.float32)
+        _scatter(rows_PG, table_BGD, tiles, by_pair, part_nD.storage_offset(), by_pair=True)
+        part_nD.copy_(by_pair.unflatten(0, (num_tokens, tiles.active)).sum(dim=1))
     return out_ND
 
 
@@ -106,14 +135,11 @@ def _scatter(
     tiles: Tiles,
     out: Tensor,
     first_column: int,
-    out_width: int,
     by_pair: bool,
 ) -> None:
-    num_blocks, block_size, width = table_BGD.shape
-    num_tiles = tiles.tiles_2T.shape[1]
-    shared_bytes = _shared_bytes(rows_PG.device)
-    cut = config(tiles.rows, out_width, block_size, rows_PG.element_size(), shared_bytes)
-    scattered_kernel[(num_tiles * triton.cdiv(out_width, cut.columns),)](
+    constants = scattered_constants(_sizes(table_BGD, tiles), _shared_bytes(out.device))
+    num_tiles, out_width = tiles.tiles_2T.shape[1], out.shape[1]
+    scattered_kernel[(num_tiles * triton.cdiv(out_width, constants["COLUMNS"]),)](
         rows_PG,
         table_BGD,
         tiles.order_P,
@@ -121,14 +147,11 @@ def _scatter(
         tiles.tiles_2T,
         out,
         num_tiles,
-        num_blocks,
+        len(table_BGD),
         first_column,
         out_width,
-        ACTIVE=tiles.active,
-        D=width,
-        G=block_size,
         BY_PAIR=by_pair,
-        **_launch(cut, tiles.rows, rows_PG.dtype),
+        **constants,
     )
 
 
@@ -137,35 +160,16 @@ def table_products(rows_PG: Tensor, x_ND: Tensor, tiles: Tiles) -> tuple[Tensor,
     num_blocks, block_size, width = tiles.num_blocks, rows_PG.shape[1], x_ND.shape[1]
     table_BGD = x_ND.new_empty(num_blocks, block_size, width)
     sums_BG = x_ND.new_empty(num_blocks, block_size)
-    cells = _at_most(128, block_size)
-    shared_bytes = _shared_bytes(x_ND.device)
-    cut = config(cells, width, tiles.rows, x_ND.element_size(), shared_bytes)
-    table_kernel[(num_blocks * triton.cdiv(block_size, cells) * triton.cdiv(width, cut.columns),)](
-        rows_PG,
-        x_ND,
-        tiles.order_P,
-        tiles.starts_S,
-        table_BGD,
-        sums_BG,
-        ACTIVE=tiles.active,
-        D=width,
-        G=block_size,
-        **_launch(cut, cells, x_ND.dtype),
+    constants = table_constants(_sizes(table_BGD, tiles), _shared_bytes(x_ND.device))
+    parts = triton.cdiv(block_size, constants["ROWS"]) * triton.cdiv(width, constants["COLUMNS"])
+    table_kernel[(num_blocks * parts,)](
+        rows_PG, x_ND, tiles.order_P, tiles.starts_S, table_BGD, sums_BG, **constants
     )
     return table_BGD, sums_BG
 
 
-def _launch(cut: Config, rows: int, dtype: torch.dtype) -> dict[str, int | str]:
-    """What all kernels are launched with."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return {
-        "PRECISION": "tf32" if tf32 else "ieee",
-        "ROWS": rows,
-        "COLUMNS": cut.columns,
-        "DEPTH": cut.depth,
-        "num_warps": cut.warps,
-        "num_stages": cut.stages,
-    }
+def _sizes(table_BGD: Tensor, tiles: Tiles) -> Sizes:
+    return Sizes(tiles.rows, tiles.active, *table_BGD.shape[1:], table_BGD.dtype)
 
 
 def _shared_bytes(device: torch.device) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 import torch
 import torch.utils.checkpoint
-from oracle import CASES, CPU_ENGINES, NATIVE, assert_matches, build, tokens
+from oracle import CASES, CPU_ENGINES, NATIVE, assert_matches, build, grads_of, tokens
 from torch import nn
 
 from fairseq_sffn.memory import ConfigError, MemoryConfig, Selection, SparseMemory
@@ -36,14 +36,6 @@ def test_equals_the_loops(case, losses, engine, pairs, monkeypatch):
     gate = "none" if case == "hash_layer" else "sigmoid"
     memory = build(case, engine=engine, gate=gate, capacity_factor=1.5)
     assert_matches(memory, *tokens(8), losses=losses)
-
-
-def grads_of(memory, x, token_ids, cotangent, losses=True):
-    x = x.clone().requires_grad_()
-    out = memory(x, token_ids, losses=losses)
-    (out.output * cotangent).sum().backward()
-    grads = {name: p.grad for name, p in memory.named_parameters() if p.grad is not None}
-    return out, {"output": out.output, "x": x.grad, **grads}
 
 
 @pytest.mark.parametrize("cached_pairs", [1, 5, 4096])

@@ -1,0 +1,187 @@
+"""The kernels in Triton: their numbers, by Triton's interpreter where there is no GPU, and that
+they compile for the cards people have. All need the package triton."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pair_loops
+import pytest
+import torch
+from oracle import build, grads_of, tokens
+
+from fairseq_sffn.memory.compute import tiled_products
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="no package triton: its kernels are not tested",
+)
+ROOT = Path(__file__).parents[3]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""Of the largest number; products add up in fp32 and are rounded once."""
+
+
+@pytest.fixture
+def triton_products(monkeypatch):
+    """The kernels, which also compute the operators."""
+    from fairseq_sffn.memory.compute import tiled_triton
+
+    if DEVICE == "cpu":
+        from triton.runtime import interpreter
+
+        monkeypatch.setattr(tiled_triton, "_shared_bytes", lambda device: 99 * 1024)
+        plain_dot = interpreter.InterpreterBuilder.create_dot
+
+        def dot(self, left, right, *args):
+            # The interpreter multiplies the bits of bfloat16, as if they were whole numbers.
+            return plain_dot(self, *map(widened, (left, right)), *args)
+
+        def widened(handle):
+            if str(handle.dtype.scalar) != "bf16":
+                return handle
+            wide = (handle.data.astype("uint32") << 16).view("float32")
+            return interpreter.TensorHandle(wide, interpreter.tl.float32)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    monkeypatch.setattr(tiled_products, "implementation", lambda device, dtype: tiled_triton)
+    return tiled_triton
+
+
+def assert_near(got, want, dtype, what=""):
+    assert got.dtype == dtype and got.shape == want.shape, what
+    if want.numel():
+        error = (got.double() - want).abs().max() / want.abs().max().clamp(min=1e-30)
+        assert error <= TOLERANCE[dtype], what
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize(
+    ("case", "block_size", "width", "rows"),
+    [
+        ("even", 16, 32, 16),
+        *((case, 20, 24, 16) for case in pair_loops.CASES if case != "even"),
+        ("uneven", 1, 7, 16),  # less than a matrix unit takes
+        ("uneven", 200, 150, 16),  # more than a program computes
+        ("one block has half of all", 70, 140, 32),
+        ("one block has half of all", 4, 130, 128),
+    ],
+)
+def test_kernels_compute_what_loops_do(
+    case, block_size, width, rows, drops, dtype, triton_products
+):
+    sizes = pair_loops.CASES[case]
+    pairs = pair_loops.make_pairs(**sizes, drops=drops, rows=rows)
+    num_tokens, num_blocks, num_pairs = sizes["tokens"], sizes["blocks"], len(pairs.tiles.order_P)
+    x_ND, table_BGD, bias_BG, rows_PG = (
+        torch.randn(shape).to(dtype)
+        for shape in (
+            (num_tokens, width),
+            (num_blocks, block_size, width),
+            (num_blocks, block_size),
+            (num_pairs, block_size),
+        )
+    )
+    wide = [t.double() for t in (x_ND, table_BGD, bias_BG, rows_PG)]
+    here = [t.to(DEVICE) for t in (x_ND, table_BGD, bias_BG, rows_PG)]
+    x_ND, table_BGD, bias_BG, rows_PG = here
+    tiles = pairs.tiles._replace(
+        **{name: getattr(pairs.tiles, name).to(DEVICE) for name in pairs.tiles._fields[:3]}
+    )
+    for bias in (bias_BG, None):
+        got = triton_products.gathered_products(x_ND, table_BGD, bias, tiles)
+        wide_bias = None if bias is None else wide[2]
+        want = pair_loops.gathered(*wide[:2], wide_bias, pairs)
+        assert_near(got.cpu(), want, dtype, "gathered")
+    got = triton_products.scattered_products(rows_PG, table_BGD, num_tokens, tiles)
+    want = pair_loops.scattered(wide[3], wide[1], num_tokens, pairs)
+    assert_near(got.cpu(), want, dtype, "scattered")
+    got = triton_products.table_products(rows_PG, x_ND, tiles)
+    want = pair_loops.table(wide[3], wide[0], num_blocks, pairs)
+    for name, ours, theirs in zip(("table", "sums"), got, want, strict=True):
+        assert_near(ours.cpu(), theirs, dtype, name)
+
+
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("at_once", [1, 37 * 3 * 32, 2**28])
+@pytest.mark.parametrize("case", ["uneven", "no token", "one block has half of all"])
+def test_reproducible_sums(case, at_once, drops, triton_products, monkeypatch):
+    """Bit for bit, whatever order the programs come in, and with the same result: 20 columns of the
+    width at a time, or all."""
+    monkeypatch.setattr(triton_products, "SCATTERED_ELEMENTS", at_once)
+    sizes = pair_loops.CASES[case]
+    pairs = pair_loops.make_pairs(**sizes, drops=drops)
+    rows_PG = torch.randn(len(pairs.tiles.order_P), 12)
+    table_BGD = torch.randn(sizes["blocks"], 12, 50)
+    want = pair_loops.scattered(rows_PG.double(), table_BGD.double(), sizes["tokens"], pairs)
+    backwards = pairs.tiles._replace(tiles_2T=pairs.tiles.tiles_2T.flip(1).contiguous())
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (
+            triton_products.scattered_products(
+                rows_PG.to(DEVICE),
+                table_BGD.to(DEVICE),
+                sizes["tokens"],
+                tiles._replace(
+                    **{name: getattr(tiles, name).to(DEVICE) for name in tiles._fields[:3]}
+                ),
+            ).cpu()
+            for tiles in (pairs.tiles, backwards)
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(first, second)
+    assert_near(first, want, torch.float32)
+
+
+@pytest.mark.parametrize("losses", [True, False])
+@pytest.mark.parametrize("gate", ["none", "sigmoid"])
+@pytest.mark.parametrize(
+    "case", ["avgk-g1", "avgk-g3", "avgk-g16", "vanilla_m-max", "lorkm-g1", "pkm"]
+)
+def test_a_memory_by_the_kernels(case, gate, losses, triton_products):
+    """Coefficients, pre-activations, weights and capacity, and all gradients, against fp64."""
+    torch.manual_seed(0)
+    memory = build(case, torch.float32, gate=gate, capacity_factor=1.5, engine="tiled")
+    exact = build(case, torch.float64, gate=gate, capacity_factor=1.5, engine="loop")
+    exact.load_state_dict(memory.state_dict())
+    x, token_ids = tokens(11)
+    x, cotangent = x.float(), torch.randn(11, 8)
+    exact_out, want = grads_of(exact, x.double(), token_ids, cotangent.double(), losses)
+    out, got = grads_of(
+        memory.to(DEVICE), x.to(DEVICE), token_ids.to(DEVICE), cotangent.to(DEVICE), losses
+    )
+    assert torch.equal(out.selection.blocks.cpu(), exact_out.selection.blocks)
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(
+            got[name].cpu().double(), want[name], rtol=1e-4, atol=1e-5, msg=name
+        )
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"), [("80 90 120", "bfloat16"), ("80", "float16"), ("90", "float32")]
+)
+def test_kernels_compile_for_cards(capabilities, dtype, tmp_path):
+    """With the matrix instructions of each card, and within the shared memory that it has."""
+    script = ROOT / "examples" / "gpu" / "compile_kernels.py"
+    command = [sys.executable, script, "--capabilities", *capabilities.split(), "--dtypes", dtype]
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    made = tmp_path / "made.json"
+    done = subprocess.run([*command, "--json", made], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(made.read_text())
+    assert len(rows) == len(capabilities.split()) * 5 * 4
+    for row in rows:
+        assert row["shared_bytes"] <= row["allowed_bytes"]
+        if row["dtype"] != "fp32":  # which stays exact, without TF32
+            assert row["matrix_unit"] != "none", row
+        if row["kernel"] == "scattered" and row["capability"] >= 90:
+            assert row["wide_atomics"], row
+    large = [row for row in rows if row["capability"] == 90 and row["block_size"] == 4096]
+    if dtype != "float32":
+        assert all(row["matrix_unit"] == "wgmma.mma_async" for row in large)
