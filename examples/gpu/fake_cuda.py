@@ -195,7 +195,7 @@ def main() -> None:
     if args.json:
         with open(args.json, "w") as file:
             json.dump([asdict(outcome) for outcome in outcomes], file, indent=1)
-    sys.exit(bool(bad))
+    recorder.leave(int(bool(bad)))
 
 
 if __name__ == "__main__":

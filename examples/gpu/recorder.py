@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.onnx.operators
@@ -108,6 +108,14 @@ def run_with_guard(arguments: list[str]) -> None:
         subprocess.run(command, check=True)
         env = {**os.environ, PRELOADED: "1", "LD_PRELOAD": str(library)}
         sys.exit(subprocess.run([sys.executable, *arguments], env=env).returncode)
+
+
+def leave(status: int) -> NoReturn:
+    """End the program: the threads that autograd has for a device that is not there would make an
+    error of its end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @contextmanager
