@@ -157,7 +157,7 @@ class SparseMemory(nn.Module):
             z = z_loss(selection.scores, valid_N, total)
         output_ND, sent = self._compute(x_ND, selection)
         if self.sharing.blocks is not None:
-            usage = usage._replace(sent=usage.counts.new_tensor(sent))
+            usage = usage._replace(sent=usage.counts.new_full((), sent))
         return MemoryOutput(output_ND.view(x.shape), selection, balance, z, usage)
 
     def _count(
