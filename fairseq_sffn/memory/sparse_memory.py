@@ -143,7 +143,9 @@ class SparseMemory(nn.Module):
         inputs = SelectorInput(x_ND, self.keys, self.key_bias, token_ids_NT, valid_N, needs_scores)
         if self.sharing != Sharing():
             inputs = inputs._replace(
-                gather=self.sharing.gather, gather_tokens=self.sharing.gather_tokens
+                gather=self.sharing.gather,
+                gather_tokens=self.sharing.gather_tokens,
+                stack_over_tokens=self.sharing.stack_over_tokens,
             )
         selection = self.selector(inputs)
         if gate is not None:
