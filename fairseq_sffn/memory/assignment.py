@@ -17,7 +17,9 @@ for long; those left over are inserted one by one."""
 
 
 @torch.no_grad()
-def balanced_assignment(scores_NB: Tensor, tolerance: float = TOLERANCE) -> Tensor:
+def balanced_assignment(
+    scores_NB: Tensor, tolerance: float = TOLERANCE, valid_N: Tensor | None = None
+) -> Tensor:
     """Give each token one block, such that loads differ by at most one and scores sum to the most.
 
     An auction with epsilon scaling (Bertsekas and Castanon 1989, "The auction algorithm for the
@@ -31,10 +33,16 @@ def balanced_assignment(scores_NB: Tensor, tolerance: float = TOLERANCE) -> Tens
         scores_NB: how well each block fits each token. What is not finite counts as 0.
         tolerance: the scores of the result sum to at least the best assignment's, less
             N * tolerance * (standard deviation of the scores).
+        valid_N: bool, ``False`` at tokens that are left out and get block 0; ``None``: all take
+            part.
 
     Returns:
         (N,) int64 block of each token.
     """
+    if valid_N is not None:
+        blocks_N = valid_N.long() * 0
+        blocks_N[valid_N] = balanced_assignment(scores_NB[valid_N], tolerance)
+        return blocks_N
     num_tokens, num_blocks = scores_NB.shape
     scores_NB = scores_NB.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     if scores_NB.numel():

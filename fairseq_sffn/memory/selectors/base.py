@@ -66,10 +66,8 @@ class Base(LearnedGate):
         if self.scope == "world":
             rows, own = inputs.gather_tokens(rows)
         rows = rows.cpu()
-        valid = rows[:, -1] > 0
-        blocks = torch.zeros(len(rows), dtype=torch.int64)
-        blocks[valid] = balanced_assignment(rows[valid, :-1])
-        # Not waited for: what comes back lies in memory that is staged before the call returns.
+        blocks = balanced_assignment(rows[:, :-1], valid_N=rows[:, -1] > 0)
+        # The way back needs no wait: the copy is staged before the call returns.
         blocks_N1 = blocks[own].to(scores_NB.device, non_blocking=True).unsqueeze(1)
         if inputs.valid is not None:
             blocks_N1 = blocks_N1.where(inputs.valid.unsqueeze(1), selection.blocks)
