@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest import mock
 
+import fairseq
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PACKAGE = Path(__file__).parents[1] / "fairseq_sffn"
-TORCH = Path(torch.__file__).parent
+FOLDERS = {
+    "": Path(__file__).parents[1] / "fairseq_sffn",
+    "fairseq/": Path(fairseq.__file__).parent,
+}
+"""What begins the name of a place -> where its files are."""
 
 READS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "bincount"}
 READS |= {"_unique", "_unique2", "unique_dim", "unique_consecutive", "argwhere"}
@@ -26,14 +31,18 @@ READS |= {"_unique", "_unique2", "unique_dim", "unique_consecutive", "argwhere"}
 
 MASKABLE = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 
-COPIES_TO_HOST = {"tolist", "numpy", "__array__", "cpu", "item"}
-COPIES_TO_DEVICE = {"tensor", "new_tensor", "as_tensor", "asarray", "from_numpy", "frombuffer"}
+COPIES = {
+    torch.Tensor: ("tolist", "numpy", "__array__", "cpu", "to", "new_tensor"),
+    torch: ("tensor", "as_tensor", "asarray", "from_numpy", "frombuffer"),
+}
+"""Owner -> functions that copy between the host and a device, which are no operations on a CPU."""
 
 
 class Synchronisations:
     """While open, counts what would wait for an accelerator, by place: ``file:line operation``.
 
-    Places are in this package, or are ``backward`` where autograd's own nodes wait.
+    Places are in this package, or in fairseq, whose begin with ``fairseq/``. A place is
+    ``backward`` where autograd's own nodes wait.
 
     Args:
         leave_out: folders of the package whose places do not count.
@@ -41,16 +50,31 @@ class Synchronisations:
 
     def __init__(self, *leave_out: str) -> None:
         self.leave_out, self.places = leave_out, Counter[str]()
-        self.modes = _Functions(self), _Operations(self)
+        self.open = ExitStack()
 
     def __enter__(self) -> Counter[str]:
-        for mode in self.modes:
-            mode.__enter__()
+        for owner, names in COPIES.items():
+            for name in names:
+                copy = self.noting(name, getattr(owner, name))
+                self.open.enter_context(mock.patch.object(owner, name, copy))
+        self.open.enter_context(_Operations(self))
         return self.places
 
     def __exit__(self, *error: Any) -> None:
-        for mode in reversed(self.modes):
-            mode.__exit__(*error)
+        self.open.close()
+
+    def noting(self, name: str, function: Any) -> Any:
+        """The function, which is noted at each call but where it only changes a type or does not
+        wait."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            targets = [*args[1:], *kwargs.values()]
+            moves = any(isinstance(target, torch.device | str) for target in targets)
+            if name != "to" or (moves and not kwargs.get("non_blocking")):
+                self.note(name)
+            return function(*args, **kwargs)
+
+        return call
 
     def note(self, operation: str) -> None:
         file, line = _caller()
@@ -58,25 +82,9 @@ class Synchronisations:
             self.places[f"{file}:{line} {operation}" if file else f"backward {operation}"] += 1
 
 
-class _Functions(TorchFunctionMode):
-    """Notes copies between the host and a device, which on a CPU are no operations."""
-
-    def __init__(self, found: Synchronisations) -> None:
-        super().__init__()
-        self.found = found
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(function, "__name__", "")
-        if name in COPIES_TO_HOST - {"item"} or name in COPIES_TO_DEVICE:
-            self.found.note(name)
-        elif name == "to" and not kwargs.get("non_blocking"):
-            targets = [*args[1:], *kwargs.values()]
-            if any(isinstance(target, torch.device | str | torch.Tensor) for target in targets):
-                self.found.note(name)
-        return function(*args, **kwargs)
+def operations(places: Counter[str]) -> list[str]:
+    """What waits, by name, as often as it does."""
+    return sorted(place.partition(" ")[2] for place in places.elements())
 
 
 class _Operations(TorchDispatchMode):
@@ -104,11 +112,12 @@ class _Operations(TorchDispatchMode):
 
 
 def _caller() -> tuple[str, int]:
-    """File in the package, and line, that called PyTorch; an empty name where none did."""
+    """File and line that called PyTorch; an empty name where none of the folders' did."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(PACKAGE):
-            return path.relative_to(PACKAGE).as_posix(), frame.f_lineno
+        for start, folder in FOLDERS.items():
+            if path.is_relative_to(folder):
+                return start + path.relative_to(folder).as_posix(), frame.f_lineno
         frame = frame.f_back
     return "", 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import CASE_GATES, CASES, build, tokens
-from synchronisations import Synchronisations
+from synchronisations import Synchronisations, operations
 
 from fairseq_sffn.memory import MemoryOutput, Sharing, SparseMemory
 from fairseq_sffn.memory.selectors import hash_layer, rand_hash
@@ -55,11 +55,6 @@ def waits(
 def objective(out: MemoryOutput) -> torch.Tensor:
     extra = [loss for loss in (out.balance_loss, out.z_loss) if loss is not None]
     return sum(extra, start=out.output.sum())
-
-
-def operations(places: Counter[str]) -> list[str]:
-    """What waits, by name, as often as it does."""
-    return sorted(place.partition(" ")[2] for place in places.elements())
 
 
 def assigns(memory: SparseMemory) -> bool:
