@@ -114,10 +114,11 @@ def test_expert_parallel_waits_once(case, gate, capacity, world):
     assert operations(places) == ["cpu"] * assigns(memory) + ["tolist"], places
 
 
-@pytest.mark.parametrize("case", SHARDABLE)
-def test_tokens_that_are_one_micro_batch(case, world):
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_that_are_one_micro_batch(case, padded, world):
     memory = build(case, sharing=Sharing(tokens=world), engine="bags")
-    places = waits(memory, padded=True)
+    places = waits(memory, padded)
     assert operations(places) == ["cpu"] * assigns(memory), places
 
 
