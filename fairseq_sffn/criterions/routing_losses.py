@@ -10,7 +10,7 @@ import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.dataclass.constants import LOG_FORMAT_CHOICES
 from fairseq.logging import metrics
-from fairseq.logging.meters import MetersDict
+from fairseq.logging.meters import AverageMeter, MetersDict
 from omegaconf import II
 from torch import Tensor
 
@@ -79,12 +79,6 @@ class MeanOverLayers:
     def __call__(self, meters: Any) -> float:
         ran = [layer for layer in self.layers if meters[f"_counts_{layer}"].sum.any()]
         return round(sum(self.ratio(meters, layer) for layer in ran) / max(len(ran), 1), 4)
-
-
-def _sent_bytes(meters: Any) -> float:
-    """Mean over the updates."""
-    meter = meters["_sent_bytes"]
-    return round(float(meter.sum) / max(meter.count, 1), 0)
 
 
 @dataclass
@@ -233,27 +227,32 @@ class RoutingLosses:
             metrics.log_scalar_sum(f"_dropped_{layer}", total(f"routing_dropped_{layer}"))
             metrics.log_scalar_sum(f"_mass_{layer}", total(f"routing_mass_{layer}"))
         if f"{SENT}{layers[0]}" in logging_outputs[0]:
-            metrics.log_scalar("_sent_bytes", sum(total(f"{SENT}{layer}") for layer in layers))
-            _log_derived("sent_bytes", _sent_bytes)
+            sent = sum(total(f"{SENT}{layer}") for layer in layers)
+            for meters in _logged_meters():
+                if "sent_bytes" not in meters:
+                    meters.add_meter("sent_bytes", AverageMeter(round=0), priority=10)
+                meters["sent_bytes"].update(sent.double())  # whose mean is exact
+        derived: dict[str, MeanOverLayers] = {}
         for name, ratio in ratios.items():
-            _log_derived(name, MeanOverLayers(ratio, layers))
+            derived[name] = MeanOverLayers(ratio, layers)
             if PER_LAYER in logging_outputs[0]:
-                for layer in layers:
-                    _log_derived(f"{name}_{layer}", MeanOverLayers(ratio, [layer]))
+                derived |= {f"{name}_{layer}": MeanOverLayers(ratio, [layer]) for layer in layers}
+        for meters in _logged_meters():
+            for name, derive in derived.items():
+                if name not in meters:
+                    meters.add_meter(name, MetersDict._DerivedMeter(derive), priority=20)
 
 
-def _log_derived(name: str, derive: Callable[[Any], float]) -> None:
-    """Like ``metrics.log_derived``, but not for the aggregator that the trainer opens for a step.
+def _logged_meters() -> list[MetersDict]:
+    """The active aggregators but the one that the trainer opens for a step.
 
     The trainer reads all values of that aggregator after each step, and fairseq's loops drop them.
-    To read a ratio stalls an accelerator. The loops log the values of the outer aggregators, at the
-    log interval and at the end of a validation.
+    To read one stalls an accelerator. The loops log the values of the outer aggregators, at the log
+    interval and at the end of a validation.
     """
     active = metrics.get_active_aggregators()
     in_loop = any(meters is metrics.get_meters(loop) for meters in active for loop in LOOPS)
-    for meters in active[:-1] if in_loop else active:
-        if name not in meters:
-            meters.add_meter(name, MetersDict._DerivedMeter(derive), priority=20)
+    return active[:-1] if in_loop else active
 
 
 @contextmanager
