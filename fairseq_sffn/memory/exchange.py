@@ -222,7 +222,9 @@ def compute_shared(
         # Pairs that are not kept go to no rank. To drop them here would wait for their number.
         owners_P = owners_P.masked_fill(~selection.kept.flatten(), ranks)
     # Pairs by the rank they go to, in the order of the tokens; those that go to none are last.
-    owners_P, pairs_P = owners_P.sort(stable=True)
+    # 16-bit keys, enough for 32,767 ranks, sort several times faster than 64-bit ones.
+    owners_P, pairs_P = owners_P.to(torch.int16).sort(stable=True)
+    owners_P = owners_P.long()
     tokens_P = pairs_P.div(max(selection.blocks.shape[1], 1), rounding_mode="floor")
     rows_P, slots_P = _runs(owners_P * num_tokens + tokens_P)
     edges = torch.searchsorted(owners_P, torch.arange(ranks + 1, device=x_ND.device))
