@@ -10,6 +10,7 @@ import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.dataclass.constants import LOG_FORMAT_CHOICES
 from fairseq.logging import metrics
+from fairseq.logging.meters import AverageMeter, MetersDict
 from omegaconf import II
 from torch import Tensor
 
@@ -19,7 +20,8 @@ from ..models.layer import LayerRouting
 
 
 def _balance_loss(meters: Any, layer: str) -> float:
-    return float(meters[f"_balance_{layer}"].avg)
+    weight = float(meters[f"_balance_weight_{layer}"].sum)
+    return float(meters[f"_weighted_balance_{layer}"].sum) / weight if weight else 0.0
 
 
 def _load_entropy(meters: Any, layer: str) -> float:
@@ -59,6 +61,11 @@ RATIOS = {
 """What is logged -> how it follows from the meters of a layer, which hold sums."""
 SENT = "routing_sent_"
 """Begins the names of what layers sent, in the logs of a micro-batch."""
+PER_LAYER = "routing_per_layer"
+"""Its presence in the logs of a micro-batch asks for the ratios of each layer. The value may be on
+an accelerator and is not read, since that would wait for it."""
+LOOPS = ("train_inner", "valid")
+"""fairseq's aggregators that are active in each step of its training and validation loops."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,8 @@ class RoutingLosses:
             assert selector is not None
             loss = loss + self.extra_loss(selector, routing) * sample_size
             has_losses = has_losses and selector.scores_blocks
-            logging_output |= self.routing_logs(routing, sample_size, has_losses)
+            sends = getattr(model, "expert_parallel", 1) > 1
+            logging_output |= self.routing_logs(routing, sample_size, has_losses, sends)
         return loss, sample_size, logging_output
 
     def weights(self, selector: type[Selector]) -> dict[str, float]:
@@ -167,10 +175,22 @@ class RoutingLosses:
         return total
 
     def routing_logs(
-        self, routing: dict[str, LayerRouting], sample_size: Any, has_losses: bool
+        self,
+        routing: dict[str, LayerRouting],
+        sample_size: Any,
+        has_losses: bool,
+        sends: bool = False,
     ) -> dict[str, Any]:
-        """What adds up over micro-batches and workers, for :meth:`reduce_metrics`."""
-        logs: dict[str, Any] = {"routing_per_layer": float(self.log_layers)}
+        """What adds up over micro-batches and workers, for :meth:`reduce_metrics`.
+
+        Values may be on an accelerator, and reading them there would stall it, so that the names
+        alone tell what is to be logged.
+
+        Args:
+            has_losses: whether the routing has a balance loss.
+            sends: whether layers send hidden states to other processes.
+        """
+        logs: dict[str, Any] = {PER_LAYER: 1.0} if self.log_layers else {}
         for name, layer in routing.items():
             if has_losses:
                 logs[f"routing_balance_{name}"] = layer.balance_loss.data * sample_size
@@ -178,11 +198,14 @@ class RoutingLosses:
             logs[f"routing_counts_{name}"] = layer.counts.data
             logs[f"routing_dropped_{name}"] = layer.dropped.data
             logs[f"routing_mass_{name}"] = layer.mass.data
-            logs[f"{SENT}{name}"] = layer.sent.data
+            if sends:
+                logs[f"{SENT}{name}"] = layer.sent.data
         return logs
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
+        """Add up what was logged, without a look at the values: fairseq calls this in each update,
+        and reads what follows from the sums at its log interval."""
         super().reduce_metrics(logging_outputs)
 
         def total(key: str) -> Any:
@@ -195,21 +218,41 @@ class RoutingLosses:
         ratios = dict(RATIOS)
         for layer in layers:
             if f"routing_balance_{layer}" in logging_outputs[0]:
-                scored = total(f"routing_scored_{layer}")
-                balance = total(f"routing_balance_{layer}") / max(scored, 1)
-                metrics.log_scalar(f"_balance_{layer}", balance, scored)
+                weighted = total(f"routing_balance_{layer}")
+                metrics.log_scalar_sum(f"_weighted_balance_{layer}", weighted)
+                metrics.log_scalar_sum(f"_balance_weight_{layer}", total(f"routing_scored_{layer}"))
             else:
                 ratios.pop("balance_loss", None)
             metrics.log_scalar_sum(f"_counts_{layer}", total(f"routing_counts_{layer}"))
             metrics.log_scalar_sum(f"_dropped_{layer}", total(f"routing_dropped_{layer}"))
             metrics.log_scalar_sum(f"_mass_{layer}", total(f"routing_mass_{layer}"))
-        if sent := float(sum(total(f"{SENT}{layer}") for layer in layers)):
-            metrics.log_scalar("sent_bytes", sent, round=0)
+        if f"{SENT}{layers[0]}" in logging_outputs[0]:
+            sent = sum(total(f"{SENT}{layer}") for layer in layers)
+            for meters in _logged_meters():
+                if "sent_bytes" not in meters:
+                    meters.add_meter("sent_bytes", AverageMeter(round=0), priority=10)
+                meters["sent_bytes"].update(sent.double())  # whose mean is exact
+        derived: dict[str, MeanOverLayers] = {}
         for name, ratio in ratios.items():
-            metrics.log_derived(name, MeanOverLayers(ratio, layers))
-            if total("routing_per_layer"):
-                for layer in layers:
-                    metrics.log_derived(f"{name}_{layer}", MeanOverLayers(ratio, [layer]))
+            derived[name] = MeanOverLayers(ratio, layers)
+            if PER_LAYER in logging_outputs[0]:
+                derived |= {f"{name}_{layer}": MeanOverLayers(ratio, [layer]) for layer in layers}
+        for meters in _logged_meters():
+            for name, derive in derived.items():
+                if name not in meters:
+                    meters.add_meter(name, MetersDict._DerivedMeter(derive), priority=20)
+
+
+def _logged_meters() -> list[MetersDict]:
+    """The active aggregators but the one that the trainer opens for a step.
+
+    The trainer reads all values of that aggregator after each step, and fairseq's loops drop them.
+    To read one stalls an accelerator. The loops log the values of the outer aggregators, at the log
+    interval and at the end of a validation.
+    """
+    active = metrics.get_active_aggregators()
+    in_loop = any(meters is metrics.get_meters(loop) for meters in active for loop in LOOPS)
+    return active[:-1] if in_loop else active
 
 
 @contextmanager

@@ -71,5 +71,6 @@ def z_loss(scores: Scores, valid_N: Tensor | None, total: Total | None = None) -
 def _tokens(scores: Scores, valid_N: Tensor | None) -> Tensor:
     """How many tokens count: (1,)."""
     if valid_N is None:
-        return torch.tensor([scores.num_tokens], device=scores.device)
+        # No `torch.tensor`, whose copy from the host waits for the device.
+        return torch.full((1,), scores.num_tokens, device=scores.device)
     return valid_N.sum().unsqueeze(0)

@@ -28,7 +28,8 @@ def keep_within_capacity(
     """
     num_tokens, active = blocks_NA.shape
     if counted is None:
-        assignments = torch.tensor(blocks_NA.numel())
+        # No `torch.tensor`, whose copy from the host waits for the device.
+        assignments = blocks_NA.new_full((), blocks_NA.numel())
     else:
         counted = counted.expand_as(blocks_NA)
         assignments = counted.sum()
@@ -43,5 +44,5 @@ def keep_within_capacity(
     first_P = torch.searchsorted(sorted_P, sorted_P)
     place_P = torch.empty_like(order_P)
     place_P[order_P] = torch.arange(len(order_P), device=order_P.device) - first_P
-    fits_NA = (place_P < capacity.to(place_P.device)).view(active, num_tokens).t()
+    fits_NA = (place_P < capacity).view(active, num_tokens).t()
     return fits_NA if counted is None else fits_NA | ~counted

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from .collectives import all_gather_single, reduce_scatter_single
@@ -21,6 +22,9 @@ from .selection import Selection
 
 INDEX_BYTES = 4
 """Of each of the two numbers that tell a rank which row uses which of its blocks."""
+
+SIZES_BYTES = 3 * torch.int64.itemsize
+"""Sent to each rank ahead: the number of rows and of pairs, and the most pairs of a row."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,13 @@ class Sharing:
 
     def gather_tokens(self, rows: Tensor) -> tuple[Tensor, slice]:
         """The rows that the ranks that share tokens have, as many as each has: (n, ...) -> (sum of
-        n, ...), and which of them are this rank's. No gradients."""
+        n, ...), and which of them are this rank's. No gradients. The host waits for the device
+        once, to read how many rows each rank has."""
         if self.tokens is None:
             return rows, slice(0, len(rows))
         ranks, me = dist.get_world_size(self.tokens), dist.get_rank(self.tokens)
         counts_R = torch.zeros(ranks, dtype=torch.int64, device=rows.device)
-        own = torch.tensor([len(rows)], device=rows.device)
+        own = torch.full((1,), len(rows), device=rows.device)
         all_gather_single(counts_R, own, group=self.tokens)
         counts = counts_R.tolist()
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
@@ -82,6 +87,15 @@ class Sharing:
         start = sum(counts[:me])
         gathered = [piece[:count] for piece, count in zip(pieces, counts, strict=True)]
         return torch.cat(gathered), slice(start, start + len(rows))
+
+    def stack_over_tokens(self, values: Tensor) -> Tensor:
+        """Stack the values that the ranks that share tokens have, all of one shape: (...) ->
+        (ranks, ...). No gradients."""
+        if self.tokens is None:
+            return values.unsqueeze(0)
+        stacked = values.new_empty(dist.get_world_size(self.tokens), *values.shape)
+        all_gather_single(stacked, values.detach().unsqueeze(0).contiguous(), group=self.tokens)
+        return stacked
 
     def sum_over_tokens(self, values: Tensor) -> Tensor:
         """What the ranks that share tokens have, added up; gradients reach all of them."""
@@ -190,6 +204,9 @@ def compute_shared(
 ) -> tuple[Tensor, Traffic]:
     """The sum over each token's blocks, wherever these are.
 
+    The host waits for the device once, to read how much travels to and from each rank; the
+    backward pass does not wait.
+
     Args:
         selection: by numbers that count over all ranks.
         compute: gives (R, D) for rows (R, D) and a selection among this rank's own blocks.
@@ -199,36 +216,40 @@ def compute_shared(
     """
     me, ranks = dist.get_rank(group), dist.get_world_size(group)
     num_tokens, width = x_ND.shape
-    blocks_P, kept_P = selection.blocks.flatten(), selection.kept
-    pairs_P = torch.arange(len(blocks_P), device=x_ND.device)
-    if kept_P is not None:
-        pairs_P = kept_P.flatten().nonzero().squeeze(1)
-        blocks_P = blocks_P[pairs_P]
+    blocks_P = selection.blocks.flatten()
     owners_P = blocks_P.div(blocks_per_rank, rounding_mode="floor")
+    if selection.kept is not None:
+        # Pairs that are not kept go to no rank. To drop them here would wait for their number.
+        owners_P = owners_P.masked_fill(~selection.kept.flatten(), ranks)
+    # Pairs by the rank they go to, in the order of the tokens; those that go to none are last.
+    # 16-bit keys, enough for 32,767 ranks, sort several times faster than 64-bit ones.
+    owners_P, pairs_P = owners_P.to(torch.int16).sort(stable=True)
+    owners_P = owners_P.long()
     tokens_P = pairs_P.div(max(selection.blocks.shape[1], 1), rounding_mode="floor")
-    # Pairs by the rank they go to, in the order of the tokens.
-    order_P = owners_P.sort(stable=True).indices
-    pairs_P, blocks_P, owners_P, tokens_P = (
-        t[order_P] for t in (pairs_P, blocks_P, owners_P, tokens_P)
-    )
-    visits_MN = torch.zeros(ranks, num_tokens, dtype=torch.bool, device=x_ND.device)
-    visits_MN[owners_P, tokens_P] = True
-    tokens_R = visits_MN.nonzero()[:, 1]
-    rows_P = (visits_MN.cumsum(dim=1) - 1)[owners_P, tokens_P]  # among those that go to a rank
-    sent_M2 = torch.stack([visits_MN.sum(dim=1), owners_P.bincount(minlength=ranks)], dim=1)
-    received_M2 = torch.empty_like(sent_M2)
-    dist.all_to_all_single(received_M2, sent_M2, group=group)
-    sent_rows, sent_pairs = sent_M2.t().tolist()
-    rows, pairs = received_M2.t().tolist()
+    rows_P, slots_P = _runs(owners_P * num_tokens + tokens_P)
+    edges = torch.searchsorted(owners_P, torch.arange(ranks + 1, device=x_ND.device))
+    first_rows = F.pad(rows_P + 1, (1, 0))[edges]
+    most_M = edges.new_zeros(ranks + 1).scatter_reduce_(0, owners_P, slots_P + 1, "amax")[:-1]
+    sent_M3 = torch.stack([first_rows.diff(), edges.diff(), most_M], dim=1)
+    received_M3 = torch.empty_like(sent_M3)
+    dist.all_to_all_single(received_M3, sent_M3, group=group)
+    sizes = torch.stack([sent_M3.t(), received_M3.t()]).tolist()
+    (sent_rows, sent_pairs, _), (rows, pairs, most) = sizes
 
-    where_P2 = torch.stack([rows_P, blocks_P - owners_P * blocks_per_rank], dim=1).int()
+    owners_P, pairs_P, tokens_P, rows_P = (
+        t[: sum(sent_pairs)] for t in (owners_P, pairs_P, tokens_P, rows_P)
+    )
+    tokens_R = tokens_P.new_empty(sum(sent_rows)).scatter_(0, rows_P, tokens_P)
+    own_rows_P = rows_P - first_rows[owners_P]  # among those that go to a rank
+    own_blocks_P = blocks_P[pairs_P] - owners_P * blocks_per_rank
+    where_P2 = torch.stack([own_rows_P, own_blocks_P], dim=1).int()
     where_Q2 = _all_to_all(where_P2, sent_pairs, pairs, group)
     x_RD = _Exchange.apply(x_ND.index_select(0, tokens_R), sent_rows, rows, group)
     weights_Q = None
     if selection.weights is not None:
         weights_P = selection.weights.to(x_ND.dtype).flatten().index_select(0, pairs_P)
         weights_Q = _Exchange.apply(weights_P, sent_pairs, pairs, group)
-    mine = _selection_of(where_Q2.long(), rows, pairs, weights_Q)
+    mine = _selection_of(where_Q2.long(), received_M3, (sum(rows), max(1, *most)), weights_Q)
     y_RD = _Exchange.apply(compute(x_RD, mine), rows, sent_rows, group)
     output_ND = _SumByToken.apply(y_RD, tokens_R, num_tokens)
 
@@ -241,29 +262,42 @@ def compute_shared(
     traffic = Traffic(
         forward=(rows_both_ways + weighed * to_others(sent_pairs)) * x_ND.element_size(),
         backward=(rows_both_ways + weighed * to_others(pairs)) * x_ND.element_size(),
-        indices=indices + (ranks - 1) * 2 * sent_M2.element_size(),
+        indices=indices + (ranks - 1) * SIZES_BYTES,
     )
     return output_ND, traffic
 
 
+def _runs(keys_P: Tensor) -> tuple[Tensor, Tensor]:
+    """The runs of equal ones among sorted keys that are not negative.
+
+    Returns:
+        Number of the run of each key, and its place in the run: (P,) int64 each.
+    """
+    places_P = torch.arange(len(keys_P), device=keys_P.device)
+    begins_P = keys_P.diff(prepend=keys_P.new_full((1,), -1)) != 0
+    starts_P = places_P.masked_fill(~begins_P, 0).cummax(dim=0).values
+    return begins_P.cumsum(dim=0) - 1, places_P - starts_P
+
+
 def _selection_of(
-    where_Q2: Tensor, rows: list[int], pairs: list[int], weights_Q: Tensor | None
+    where_Q2: Tensor, received_M3: Tensor, shape: tuple[int, int], weights_Q: Tensor | None
 ) -> Selection:
     """What was received as a selection: rows use differently many blocks, so that the rest of each
-    is not kept."""
-    device = where_Q2.device
-    first = torch.tensor([0, *rows[:-1]], device=device).cumsum(0)  # row of each rank
-    rows_Q = where_Q2[:, 0] + first.repeat_interleave(
-        torch.tensor(pairs, device=device), output_size=len(where_Q2)
-    )
-    counts_R = rows_Q.bincount(minlength=sum(rows))
-    # The pairs of a row came one after the other.
-    slots_Q = torch.arange(len(rows_Q), device=device) - (counts_R.cumsum(0) - counts_R)[rows_Q]
-    most = int(counts_R.max()) if len(counts_R) else 1
-    shape = len(counts_R), max(most, 1)
+    is not kept.
+
+    Args:
+        where_Q2: row among those of its rank, and block, of each pair.
+        received_M3: how many rows and pairs came from each rank.
+        shape: the number of rows, and the most pairs of one.
+    """
+    rows_M, pairs_M, _ = received_M3.unbind(dim=1)
+    first_M = rows_M.cumsum(dim=0) - rows_M  # row of each rank
+    rows_Q = where_Q2[:, 0] + first_M.repeat_interleave(pairs_M, output_size=len(where_Q2))
+    _, slots_Q = _runs(rows_Q)  # the pairs of a row came one after the other
     blocks_RA = where_Q2.new_zeros(shape)
     blocks_RA[rows_Q, slots_Q] = where_Q2[:, 1]
-    kept_RA = torch.arange(shape[1], device=device) < counts_R.unsqueeze(1)
+    counts_R = rows_Q.new_zeros(shape[0]).scatter_add_(0, rows_Q, torch.ones_like(rows_Q))
+    kept_RA = torch.arange(shape[1], device=rows_Q.device) < counts_R.unsqueeze(1)
     weights_RA = None
     if weights_Q is not None:
         weights_RA = weights_Q.new_zeros(shape).index_put((rows_Q, slots_Q), weights_Q)

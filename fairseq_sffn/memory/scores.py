@@ -75,10 +75,7 @@ class ProductScores(Scores):
         each = active_blocks // heads
         left, lefts = _best(self.left, each)
         right, rights = _best(self.right, each)
-        # The pair of the l-th best and the r-th best is beaten by (l + 1) * (r + 1) - 1 others.
-        ranks_l = torch.arange(left.shape[1], device=self.device).unsqueeze(1)
-        ranks_r = torch.arange(right.shape[1], device=self.device).unsqueeze(0)
-        ranks_l, ranks_r = torch.nonzero((ranks_l + 1) * (ranks_r + 1) <= each, as_tuple=True)
+        ranks_l, ranks_r = candidate_ranks(left.shape[1], right.shape[1], each, self.device)
         sums = left.index_select(1, ranks_l).add_(right.index_select(1, ranks_r))
         best = top_blocks(sums, each)
         pairs = lefts.gather(1, ranks_l[best]) * right_size + rights.gather(1, ranks_r[best])
@@ -113,6 +110,32 @@ class ProductScores(Scores):
         left = left * weights_N[:, None, None]
         with torch.autocast(left.device.type, enabled=False):
             return (left.flatten(0, 1).t() @ right.flatten(0, 1)).flatten()
+
+
+def candidate_ranks(
+    left_size: int, right_size: int, count: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Ranks of the pairs that can be among the ``count`` best sums of two sorted lists.
+
+    The pair of ranks (l, r) has at least (l + 1) * (r + 1) - 1 better pairs, so it is a candidate
+    where (l + 1) * (r + 1) <= count.
+
+    Args:
+        left_size: length of the first list.
+        right_size: length of the second list.
+
+    Returns:
+        Ranks in the first and in the second list, ordered by the first, then by the second: (C,)
+        int64 each.
+    """
+    ranks_L = torch.arange(left_size, device=device)
+    each_L = torch.full_like(ranks_L, count).div(ranks_L + 1, rounding_mode="floor")
+    each_L = each_L.clamp(max=right_size)
+    # The total is known to the host: to find the pairs by `nonzero` would wait for the device.
+    total = sum(min(count // (rank + 1), right_size) for rank in range(left_size))
+    ranks_l = ranks_L.repeat_interleave(each_L, output_size=total)
+    starts_L = each_L.cumsum(0) - each_L
+    return ranks_l, torch.arange(total, device=device) - starts_L[ranks_l]
 
 
 def _best(half_NHX: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,10 @@ class SelectorInput(NamedTuple):
         gather: where the blocks are shared out to several ranks, and ``keys`` are this rank's, puts
             what each rank has of its own blocks together, in their order; gradients go back.
         gather_tokens: where several ranks' tokens are one micro-batch, what each rank has of its
-            own, one after the other, and which is this rank's; without gradients.
+            own, one after the other, and which is this rank's; without gradients. The host waits
+            for the device, to learn how many rows each rank has.
+        stack_over_tokens: likewise for a tensor that has the same shape on each rank: stacks those
+            of all ranks, (...) -> (ranks, ...), without gradients and without waiting.
     """
 
     x: Tensor
@@ -48,6 +51,7 @@ class SelectorInput(NamedTuple):
     needs_scores: bool = True
     gather: Callable[[Tensor], Tensor] = lambda part: part
     gather_tokens: Callable[[Tensor], tuple[Tensor, slice]] = lambda own: (own, slice(0, len(own)))
+    stack_over_tokens: Callable[[Tensor], Tensor] = lambda own: own.unsqueeze(0)
 
 
 class Selection(NamedTuple):

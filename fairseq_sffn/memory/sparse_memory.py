@@ -143,7 +143,9 @@ class SparseMemory(nn.Module):
         inputs = SelectorInput(x_ND, self.keys, self.key_bias, token_ids_NT, valid_N, needs_scores)
         if self.sharing != Sharing():
             inputs = inputs._replace(
-                gather=self.sharing.gather, gather_tokens=self.sharing.gather_tokens
+                gather=self.sharing.gather,
+                gather_tokens=self.sharing.gather_tokens,
+                stack_over_tokens=self.sharing.stack_over_tokens,
             )
         selection = self.selector(inputs)
         if gate is not None:
@@ -157,7 +159,7 @@ class SparseMemory(nn.Module):
             z = z_loss(selection.scores, valid_N, total)
         output_ND, sent = self._compute(x_ND, selection)
         if self.sharing.blocks is not None:
-            usage = usage._replace(sent=usage.counts.new_tensor(sent))
+            usage = usage._replace(sent=usage.counts.new_full((), sent))
         return MemoryOutput(output_ND.view(x.shape), selection, balance, z, usage)
 
     def _count(

@@ -6,10 +6,8 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from ..memory import MemoryConfig
-from ..memory.exchange import INDEX_BYTES
+from ..memory.exchange import INDEX_BYTES, SIZES_BYTES
 from ..memory.selectors.avgk import AvgK
 
 
@@ -39,8 +37,8 @@ def sent_bytes(
     weighed = config.gate_name != "none"
     forward = (rows + weighed * pairs_sent) * number_bytes
     backward = (rows + weighed * pairs_received) * number_bytes
-    # Row and block of each pair, after how many rows and pairs each rank is to expect.
-    indices = 2 * INDEX_BYTES * pairs_sent + 2 * torch.int64.itemsize * (shards - 1)
+    # Row and block of each pair, after the sizes that each rank is to expect.
+    indices = 2 * INDEX_BYTES * pairs_sent + SIZES_BYTES * (shards - 1)
     return (forward + indices) * (1 + recomputed) + backward
 
 

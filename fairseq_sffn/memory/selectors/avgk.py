@@ -135,8 +135,7 @@ class AvgK(Selector):
         # No matrix product, which autocast would have in half precision.
         sum_D = x_ND.masked_fill(~valid_N.bool().unsqueeze(1), 0.0).sum(dim=0)
         totals = torch.cat([sum_D, valid_N.sum().unsqueeze(0)])
-        ranks, _ = inputs.gather_tokens(totals.unsqueeze(0))
-        totals = ranks.sum(dim=0)
+        totals = inputs.stack_over_tokens(totals).sum(dim=0)
         _keep_finite(self.hidden_totals, KEPT * self.hidden_totals + totals, totals)
 
     def balance(self, logits_NB: Tensor, blocks_NA: Tensor, inputs: SelectorInput) -> None:
@@ -149,8 +148,8 @@ class AvgK(Selector):
         scores_NB = logits_NB.double().masked_fill(~valid_N1.bool(), 0.0)
         number = valid_N1.sum().double() * num_blocks
         moments = torch.stack([number, scores_NB.sum(), scores_NB.square().sum()])
-        ranks, _ = inputs.gather_tokens(torch.cat([counts_B, moments]).unsqueeze(0))
-        counts_B, (number, first, second) = ranks.sum(dim=0).split([num_blocks, 3])
+        totals = inputs.stack_over_tokens(torch.cat([counts_B, moments])).sum(dim=0)
+        counts_B, (number, first, second) = totals.split([num_blocks, 3])
         number = number.clamp(min=1)
         deviation = (second / number - (first / number) ** 2).clamp(min=0).sqrt()
         step_B = self.balance_rate * deviation * (counts_B.mean() - counts_B).sign()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from ..assignment import balanced_assignment
 from ..config import ConfigError, MemoryConfig
 from ..selection import Selection, SelectorConfig, SelectorInput
@@ -22,6 +24,11 @@ class Base(LearnedGate):
 
     In several processes each assigns its own tokens, as in fairseq's BASE layer, or all assign the
     tokens of all, each the same way.
+
+    The assignment is computed on the host, whatever the device: each of its hundreds of steps
+    depends on the numbers of the one before. In training the host waits for an accelerator once a
+    layer, to copy the scores, and with scope ``world`` once more, to learn how many tokens each
+    process has. The accelerator is idle meanwhile.
     """
 
     name = "base"
@@ -51,15 +58,17 @@ class Base(LearnedGate):
         if not self.training:
             return selection
         assert selection.scores is not None
-        scores_nB, valid_n = selection.scores.logits.detach(), None
-        if inputs.valid is not None:
-            valid_n = inputs.valid.nonzero().squeeze(1)
-            scores_nB = scores_nB[valid_n]
+        scores_NB = selection.scores.logits.detach()
+        valid_N = scores_NB.new_ones(len(scores_NB)) if inputs.valid is None else inputs.valid
+        # Scores and padding in one tensor, so that the host waits for one copy.
+        rows = torch.cat([scores_NB, valid_N.to(scores_NB.dtype).unsqueeze(1)], dim=1)
+        own = slice(0, len(rows))
         if self.scope == "world":
-            scores_nB, own = inputs.gather_tokens(scores_nB)
-            blocks_n = balanced_assignment(scores_nB)[own]
-        else:
-            blocks_n = balanced_assignment(scores_nB)
-        if valid_n is not None:
-            blocks_n = selection.blocks.squeeze(1).index_copy(0, valid_n, blocks_n)
-        return selection._replace(blocks=blocks_n.unsqueeze(1))
+            rows, own = inputs.gather_tokens(rows)
+        rows = rows.cpu()
+        blocks = balanced_assignment(rows[:, :-1], valid_N=rows[:, -1] > 0)
+        # The way back needs no wait: the copy is staged before the call returns.
+        blocks_N1 = blocks[own].to(scores_NB.device, non_blocking=True).unsqueeze(1)
+        if inputs.valid is not None:
+            blocks_N1 = blocks_N1.where(inputs.valid.unsqueeze(1), selection.blocks)
+        return selection._replace(blocks=blocks_N1)
