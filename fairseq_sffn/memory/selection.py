@@ -14,7 +14,6 @@ from typing import (
     get_type_hints,
 )
 
-import torch
 from torch import Tensor, nn
 
 from .scores import Scores
@@ -69,8 +68,6 @@ class Selection(NamedTuple):
             compute them anyway; they are not computed again.
         coefficients: (N, A) what multiplies the values, from a selector with its own keys and
             blocks of one cell; keys and activation are passed by.
-        padded: whether it takes many pairs that are not kept to give each token as many, so that
-            leaving them out is worth counting them.
     """
 
     blocks: Tensor
@@ -79,16 +76,6 @@ class Selection(NamedTuple):
     kept: Tensor | None = None
     pre_activations: Tensor | None = None
     coefficients: Tensor | None = None
-    padded: bool = False
-
-    def split(self, num_tokens: int) -> list[Selection]:
-        """Selections of so many tokens each, without scores."""
-        fields = self._replace(scores=None)._asdict()
-        parts = {name: t.split(num_tokens) for name, t in fields.items() if torch.is_tensor(t)}
-        return [
-            Selection(**dict(zip(parts, part, strict=True)), padded=self.padded)
-            for part in zip(*parts.values(), strict=True)
-        ]
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,8 @@ def table_products(rows_PG: Tensor, x_ND: Tensor, tiles: Tiles) -> tuple[Tensor,
 
 
 def _sizes(table_BGD: Tensor, tiles: Tiles) -> Sizes:
-    return Sizes(tiles.rows, tiles.active, *table_BGD.shape[1:], table_BGD.dtype)
+    _, block_size, width = table_BGD.shape
+    return Sizes(tiles.rows, tiles.active, block_size, width, table_BGD.dtype)
 
 
 def _shared_bytes(device: torch.device) -> int:

@@ -1,0 +1,128 @@
+"""Layers and training steps over CUDA tensors without numbers: what fails on a GPU, or waits for
+it, shows here."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GPU = Path(__file__).parents[2] / "examples" / "gpu"
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")
+
+BROKEN = """
+import sys
+sys.path.insert(0, {folder!r})
+import recorder
+recorder.run_with_guard(sys.argv)
+import fake_cuda, fake_step, torch
+from fairseq_sffn.memory import capacity, scores, selectors
+from fairseq_sffn.memory.compute import engines
+from fairseq_sffn.memory.selectors import avgk
+{fault}
+case = fake_cuda.Case("paper", "avgk", 64, "bf16", capacity=1.0)
+for line in fake_cuda.run(case).problems:
+    print(line)
+recorder.leave(0)
+"""
+
+
+def run(*command):
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+
+
+def test_nothing_fails_or_waits_over_all_selectors_and_types(tmp_path):
+    """And a whole training step of each method, and of the paper's model."""
+    done = run(GPU / "fake_cuda.py", "--json", tmp_path / "found.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcomes = json.loads((tmp_path / "found.json").read_text())
+    names = [outcome["name"] for outcome in outcomes]
+    assert len(names) > 1200
+    for words in (
+        *(f"toy {selector} " for selector in ("avgk", "base", "hash_layer", "lorkm", "pkm_ffn")),
+        *(
+            f" {kind}"
+            for kind in ("fp32", "fp64", "bf16", "fp16", "autocast bf16", "autocast fp16")
+        ),
+        *("padding", "capacity", "evaluation", "without losses", "gate=softmax"),
+        *(f"paper avgk g={block_size} bf16" for block_size in (4096, 64, 16, 1)),
+        *(
+            f"training step of avgk_gpt3_medium {kind} --sffn-block-size {block_size}"
+            for kind in ("bf16", "fp16", "autocast bf16", "autocast fp16")
+            for block_size in (64, 16)
+        ),
+    ):
+        assert any(words in name for name in names), words
+    assert all(outcome["launches"] for outcome in outcomes)
+    # fairseq's own, of which we know: padding is looked for, the loss scale needs the norm.
+    known = re.compile(r"(number is read|copy to the device) at fairseq/(models|optim)/")
+    for outcome in outcomes:
+        assert all(known.search(where) for where in outcome["fairseq_waits"]), outcome
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        ("", ""),
+        (
+            "engines.choose_engine.__globals__['ENGINES']['tiled'] = engines.ENGINES['grouped']",
+            "grouped_mm",
+        ),
+        (
+            "engines.choose_engine.__globals__['ENGINES']['tiled'] = engines.ENGINES['loop']",
+            "gives a tensor on the host at fairseq_sffn/memory/compute/plan.py",
+        ),
+        (
+            "old = avgk.top_blocks\n"
+            "scores.top_blocks = lambda s, k: (bool(s.sum() > 0), s.topk(k).indices)[1]",
+            "a number is read at",
+        ),
+        (
+            "old = scores.top_blocks\n"
+            "scores.top_blocks = lambda s, k: (s.gt(0).nonzero(), old(s, k))[1]",
+            "DynamicOutputShapeException",
+        ),
+        (
+            "old = scores.top_blocks\n"
+            "scores.top_blocks = lambda s, k: old(s, k) + torch.tensor([0])",
+            "Expected all tensors to be on the same device",
+        ),
+        (
+            "old = scores.top_blocks\n"
+            "scores.top_blocks = lambda s, k: old(s, k) + torch.tensor([0], device='cuda')",
+            "copy to the device at",
+        ),
+        (
+            "old = scores.top_blocks\n"
+            "scores.top_blocks = lambda s, k: sum([old(s, k) * 0 for _ in range(200)]) + old(s, k)",
+            "kernels, more than",
+        ),
+    ],
+)
+def test_a_fault_is_found(fault, line, tmp_path):
+    """On two devices, read, copied, refused, or a kernel for each block: each is a line."""
+    script = tmp_path / "broken.py"
+    script.write_text(BROKEN.format(folder=str(GPU), fault=fault))
+    done = run(script)
+    assert done.returncode == 0, done.stderr
+    assert line in done.stdout
+    assert bool(line) == bool(done.stdout.strip())
+
+
+def test_what_a_layer_moves_is_counted(tmp_path):
+    """Near the floor of gathered rows, and for VanillaM below it: no rows are gathered there."""
+    done = run(GPU / "traffic.py", "--json", tmp_path / "rows.json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["layer"] for row in rows][0] == "Avg-K, g = 4,096"
+    assert done.stdout.count("\n| ") == len(rows) + 1
+    for row in rows[:-1]:
+        assert 1 <= row["bytes"] / row["floor"] < 3
+    assert rows[-1]["bytes"] < rows[-1]["floor"] / 5
+    # By hand: x, output, their gradients; tables, theirs; hidden activations; four rows a pair.
+    assert rows[2]["floor"] == 2 * (
+        4 * 8192 * 1024 + 4 * 65536 * 1024 + 4 * 8192 * 4096 + 4 * 8192 * 64 * 1024
+    )
