@@ -7,7 +7,7 @@ from oracle import assert_matches, build, tokens
 from fairseq_sffn.memory import scores as scores_module
 from fairseq_sffn.memory.balance import balance_loss, z_loss
 from fairseq_sffn.memory.gate import GATES
-from fairseq_sffn.memory.scores import ProductScores, Scores, top_blocks
+from fairseq_sffn.memory.scores import ProductScores, Scores, candidate_ranks, top_blocks
 
 DOUBLE = torch.float64
 SIZES = [(1, 1, 1), (1, 7, 3), (7, 1, 7), (2, 3, 6), (3, 4, 5), (4, 9, 20), (16, 16, 16), (5, 8, 1)]
@@ -72,6 +72,15 @@ def test_top_where_many_are_equal(left, right, each):
     for h, dense in enumerate(summed(scores)):
         assert torch.equal(sums_NA[:, h::2], dense.logits.topk(each).values)
         assert all(len(set(row)) == each for row in blocks_NA[:, h::2].tolist())
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "count"), [(1, 1, 1), (4, 7, 3), (5, 2, 100), (20, 30, 30), (64, 64, 64)]
+)
+def test_candidates_are_the_pairs_that_few_others_beat(left, right, count):
+    ranks = candidate_ranks(left, right, count, torch.device("cpu"))
+    pairs = [(i, j) for i in range(left) for j in range(right) if (i + 1) * (j + 1) <= count]
+    assert torch.stack(ranks, dim=1).tolist() == [list(pair) for pair in pairs]
 
 
 @pytest.mark.parametrize(("left", "right", "each"), [(3, 4, 5), (1, 7, 3)])
