@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import all_gather_single, reduce_scatter_single
+from .renamed import all_gather_single, reduce_scatter_single
 from .selection import Selection
 
 INDEX_BYTES = 4
