@@ -2,10 +2,6 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# The range that tests/versions.sh was run with. It is an extra and no requirement: pip would
-# replace a PyTorch outside of it. Where there is none, fairseq requires one.
-TORCH = "torch>=2.9,<2.16"
-
 setup(
     name="fairseq-sffn",
     version="0.1.0",
@@ -25,7 +21,9 @@ setup(
         "sentencepiece",
     ],
     extras_require={
-        "torch": [TORCH],
+        # The range that tests/versions.sh was run with. It is no requirement: pip would replace a
+        # PyTorch outside of it. Where there is none, fairseq requires one.
+        "torch": ["torch>=2.9,<2.16"],
         "plots": ["matplotlib"],
         "tests": ["pytest", "pytest-xdist", "ruff", "mypy", "tensorboardX"],
     },
