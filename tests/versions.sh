@@ -42,6 +42,7 @@ fi
 mapfile -t pairs < <(if [ $# -gt 0 ]; then printf '%s %s\n' "$@"; else grep . <<<"$TABLE"; fi)
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
+trap 'exit 130' INT
 
 # find_python VERSION: a Python of that version, of PATH or pyenv. A shim on PATH may lead nowhere.
 find_python() {
@@ -61,11 +62,11 @@ version_of() { "$1" -W ignore -c "import torch; print(torch.__version__)"; }
 install() {
     local before after pip=("$1/bin/python" -m pip --disable-pip-version-check)
     echo "making the environment: PyTorch" >&2
-    [ -x "$1/bin/python" ] || "$2" -m venv "$1" >&2 || { echo "no environment"; return 1; }
-    "${pip[@]}" install --quiet "torch==$3.*" >&2 || { echo "no PyTorch of this version"; return 1; }
+    [ -x "$1/bin/python" ] || "$2" -m venv "$1" >&2 || { echo "no environment was made"; return 1; }
+    "${pip[@]}" install --quiet "torch==$3.*" >&2 || { echo "PyTorch was not installed"; return 1; }
     before=$(version_of "$1/bin/python")
     echo "making the environment: the project" >&2
-    "${pip[@]}" install --quiet --editable ".[plots,tests]" >&2 || { echo "no installation"; return 1; }
+    "${pip[@]}" install --quiet --editable ".[plots,tests]" >&2 || { echo "not installed"; return 1; }
     "${pip[@]}" --quiet uninstall --yes torchaudio >&2
     after=$(version_of "$1/bin/python")
     [ "$before" = "$after" ] || { echo "pip replaced PyTorch $before by $after"; return 1; }
