@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .collectives import all_gather_single, reduce_scatter_single
+from .renamed import all_gather_single, reduce_scatter_single
 from .selection import Selection
 
 INDEX_BYTES = 4
