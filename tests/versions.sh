@@ -20,14 +20,14 @@ TABLE="
 TESTS=(
     # Engines, selectors, models, optimizers.
     tests/memory/test_*.py tests/memory/selectors
-    tests/memory/compute/test_{engines,plan,products,sorted_pairs}.py
+    tests/memory/compute/test_{engines,plan,products,sorted_pairs,tiles,tiled_products,triton_kernels}.py
     tests/models tests/optim tests/criterions tests/tasks
     # Checkpoints, commands, and what fairseq needs.
     tests/checkpoints/test_{callers,reading,writing}.py tests/test_compat.py
     tests/test_command_line.py::test_{training_learns,script_trains_from_the_project_root}
     tests/test_command_line.py::test_eval_lm_finds_the_perplexity_that_training_logged
     # Expert parallel, by gloo.
-    tests/parallel/test_{checkpoints,collectives,gradients,launch,memory,uneven}.py
+    tests/parallel/test_{checkpoints,collectives,gradients,launch,memory,precision,uneven}.py
 )
 
 fail() { echo "versions.sh: $1" >&2; exit 2; }
