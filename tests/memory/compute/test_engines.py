@@ -232,6 +232,29 @@ def test_what_is_dropped_counts_nothing_even_where_it_overflows(engine):
     assert torch.equal(out.output[dropped_N], memory.value_bias.expand(int(dropped_N.sum()), -1))
 
 
+@pytest.mark.parametrize("known", ["pre_activations", "coefficients", "weights"])
+def test_on_an_accelerator_what_is_dropped_has_no_gradient_even_where_it_overflows(known):
+    """There dropped pairs are among the sorted ones, and zero times infinity would be no number."""
+    size = 1 if known == "coefficients" else 3
+    blocks_NA = torch.tensor([[0, 1], [1, 0], [0, 1]])
+    kept_NA = torch.tensor([[True, False], [True, True], [False, True]])
+    values_NA = torch.randn(3, 2, *((size,) if known == "pre_activations" else ()))
+    values_NA[~kept_NA] = torch.inf
+    inputs = [t.requires_grad_() for t in (torch.randn(3, 4), torch.randn(2, size, 4), values_NA)]
+    x_ND, table_BGD, values_NA = inputs
+    out_ND = engines.ENGINES["tiled"].compute(
+        x_ND,
+        engines.Tables(table_BGD, None, table_BGD),
+        Selection(blocks_NA, kept=kept_NA, **{known: values_NA}),
+        torch.exp,
+        lambda hidden: hidden,
+    )
+    grads = torch.autograd.grad(out_ND.sum(), inputs, allow_unused=True)
+    for tensor in (out_ND, *(grad for grad in grads if grad is not None)):
+        assert tensor.isfinite().all()
+    assert not grads[2][~kept_NA].any() and grads[2][kept_NA].all()
+
+
 @pytest.mark.parametrize("losses", [True, False])
 @pytest.mark.parametrize("case", ["avgk-g1", "vanilla_m-g1"])
 def test_checkpointing_may_drop_the_index_of_bags(case, losses):

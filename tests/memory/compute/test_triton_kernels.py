@@ -142,6 +142,23 @@ def test_reproducible_sums(case, at_once, drops, triton_products, monkeypatch):
     assert_near(first, want, torch.float32)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_with_its_token(bad, triton_products):
+    """Also of the token whose rows are read where a tile has no pair."""
+    pairs = pair_loops.make_pairs(**pair_loops.CASES["uneven"])
+    x_ND, table_BGD, rows_PG = torch.randn(37, 8), torch.randn(7, 5, 8), torch.randn(111, 5)
+    x_ND[0] = bad
+    tiles = pairs.tiles._replace(
+        **{name: getattr(pairs.tiles, name).to(DEVICE) for name in pairs.tiles._fields[:3]}
+    )
+    here = [t.to(DEVICE) for t in (x_ND, table_BGD, rows_PG)]
+    gathered_PG = triton_products.gathered_products(*here[:2], None, tiles).cpu()
+    assert torch.equal(gathered_PG.isfinite().all(dim=1), pairs.tiles.order_P >= 3)
+    grad_BGD, _ = triton_products.table_products(here[2], here[0], tiles)
+    finite = {block for block in range(7) if grad_BGD[block].isfinite().all()}
+    assert finite == set(range(7)) - set(pairs.blocks_NA[0].tolist())
+
+
 @pytest.mark.parametrize("losses", [True, False])
 @pytest.mark.parametrize("gate", ["none", "sigmoid"])
 @pytest.mark.parametrize(
