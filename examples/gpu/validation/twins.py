@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fairseq_sffn.memory import MemoryOutput, SparseMemory
 from fairseq_sffn.memory.scores import ProductScores, Scores
-from fairseq_sffn.memory.selectors import base
+from fairseq_sffn.memory.selectors import base, vanilla_m
 
 FLOOR = 1e-3
 """A tensor's error is taken relative to its largest number, or to this share of the largest of all
@@ -97,19 +97,30 @@ def forced(blocks_NA: Tensor, padding_N: Tensor | None) -> Iterator[list[float]]
         A list that gets, for each selection, the most that a token's scores lose to the best.
     """
     losses: list[float] = []
+    rest_nA = blocks_NA
     valid_n = blocks_NA if padding_N is None else blocks_NA[~padding_N]
     plain = {kind: kind.top for kind in (Scores, ProductScores)}
 
-    def top(self: Scores, active_blocks: int) -> Tensor:
-        best_N = self.of(plain[type(self)](self, active_blocks)).detach()
-        ours_N = self.of(blocks_NA).detach()
-        lost_N = (best_N - ours_N).sum(dim=1) / best_N.abs().sum(dim=1).clamp(min=1e-30)
+    def compare(scores: Scores, best_NA: Tensor, ours_NA: Tensor) -> None:
+        best_NA, ours_NA = scores.of(best_NA).detach(), scores.of(ours_NA).detach()
+        lost_N = (best_NA - ours_NA).sum(dim=1) / best_NA.abs().sum(dim=1).clamp(min=1e-30)
         losses.append(lost_N.max().item() if len(lost_N) else 0.0)
+
+    def top(self: Scores, active_blocks: int) -> Tensor:
+        compare(self, plain[type(self)](self, active_blocks), blocks_NA)
         return blocks_NA
+
+    def top_blocks(scores_nB: Tensor, active_blocks: int) -> Tensor:
+        # Without losses some selectors score a few tokens at a time.
+        nonlocal rest_nA
+        ours_nA, rest_nA = rest_nA.tensor_split([len(scores_nB)])
+        compare(Scores(scores_nB), scores_nB.topk(active_blocks).indices, ours_nA)
+        return ours_nA
 
     with (
         mock.patch.object(Scores, "top", top),
         mock.patch.object(ProductScores, "top", top),
+        mock.patch.object(vanilla_m, "top_blocks", top_blocks),
         mock.patch.object(base, "balanced_assignment", lambda scores_nB: valid_n.squeeze(1)),
     ):
         yield losses
