@@ -36,7 +36,7 @@ class Point(NamedTuple):
         title: what it checks.
         check: gives a row for each thing that it looks at, as soon as it is known.
         limit: seconds, after which the point is stopped.
-        on_cpu: whether ``--fake`` runs it too.
+        on_cpu, on_cuda: whether ``--fake`` runs it, and whether a run on a GPU does.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Point(NamedTuple):
     check: Callable[[Setting], Iterator[Row]]
     limit: int
     on_cpu: bool = True
+    on_cuda: bool = True
 
 
 def bounded(what: str, value: float, limit: float, **more: Any) -> Row:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .point import Row, Setting, told
+from .training import quiet
 
 BENCHMARK = Path(__file__).parents[2] / "benchmark"
 LAYER_GOALS = {
@@ -141,7 +142,7 @@ def measure_steps(
     torch.manual_seed(0)
     batch = train_step.random_batch(context, sentences, vocabulary)
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet():
         train_step.write_dictionary(Path(folder), vocabulary)
         config = train_step.training_config(
             model, "adam", folder, context, sentences, size=size, place=place

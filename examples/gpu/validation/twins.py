@@ -60,9 +60,7 @@ def forward_backward(
     x_ND = inputs.x_ND.clone().requires_grad_()
     device = x_ND.device.type
     with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
-        out = memory(
-            x_ND, inputs.token_ids_N, padding_mask=inputs.padding_N, losses=inputs.losses
-        )
+        out = memory(x_ND, inputs.token_ids_N, padding_mask=inputs.padding_N, losses=inputs.losses)
     wide = torch.promote_types(out.output.dtype, torch.float32)
     loss = (out.output.to(wide) * inputs.cotangent_ND.to(wide)).sum()
     values = {"output": out.output.detach()}
