@@ -64,3 +64,12 @@ def told(what: str, **more: Any) -> Row:
 def asserted(what: str, passed: bool, **more: Any) -> Row:
     """A row that passes or fails."""
     return {"what": what, "passed": bool(passed), **more}
+
+
+def tried(what: str, run: Callable[[], Row]) -> Row:
+    """The row that ``run`` gives, or one that tells why it gave none."""
+    try:
+        return run()
+    except (Exception, SystemExit) as error:  # SystemExit: a command refused its arguments
+        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        return asserted(what, False, error=message)

@@ -18,6 +18,9 @@ from .point import Row, Setting, asserted, bounded, told
 from .twins import forward_backward
 
 GROUPED_TOLERANCE = 2e-2
+WAITS = "called a synchronizing"
+"""In PyTorch's warning of each wait. It also warns once that this mode does not see all of them."""
+
 ASSIGNS = "base"
 """The selector whose assignment may ask the device how far it is."""
 
@@ -97,5 +100,5 @@ def _waits(run: Callable[[], None]) -> list[str]:
     return [
         f"{warning.filename.rpartition('/')[2]}:{warning.lineno}"
         for warning in caught
-        if "synchroniz" in str(warning.message)
+        if WAITS in str(warning.message)
     ]

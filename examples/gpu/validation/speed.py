@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import sys
 import tempfile
@@ -159,6 +160,7 @@ def measure_steps(
     if setting.device == "cuda":
         figures["peak_bytes"] = torch.cuda.max_memory_allocated()
         del trainer, work
+        gc.collect()  # the trainer and its parts refer to each other
         torch.cuda.empty_cache()
     return {**place.describe(), **figures}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import random
 import re
 import shlex
@@ -19,7 +20,7 @@ from unittest import mock
 
 import torch
 
-from .point import Row, Setting, asserted, bounded
+from .point import Row, Setting, bounded, tried
 
 ROOT = Path(__file__).parents[3]
 PRECISIONS = {
@@ -129,24 +130,14 @@ def train(model: str, data: Path, device: str, fake: bool, updates: int, more: s
 
 def distance(got: list[float], want: list[float]) -> float:
     """The largest difference of two losses of one update, relative to the second."""
-    if not want or len(got) != len(want):
-        return float("inf")
+    if not want or len(got) != len(want) or not all(map(math.isfinite, got)):
+        return math.inf
     return max(abs(ours - theirs) / abs(theirs) for ours, theirs in zip(got, want, strict=True))
 
 
 def curve(what: str, got: list[float], want: list[float], tolerance: float) -> Row:
     """A row with both curves."""
     return bounded(what, distance(got, want), tolerance, losses=got, expected=want)
-
-
-def tried(what: str, run: Any) -> Row:
-    """The row that ``run`` gives, or one that tells why it gave none."""
-    try:
-        row: Row = run()
-    except (Exception, SystemExit) as error:  # SystemExit: a command refused its arguments
-        message = f"{type(error).__name__}: {error}".splitlines()[0]
-        return asserted(what, False, error=message)
-    return row
 
 
 def curves(setting: Setting) -> Iterator[Row]:
