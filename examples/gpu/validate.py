@@ -1,6 +1,7 @@
 """Checks and measures the project on a GPU, in ten minutes. Started by validate.sh.
 
     python examples/gpu/validate.py [--fake] [--output FILE] [--only POINT ...] [--minutes N]
+    python examples/gpu/validate.py --table FILE
 
 Exit status 1 where a check fails, a point does not come to its end, or there is no GPU. A missed
 goal for a time is reported, and is no failure.
@@ -9,6 +10,7 @@ goal for a time is reported, and is no failure.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -69,7 +71,13 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--only", nargs="+", choices=names, metavar="POINT", help=" ".join(names))
     parser.add_argument("--minutes", type=float, default=9.5, help="for all points")
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE", help="print the times of a JSON file as Markdown"
+    )
     args = parser.parse_args(argv)
+    if args.table:
+        print(report.markdown(json.loads(args.table.read_text())))
+        return
     import torch
 
     if not args.fake and not torch.cuda.is_available():
@@ -77,6 +85,9 @@ def main(argv: list[str]) -> None:
     os.environ.update(ENVIRONMENT)
     asked = [point for point in POINTS if not args.only or point.name in args.only]
     points = [point for point in asked if (point.on_cpu if args.fake else point.on_cuda)]
+    if not points:
+        here = "a machine without a GPU" if args.fake else "a GPU"
+        sys.exit(f"validate: --only {' '.join(args.only)}: nothing of it runs on {here}")
     with tempfile.TemporaryDirectory(prefix="validate-") as folder:
         setting = Setting("cpu" if args.fake else "cuda", Path(folder))
         results = run(points, setting, args.output, args.minutes)

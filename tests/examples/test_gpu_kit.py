@@ -95,8 +95,18 @@ def test_the_kit_without_a_gpu(kit: dict[str, ModuleType], tmp_path: Path) -> No
     for point in made["points"].values():
         assert point["status"] in ("passed", "measured")
     assert "waits: needs a GPU" in done.stdout
+    again = [sys.executable, str(GPU / "validate.py"), "--table", str(output)]
+    shown = subprocess.run(again, capture_output=True, text=True).stdout.splitlines()
+    assert f"torch {torch.__version__}" in shown[0]
+    assert any(line.startswith("| layer vanilla_m g=1, 64 x 16 |") for line in shown)
     for place in (ROOT, Path.home(), tmp_path, sys.prefix):
         assert str(place) not in output.read_text()
+
+
+def test_points_that_need_a_gpu_are_refused_without_one(tmp_path: Path) -> None:
+    output = tmp_path / "x.json"
+    line = refusal(script("validate.sh", "--fake", "--only", "waits", "--output", output))
+    assert line == "validate: --only waits: nothing of it runs on a machine without a GPU"
 
 
 # Faults
@@ -306,6 +316,23 @@ def test_points_after_a_crash_get_another_process(
     assert [result.status for result in results] == ["failed", "passed", "measured"]
     none = runner.run_points(points, setting, command, 0, lambda *_: None)
     assert [result.status for result in none] == ["not run"] * 3
+
+
+def test_each_point_has_a_process_of_its_own_on_a_gpu(
+    kit: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    point, runner = kit["point"], kit["runner"]
+    points = [point.Point(f"p{i}", i, "a point", lambda setting: iter(()), 60) for i in range(2)]
+    groups: list[list[str]] = []
+
+    def command(group: list[Any], events: Path) -> list[str]:
+        groups.append([point.name for point in group])
+        return [sys.executable, "-c", BEGINS + ENDS, str(events)]
+
+    setting = point.Setting("cuda", tmp_path)
+    results = list(runner.run_points(points, setting, command, 5, lambda *_: None))
+    assert groups == [["p0"], ["p1"]]
+    assert [result.status for result in results] == ["passed", "passed"]
 
 
 # What only a GPU has

@@ -109,6 +109,23 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def markdown(made: dict[str, Any]) -> str:
+    """The times of a JSON file as a table of Markdown, under a line that says what they are of."""
+    versions = made["versions"]
+    about = [made["card"] or made["mode"], f"torch {versions['torch']}"]
+    about += [f"triton {versions['triton']}", f"commit {made['commit']}", made["date"]]
+    lines = [", ".join(about) + ".", "", "| what | times dense | goal | ms |", "| --- " * 4 + "|"]
+    for point in made["points"].values():
+        for row in point["rows"]:
+            if "ratio" not in row:
+                continue
+            seconds = row.get("figures", {}).get("seconds")
+            milliseconds = f"{1000 * seconds['median']:.3g}" if seconds else ""
+            goal = f"{row['goal']:g}" if "goal" in row else ""
+            lines.append(f"| {row['what']} | {row['ratio']:.2f} | {goal} | {milliseconds} |")
+    return "\n".join(lines)
+
+
 def fault(row: dict[str, Any]) -> str:
     """What is wrong with a failed check, in a line."""
     parts = [row["what"]]

@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
