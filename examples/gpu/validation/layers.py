@@ -195,7 +195,11 @@ def other_faults(
 def every_method(setting: Setting) -> Iterator[Row]:
     """Point 2."""
     for case in cases(setting.fake):
-        row = tried(str(case), lambda case=case: check_case(case, setting.device))
+
+        def check(case: Case = case) -> Row:
+            return check_case(case, setting.device)
+
+        row = tried(str(case), check)
         yield row
         if BROKEN in row.get("error", ""):
             raise RuntimeError(f"{case}: no later kernel of this process runs")
@@ -222,10 +226,10 @@ def paper_size(setting: Setting) -> Iterator[Row]:
 
     fp64 on the same device, by PyTorch, checks everything; a CPU checks the first tokens.
     """
-    tokens, width, ffn, sizes = 8192, 1024, 4096, (64, 16, 4096)
-    dtype = "bf16"
+    tokens, width, ffn, dtype = 8192, 1024, 4096, "bf16"
+    sizes: tuple[int, ...] = (64, 16, 4096)
     if setting.fake:
-        tokens, width, ffn, sizes, dtype = 96, 32, 128, (2,), "fp32"
+        tokens, width, ffn, dtype, sizes = 96, 32, 128, "fp32", (2,)
     for g in sizes:
         torch.manual_seed(0)
         config = MemoryConfig(

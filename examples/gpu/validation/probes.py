@@ -56,8 +56,8 @@ def _try_groups(what: str, device: str, dtype: torch.dtype, sizes: list[int]) ->
         return asserted(what, False, error=f"{type(error).__name__}: {error}".splitlines()[0])
     parts = rows_PX.double().split(sizes)
     want_PY = torch.cat([part @ m for part, m in zip(parts, matrices_BXY.double(), strict=True)])
-    error = ((got_PY - want_PY).abs().max() / want_PY.abs().max()).item()
-    return bounded(what, error, GROUPED_TOLERANCE)
+    difference = ((got_PY - want_PY).abs().max() / want_PY.abs().max()).item()
+    return bounded(what, difference, GROUPED_TOLERANCE)
 
 
 def synchronizations(setting: Setting) -> Iterator[Row]:
