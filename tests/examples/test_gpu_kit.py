@@ -230,7 +230,7 @@ def test_worse_blocks_than_the_best_are_noticed(kit: dict[str, ModuleType]) -> N
         (out.selection.blocks, 0.0, 1e-12),
         (torch.arange(out.selection.blocks.shape[1]).expand_as(out.selection.blocks), 0.5, 100),
     ):
-        with twins.forced(blocks_NA, None) as lost:
+        with twins.forced(blocks_NA) as lost:
             again, _ = twins.forward_backward(twin, exact)
         assert torch.equal(again.selection.blocks, blocks_NA)
         assert least <= max(lost) <= most

@@ -158,7 +158,7 @@ def check_case(case: Case, device: str) -> Row:
     blocks_NA = out.selection.blocks.cpu()
     twin = twin_of(memory, "cpu", "bags" if case.block_size == 1 else "loop")
     exact = inputs.to("cpu", torch.float64)
-    with forced(blocks_NA, exact.padding_N) as lost:
+    with forced(blocks_NA) as lost:
         exact_out, want = forward_backward(twin, exact)
     by_name = errors(got, want)
     worst = max(by_name, key=lambda name: by_name[name], default="")
@@ -253,7 +253,7 @@ def paper_size(setting: Setting) -> Iterator[Row]:
         what = f"avgk g={g}, B={config.num_blocks}, N={tokens}, d={width}, {dtype}"
         blocks_NA = out.selection.blocks
         exact = inputs.to(setting.device, torch.float64)
-        with forced(blocks_NA, None):
+        with forced(blocks_NA):
             _, want = forward_backward(twin_of(memory, setting.device, "tiled"), exact)
         by_name = errors(got, want)
         worst = max(by_name, key=lambda name: by_name[name])
@@ -263,7 +263,7 @@ def paper_size(setting: Setting) -> Iterator[Row]:
         few = slice(0, 32)
         of_few = Inputs(exact.x_ND[few], exact.token_ids_N[few], None, exact.cotangent_ND[few])
         of_few.losses = False
-        with forced(blocks_NA[few].cpu(), None):
+        with forced(blocks_NA[few].cpu()):
             twin = twin_of(memory, "cpu", "bags")
             _, on_cpu = forward_backward(twin, of_few.to("cpu", torch.float64))
         names = ("output", "gradient of x")

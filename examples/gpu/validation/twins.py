@@ -88,7 +88,7 @@ def twin_of(memory: SparseMemory, device: str, engine: str) -> SparseMemory:
 
 
 @contextlib.contextmanager
-def forced(blocks_NA: Tensor, padding_N: Tensor | None) -> Iterator[list[float]]:
+def forced(blocks_NA: Tensor) -> Iterator[list[float]]:
     """Makes every selector that scores blocks take the given ones.
 
     Yields:
@@ -96,7 +96,6 @@ def forced(blocks_NA: Tensor, padding_N: Tensor | None) -> Iterator[list[float]]
     """
     losses: list[float] = []
     rest_nA = blocks_NA
-    valid_n = blocks_NA if padding_N is None else blocks_NA[~padding_N]
     plain = {kind: kind.top for kind in (Scores, ProductScores)}
 
     def compare(scores: Scores, best_NA: Tensor, ours_NA: Tensor) -> None:
@@ -119,7 +118,7 @@ def forced(blocks_NA: Tensor, padding_N: Tensor | None) -> Iterator[list[float]]
         mock.patch.object(Scores, "top", top),
         mock.patch.object(ProductScores, "top", top),
         mock.patch.object(vanilla_m, "top_blocks", top_blocks),
-        mock.patch.object(base, "balanced_assignment", lambda scores_nB: valid_n.squeeze(1)),
+        mock.patch.object(base, "balanced_assignment", lambda *_, **__: blocks_NA.squeeze(1)),
     ):
         yield losses
 
