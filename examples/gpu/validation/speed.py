@@ -114,12 +114,12 @@ def steps(setting: Setting) -> Iterator[Row]:
 
 
 def planned_bytes(model: str, size: str, vocabulary: int, context: int, sentences: int) -> int:
-    """What ``fairseq-sffn plan`` says of one process. bf16 takes as much as fp16."""
+    """What ``fairseq-sffn plan`` says of one process in bf16."""
     from fairseq_sffn.tools import plan
     from fairseq_sffn.tools.language_model import build_language_model
 
     built = build_language_model(f"transformer_lm_{model}_{size}", vocabulary, context, [])
-    setting = plan.Setting(1, 1, sentences * context, context, "fp16", 25.0, 100.0)
+    setting = plan.Setting(1, 1, sentences * context, context, "bf16", 25.0, 100.0)
     return int(plan.plan_figures(built, setting)["memory"]["total"])
 
 

@@ -24,14 +24,15 @@ from .point import Row, Setting, bounded, tried
 ROOT = Path(__file__).parents[3]
 PRECISIONS = {
     "fp32": ("", 0.01),
-    "bf16": ("--bf16", 0.05),
+    "bf16": ("--bf16", 0.03),
     "fp16": ("--fp16", 0.02),
     "fp16, not flat": ("--fp16 --fp16-no-flatten-grads", 0.02),
     "memory-efficient fp16": ("--memory-efficient-fp16", 0.03),
     "amp": ("--amp", 0.02),
     "checkpoint activations": ("--checkpoint-activations", 0.01),
 }
-"""Name -> flags, and how far a loss may be from the CPU's in fp32, relative to it."""
+"""Name -> flags, and how far a loss may be from the CPU's in fp32, relative to it. On a CPU bf16 is
+up to 0.009 away: Avg-K after 30 updates."""
 
 RESUMED_TOLERANCE = 0.01
 """The same after resuming, where the order of sums on a GPU differs from run to run."""
