@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from layer import VOCABULARY, Row, build_memory, memory_config
-from timing import Work, arguments, compare, dense_ffn, run_part, seconds
+from timing import CPU, Place, Work, arguments, compare, dense_ffn, place_of, run_part, seconds
 
 COUNTS = (1, 2, 4, 8)
 WIDTHS = (256, 1024)
@@ -29,17 +29,22 @@ def measure(
     counts: tuple[int, ...] = COUNTS,
     widths: tuple[int, ...] = WIDTHS,
     at_least: float = 0.01,
+    place: Place = CPU,
 ) -> list[dict[str, Any]]:
     """JSON rows. Calls are timed in groups that take about ``at_least`` seconds of a dense FFN."""
     rows: list[dict[str, Any]] = []
     for width in widths:
         ffn = 4 * width
-        dense = dense_ffn(width, ffn).eval()
+        dense = dense_ffn(width, ffn, place).eval()
         chosen = choose_rows(ffn)
-        memories = [build_memory(row, memory_config(row, width, ffn)).eval() for row in chosen]
+        configs = [memory_config(row, width, ffn) for row in chosen]
+        memories = [
+            build_memory(row, config, place).eval()
+            for row, config in zip(chosen, configs, strict=True)
+        ]
         for count, (mode, context) in itertools.product(counts, MODES.items()):
-            xs = torch.randn(INPUTS, count, width).unbind()
-            ids = torch.randint(VOCABULARY, (INPUTS, count)).unbind()
+            xs = torch.randn(INPUTS, count, width, **place.tensors).unbind()
+            ids = torch.randint(VOCABULARY, (INPUTS, count), device=place.device).unbind()
 
             def work(call: Any, calls: int, inputs: Any, context: Any = context) -> Work:
                 cycle = itertools.cycle(inputs)
@@ -53,8 +58,8 @@ def measure(
 
             alone = [(x,) for x in xs]
             once = work(dense, INPUTS, alone)
-            seconds(once)
-            calls = max(1, round(at_least * INPUTS / seconds(once)))
+            seconds(once, device=place.device)
+            calls = max(1, round(at_least * INPUTS / seconds(once, device=place.device)))
             works = {
                 str(i): work(
                     lambda x, i, memory=memory: memory(x, i, losses=False),
@@ -64,11 +69,13 @@ def measure(
                 for i, memory in enumerate(memories)
             }
             label = f"decoding {count} x {width}, {mode}"
-            timed = compare(work(dense, calls, alone), works, repeats, label)
+            alone_work = work(dense, calls, alone)
+            timed = compare(alone_work, works, repeats, label, device=place.device)
             for row, figures in zip(chosen, timed.values(), strict=True):
                 tokens = calls * count
                 rows.append(
                     {
+                        **place.describe(),
                         **{"width": width, "tokens": count, "mode": mode},
                         **{"selector": row.selector, "block_size": row.block_size},
                         "ratio": figures["ratio"],
@@ -80,8 +87,9 @@ def measure(
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = arguments(__doc__).parse_args(argv)
-    run_part("decode", args, lambda: measure(args.repeats))
+    args = arguments(__doc__, places=True).parse_args(argv)
+    place = place_of(args)
+    run_part("decode", args, lambda: measure(args.repeats, place=place))
 
 
 if __name__ == "__main__":

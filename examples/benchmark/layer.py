@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 from timing import (
+    CPU,
+    Place,
     Work,
     arguments,
     compare,
     dense_ffn,
     forward_backward,
     hidden_states,
+    place_of,
     run_part,
 )
 from torch import Tensor
@@ -74,7 +77,7 @@ def memory_config(row: Row, width: int, ffn: int, expansion: int = EXPANSION) ->
     )
 
 
-def build_memory(row: Row, config: MemoryConfig, device: str = "cpu") -> SparseMemory:
+def build_memory(row: Row, config: MemoryConfig, place: Place = CPU) -> SparseMemory:
     """In training mode."""
     memory = SparseMemory(config)
     if row.skewed:
@@ -83,7 +86,7 @@ def build_memory(row: Row, config: MemoryConfig, device: str = "cpu") -> SparseM
         without_V = (table_VA != 0).all(dim=1)
         without_V[VOCABULARY // 2 :] = False
         table_VA[without_V, 0] = 0
-    return memory.to(device)
+    return memory.to(**place.tensors)
 
 
 def training_work(memory: SparseMemory, x: Tensor, token_ids: Tensor) -> Work:
@@ -103,20 +106,20 @@ def measure(
     rows: list[Row],
     repeats: int,
     ffn: int | None = None,
-    device: str = "cpu",
+    place: Place = CPU,
 ) -> list[dict[str, Any]]:
     """A JSON row for each of ``rows``."""
     ffn = ffn or 4 * width
-    x = hidden_states(tokens, width, device)
-    token_ids = torch.randint(VOCABULARY, (tokens,), device=device)
-    dense = forward_backward(dense_ffn(width, ffn, device), x)
+    x = hidden_states(tokens, width, place)
+    token_ids = torch.randint(VOCABULARY, (tokens,), device=place.device)
+    dense = forward_backward(dense_ffn(width, ffn, place), x)
     configs = [memory_config(row, width, ffn) for row in rows]
     works = {
-        str(i): training_work(build_memory(row, config, device), x, token_ids)
+        str(i): training_work(build_memory(row, config, place), x, token_ids)
         for i, (row, config) in enumerate(zip(rows, configs, strict=True))
     }
-    timed = compare(dense, works, repeats, f"layer {tokens} x {width}")
-    sizes = {"tokens": tokens, "width": width, "ffn": ffn}
+    timed = compare(dense, works, repeats, f"layer {tokens} x {width}", device=place.device)
+    sizes = {**place.describe(), "tokens": tokens, "width": width, "ffn": ffn}
     return [
         {**sizes, **row._asdict(), "active_cells": config.active_cells, **figures}
         for row, config, figures in zip(rows, configs, timed.values(), strict=True)
@@ -124,17 +127,17 @@ def measure(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, places=True)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--rows", choices=["all", "defaults", "main"], default="all")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args(argv)
+    place = place_of(args)
     rows = choose_rows(4 * args.width, args.rows)
     run_part(
         "layer",
         args,
-        lambda: measure(args.tokens, args.width, rows, args.repeats, device=args.device),
+        lambda: measure(args.tokens, args.width, rows, args.repeats, place=place),
     )
 
 

@@ -12,12 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from timing import (
+    CPU,
+    Place,
     arguments,
     compare,
     dense_ffn,
     forward_backward,
     hidden_states,
+    place_of,
     progress,
     run_part,
 )
@@ -55,7 +59,8 @@ def fairscale(width: int, cells: int) -> tuple[nn.Module, Forward, int]:
     from fairscale.nn.moe import MOELayer, Top2Gate
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backends, store=dist.HashStore(), rank=0, world_size=1)
     experts = nn.ModuleList(dense_ffn(width, cells // 2) for _ in range(EXPERTS))
     layer = MOELayer(Top2Gate(width, EXPERTS), experts)
 
@@ -157,49 +162,62 @@ def wanted_versions(requirements: str) -> dict[str, str]:
     return dict(line.split("==") for line in lines if line)
 
 
-def measure_peer(peer: Peer, tokens: int, width: int, repeats: int) -> dict[str, Any]:
+def measure_peer(
+    peer: Peer, tokens: int, width: int, repeats: int, place: Place = CPU
+) -> dict[str, Any]:
     """A peer's figures, or an ``error``."""
     cells = 4 * width
     try:
         layer, forward, active = peer.build(width, cells)
-        x = hidden_states(tokens, width)
+        layer.to(**place.tensors)
+        x = hidden_states(tokens, width, place)
         work = forward_backward(layer, x, forward)
         work.run()
     except Exception as error:  # whatever it is, it is what a user of the peer would meet
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
     dense_cells = cells if peer.build is product_key_memory else active
-    dense = forward_backward(dense_ffn(width, dense_cells), x)
-    timed = compare(dense, {"peer": work}, repeats, f"{peer.package} {peer.layer}")["peer"]
+    dense = forward_backward(dense_ffn(width, dense_cells, place), x)
+    label = f"{peer.package} {peer.layer}"
+    timed = compare(dense, {"peer": work}, repeats, label, device=place.device)["peer"]
     return {"active_cells": active, "dense_cells": dense_cells, **timed}
 
 
 def measure(
-    tokens: int, width: int, repeats: int, peers: tuple[Peer, ...] = PEERS
+    tokens: int,
+    width: int,
+    repeats: int,
+    peers: tuple[Peer, ...] = PEERS,
+    place: Place = CPU,
 ) -> list[dict[str, Any]]:
     """A JSON row each."""
     wanted = wanted_versions(REQUIREMENTS.read_text())
     rows: list[dict[str, Any]] = []
     for peer in peers:
-        row = {"package": peer.package, "layer": peer.layer, "active": peer.active}
+        row = {**place.describe(), "package": peer.package, "layer": peer.layer}
+        row["active"] = peer.active
         try:
             row["version"] = importlib.metadata.version(peer.package)
         except importlib.metadata.PackageNotFoundError:
             row |= {"version": wanted[peer.package], "error": "not installable"}
             progress(f"{peer.package}: not installed", last=True)
         else:
-            row |= measure_peer(peer, tokens, width, repeats)
+            row |= measure_peer(peer, tokens, width, repeats, place)
         rows.append(row)
     return rows
 
 
 def main(argv: list[str] | None = None) -> None:
     warnings.simplefilter("ignore")
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, places=True)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--width", type=int, default=256)
     args = parser.parse_args(argv)
+    place = place_of(args)
     run_part(
-        "peers", args, lambda: measure(args.tokens, args.width, args.repeats), of_project=False
+        "peers",
+        args,
+        lambda: measure(args.tokens, args.width, args.repeats, place=place),
+        of_project=False,
     )
 
 

@@ -98,6 +98,8 @@ def layer_tables(parts: list[Part]) -> str:
     for part in of(parts, "layer"):
         settings = part["settings"]
         device = part["gpu"] or settings["device"]
+        if settings.get("dtype", "fp32") != "fp32":
+            device += f", {settings['dtype']}"
         key = device, settings["tokens"], settings["width"]
         sizes.setdefault(key, {})[settings["threads"]] = part["rows"]
     texts = []

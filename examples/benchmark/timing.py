@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -22,6 +23,9 @@ from torch import Tensor, nn
 
 SEED = 1
 ROOT = Path(__file__).parents[2]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WARM_UP = {"cpu": 1, "cuda": 3}
+"""Device -> first rounds that are not counted."""
 
 
 class Work(NamedTuple):
@@ -31,20 +35,55 @@ class Work(NamedTuple):
     prepare: Callable[[], object] = lambda: None
 
 
-def synchronize() -> None:
-    """Waits for the accelerator, where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+class Place(NamedTuple):
+    """Where and in which numbers a layer is measured."""
+
+    device: str = "cpu"
+    dtype: str = "fp32"
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """Arguments of ``Tensor.to`` and of functions that make tensors."""
+        return {"device": self.device, "dtype": DTYPES[self.dtype]}
+
+    def describe(self) -> dict[str, Any]:
+        """Device, card, dtype and versions, for a row of results."""
+        result: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        if self.device == "cuda":
+            result |= {"card": torch.cuda.get_device_name(), **versions()}
+        return result
 
 
-def seconds(work: Work, clock: Callable[[], float] = time.perf_counter) -> float:
-    """One run's time."""
+def versions() -> dict[str, str | None]:
+    """PyTorch, its CUDA, and Triton."""
+    triton = None
+    if importlib.util.find_spec("triton") is not None:
+        triton = importlib.import_module("triton").__version__
+    return {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton}
+
+
+def seconds(
+    work: Work, clock: Callable[[], float] = time.perf_counter, device: str = "cpu"
+) -> float:
+    """One run's time. On a GPU it is the time between two CUDA events, which the clock does not
+    change."""
     work.prepare()
-    synchronize()
+    if device == "cuda":
+        return event_seconds(work.run)
     start = clock()
     work.run()
-    synchronize()
     return clock() - start
+
+
+def event_seconds(run: Callable[[], object]) -> float:
+    """Time on the GPU from before the first kernel of ``run`` to after its last."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:
@@ -64,22 +103,24 @@ def compare(
     repeats: int,
     label: str = "",
     clock: Callable[[], float] = time.perf_counter,
+    device: str = "cpu",
 ) -> dict[str, dict[str, Any]]:
     """Times each work right after ``base``, in turn: base, a, base, b, base, a, ...
 
-    So what slows the machine for a while slows both sides of a ratio. A first round is not counted.
+    So what slows the machine for a while slows both sides of a ratio. The first round is not
+    counted, nor the first three on a GPU, where they compile kernels.
 
     Returns:
         For each name: spreads of ``ratio`` (of neighbours, not of medians), ``seconds`` and
         ``base_seconds``.
     """
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in others}
-    for i in range(repeats + 1):
+    for i in range(1 - WARM_UP[device], repeats + 1):
         for name, work in others.items():
-            pair = seconds(base, clock), seconds(work, clock)
-            if i:
+            pair = seconds(base, clock, device), seconds(work, clock, device)
+            if i > 0:
                 pairs[name].append(pair)
-        progress(f"{label} round {i}/{repeats}", last=i == repeats)
+        progress(f"{label} round {max(i, 0)}/{repeats}", last=i == repeats)
     return {
         name: {
             "ratio": spread(mine / its for its, mine in timed),
@@ -98,15 +139,18 @@ def progress(text: str, last: bool = False) -> None:
         print(f"   {text}", file=sys.stderr, flush=True)
 
 
-def dense_ffn(width: int, cells: int, device: str = "cpu") -> nn.Module:
+CPU = Place()
+
+
+def dense_ffn(width: int, cells: int, place: Place = CPU) -> nn.Module:
     """What a sparse layer is compared with."""
     layers = nn.Linear(width, cells), nn.ReLU(), nn.Linear(cells, width)
-    return nn.Sequential(*layers).to(device)
+    return nn.Sequential(*layers).to(**place.tensors)
 
 
-def hidden_states(tokens: int, width: int, device: str = "cpu") -> Tensor:
+def hidden_states(tokens: int, width: int, place: Place = CPU) -> Tensor:
     """(tokens, width) with a gradient, as a layer in the middle of a model gets."""
-    return torch.randn(tokens, width, device=device).requires_grad_()
+    return torch.randn(tokens, width, **place.tensors).requires_grad_()
 
 
 def forward_backward(
@@ -146,14 +190,28 @@ def fingerprint(part: str, of_project: bool) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
-def arguments(description: str | None) -> argparse.ArgumentParser:
-    """A part's command line."""
+def arguments(description: str | None, places: bool = False) -> argparse.ArgumentParser:
+    """A part's command line.
+
+    Args:
+        places: whether the part can be measured on a GPU and in half precision.
+    """
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--force", action="store_true", help="measure again what is there")
+    if places:
+        parser.add_argument("--device", choices=list(WARM_UP), default="cpu")
+        parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     return parser
+
+
+def place_of(args: argparse.Namespace) -> Place:
+    """Where a part is to be measured. Exits in one line where there is no GPU for it."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: PyTorch finds no GPU here")
+    return Place(args.device, args.dtype)
 
 
 def run_part(

@@ -1,4 +1,4 @@
-"""A whole training step of fairseq-train: each method's `_tiny` model against the dense one.
+"""A whole training step of fairseq-train: each method's model against the dense one.
 
 Model, criterion, optimizer and Trainer are built from the arguments of the command that each row
 shows, and `Trainer.train_step` is what fairseq-train calls for each update. Only reading data is
@@ -7,6 +7,7 @@ left out: a batch of random tokens with Zipf's frequencies is used again and aga
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 from omegaconf import DictConfig
-from timing import Work, arguments, compare, run_part
+from timing import CPU, Place, Work, arguments, compare, place_of, run_part
 
 import fairseq_sffn  # noqa: F401  (registers the models)
 from fairseq_sffn.models.transformer_lm import METHODS
@@ -26,15 +27,26 @@ VOCABULARY = 4000
 CONTEXT, SENTENCES = 128, 32  # 4096 tokens an update
 NAMES = tuple(method.name for method in METHODS if method.selector)
 RUNS = (("avgk", "adam"), *((name, "sffn_adam") for name in NAMES))
+SIZES = ("tiny", "gpt3_medium")
+PRECISION_FLAGS = {"fp32": "", "bf16": "--bf16", "fp16": "--fp16"}
 
 
-def flags(model: str, optimizer: str, context: int, sentences: int, more: str = "") -> list[str]:
+def flags(
+    model: str,
+    optimizer: str,
+    context: int,
+    sentences: int,
+    more: str = "",
+    size: str = "tiny",
+    place: Place = CPU,
+) -> list[str]:
     """Arguments of fairseq-train after the data."""
+    where = "--cpu" if place.device == "cpu" else "--distributed-world-size 1"
     return (
-        f"--user-dir fairseq_sffn --task language_modeling --arch transformer_lm_{model}_tiny "
+        f"--user-dir fairseq_sffn --task language_modeling --arch transformer_lm_{model}_{size} "
         f"--criterion sffn_cross_entropy --optimizer {optimizer} --adam-betas 0.9,0.98 "
         f"--clip-norm 1.0 --lr 1e-3 --tokens-per-sample {context} --batch-size {sentences} "
-        f"--max-update 1000 --cpu {more}"
+        f"--max-update 1000 {where} {PRECISION_FLAGS[place.dtype]} {more}"
     ).split()
 
 
@@ -45,22 +57,25 @@ def training_config(
     context: int = CONTEXT,
     sentences: int = SENTENCES,
     more: str = "",
+    size: str = "tiny",
+    place: Place = CPU,
 ) -> DictConfig:
     """What fairseq-train makes of its arguments."""
-    asked = flags(model, optimizer, context, sentences, more)[2:]  # the plugin is imported already
+    asked = flags(model, optimizer, context, sentences, more, size, place)
+    asked = asked[2:]  # the plugin is imported already
     parser = options.get_training_parser()
     return convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, [data, *asked]))
 
 
-def write_dictionary(folder: Path) -> None:
+def write_dictionary(folder: Path, vocabulary: int = VOCABULARY) -> None:
     """All that is read of the data."""
-    words = "".join(f"w{i} {VOCABULARY // (i + 1) + 1}\n" for i in range(VOCABULARY - 4))
+    words = "".join(f"w{i} {vocabulary // (i + 1) + 1}\n" for i in range(vocabulary - 4))
     Path(folder, "dict.txt").write_text(words)
 
 
-def random_batch(context: int, sentences: int) -> dict[str, Any]:
+def random_batch(context: int, sentences: int, vocabulary: int = VOCABULARY) -> dict[str, Any]:
     """As fairseq's language modelling data gives one."""
-    frequency = 1 / torch.arange(1, VOCABULARY - 3).float()
+    frequency = 1 / torch.arange(1, vocabulary - 3).float()
     tokens = 4 + frequency.multinomial(sentences * (context + 1), replacement=True)
     tokens = tokens.view(sentences, context + 1)
     source, target = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -88,15 +103,19 @@ def measure(
     runs: tuple[tuple[str, str], ...] = RUNS,
     context: int = CONTEXT,
     sentences: int = SENTENCES,
+    size: str = "tiny",
+    place: Place = CPU,
+    vocabulary: int = VOCABULARY,
 ) -> list[dict[str, Any]]:
     """A JSON row for each of ``runs``, with ``ratio`` to dense with the same optimizer."""
-    batch = random_batch(context, sentences)
+    batch = random_batch(context, sentences, vocabulary)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        write_dictionary(Path(folder))
+        write_dictionary(Path(folder), vocabulary)
+        sizes: dict[str, Any] = {"size": size, "place": place}
 
         def step(model: str, optimizer: str) -> Work:
-            config = training_config(model, optimizer, folder, context, sentences)
+            config = training_config(model, optimizer, folder, context, sentences, **sizes)
             trainer = build_trainer(config)
             # Metrics are the process's, and models differ in theirs.
             return Work(lambda: trainer.train_step([batch]), prepare=metrics.reset)
@@ -105,13 +124,16 @@ def measure(
             models = [model for model, its in runs if its == optimizer]
             works = {model: step(model, optimizer) for model in models}
             label = f"training steps with {optimizer}"
-            timed = compare(step("dense", optimizer), works, repeats, label)
+            dense = step("dense", optimizer)
+            timed = compare(dense, works, repeats, label, device=place.device)
             for model, figures in timed.items():
                 seconds = figures["seconds"]["median"]
-                asked = " ".join(flags(model, optimizer, context, sentences))
+                asked = " ".join(flags(model, optimizer, context, sentences, **sizes))
                 rows.append(
                     {
+                        **place.describe(),
                         "model": model,
+                        "size": size,
                         "optimizer": optimizer,
                         **figures,
                         "tokens_per_second": batch["ntokens"] / seconds,
@@ -124,8 +146,18 @@ def measure(
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = arguments(__doc__).parse_args(argv)
-    run_part("train_step", args, lambda: measure(args.repeats))
+    parser = arguments(__doc__, places=True)
+    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--models", nargs="+", choices=NAMES, help="default: all")
+    parser.add_argument("--context", type=int, default=CONTEXT)
+    parser.add_argument("--sentences", type=int, default=SENTENCES)
+    args = parser.parse_args(argv)
+    place = place_of(args)
+    if args.dtype == "fp16" and args.device == "cpu":
+        sys.exit("--dtype fp16: fairseq-train needs --device cuda for it")
+    runs = tuple(run for run in RUNS if args.models is None or run[0] in args.models)
+    sizes = args.context, args.sentences, args.size
+    run_part("train_step", args, lambda: measure(args.repeats, runs, *sizes, place))
 
 
 if __name__ == "__main__":

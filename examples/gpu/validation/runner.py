@@ -1,0 +1,187 @@
+"""Runs points in processes of their own, which may crash or hang without the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .point import Point, Row, Setting
+
+POLL_SECONDS = 0.2
+FAKE_PATIENCE = 5
+"""The time limits of points are for machines with a GPU. Those that run tests can be slower."""
+
+LOG_LINES = 15
+"""Last lines of what a process printed that are told where it died."""
+
+Event = dict[str, Any]
+
+
+class Result(NamedTuple):
+    """What came of a point.
+
+    Attributes:
+        status: ``passed``, ``failed``, ``cut`` (stopped by its time limit), ``not run``, or
+            ``measured`` where nothing can fail.
+        error: the traceback of an exception, or why the point ended early.
+    """
+
+    point: Point
+    status: str
+    seconds: float
+    rows: list[Row]
+    error: str | None = None
+
+    @property
+    def bad(self) -> bool:
+        """Whether the run as a whole has failed by it."""
+        return self.status not in ("passed", "measured")
+
+    def count(self, passed: bool) -> int:
+        """Checks that passed, or that failed."""
+        return sum(row["passed"] is passed for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the function."""
+        about = {"number": self.point.number, "title": self.point.title}
+        result = about | {"status": self.status, "seconds": round(self.seconds, 1)}
+        return result | ({"error": self.error} if self.error else {}) | {"rows": self.rows}
+
+
+def judged(point: Point, seconds: float, rows: list[Row], error: str | None = None) -> Result:
+    """The result of a point that has ended by itself."""
+    failed = error is not None or any(row["passed"] is False for row in rows)
+    checked = any(row["passed"] is not None for row in rows)
+    status = "failed" if failed else "passed" if checked else "measured"
+    return Result(point, status, seconds, rows, error)
+
+
+# In the process of the points.
+
+
+def check_all(points: list[Point], setting: Setting, emit: Callable[[Event], None]) -> None:
+    """Checks one point after the other. An exception ends a point, not those after it."""
+    for point in points:
+        emit({"begin": point.name})
+        error = None
+        try:
+            for row in point.check(setting):
+                emit({"row": row})
+        except (Exception, SystemExit):  # SystemExit: a command refused its arguments
+            error = traceback.format_exc()
+        emit({"end": point.name, "error": error})
+
+
+# In the process that starts the others.
+
+
+def run_points(
+    points: list[Point],
+    setting: Setting,
+    command: Callable[[list[Point], Path], list[str]],
+    minutes: float,
+    told: Callable[[Point, float], None],
+) -> Iterator[Result]:
+    """Runs points in order: each in a process of its own, or with ``--fake`` in one, whose start
+    takes longer than most points.
+
+    Args:
+        command: starts a process that appends the events of points to a file.
+        minutes: for all of them.
+        told: called as a point begins, with the seconds left for all.
+    """
+    pending, deadline = list(points), time.monotonic() + 60 * minutes
+    while pending:
+        if time.monotonic() >= deadline:
+            for point in pending:
+                yield Result(point, "not run", 0.0, [], f"{minutes:g} minutes were over")
+            return
+        group = pending if setting.fake else pending[:1]
+        for result in run_group(group, setting, command, deadline, told):
+            pending.remove(result.point)
+            yield result
+
+
+def run_group(
+    group: list[Point],
+    setting: Setting,
+    command: Callable[[list[Point], Path], list[str]],
+    deadline: float,
+    told: Callable[[Point, float], None],
+) -> Iterator[Result]:
+    """Runs points in one process, up to the first that it does not survive."""
+    events_file = setting.folder / f"{group[0].name}.jsonl"
+    log_file = setting.folder / f"{group[0].name}.log"
+    events_file.write_text("")
+    waiting, rows, begun, unfinished = list(group), [], time.monotonic(), ""
+    told(waiting[0], deadline - begun)
+    with log_file.open("w") as log, events_file.open() as events:
+        process = subprocess.Popen(
+            command(group, events_file), stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            while waiting:
+                ended = process.poll() is not None
+                for part in iter(events.readline, ""):
+                    unfinished += part
+                    if not unfinished.endswith("\n"):  # a long line is written in parts
+                        continue
+                    event, unfinished = json.loads(unfinished), ""
+                    if "row" in event:
+                        rows.append(event["row"])
+                    elif "end" in event:
+                        now = time.monotonic()
+                        yield judged(waiting.pop(0), now - begun, rows, event["error"])
+                        rows, begun = [], now
+                        if waiting:
+                            told(waiting[0], deadline - now)
+                if not waiting:
+                    break
+                spent = time.monotonic() - begun
+                limit = waiting[0].limit * (FAKE_PATIENCE if setting.fake else 1)
+                limit = min(limit, max(deadline - begun, 0.0))
+                if ended:
+                    tail = "\n".join(log_file.read_text().splitlines()[-LOG_LINES:])
+                    error = f"its process ended with exit status {process.returncode}\n{tail}"
+                    yield Result(waiting[0], "failed", spent, rows, error)
+                    return
+                if spent > limit:
+                    error = f"stopped after {limit:.0f} seconds"
+                    yield Result(waiting[0], "cut", spent, rows, error)
+                    return
+                time.sleep(POLL_SECONDS)
+        finally:
+            if process.poll() is None and waiting:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def child_command(script: Path, setting: Setting) -> Callable[[list[Point], Path], list[str]]:
+    """Starts the script itself, with what :func:`child` reads."""
+
+    def command(group: list[Point], events_file: Path) -> list[str]:
+        where = [setting.device, str(setting.folder), str(events_file)]
+        names = [point.name for point in group]
+        return [sys.executable, "-W", "ignore", str(script), "--child", *where, *names]
+
+    return command
+
+
+def child(arguments: list[str], points: tuple[Point, ...]) -> None:
+    """The process of some points: device, folder, file of events, and names of points."""
+    device, folder, events_file, *names = arguments
+    by_name = {point.name: point for point in points}
+    with Path(events_file).open("a", buffering=1) as file:
+
+        def emit(event: Event) -> None:
+            file.write(json.dumps(event) + "\n")
+
+        check_all([by_name[name] for name in names], Setting(device, Path(folder)), emit)

@@ -1,0 +1,139 @@
+"""A sparse memory beside a copy of it in fp64 that is made to select the same blocks.
+
+Near ties between scores fall differently in different precisions. Selections are compared by what
+their scores lose to the best ones, and everything else with the same blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from fairseq_sffn.memory import MemoryOutput, SparseMemory
+from fairseq_sffn.memory.scores import ProductScores, Scores
+from fairseq_sffn.memory.selectors import base, vanilla_m
+
+FLOOR = 1e-3
+"""A tensor's error is taken relative to its largest number, or to this share of the largest of all
+tensors, since some gradients are zero but for rounding."""
+
+
+@dataclass
+class Inputs:
+    """What a memory is given.
+
+    Attributes:
+        x_ND, token_ids_N, padding_N: as for :class:`SparseMemory`.
+        cotangent_ND: the gradient of the output.
+        losses: whether balance and z loss are part of the loss.
+    """
+
+    x_ND: Tensor
+    token_ids_N: Tensor
+    padding_N: Tensor | None
+    cotangent_ND: Tensor
+    losses: bool = True
+
+    def to(self, *args: Any) -> Inputs:
+        """On another device, and floating-point numbers in another dtype."""
+        device = args[0]
+        return replace(
+            self,
+            x_ND=self.x_ND.detach().to(*args),
+            token_ids_N=self.token_ids_N.to(device),
+            padding_N=None if self.padding_N is None else self.padding_N.to(device),
+            cotangent_ND=self.cotangent_ND.to(*args),
+        )
+
+
+def forward_backward(
+    memory: SparseMemory, inputs: Inputs, autocast: torch.dtype | None = None
+) -> tuple[MemoryOutput, dict[str, Tensor]]:
+    """What a memory returns, and its output, losses and all gradients by name."""
+    x_ND = inputs.x_ND.clone().requires_grad_()
+    device = x_ND.device.type
+    with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
+        out = memory(x_ND, inputs.token_ids_N, padding_mask=inputs.padding_N, losses=inputs.losses)
+    wide = torch.promote_types(out.output.dtype, torch.float32)
+    loss = (out.output.to(wide) * inputs.cotangent_ND.to(wide)).sum()
+    values = {"output": out.output.detach()}
+    if inputs.losses and out.balance_loss is not None:
+        assert out.z_loss is not None
+        loss = loss + out.balance_loss + out.z_loss
+        values |= {"balance_loss": out.balance_loss.detach(), "z_loss": out.z_loss.detach()}
+    loss.backward()
+    values["gradient of x"] = _gradient(x_ND)
+    for name, parameter in memory.named_parameters():
+        values[f"gradient of {name}"] = _gradient(parameter)
+        parameter.grad = None
+    return out, values
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+
+
+def twin_of(memory: SparseMemory, device: str, engine: str) -> SparseMemory:
+    """A copy in fp64 that computes by the given engine."""
+    twin = copy.deepcopy(memory).to(device, torch.float64)
+    twin.config = replace(memory.config, engine=engine)
+    return twin
+
+
+@contextlib.contextmanager
+def forced(blocks_NA: Tensor) -> Iterator[list[float]]:
+    """Makes every selector that scores blocks take the given ones.
+
+    Yields:
+        A list that gets, for each selection, the most that a token's scores lose to the best.
+    """
+    losses: list[float] = []
+    rest_nA = blocks_NA
+    plain = {kind: kind.top for kind in (Scores, ProductScores)}
+
+    def compare(scores: Scores, best_NA: Tensor, ours_NA: Tensor) -> None:
+        best_NA, ours_NA = scores.of(best_NA).detach(), scores.of(ours_NA).detach()
+        lost_N = (best_NA - ours_NA).sum(dim=1) / best_NA.abs().sum(dim=1).clamp(min=1e-30)
+        losses.append(lost_N.max().item() if len(lost_N) else 0.0)
+
+    def top(self: Scores, active_blocks: int) -> Tensor:
+        compare(self, plain[type(self)](self, active_blocks), blocks_NA)
+        return blocks_NA
+
+    def top_blocks(scores_nB: Tensor, active_blocks: int) -> Tensor:
+        # Without losses some selectors score a few tokens at a time.
+        nonlocal rest_nA
+        ours_nA, rest_nA = rest_nA.tensor_split([len(scores_nB)])
+        compare(Scores(scores_nB), scores_nB.topk(active_blocks).indices, ours_nA)
+        return ours_nA
+
+    with (
+        mock.patch.object(Scores, "top", top),
+        mock.patch.object(ProductScores, "top", top),
+        mock.patch.object(vanilla_m, "top_blocks", top_blocks),
+        mock.patch.object(base, "balanced_assignment", lambda *_, **__: blocks_NA.squeeze(1)),
+    ):
+        yield losses
+
+
+def errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
+    """By tensor, the largest difference relative to the largest number; infinite where shapes
+    differ or numbers are not finite."""
+    largest = max((t.abs().max().item() for t in want.values() if t.numel()), default=0.0)
+    result = {}
+    for name, ours in got.items():
+        theirs = want[name]
+        if ours.shape != theirs.shape or not ours.isfinite().all():
+            result[name] = float("inf")
+        elif ours.numel():
+            difference = (ours.to(theirs.device, torch.float64) - theirs).abs().max().item()
+            scale = max(theirs.abs().max().item(), FLOOR * largest)
+            result[name] = difference / max(scale, 1e-30)
+    return result
