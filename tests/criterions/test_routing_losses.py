@@ -76,6 +76,7 @@ def logs(log_format: str = "json") -> list[dict[str, Any]]:
 @pytest.mark.parametrize("loop", ["train_inner", "valid"])
 def test_updates_read_no_value(loop):
     updates = logs()
+    metrics.reset()  # of trainings that this process did before
     with metrics.aggregate(new_root=True) as root, metrics.aggregate(loop):
         for log in updates:
             with metrics.aggregate() as step, Synchronisations() as places:  # as the trainer does
