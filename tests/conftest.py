@@ -3,7 +3,9 @@
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +35,22 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def template() -> Iterator[Any]:
+    """See ``templates.py``."""
+    import templates
+
+    with templates.begin() as template:
+        yield template
+
+
+@pytest.fixture(scope="module")
+def quick_start(template: Any) -> Iterator[None]:
+    """Starts the Python programs of a file's tests from the template."""
+    with template.used():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,268 @@
+"""Starts Python programs from a template: a process that has imported PyTorch and fairseq, and
+copies itself. A program that starts so takes a tenth of a second rather than three.
+
+A template does nothing but import and copy: it has one thread, none of the project's code and the
+state of a process that has just begun. The fixture ``quick_start`` puts :meth:`Template.start` in
+the place of the function by which ``subprocess`` starts programs. A copy is a child of the process
+that asked, with the files, environment and folder that ``subprocess`` gives it, and has a template
+of its own for the programs that it starts. Programs that are no Python files or modules, and
+``python -c``, start as ever.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import fcntl
+import gc
+import json
+import logging
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+LIBC = ctypes.CDLL(None)
+PR_SET_CHILD_SUBREAPER = 36
+SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}
+ABOVE = 512
+"""Files of a program have lower numbers than this."""
+
+
+class Program(NamedTuple):
+    """What a copy becomes.
+
+    Args:
+        arguments: words after ``python``.
+        environment: variables.
+        folder: to work in.
+        files: number of each file that the program has.
+        session: it begins one.
+        group: of processes that it joins or, if 0, begins; -1: that of the template.
+    """
+
+    arguments: list[str]
+    environment: dict[str, str]
+    folder: str
+    files: list[int]
+    session: bool
+    group: int
+
+
+class Template:
+    """The process that asks has one end of a socket, and the template has the other. It ends when
+    the socket is closed, so with the process that asks.
+
+    Args:
+        requests: the end of the socket.
+    """
+
+    def __init__(self, requests: socket.socket) -> None:
+        self.requests, self.lock = requests, threading.Lock()
+        self.ordinary = subprocess._fork_exec
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """``subprocess`` starts programs from the template."""
+        subprocess._fork_exec = self.start
+        try:
+            yield
+        finally:
+            subprocess._fork_exec = self.ordinary
+
+    def start(
+        self,
+        *given: Any,
+    ) -> int:
+        """Stands in for ``_posixsubprocess.fork_exec``, and like it returns the child's number."""
+        args, _, close, files, cwd, env, stdin, _, _, stdout, _, stderr, _, errors, *rest = given
+        words = [os.fsdecode(word) for word in args]
+        _, session, group, *_, before, _ = rest
+        if not (close and before is None and can_start(words)):
+            return self.ordinary(*given)
+        variables = dict(os.fsdecode(variable).split("=", 1) for variable in env or ())
+        if env is None:
+            variables = dict(os.environ)
+        sources = {number: number for number in files if number != errors}
+        for number, source in enumerate((stdin, stdout, stderr)):
+            sources[number] = number if source == -1 else source
+        folder = os.fsdecode(cwd or os.getcwd())
+        program = Program(words[1:], variables, folder, [*sources], session, group)
+        with self.lock:
+            # An orphan of its descendants becomes this process's child.
+            LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            try:
+                socket.send_fds(self.requests, [json.dumps(program).encode()], [*sources.values()])
+                return int(self.requests.recv(64))
+            finally:
+                LIBC.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def can_start(words: Sequence[str]) -> bool:
+    """Whether a command line is of a Python module or file."""
+    if words[0] != sys.executable:
+        return False
+    _, rest = split_options(words[1:])
+    return bool(rest) and (rest[0] == "-m" or rest[0].endswith(".py"))
+
+
+def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The options of ``python`` about warnings and buffers, and what comes after them."""
+    left, options = [*words], []
+    while left and left[0] in ("-W", "-u"):
+        options += [left.pop(0)] if left[0] == "-u" else [left.pop(0) + left.pop(0)]
+    return options, left
+
+
+@contextlib.contextmanager
+def begin() -> Iterator[Template]:
+    """A template, until the end of the context."""
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with (
+        ours,
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__, str(its.fileno())],
+            pass_fds=[its.fileno()],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        ),
+    ):
+        its.close()
+        yield Template(ours)
+        ours.shutdown(socket.SHUT_RDWR)
+
+
+def main() -> NoReturn:
+    """The template."""
+    import fairseq  # noqa: F401
+
+    handlers = logging.root.handlers[:]  # as importing fairseq leaves them
+    import fairseq_cli.generate
+    import fairseq_cli.hydra_train
+    import fairseq_cli.interactive
+    import fairseq_cli.preprocess
+    import fairseq_cli.train  # noqa: F401
+    import torch._dynamo
+    import torch.distributed.run
+    import torch.utils.flop_counter  # noqa: F401
+
+    # They set up logging if they are imported first.
+    for name in [name for name in sys.modules if name.startswith("fairseq_cli")]:
+        del sys.modules[name]
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    gc.collect()
+    gc.freeze()
+    serve(socket.socket(fileno=int(sys.argv[1])), handlers)
+
+
+def serve(requests: socket.socket, handlers: list[logging.Handler]) -> NoReturn:
+    """Copies this process for each request."""
+    while True:
+        message, files, *_ = socket.recv_fds(requests, 1 << 20, 200)
+        if not message:
+            os._exit(0)
+        read, write = os.pipe()
+        if not (parent := os.fork()):
+            parent = os.getpid()
+            if child := os.fork():
+                os.write(write, b"%d" % child)
+                os._exit(0)
+            while os.getppid() == parent:
+                time.sleep(0.001)
+            ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            if not os.fork():
+                for number in (*files, read, write, ours.detach(), requests.detach()):
+                    os.close(number)
+                requests = its
+                continue
+            become(Program(*json.loads(message)), files, Template(ours), handlers)
+        os.waitpid(parent, 0)
+        requests.send(os.read(read, 64))
+        for number in (*files, read, write):
+            os.close(number)
+
+
+def become(
+    program: Program, files: list[int], template: Template, handlers: list[logging.Handler]
+) -> NoReturn:
+    """Runs a program as a process of its own does, and ends as it does."""
+    import numpy as np
+    import torch
+
+    kept = template.requests.fileno()
+    high = [fcntl.fcntl(number, fcntl.F_DUPFD, ABOVE) for number in files]
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number != kept and number not in high:
+            with contextlib.suppress(OSError):
+                os.close(number)
+    for number, source in zip(program.files, high, strict=True):
+        os.dup2(source, number)
+        os.close(source)
+    if program.session:
+        os.setsid()
+    elif program.group != -1:
+        os.setpgid(0, program.group)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(program.environment)
+    os.chdir(program.folder)
+    subprocess._fork_exec = template.start
+    np.random.seed()
+    threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
+    torch.set_num_threads(int(threads))
+
+    options, words = split_options(program.arguments)
+    if "-u" in options:
+        sys.stdout.reconfigure(line_buffering=True)
+    sys.warnoptions[:] = os.environ.get("PYTHONWARNINGS", "").split(",") * (
+        "PYTHONWARNINGS" in os.environ
+    ) + [option[2:] for option in options if option != "-u"]
+    warnings._processoptions(sys.warnoptions)
+    module = words[0] == "-m" and words[1]
+    logging.root.handlers[:] = [] if module and module.startswith("fairseq_cli") else handlers
+    sys.argv = words[1:] if module else words
+    sys.path[0] = os.getcwd() if module else os.path.dirname(os.path.abspath(words[0]))
+    end(run(module, words))
+
+
+def run(module: str | bool, words: list[str]) -> int:
+    """Runs a program, and returns its exit status."""
+    try:
+        if module:
+            runpy.run_module(str(module), run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as ended:
+        if ended.code is None or isinstance(ended.code, int):
+            return (ended.code or 0) & 0xFF
+        print(ended.code, file=sys.stderr)
+        return 1
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    return 0
+
+
+def end(status: int) -> NoReturn:
+    """Ends as Python does, but for taking its modules apart."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()
