@@ -1,5 +1,7 @@
 """What every test runs under: one thread, a fixed seed, the project on the path."""
 
+import copy
+import functools
 import gc
 import os
 import sys
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 HERE = Path(__file__).parent
 
@@ -20,8 +23,12 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads when it is imported
-# For each command hydra copies the schemas of all models, which it then copies again one by one.
+# For each command hydra copies the schemas of all models, which it then copies again one by one,
+# and parses 340 options, of which most have the values that they had in the command before.
 ConfigStore.__deepcopy__ = lambda self, memo: self
+parse, parser = OverridesParser.parse_rule, OverridesParser.create()
+parsed = functools.lru_cache(50_000)(lambda text, rule: parse(parser, text, rule))
+OverridesParser.parse_rule = lambda self, text, rule: copy.copy(parsed(text, rule))
 
 
 def pytest_collection_finish() -> None:
