@@ -15,6 +15,14 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 HERE = Path(__file__).parent
+LONGEST = (
+    *("parallel/test_training.py", "test_resume.py", "tools/test_run_command.py"),
+    *("parallel/test_signals.py", "parallel/test_faults.py", "examples/test_paper_tables.py"),
+    *("test_interruptions.py", "test_command_line.py", "parallel/test_memory.py"),
+    *("examples/test_fake_cuda.py", "examples/test_data_recipes.py", "test_signal_receiver.py"),
+)
+"""Files that take more than half a minute. They come first: where several workers take files one by
+one, a long one at the end would be waited for."""
 
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -29,6 +37,11 @@ ConfigStore.__deepcopy__ = lambda self, memo: self
 parse, parser = OverridesParser.parse_rule, OverridesParser.create()
 parsed = functools.lru_cache(50_000)(lambda text, rule: parse(parser, text, rule))
 OverridesParser.parse_rule = lambda self, text, rule: copy.copy(parsed(text, rule))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {HERE / file: number for number, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 def pytest_collection_finish() -> None:

@@ -5,8 +5,7 @@ A template does nothing but import and copy: it has one thread, none of the proj
 state of a process that has just begun. The fixture ``quick_start`` puts :meth:`Template.start` in
 the place of the function by which ``subprocess`` starts programs. A copy is a child of the process
 that asked, with the files, environment and folder that ``subprocess`` gives it, and has a template
-of its own for the programs that it starts. Programs that are no Python files or modules, and
-``python -c``, start as ever.
+of its own for the programs that it starts. Programs that are not Python's start as ever.
 """
 
 from __future__ import annotations
@@ -35,6 +34,8 @@ PR_SET_CHILD_SUBREAPER = 36
 SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}
 ABOVE = 512
 """Files of a program have lower numbers than this."""
+ROOM = "." * 32768
+"""An argument of the template, in whose place its copies have their command lines."""
 
 
 class Program(NamedTuple):
@@ -107,11 +108,11 @@ class Template:
 
 
 def can_start(words: Sequence[str]) -> bool:
-    """Whether a command line is of a Python module or file."""
+    """Whether a command line is of a Python module, text or file."""
     if words[0] != sys.executable:
         return False
     _, rest = split_options(words[1:])
-    return bool(rest) and (rest[0] == "-m" or rest[0].endswith(".py"))
+    return bool(rest) and (rest[0] in ("-m", "-c") or rest[0].endswith(".py"))
 
 
 def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -129,7 +130,7 @@ def begin() -> Iterator[Template]:
     with (
         ours,
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, str(its.fileno())],
+            [sys.executable, __file__, str(its.fileno()), ROOM],
             pass_fds=[its.fileno()],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         ),
@@ -141,6 +142,7 @@ def begin() -> Iterator[Template]:
 
 def main() -> NoReturn:
     """The template."""
+    show, warnings.showwarning = warnings.showwarning, lambda *_, **__: None
     import fairseq  # noqa: F401
 
     handlers = logging.root.handlers[:]  # as importing fairseq leaves them
@@ -153,6 +155,7 @@ def main() -> NoReturn:
     import torch.distributed.run
     import torch.utils.flop_counter  # noqa: F401
 
+    warnings.showwarning = show
     # They set up logging if they are imported first.
     for name in [name for name in sys.modules if name.startswith("fairseq_cli")]:
         del sys.modules[name]
@@ -223,6 +226,7 @@ def become(
     threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
     torch.set_num_threads(int(threads))
 
+    show_command_line([sys.executable, *program.arguments])
     options, words = split_options(program.arguments)
     if "-u" in options:
         sys.stdout.reconfigure(line_buffering=True)
@@ -230,20 +234,34 @@ def become(
         "PYTHONWARNINGS" in os.environ
     ) + [option[2:] for option in options if option != "-u"]
     warnings._processoptions(sys.warnoptions)
-    module = words[0] == "-m" and words[1]
-    logging.root.handlers[:] = [] if module and module.startswith("fairseq_cli") else handlers
-    sys.argv = words[1:] if module else words
-    sys.path[0] = os.getcwd() if module else os.path.dirname(os.path.abspath(words[0]))
-    end(run(module, words))
+    kind = words.pop(0) if words[0] in ("-m", "-c") else ""
+    if kind == "-m" and words[0].startswith("fairseq_cli"):
+        handlers = []  # it sets up logging before it imports fairseq
+    logging.root.handlers[:] = handlers
+    sys.argv = ["-c", *words[1:]] if kind == "-c" else words
+    sys.path[0] = {"-m": os.getcwd(), "-c": ""}.get(
+        kind, os.path.dirname(os.path.abspath(words[0]))
+    )
+    end(run(kind, words[0]))
 
 
-def run(module: str | bool, words: list[str]) -> int:
+def show_command_line(words: Sequence[str]) -> None:
+    """Lets the system show a command line as this process's, where there is room for it."""
+    with open("/proc/self/stat") as stat:
+        begin, end = map(int, stat.read().rpartition(")")[2].split()[45:47])
+    line = b"".join(os.fsencode(word) + b"\0" for word in words)
+    ctypes.memmove(begin, line[: end - begin].ljust(end - begin, b"\0"), end - begin)
+
+
+def run(kind: str, name: str) -> int:
     """Runs a program, and returns its exit status."""
     try:
-        if module:
-            runpy.run_module(str(module), run_name="__main__", alter_sys=True)
+        if kind == "-m":
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        elif kind == "-c":
+            exec(name, {"__name__": "__main__"})
         else:
-            runpy.run_path(words[0], run_name="__main__")
+            runpy.run_path(name, run_name="__main__")
     except SystemExit as ended:
         if ended.code is None or isinstance(ended.code, int):
             return (ended.code or 0) & 0xFF
@@ -251,7 +269,10 @@ def run(module: str | bool, words: list[str]) -> int:
         return 1
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
-        return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+        if isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        return 1
     return 0
 
 
