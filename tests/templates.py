@@ -6,6 +6,11 @@ state of a process that has just begun. The fixture ``quick_start`` puts :meth:`
 the place of the function by which ``subprocess`` starts programs. A copy is a child of the process
 that asked, with the files, environment and folder that ``subprocess`` gives it, and has a template
 of its own for the programs that it starts. Programs that are not Python's start as ever.
+
+A copy differs from a process that has just begun in what imports leave behind: environment
+variables that PyTorch reads when it is imported have no effect, and a script that imports
+``fairseq_cli`` before ``fairseq`` logs to the standard error. Tests of a start, of imports or of
+console scripts are for real processes.
 """
 
 from __future__ import annotations
@@ -79,19 +84,17 @@ class Template:
         finally:
             subprocess._fork_exec = self.ordinary
 
-    def start(
-        self,
-        *given: Any,
-    ) -> int:
+    def start(self, *given: Any) -> int:
         """Stands in for ``_posixsubprocess.fork_exec``, and like it returns the child's number."""
         args, _, close, files, cwd, env, stdin, _, _, stdout, _, stderr, _, errors, *rest = given
         words = [os.fsdecode(word) for word in args]
         _, session, group, *_, before, _ = rest
-        if not (close and before is None and can_start(words)):
-            return self.ordinary(*given)
         variables = dict(os.fsdecode(variable).split("=", 1) for variable in env or ())
         if env is None:
             variables = dict(os.environ)
+        same_path = variables.get("PYTHONPATH") == os.environ.get("PYTHONPATH")
+        if not (close and before is None and same_path and can_start(words)):
+            return self.ordinary(*given)
         sources = {number: number for number in files if number != errors}
         for number, source in enumerate((stdin, stdout, stderr)):
             sources[number] = number if source == -1 else source
@@ -163,7 +166,9 @@ def main() -> NoReturn:
         signal.signal(number, signal.SIG_IGN)
     gc.collect()
     gc.freeze()
-    serve(socket.socket(fileno=int(sys.argv[1])), handlers)
+    with contextlib.suppress(ConnectionError):  # the process that asks was killed
+        serve(socket.socket(fileno=int(sys.argv[1])), handlers)
+    os._exit(0)
 
 
 def serve(requests: socket.socket, handlers: list[logging.Handler]) -> NoReturn:
@@ -173,21 +178,22 @@ def serve(requests: socket.socket, handlers: list[logging.Handler]) -> NoReturn:
         if not message:
             os._exit(0)
         read, write = os.pipe()
-        if not (parent := os.fork()):
-            parent = os.getpid()
+        middle = os.fork()
+        if not middle:
+            middle = os.getpid()
             if child := os.fork():
                 os.write(write, b"%d" % child)
-                os._exit(0)
-            while os.getppid() == parent:
+                os._exit(0)  # so that its child becomes that of the process that asks
+            while os.getppid() == middle:
                 time.sleep(0.001)
             ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            if not os.fork():
+            if not os.fork():  # the template of the program
                 for number in (*files, read, write, ours.detach(), requests.detach()):
                     os.close(number)
                 requests = its
                 continue
             become(Program(*json.loads(message)), files, Template(ours), handlers)
-        os.waitpid(parent, 0)
+        os.waitpid(middle, 0)
         requests.send(os.read(read, 64))
         for number in (*files, read, write):
             os.close(number)
@@ -230,9 +236,8 @@ def become(
     options, words = split_options(program.arguments)
     if "-u" in options:
         sys.stdout.reconfigure(line_buffering=True)
-    sys.warnoptions[:] = os.environ.get("PYTHONWARNINGS", "").split(",") * (
-        "PYTHONWARNINGS" in os.environ
-    ) + [option[2:] for option in options if option != "-u"]
+    by_environment = filter(None, os.environ.get("PYTHONWARNINGS", "").split(","))
+    sys.warnoptions[:] = [*by_environment, *(word[2:] for word in options if word != "-u")]
     warnings._processoptions(sys.warnoptions)
     kind = words.pop(0) if words[0] in ("-m", "-c") else ""
     if kind == "-m" and words[0].startswith("fairseq_cli"):
