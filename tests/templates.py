@@ -32,6 +32,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 LIBC = ctypes.CDLL(None)
@@ -128,19 +129,32 @@ def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 @contextlib.contextmanager
 def begin() -> Iterator[Template]:
-    """A template, until the end of the context."""
+    """A template, until the end of the context. Nothing that it started runs on."""
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    # The system shows it as a variable of all its copies, whatever their environment is.
+    mark = f"TEMPLATE_OF={os.getpid()}"
     with (
         ours,
         subprocess.Popen(
             [sys.executable, __file__, str(its.fileno()), ROOM],
             pass_fds=[its.fileno()],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **dict([mark.split("=")])},
         ),
     ):
         its.close()
-        yield Template(ours)
-        ours.shutdown(socket.SHUT_RDWR)
+        try:
+            yield Template(ours)
+        finally:
+            ours.shutdown(socket.SHUT_RDWR)
+            kill_all(mark)
+
+
+def kill_all(mark: str) -> None:
+    """Kills the processes that began with a variable in their environment."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if mark.encode() in path.read_bytes().split(b"\0"):
+                os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 def main() -> NoReturn:
