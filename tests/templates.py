@@ -8,9 +8,9 @@ that asked, with the files, environment and folder that ``subprocess`` gives it,
 of its own for the programs that it starts. Programs that are not Python's start as ever.
 
 A copy differs from a process that has just begun in what imports leave behind: environment
-variables that PyTorch reads when it is imported have no effect, and a script that imports
-``fairseq_cli`` before ``fairseq`` logs to the standard error. Tests of a start, of imports or of
-console scripts are for real processes.
+variables that PyTorch reads when it is imported have no effect, and a script finds logging set up
+as importing ``fairseq`` does, to the standard error. Tests of a start, of imports or of console
+scripts are for real processes.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class Template:
         variables = dict(os.fsdecode(variable).split("=", 1) for variable in env or ())
         if env is None:
             variables = dict(os.environ)
-        same_path = variables.get("PYTHONPATH") == os.environ.get("PYTHONPATH")
-        if not (close and before is None and same_path and can_start(words)):
+        preloads = variables.get("LD_PRELOAD") != os.environ.get("LD_PRELOAD")
+        if not close or before or preloads or not can_start(words):
             return self.ordinary(*given)
         sources = {number: number for number in files if number != errors}
         for number, source in enumerate((stdin, stdout, stderr)):
@@ -173,7 +173,7 @@ def main() -> NoReturn:
     import torch.utils.flop_counter  # noqa: F401
 
     warnings.showwarning = show
-    # They set up logging if they are imported first.
+    # They set up logging where they are imported first.
     for name in [name for name in sys.modules if name.startswith("fairseq_cli")]:
         del sys.modules[name]
     for number in SIGNALS:
@@ -238,6 +238,7 @@ def become(
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    old_path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     os.environ.clear()
     os.environ.update(program.environment)
     os.chdir(program.folder)
@@ -254,13 +255,15 @@ def become(
     sys.warnoptions[:] = [*by_environment, *(word[2:] for word in options if word != "-u")]
     warnings._processoptions(sys.warnoptions)
     kind = words.pop(0) if words[0] in ("-m", "-c") else ""
-    if kind == "-m" and words[0].startswith("fairseq_cli"):
-        handlers = []  # it sets up logging before it imports fairseq
-    logging.root.handlers[:] = handlers
+    # They set up logging before they import fairseq.
+    first = kind == "-c" or (kind == "-m" and words[0].startswith("fairseq_cli"))
+    logging.root.handlers[:] = [] if first else handlers
     sys.argv = ["-c", *words[1:]] if kind == "-c" else words
     sys.path[0] = {"-m": os.getcwd(), "-c": ""}.get(
         kind, os.path.dirname(os.path.abspath(words[0]))
     )
+    path = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[1:] = [*path, *(folder for folder in sys.path[1:] if folder not in old_path)]
     end(run(kind, words[0]))
 
 
