@@ -12,17 +12,24 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["fairseq_sffn", "fairseq_sffn.*"]),
     package_data={"fairseq_sffn.memory.compute": ["kernels.cpp"]},
-    python_requires=">=3.11,<3.12",
+    python_requires=">=3.11,<3.13",
     install_requires=[
-        "torch==2.13.0",
-        "ve-fairseq==0.12.3",
-        "fairscale==0.4.13",
+        "ve-fairseq>=0.12.3",
+        # Comes with ve-fairseq, for speech alone. Newer ones would bring a PyTorch of their own.
+        "torchaudio<=2.11.0",
+        "fairscale>=0.4.13",
         "sentencepiece",
     ],
     extras_require={
+        # The range that tests/versions.sh was run with. It is no requirement: pip would replace a
+        # PyTorch outside of it. Where there is none, fairseq requires one.
+        "torch": ["torch>=2.9,<2.16"],
         "plots": ["matplotlib"],
         "tests": ["pytest", "pytest-xdist", "ruff", "mypy", "tensorboardX"],
     },
     entry_points={"console_scripts": ["fairseq-sffn = fairseq_sffn.tools.cli:main"]},
-    classifiers=["Programming Language :: Python :: 3.11"],
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+    ],
 )

@@ -2,14 +2,15 @@
 # .venv if it is not there or its requirements changed, and activates it.
 
 python_for_venv() {
-    for candidate in python3.11 python3; do
-        if command -v "$candidate" >/dev/null &&
-            "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
+    for candidate in python3.11 python3.12 python3; do
+        # A name on PATH may lead nowhere, as pyenv's do.
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
+            2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    echo "no Python 3.11 on PATH: the version that this project is tested with" >&2
+    echo "no Python 3.11 or 3.12 on PATH: the versions that this project is tested with" >&2
     return 1
 }
 

@@ -6,6 +6,10 @@ everything that registers itself is imported here by name.
 
 import warnings
 
+from . import versions
+
+versions.check()
+
 with warnings.catch_warnings():
     # Of its own use of PyTorch; fairseq imports it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="fairscale")

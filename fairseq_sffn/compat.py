@@ -46,22 +46,22 @@ def restore_numpy_compat() -> None:
 
 
 def refuse_half_precision_on_cpu() -> None:
-    """On a CPU ``--fp16`` fails inside the optimizer and ``--bf16`` is taken for a TPU. Can go when
-    fairseq says so itself."""
+    """On a CPU a training with ``--fp16`` fails inside the optimizer, and ``--amp`` does nothing.
+    Can go when fairseq says so itself."""
 
     @functools.wraps(Trainer.__init__)
     def __init__(self: Trainer, cfg: Any, *args: Any, **kwargs: Any) -> None:
-        check_precision(cfg.common)
+        check_precision(cfg.common, ("fp16", "amp"))
         original(self, cfg, *args, **kwargs)
 
     original = Trainer.__init__
     replace_once(Trainer, "__init__", __init__)
 
 
-def check_precision(common: Any) -> None:
-    """Raises UsageError where half precision is asked for without a GPU to compute it."""
+def check_precision(common: Any, flags: tuple[str, ...]) -> None:
+    """Raises UsageError where one of these flags is given without a GPU."""
     if common.cpu or not torch.cuda.is_available():
-        for flag in ("fp16", "bf16", "amp"):
+        for flag in flags:
             if getattr(common, flag):
                 raise UsageError(f"--{flag}: needs a GPU, and this command runs on the CPU")
 

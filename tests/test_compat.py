@@ -67,16 +67,18 @@ def test_numpy_compat(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("flag", ["fp16", "bf16", "amp"])
 def test_half_precision_needs_a_gpu(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     common = SimpleNamespace(cpu=True, fp16=False, bf16=False, amp=False)
-    compat.check_precision(common)
+    flags = ("fp16", "bf16", "amp")
+    compat.check_precision(common, flags)
     setattr(common, flag, True)
     with pytest.raises(UsageError, match=f"--{flag}: needs a GPU"):
-        compat.check_precision(common)
+        compat.check_precision(common, flags)
+    compat.check_precision(common, tuple(other for other in flags if other != flag))
     common.cpu = False
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match=f"--{flag}: needs a GPU"):
-        compat.check_precision(common)
+        compat.check_precision(common, flags)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    compat.check_precision(common)
+    compat.check_precision(common, flags)
 
 
 # Evaluation.

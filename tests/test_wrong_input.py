@@ -111,7 +111,7 @@ TRAINING = [
     ("hash_layer", "--base-layers 1", "fairseq's BASE layers cannot be mixed"),
     ("dense", "--fp16", "needs a GPU"),
     ("avgk", "--fp16", "needs a GPU"),
-    ("switch", "--bf16", "needs a GPU"),
+    ("switch", "--memory-efficient-fp16", "--fp16: needs a GPU"),
     ("hash_layer", "--amp", "needs a GPU"),
     ("avgk", "--character-embeddings", "share-decoder-input-output-embed"),
     ("avgk", "--adaptive-input --adaptive-input-cutoff 20,40", "share-decoder-input-output"),

@@ -194,7 +194,8 @@ class Recorder(TorchDispatchMode):
         devices = {tensor.device.type for tensor in inputs}
         if name == "_local_scalar_dense":
             self.waits[f"a number is read at {_where()}"] += 1
-            return self.answer if args[0].dtype == torch.bool else float(self.answer)
+            kinds = {torch.bool: bool, **dict.fromkeys((torch.int64, torch.int32), int)}
+            return kinds.get(args[0].dtype, float)(self.answer)
         if self._copies_to_device(name, kwargs, devices):
             if not kwargs.get("non_blocking"):
                 self.waits[f"copy to the device at {_where()}"] += 1

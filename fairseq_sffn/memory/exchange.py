@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .collectives import all_gather_single, reduce_scatter_single
+from .renamed import all_gather_single, reduce_scatter_single
 from .selection import Selection
 
 INDEX_BYTES = 4
@@ -301,4 +301,4 @@ def _selection_of(
     weights_RA = None
     if weights_Q is not None:
         weights_RA = weights_Q.new_zeros(shape).index_put((rows_Q, slots_Q), weights_Q)
-    return Selection(blocks_RA, weights=weights_RA, kept=kept_RA)
+    return Selection(blocks_RA, weights=weights_RA, kept=kept_RA, num_kept=len(where_Q2))

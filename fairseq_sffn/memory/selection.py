@@ -68,6 +68,7 @@ class Selection(NamedTuple):
             compute them anyway; they are not computed again.
         coefficients: (N, A) what multiplies the values, from a selector with its own keys and
             blocks of one cell; keys and activation are passed by.
+        num_kept: how many pairs are kept, where that is known without asking the device.
     """
 
     blocks: Tensor
@@ -76,6 +77,7 @@ class Selection(NamedTuple):
     kept: Tensor | None = None
     pre_activations: Tensor | None = None
     coefficients: Tensor | None = None
+    num_kept: int | None = None
 
 
 @dataclass(frozen=True)

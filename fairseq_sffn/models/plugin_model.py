@@ -83,7 +83,7 @@ class PluginModel(BaseFairseqModel):
         return next(shards, 1)
 
     def prepare_for_inference_(self, cfg: Any) -> None:
-        check_precision(cfg.common)
+        check_precision(cfg.common, ("fp16", "bf16", "amp"))
         super().prepare_for_inference_(cfg)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..memory import MemoryConfig, SparseMemory
 from ..memory.compute import ENGINES, choose_engine
 from ..memory.compute.engines import Bags
+from ..memory.compute.tiles import tile_rows
 from ..memory.selectors.avgk import AvgK
 from ..memory.selectors.learned_gate import LearnedGate
 from ..memory.selectors.lorkm import LoRKM
@@ -146,17 +147,21 @@ def memory_bytes(memory: SparseMemory, tokens: int, shards: int, dtype: torch.dt
         kept += rows * (width * size + INDEX)
         if bags:  # every row has as many slots as the fullest
             pairs = rows * most_blocks(config, shards)
-    kept += pairs * (INDEX if bags else torch.int32.itemsize)  # block, or token, of each pair
+    kept += pairs * (INDEX if bags else torch.int32.itemsize)  # block, or place, of each pair
+    if not bags:
+        # Where the pairs of a block start, and the block and first pair of each tile.
+        tiles = pairs // tile_rows(pairs, shape[0]) + min(shape[0] + 1, pairs)
+        kept += (shape[0] + 2 + 2 * tiles) * torch.int32.itemsize
     if gated:
         # Weights; sorted, or in half precision, they are another number.
         kept += pairs * (FP32 + (0 if bags and size == FP32 else size))
-        # The blocks they are of, and the order of pairs; where they travel, who sends and receives.
-        kept += pairs * INDEX * ((0 if bags else 2) + (3 if shards > 1 else 0))
+        # The blocks they are of; where they travel, who sends and receives.
+        kept += pairs * INDEX * ((0 if bags else 1) + (3 if shards > 1 else 0))
     passed_by = isinstance(selector, PKM) and selector.uses_softmax
     activation = nn.Identity() if passed_by else config.activation_fn
     dropout: Any = memory.dropout  # torch's or fairseq's
     hidden = hidden_bytes(activation, dropout.p, dtype)
-    if bags and (gated or shards > 1):  # before and after they are weighed, or slots left empty
+    if gated or (bags and shards > 1):  # before and after they are weighed, or slots left empty
         hidden += size
     return kept + pairs * config.block_size * hidden
 

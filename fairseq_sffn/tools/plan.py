@@ -27,11 +27,14 @@ from .traffic import all_reduce_bytes, expected_sent_bytes, mean_keys_bytes
 
 PRECISIONS = {
     "fp32": (torch.float32, 8),
+    "bf16": (torch.bfloat16, 16),
+    "memory_efficient_bf16": (torch.bfloat16, 8),
     "fp16": (torch.float16, 16),
     "memory_efficient_fp16": (torch.float16, 8),
 }
 """Precision -> dtype of parameters, gradients and hidden states, and bytes of optimizer state for a
-parameter: Adam's two moments in fp32, and for ``fp16`` fp32 copies of parameter and gradient."""
+parameter: Adam's two moments in fp32, and for ``bf16`` and ``fp16`` fp32 copies of parameter and
+gradient."""
 
 LEFT_OUT = (
     "Not counted: buffers of a moment, such as logits, gradients of activations and copies that "

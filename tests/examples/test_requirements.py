@@ -1,15 +1,24 @@
-"""The environment that examples/venv.sh makes."""
+"""The environments that examples/venv.sh and tests/versions.sh make, and what setup.py asks for."""
 
+import ast
 import importlib
 import importlib.metadata
 import importlib.util
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from fairseq_sffn.versions import OLDEST_PYTORCH
 
 ROOT = Path(__file__).parents[2]
-LEFT_OUT = {"ve-fairseq": {"torchaudio"}}
+LEFT_OUT = {"ve-fairseq": {"torchaudio"}, "fairseq-sffn": {"torchaudio"}}
 """Package -> what it requires and does without. It is installed without its dependencies."""
 BUILT_WITH = {"torch": {"setuptools"}}
 """Package -> what it requires of the tools that make an environment."""
@@ -19,9 +28,37 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def pinned() -> list[str]:
+def pins() -> dict[str, str]:
     lines = (ROOT / "examples" / "requirements.txt").read_text().splitlines()
-    return [canonical(line.partition("==")[0]) for line in lines if "==" in line]
+    named = (line.split("==") for line in lines if "==" in line)
+    return {canonical(name): version for name, version in named}
+
+
+def pinned() -> list[str]:
+    return list(pins())
+
+
+def said_by_setup(keyword: str) -> Any:
+    """What setup.py passes to ``setup``. The installed metadata may be of an earlier one."""
+    (call,) = (
+        node
+        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "setup"
+    )
+    return next(ast.literal_eval(one.value) for one in call.keywords if one.arg == keyword)
+
+
+def asked_for() -> dict[str, SpecifierSet]:
+    """Package -> the versions that setup.py allows, its extras included."""
+    extras = said_by_setup("extras_require").values()
+    lines = sum(extras, start=said_by_setup("install_requires"))
+    return {canonical(one.name): one.specifier for one in map(Requirement, lines)}
+
+
+def table_of_versions() -> list[tuple[str, str]]:
+    """The pairs of Python and PyTorch in tests/versions.sh."""
+    text = (ROOT / "tests" / "versions.sh").read_text()
+    return re.findall(r"^(3\.\d+) (\d+\.\d+)$", text, re.M)
 
 
 def required_by(package: str) -> set[str]:
@@ -45,3 +82,83 @@ def test_torchaudio_is_left_out() -> None:
     assert "torchaudio" not in pinned()
     if importlib.util.find_spec("torchaudio"):
         importlib.import_module("torchaudio")
+
+
+@pytest.mark.parametrize("package", sorted(asked_for()))
+def test_a_range_includes_the_pin(package: str) -> None:
+    if package in LEFT_OUT["fairseq-sffn"]:
+        pytest.skip("is not installed")
+    assert asked_for()[package].contains(pins()[package])
+
+
+@pytest.mark.parametrize("package", ["torch", "ve-fairseq", "fairscale"])
+def test_pip_replaces_no_newer_version(package: str) -> None:
+    """Nor any PyTorch: of that only fairseq and fairscale ask for one, of any age."""
+    required = [Requirement(line) for line in said_by_setup("install_requires")]
+    operators = {part.operator for one in required if one.name == package for part in one.specifier}
+    assert operators == (set() if package == "torch" else {">="})
+
+
+def test_the_ranges_are_those_that_were_run() -> None:
+    """The ends of the range of PyTorch, and every Python, are in the table of versions."""
+    pythons, pytorches = map(set, zip(*table_of_versions(), strict=True))
+    allowed = SpecifierSet(said_by_setup("python_requires"))
+    assert pythons == {f"3.{minor}" for minor in range(20) if allowed.contains(f"3.{minor}")}
+    classifiers = said_by_setup("classifiers")
+    assert classifiers == [f"Programming Language :: Python :: {one}" for one in sorted(pythons)]
+
+    minors = sorted(int(one.removeprefix("2.")) for one in pytorches)
+    assert str(asked_for()["torch"]) == str(SpecifierSet(f">=2.{minors[0]},<2.{minors[-1] + 1}"))
+    assert f"2.{minors[0]}" == OLDEST_PYTORCH
+
+
+def test_the_readme_has_the_table_of_versions() -> None:
+    rows = re.findall(
+        r"^ *\| 20\d\d-\d\d-\d\d \| (3\.\d+)\.\d+ \| (\d+\.\d+)\.",
+        (ROOT / "README.md").read_text(),
+        re.M,
+    )
+    assert rows == table_of_versions()
+
+
+@pytest.mark.parametrize(
+    ("found", "chosen"),
+    [
+        (["3.11", "3.12"], "python3.11"),
+        (["3.12"], "python3.12"),
+        (["3.10", "3.13"], None),
+        ([], None),
+    ],
+)
+def test_python_for_venv(found: list[str], chosen: str | None, tmp_path: Path) -> None:
+    """An environment that is there already is activated, so that only the function is run."""
+    for name in ("setup.py", "examples/requirements.txt", "examples/venv.sh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    parts = ("examples/requirements.txt", "setup.py")
+    made_from = "".join((tmp_path / name).read_text() for name in parts)
+    (tmp_path / ".venv" / "made-from.txt").write_text(made_from)
+
+    pythons = tmp_path / "pythons"
+    pythons.mkdir()
+    for name in ("cat", "cmp"):
+        (pythons / name).symlink_to(str(shutil.which(name)))
+    for version in found:
+        python = pythons / f"python{version}"
+        info = f"import sys; sys.version_info = {tuple(map(int, version.split('.')))}"
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{info}; $2"\n')
+        python.chmod(0o755)
+    result = subprocess.run(
+        [str(shutil.which("bash")), "-c", ". examples/venv.sh && python_for_venv"],
+        cwd=tmp_path,
+        env={"PATH": str(pythons)},
+        capture_output=True,
+        text=True,
+    )
+    if chosen:
+        assert result.stdout == f"{chosen}\n", result.stderr
+    else:
+        assert result.returncode == 1
+        assert result.stderr.startswith("no Python 3.11 or 3.12 on PATH")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from fairseq.distributed import utils as distributed_utils
 
 import fairseq_sffn.parallel.launch  # noqa: F401
-from fairseq_sffn.memory.collectives import all_gather_single, reduce_scatter_single
+from fairseq_sffn.memory.renamed import all_gather_single, reduce_scatter_single
 
 NEW = {
     "all_gather_single": "all_gather_into_tensor",

@@ -74,7 +74,7 @@ def lm(name: str, **options: Any) -> Any:
         sizes["sffn_block_size"] = 16
     if name != "dense":
         cells = name in ("vanilla_m", "lorkm") or name.startswith("pkm")
-        sizes["sffn_engine"] = "bags" if cells else "grouped"
+        sizes["sffn_engine"] = "bags" if cells else "tiled"
     config = lm_config(f"transformer_lm_{name}_tiny", LENGTH, **{**sizes, **options})
     return build(config, TYPES).float()
 
@@ -358,7 +358,9 @@ def test_dropout_keeps_masks() -> None:
     ("precision", "kind"),
     [
         ("fp32", None),
+        ("bf16", FP16Optimizer),
         ("fp16", FP16Optimizer),
+        ("memory_efficient_bf16", MemoryEfficientFP16Optimizer),
         ("memory_efficient_fp16", MemoryEfficientFP16Optimizer),
     ],
 )

@@ -107,8 +107,9 @@ class Tiled:
         dropout: Callable[[Tensor], Tensor],
     ) -> Tensor:
         blocks_NA, num_blocks = selection.blocks, len(tables.values)
-        rows = tile_rows(blocks_NA.numel(), num_blocks)
-        tiles = make_tiles(blocks_NA, num_blocks, selection.kept, rows)
+        num_kept = selection.num_kept
+        rows = tile_rows(blocks_NA.numel() if num_kept is None else num_kept, num_blocks)
+        tiles = make_tiles(blocks_NA, num_blocks, selection.kept, rows, num_kept)
 
         def in_order(values_NA: Tensor) -> Tensor:
             if selection.kept is not None:  # what is dropped may not be finite

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..renamed import grouped_mm
 from . import kernels
 from .plan import Chunk
 
@@ -128,7 +128,7 @@ class Grouped:
         bias_BY: Tensor | None = None,
     ) -> None:
         ends = chunk.ends.to(rows_PX.device)
-        out_PY.copy_(F.grouped_mm(rows_PX, matrices_BXY[chunk.blocks], offs=ends))
+        out_PY.copy_(grouped_mm(rows_PX, matrices_BXY[chunk.blocks], offs=ends))
         if bias_BY is not None:
             rows_P = torch.arange(len(rows_PX), device=ends.device, dtype=ends.dtype)
             block_P = torch.searchsorted(ends, rows_P, right=True)
@@ -137,7 +137,7 @@ class Grouped:
     def rows_by_rows(
         self, left_PX: Tensor, right_PY: Tensor, chunk: Chunk, out_BXY: Tensor
     ) -> None:
-        products_BXY = F.grouped_mm(left_PX.t(), right_PY, offs=chunk.ends.to(left_PX.device))
+        products_BXY = grouped_mm(left_PX.t(), right_PY, offs=chunk.ends.to(left_PX.device))
         if chunk.continues:
             products_BXY[0] += out_BXY[chunk.blocks.start]
         out_BXY[chunk.blocks] = products_BXY

@@ -21,7 +21,7 @@ class Tiles(NamedTuple):
     can be; the rest names a block beyond all, and does nothing.
 
     Attributes:
-        order_P: int32, which pair, n * A + a, each sorted one is.
+        order_P: (P,) int32, which pair, n * A + a, each sorted one is.
         starts_S: (B + 2,) int32, where the pairs of each block start, then where those start that
             belong to none (they were dropped), then P.
         tiles_2T: int32, the block of each tile, B for pairs of none and B + 1 for no tile; and its
@@ -42,7 +42,13 @@ class Tiles(NamedTuple):
         return len(self.starts_S) - 2
 
 
-def make_tiles(blocks_NA: Tensor, num_blocks: int, kept_NA: Tensor | None, rows: int) -> Tiles:
+def make_tiles(
+    blocks_NA: Tensor,
+    num_blocks: int,
+    kept_NA: Tensor | None,
+    rows: int,
+    num_kept: int | None = None,
+) -> Tiles:
     """Sort pairs by block and cut them into tiles.
 
     Args:
@@ -50,13 +56,16 @@ def make_tiles(blocks_NA: Tensor, num_blocks: int, kept_NA: Tensor | None, rows:
         num_blocks: B.
         kept_NA: pairs to leave out are ``False``.
         rows: the most pairs in a tile.
+        num_kept: pairs that are not left out, if known: the others are then not among the sorted
+            ones, rather than last.
     """
     if kept_NA is not None:
         blocks_NA = blocks_NA.masked_fill(~kept_NA, num_blocks)
     sorted_P, order_P = sort_blocks(blocks_NA.flatten(), num_blocks + 2)
+    order_P = order_P[:num_kept]
     num_pairs, device = len(order_P), order_P.device
     blocks_S = torch.arange(num_blocks + 2, device=device, dtype=sorted_P.dtype)
-    starts_S = torch.searchsorted(sorted_P, blocks_S, out_int32=True)
+    starts_S = torch.searchsorted(sorted_P, blocks_S, out_int32=True).clamp_(max=num_pairs)
     # Each block has a tile that is not full, at most.
     room = num_pairs // rows + min(num_blocks + 1, num_pairs)
     tiles_B = (starts_S.diff() + (rows - 1)).div(rows, rounding_mode="floor")

@@ -5,15 +5,16 @@ from fairseq_sffn.memory.compute import tiles
 from fairseq_sffn.memory.compute.tiles import make_tiles, tile_rows
 
 
-def assert_right(blocks_NA, num_blocks, kept_NA, rows):
-    made = make_tiles(blocks_NA, num_blocks, kept_NA, rows)
+def assert_right(blocks_NA, num_blocks, kept_NA, rows, known=False):
+    num_kept = int(kept_NA.sum()) if known else None
+    made = make_tiles(blocks_NA, num_blocks, kept_NA, rows, num_kept)
     num_tokens, active = blocks_NA.shape
     pairs = [
         (num_blocks if kept_NA is not None and not kept_NA[n, a] else int(blocks_NA[n, a]), n, a)
         for n in range(num_tokens)
         for a in range(active)
     ]
-    pairs.sort()
+    pairs = sorted(pairs)[:num_kept]
     assert made.order_P.tolist() == [n * active + a for _, n, a in pairs]
     starts = [sum(pair[0] < block for pair in pairs) for block in range(num_blocks + 2)]
     assert made.starts_S.tolist() == starts
@@ -39,6 +40,8 @@ def test_tiles_cover_each_pair_once(share, num_blocks, rows):
     blocks_NA = torch.stack([torch.randperm(num_blocks)[:active] for _ in range(11)])
     kept_NA = None if share is None else torch.rand(11, active) < share
     assert_right(blocks_NA, num_blocks, kept_NA, rows)
+    if share is not None:
+        assert_right(blocks_NA, num_blocks, kept_NA, rows, known=True)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 16])

@@ -31,7 +31,11 @@ def triton_products(monkeypatch):
     from fairseq_sffn.memory.compute import tiled_triton
 
     if DEVICE == "cpu":
+        import triton
         from triton.runtime import interpreter
+
+        if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
+            pytest.skip(f"the interpreter of Triton {triton.__version__} fails with NumPy 2.5")
 
         monkeypatch.setattr(tiled_triton, "_shared_bytes", lambda device: 99 * 1024)
         plain_dot = interpreter.InterpreterBuilder.create_dot

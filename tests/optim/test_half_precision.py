@@ -1,0 +1,96 @@
+"""Training in half precision, on CPUs: ``--bf16`` as users may, ``--fp16`` as a GPU would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import commands
+import pytest
+import torch
+from fairseq import options, utils
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+from fairseq_sffn import compat
+
+MODELS = (*commands.MODELS, "sffn")
+HALF = {
+    "bf16": ("--bf16",),
+    "memory_efficient_bf16": ("--memory-efficient-bf16",),
+    "fp16": ("--fp16", "--fp16-no-flatten-grads"),
+    "memory_efficient_fp16": ("--memory-efficient-fp16",),
+}
+FLAGS = ("--max-update", "12", "--dropout", "0", "--clip-norm", "1.0", "--lr", "3e-3")
+
+
+def losses(log: str) -> list[float]:
+    return [float(record["loss"]) for record in commands.records(log) if "loss" in record]
+
+
+@pytest.fixture
+def fp16_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fairseq's optimizer runs there, unless it flattens gradients."""
+    monkeypatch.setattr(compat, "check_precision", lambda common, flags: None)
+
+
+@pytest.fixture(scope="module")
+def in_fp32(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """Model -> the losses of a training in full precision."""
+    folder = tmp_path_factory.mktemp("fp32")
+    return {
+        model: losses(commands.train(data_bin, folder / model, model, *FLAGS)) for model in MODELS
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer"), [("avgk", "adam"), *((model, "sffn_adam") for model in MODELS)]
+)
+@pytest.mark.parametrize("half", HALF)
+def test_trains_as_full_precision_does(
+    model: str,
+    half: str,
+    optimizer: str,
+    in_fp32: dict[str, list[float]],
+    data_bin: Path,
+    tmp_path: Path,
+    fp16_on_cpu: None,
+) -> None:
+    flags = (*FLAGS, *HALF[half], "--optimizer", optimizer)
+    got = losses(commands.train(data_bin, tmp_path, model, *flags))
+    assert len(got) == len(in_fp32[model]) == 12
+    # Blocks that are almost as good as each other may be chosen differently.
+    assert got == pytest.approx(in_fp32[model], rel=0.03)
+    assert got[-1] < got[0] - 0.5
+    # Written in fp32, of which half precision has the upper bits.
+    dtype = torch.bfloat16 if "bf16" in half else torch.float16
+    state = torch.load(tmp_path / "checkpoint_last.pt", weights_only=False)["model"]
+    assert all(torch.equal(t, t.to(dtype).to(t.dtype)) for t in state.values())
+
+
+@pytest.mark.parametrize("half", HALF)
+def test_resumes(half: str, data_bin: Path, tmp_path: Path, fp16_on_cpu: None) -> None:
+    flags = (*FLAGS, *HALF[half], "--optimizer", "sffn_adam")
+    whole = losses(commands.train(data_bin, tmp_path / "whole", "avgk", *flags))
+    first = losses(
+        commands.train(data_bin, tmp_path / "parts", "avgk", *flags, "--max-update", "7")
+    )
+    rest = losses(commands.train(data_bin, tmp_path / "parts", "avgk", *flags))
+    # fairseq keeps its fp32 copies of the parameters to itself: what resumes is rounded.
+    assert first + rest == pytest.approx(whole, rel=2e-3)
+    if half.startswith("memory_efficient"):
+        assert first + rest == whole
+
+
+@pytest.mark.parametrize("flag", ["--bf16", "--memory-efficient-bf16"])
+@pytest.mark.parametrize("tpu", [True, False])
+def test_bf16_is_for_gpus(
+    flag: str, tpu: bool, data_bin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fairseq would look for a TPU; where its package is installed, it may."""
+    monkeypatch.setattr(utils, "xm", "torch_xla" if tpu else None)
+    words = [str(data_bin), "--user-dir", commands.USER_DIR, "--task", "language_modeling"]
+    words += ["--arch", "transformer_lm_avgk_tiny", flag]
+    parser = options.get_training_parser()
+    parsed: Any = options.parse_args_and_arch(parser, input_args=words)
+    common = convert_namespace_to_omegaconf(parsed).common
+    assert (common.tpu, common.bf16) == (tpu, True)
