@@ -16,13 +16,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 HERE = Path(__file__).parent
 LONGEST = (
-    *("parallel/test_training.py", "test_resume.py", "tools/test_run_command.py"),
-    *("parallel/test_signals.py", "parallel/test_faults.py", "examples/test_paper_tables.py"),
-    *("test_interruptions.py", "test_command_line.py", "parallel/test_memory.py"),
-    *("examples/test_fake_cuda.py", "examples/test_data_recipes.py", "test_signal_receiver.py"),
+    *("parallel/test_training.py", "examples/test_fake_cuda.py", "test_command_line.py"),
+    *("test_resume.py", "test_translation.py", "tools/test_run_command.py"),
+    *("memory/compute/test_triton_kernels.py", "examples/test_paper_tables.py"),
+    *("parallel/test_faults.py", "parallel/test_signals.py", "test_wrong_input.py"),
+    *("test_interruptions.py", "memory/compute/test_engines.py"),
 )
-"""Files that take more than half a minute. They come first: where several workers take files one by
-one, a long one at the end would be waited for."""
+"""Files that take more than 40 seconds of a processor. They come first: where several workers take
+files one by one, a long one at the end would be waited for."""
 
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 os.environ["PYTHONPATH"] = os.pathsep.join(
