@@ -15,7 +15,6 @@ scripts are for real processes.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
 import fcntl
@@ -33,7 +32,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 LIBC = ctypes.CDLL(None)
 PR_SET_CHILD_SUBREAPER = 36
@@ -157,7 +156,7 @@ def kill_all(mark: str) -> None:
                 os.kill(int(path.parent.name), signal.SIGKILL)
 
 
-def main() -> NoReturn:
+def main() -> None:
     """The template."""
     show, warnings.showwarning = warnings.showwarning, lambda *_, **__: None
     import fairseq  # noqa: F401
@@ -180,16 +179,21 @@ def main() -> NoReturn:
         signal.signal(number, signal.SIG_IGN)
     gc.collect()
     gc.freeze()
-    with contextlib.suppress(ConnectionError):  # the process that asks was killed
-        serve(socket.socket(fileno=int(sys.argv[1])), handlers)
-    os._exit(0)
+    run(*serve(socket.socket(fileno=int(sys.argv[1]))), handlers)
 
 
-def serve(requests: socket.socket, handlers: list[logging.Handler]) -> NoReturn:
-    """Copies this process for each request."""
+def serve(requests: socket.socket) -> tuple[Program, list[int], Template]:
+    """Copies this process for each request.
+
+    Returns:
+        In a copy, what it is to become, its files, and the template that it has.
+    """
     while True:
-        message, files, *_ = socket.recv_fds(requests, 1 << 20, 200)
-        if not message:
+        try:
+            message, files, *_ = socket.recv_fds(requests, 1 << 20, 200)
+        except ConnectionError:
+            message = b""
+        if not message:  # the process that asks has ended
             os._exit(0)
         read, write = os.pipe()
         middle = os.fork()
@@ -201,22 +205,23 @@ def serve(requests: socket.socket, handlers: list[logging.Handler]) -> NoReturn:
             while os.getppid() == middle:
                 time.sleep(0.001)
             ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            if not os.fork():  # the template of the program
-                for number in (*files, read, write, ours.detach(), requests.detach()):
-                    os.close(number)
-                requests = its
-                continue
-            become(Program(*json.loads(message)), files, Template(ours), handlers)
+            if os.fork():
+                return Program(*json.loads(message)), files, Template(ours)
+            for number in (*files, read, write, ours.detach(), requests.detach()):
+                os.close(number)
+            requests = its
+            continue
         os.waitpid(middle, 0)
-        requests.send(os.read(read, 64))
+        with contextlib.suppress(ConnectionError):
+            requests.send(os.read(read, 64))
         for number in (*files, read, write):
             os.close(number)
 
 
-def become(
+def run(
     program: Program, files: list[int], template: Template, handlers: list[logging.Handler]
-) -> NoReturn:
-    """Runs a program as a process of its own does, and ends as it does."""
+) -> None:
+    """Runs a program as a process of its own does. Python then ends this one as ever."""
     import numpy as np
     import torch
 
@@ -264,7 +269,12 @@ def become(
     )
     path = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     sys.path[1:] = [*path, *(folder for folder in sys.path[1:] if folder not in old_path)]
-    end(run(kind, words[0]))
+    if kind == "-m":
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    elif kind == "-c":
+        exec(words[0], {"__name__": "__main__"})
+    else:
+        runpy.run_path(words[0], run_name="__main__")
 
 
 def show_command_line(words: Sequence[str]) -> None:
@@ -273,38 +283,6 @@ def show_command_line(words: Sequence[str]) -> None:
         begin, end = map(int, stat.read().rpartition(")")[2].split()[45:47])
     line = b"".join(os.fsencode(word) + b"\0" for word in words)
     ctypes.memmove(begin, line[: end - begin].ljust(end - begin, b"\0"), end - begin)
-
-
-def run(kind: str, name: str) -> int:
-    """Runs a program, and returns its exit status."""
-    try:
-        if kind == "-m":
-            runpy.run_module(name, run_name="__main__", alter_sys=True)
-        elif kind == "-c":
-            exec(name, {"__name__": "__main__"})
-        else:
-            runpy.run_path(name, run_name="__main__")
-    except SystemExit as ended:
-        if ended.code is None or isinstance(ended.code, int):
-            return (ended.code or 0) & 0xFF
-        print(ended.code, file=sys.stderr)
-        return 1
-    except BaseException as error:
-        sys.excepthook(type(error), error, error.__traceback__)
-        if isinstance(error, KeyboardInterrupt):
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
-        return 1
-    return 0
-
-
-def end(status: int) -> NoReturn:
-    """Ends as Python does, but for taking its modules apart."""
-    threading._shutdown()
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(status)
 
 
 if __name__ == "__main__":
