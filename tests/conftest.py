@@ -1,15 +1,29 @@
 """What every test runs under: one thread, a fixed seed, the project on the path."""
 
+import copy
+import functools
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 HERE = Path(__file__).parent
+LONGEST = (
+    *("parallel/test_training.py", "examples/test_fake_cuda.py", "test_command_line.py"),
+    *("test_resume.py", "test_translation.py", "tools/test_run_command.py"),
+    *("memory/compute/test_triton_kernels.py", "examples/test_paper_tables.py"),
+    *("parallel/test_faults.py", "parallel/test_signals.py", "test_wrong_input.py"),
+    *("test_interruptions.py", "memory/compute/test_engines.py"),
+)
+"""Files that take more than 40 seconds of a processor. They come first: where several workers take
+files one by one, a long one at the end would be waited for."""
 
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -18,8 +32,17 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads when it is imported
-# For each command hydra copies the schemas of all models, which it then copies again one by one.
+# For each command hydra copies the schemas of all models, which it then copies again one by one,
+# and parses 340 options, of which most have the values that they had in the command before.
 ConfigStore.__deepcopy__ = lambda self, memo: self
+parse, parser = OverridesParser.parse_rule, OverridesParser.create()
+parsed = functools.lru_cache(50_000)(lambda text, rule: parse(parser, text, rule))
+OverridesParser.parse_rule = lambda self, text, rule: copy.copy(parsed(text, rule))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {HERE / file: number for number, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 def pytest_collection_finish() -> None:
@@ -33,6 +56,22 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def template() -> Iterator[Any]:
+    """See ``templates.py``."""
+    import templates
+
+    with templates.begin() as template:
+        yield template
+
+
+@pytest.fixture(scope="module")
+def quick_start(template: Any) -> Iterator[None]:
+    """Starts the Python programs of a file's tests from the template."""
+    with template.used():
+        yield
 
 
 @pytest.fixture(scope="session")

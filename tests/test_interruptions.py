@@ -15,6 +15,7 @@ import torch
 
 from fairseq_sffn import interruptions
 
+pytestmark = pytest.mark.usefixtures("quick_start")
 HERE = Path(__file__).parent
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 UPDATES = 10

@@ -12,6 +12,7 @@ import pytest
 import torch
 from commands import records
 
+pytestmark = pytest.mark.usefixtures("quick_start")
 EPOCH = 7
 """Updates in an epoch of the small corpus at this batch size."""
 BATCH = ("--batch-size", "32")

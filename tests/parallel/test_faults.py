@@ -7,6 +7,7 @@ import commands
 import launch
 import pytest
 
+pytestmark = pytest.mark.usefixtures("quick_start")
 FLAGS = (
     *launch.SAME_SENTENCES,
     *("--batch-size", "8", "--required-batch-size-multiple", "1", "--max-update", "6"),

@@ -6,6 +6,7 @@ import launch
 import pytest
 from oracle import CASES, UNSCORED
 
+pytestmark = pytest.mark.usefixtures("quick_start")
 WHOLE = {
     "avgk-whole": "does not divide the 1 blocks",
     **{case: "scores every key" for case in CASES if case.startswith("vanilla_m")},

@@ -12,6 +12,7 @@ import launch
 import pytest
 import torch
 
+pytestmark = pytest.mark.usefixtures("quick_start")
 PROGRAM = Path(__file__).parents[1] / "interrupted.py"
 UPDATES = 10
 """An epoch has eight, in two processes."""

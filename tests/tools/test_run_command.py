@@ -32,6 +32,7 @@ from fairseq_sffn.study.runner import Runner, fingerprint, updates_of
 from fairseq_sffn.tools import cli
 from fairseq_sffn.tools.zero_shot_tasks import TASKS
 
+pytestmark = pytest.mark.usefixtures("quick_start")
 UPDATES = 8
 
 

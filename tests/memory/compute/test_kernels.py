@@ -14,6 +14,7 @@ from oracle import NATIVE
 from fairseq_sffn.memory.compute import kernels
 from fairseq_sffn.memory.compute.bag_kernels import RowOrder
 
+pytestmark = pytest.mark.usefixtures("quick_start")
 ROOT = Path(__file__).parents[3]
 REPORT = """
 import logging, sys
