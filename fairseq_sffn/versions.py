@@ -6,6 +6,7 @@ OLDEST_PYTORCH = "2.9"
 
 
 def check() -> None:
+    """Raises ImportError where PyTorch is older."""
     # Compared as versions, not as strings: torch.__version__ sees to that.
     if torch.__version__ < OLDEST_PYTORCH:
         needed = f"PyTorch {OLDEST_PYTORCH} or newer"

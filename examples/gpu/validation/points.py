@@ -6,7 +6,7 @@ from . import layers, probes, speed, training, without_gpu
 from .point import Point
 
 POINTS = (
-    Point("probes", 1, "versions, and the groups that grouped_mm takes", probes.grouped_mm, 90),
+    Point("probes", 1, "versions, and the groups that grouped_mm takes", probes.groups, 90),
     Point("methods", 2, "every method against fp64", layers.every_method, 200),
     Point("paper_size", 3, "layers of the paper's size against fp64", layers.paper_size, 80),
     Point("layer_times", 9, "times of layers, beside the goals", speed.layers, 90),

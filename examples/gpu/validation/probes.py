@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from recorder import WAITS_OF
 
 from fairseq_sffn.memory import Selector
 from fairseq_sffn.memory.compute.products import MOST_GROUPS
 from fairseq_sffn.memory.compute.tiled_products import implementation
+from fairseq_sffn.memory.renamed import grouped_mm
 
 from .layers import SINGLE_CELLS, Case, build
 from .point import Row, Setting, asserted, bounded, told
@@ -21,11 +22,8 @@ GROUPED_TOLERANCE = 2e-2
 WAITS = "called a synchronizing"
 """In PyTorch's warning of each wait. It also warns once that this mode does not see all of them."""
 
-MOST_WAITS = {"base": 1}
-"""Selector -> how often it may wait, if at all. BASE assigns tokens on the CPU."""
 
-
-def grouped_mm(setting: Setting) -> Iterator[Row]:
+def groups(setting: Setting) -> Iterator[Row]:
     """Point 1: which engine runs, and which groups ``grouped_mm`` takes."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         module = implementation(torch.device(setting.device), dtype).__name__
@@ -49,7 +47,7 @@ def _try_groups(what: str, device: str, dtype: torch.dtype, sizes: list[int]) ->
     matrices_BXY = torch.randn(len(sizes), 64, 32, device=device, dtype=dtype)
     ends_B = torch.tensor(sizes, device=device).cumsum(0, dtype=torch.int32)
     try:
-        got_PY = F.grouped_mm(rows_PX, matrices_BXY, offs=ends_B).double()
+        got_PY = grouped_mm(rows_PX, matrices_BXY, offs=ends_B).double()
         if device == "cuda":
             torch.cuda.synchronize()
     except Exception as error:
@@ -80,7 +78,7 @@ def synchronizations(setting: Setting) -> Iterator[Row]:
 
             waits = _waits(run)
             what = f"the host waits for the device: {case}"
-            yield bounded(what, len(waits), MOST_WAITS.get(name, 0), where=waits[:5])
+            yield bounded(what, len(waits), WAITS_OF.get(name, 0), where=waits[:5])
 
 
 def _waits(run: Callable[[], None]) -> list[str]:

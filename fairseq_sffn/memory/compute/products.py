@@ -12,7 +12,7 @@ from . import kernels
 from .plan import Chunk
 
 MOST_GROUPS = 1023
-"""Of ``grouped_mm`` on a CUDA device, which refuses more."""
+"""``grouped_mm`` refuses more groups on a CUDA device."""
 
 
 class Products(Protocol):

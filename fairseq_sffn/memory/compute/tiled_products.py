@@ -29,7 +29,7 @@ from .tiles import Tiles
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_CAPABILITY = (8, 0)
-"""Of a CUDA device, whose matrix units have every type that the kernels in Triton are for."""
+"""From this compute capability on, matrix units have every type that the kernels are for."""
 
 
 def gathered_products(
@@ -134,10 +134,11 @@ def _(
     )
 
 
-def _keep_gathered(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x_ND, table_BGD, _, *tiles = inputs
-    ctx.save_for_backward(x_ND, table_BGD, *tiles[:3])
-    ctx.numbers = tiles[3:]
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Each operator has two factors first, and what tiles consist of last."""
+    *tensors, active, rows = inputs[-5:]
+    ctx.save_for_backward(*inputs[:2], *tensors)
+    ctx.numbers = active, rows
 
 
 def _gathered_backward(ctx: Any, grad_PG: Tensor) -> tuple[Tensor | None, ...]:
@@ -150,12 +151,6 @@ def _gathered_backward(ctx: Any, grad_PG: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_table, grad_bias if ctx.needs_input_grad[2] else None, *[None] * 5
 
 
-def _keep_scattered(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows_PG, table_BGD, _, *tiles = inputs
-    ctx.save_for_backward(rows_PG, table_BGD, *tiles[:3])
-    ctx.numbers = tiles[3:]
-
-
 def _scattered_backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
     rows_PG, table_BGD, *tensors = ctx.saved_tensors
     grad_rows = grad_table = None
@@ -164,12 +159,6 @@ def _scattered_backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[1]:
         grad_table, _ = _table_products(rows_PG, grad_ND, *tensors, *ctx.numbers)
     return grad_rows, grad_table, *[None] * 6
-
-
-def _keep_table(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    rows_PG, x_ND, *tiles = inputs
-    ctx.save_for_backward(rows_PG, x_ND, *tiles[:3])
-    ctx.numbers = tiles[3:]
 
 
 def _table_backward(ctx: Any, grad_BGD: Tensor, grad_BG: Tensor) -> tuple[Tensor | None, ...]:
@@ -182,9 +171,9 @@ def _table_backward(ctx: Any, grad_BGD: Tensor, grad_BG: Tensor) -> tuple[Tensor
     return grad_rows, grad_x, *[None] * 5
 
 
-_gathered_products.register_autograd(_gathered_backward, setup_context=_keep_gathered)
-_scattered_products.register_autograd(_scattered_backward, setup_context=_keep_scattered)
-_table_products.register_autograd(_table_backward, setup_context=_keep_table)
+_gathered_products.register_autograd(_gathered_backward, setup_context=_keep)
+_scattered_products.register_autograd(_scattered_backward, setup_context=_keep)
+_table_products.register_autograd(_table_backward, setup_context=_keep)
 
 
 # Of as many pairs as there is room for: how many were dropped is known to the device alone.
