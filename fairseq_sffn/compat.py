@@ -51,6 +51,9 @@ def refuse_half_precision_on_cpu() -> None:
 
     @functools.wraps(Trainer.__init__)
     def __init__(self: Trainer, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        if cfg.common.amp and cfg.common.bf16:
+            # fairseq would scale the loss of a model in bf16, and compute some of it in fp16.
+            raise UsageError("--amp: not with --bf16")
         check_precision(cfg.common, ("fp16", "amp"))
         original(self, cfg, *args, **kwargs)
 
@@ -63,7 +66,9 @@ def check_precision(common: Any, flags: tuple[str, ...]) -> None:
     if common.cpu or not torch.cuda.is_available():
         for flag in flags:
             if getattr(common, flag):
-                raise UsageError(f"--{flag}: needs a GPU, and this command runs on the CPU")
+                thrifty = getattr(common, f"memory_efficient_{flag}", False)
+                name = f"memory-efficient-{flag}" if thrifty else flag
+                raise UsageError(f"--{name}: needs a GPU, and this command runs on the CPU")
 
 
 def evaluate_at_the_model_context() -> None:

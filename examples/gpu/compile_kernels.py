@@ -27,7 +27,8 @@ SHARED_BYTES = {
 SIZES = ((4096, 128), (64, 128), (64, 16), (24, 32), (16, 128))
 """Cells of a block, rows of a tile."""
 
-WIDTH, ACTIVE_CELLS = 1024, 4096
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+WIDTH = 1024
 KERNELS = ("gathered", "scattered", "scattered by pair", "table")
 
 
@@ -43,16 +44,16 @@ def compiled(
 
     name = kernel.partition(" ")[0]
     function = getattr(triton_kernels, f"{name}_kernel")
-    sizes = tiled_triton.Sizes(rows, max(1, ACTIVE_CELLS // block_size), block_size, WIDTH, dtype)
+    sizes = tiled_triton.Sizes(rows, block_size, WIDTH, dtype)
     constants = getattr(tiled_triton, f"{name}_constants")(sizes, SHARED_BYTES[capability])
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     constants |= {"HAS_BIAS": True} if name == "gathered" else {}
     constants |= {"BY_PAIR": kernel == "scattered by pair"} if name == "scattered" else {}
-    number = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}[
-        str(dtype)
-    ]
+    number = DTYPES[str(dtype).removeprefix("torch.")]
     kinds = dict.fromkeys(("order", "starts", "tiles"), "*i32")
-    kinds |= dict.fromkeys(("num_tiles", "num_blocks", "first_column", "out_width"), "i32")
+    kinds |= dict.fromkeys(
+        ("num_tiles", "num_blocks", "active", "first_column", "out_width"), "i32"
+    )
     kinds |= {"out": "*fp32"} if name == "scattered" else {}
     kinds |= dict.fromkeys(constants, "constexpr")
     signature = {name: kinds.get(name, f"*{number}") for name in function.arg_names}
@@ -87,7 +88,7 @@ def main() -> None:
     )
     known = sorted(SHARED_BYTES)
     parser.add_argument("--capabilities", nargs="+", type=int, default=known, choices=known)
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"])
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--json", metavar="FILE", help="also write the lines there")
     args = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)

@@ -19,6 +19,8 @@ WHEELS=
 ARGUMENTS=()
 FAKE=
 while [ $# -gt 0 ]; do
+    # Written as one word, a flag and its value are two all the same.
+    if [[ $1 == --*=* ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
     case $1 in
         --wheels | --output)
             [ $# -ge 2 ] || fail "$1: needs a value"
@@ -29,6 +31,7 @@ while [ $# -gt 0 ]; do
             shift
             ;;
         --fake) FAKE=1; ARGUMENTS+=("$1") ;;
+        --help | -h) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
         *) ARGUMENTS+=("$1") ;;
     esac
     shift

@@ -1,8 +1,9 @@
 """Balanced assignment of tokens to blocks, on the host.
 
 Each of its some hundred rounds depends on the numbers of the round before, so that an accelerator
-and the host would wait for each other as often. One core of an AMD EPYC takes 17 to 34 ms for 8,192
-tokens and 16 blocks, and 37 to 64 ms for 64 blocks; skewed scores take longest.
+and the host would wait for each other as often. One core of an AMD EPYC takes 20 to 34 ms for 8,192
+tokens and 16 blocks, and 44 to 63 ms for 64 blocks, where skewed scores take longer
+(``examples/benchmark/assignment.py``).
 """
 
 from __future__ import annotations

@@ -56,6 +56,13 @@ def test_a_machine_without_a_gpu_is_refused_in_one_line() -> None:
     assert line == "validate: PyTorch finds no GPU here; --fake runs what works without one"
 
 
+def test_a_flag_and_its_value_may_be_one_word(tmp_path: Path) -> None:
+    done = script("validate.sh", f"--wheels={tmp_path}/missing")
+    assert refusal(done) == f"validate: --wheels {tmp_path}/missing: is no folder"
+    done = script("validate.sh", "--help")
+    assert done.returncode == 0 and "--wheels DIR" in done.stdout
+
+
 def test_wheels_that_are_not_there_are_refused_in_one_line(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
     line = refusal(script("validate.sh", "--fake", "--wheels", missing))

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -59,6 +61,14 @@ def implementation(device: torch.device, dtype: torch.dtype) -> ModuleType:
     return tiled_triton
 
 
+@contextmanager
+def _computing_on(rows: Tensor) -> Iterator[ModuleType]:
+    """What computes with these rows, on their device, which need not be the current one, and in
+    their dtype, whatever autocast would take."""
+    with torch.cuda.device_of(rows), torch.autocast(rows.device.type, enabled=False):
+        yield implementation(rows.device, rows.dtype)
+
+
 @functools.cache
 def _has_triton() -> bool:
     return kernels.wanted() and importlib.util.find_spec("triton") is not None
@@ -76,9 +86,9 @@ def _gathered_products(
     rows: int,
 ) -> Tensor:
     tiles = Tiles(order_P, starts_S, tiles_2T, active, rows)
-    compute = implementation(x_ND.device, x_ND.dtype).gathered_products
     bias_BG = None if bias_BG is None else bias_BG.contiguous()
-    return compute(x_ND.contiguous(), table_BGD.contiguous(), bias_BG, tiles)
+    with _computing_on(x_ND) as module:
+        return module.gathered_products(x_ND.contiguous(), table_BGD.contiguous(), bias_BG, tiles)
 
 
 @torch.library.custom_op("fairseq_sffn::scattered_products", mutates_args=())
@@ -93,8 +103,10 @@ def _scattered_products(
     rows: int,
 ) -> Tensor:
     tiles = Tiles(order_P, starts_S, tiles_2T, active, rows)
-    compute = implementation(rows_PG.device, rows_PG.dtype).scattered_products
-    return compute(rows_PG.contiguous(), table_BGD.contiguous(), num_tokens, tiles)
+    with _computing_on(rows_PG) as module:
+        return module.scattered_products(
+            rows_PG.contiguous(), table_BGD.contiguous(), num_tokens, tiles
+        )
 
 
 @torch.library.custom_op("fairseq_sffn::table_products", mutates_args=())
@@ -109,8 +121,8 @@ def _table_products(
 ) -> tuple[Tensor, Tensor]:
     """For each block the sum over its pairs of row^T @ x (B, G, D), and of the rows (B, G)."""
     tiles = Tiles(order_P, starts_S, tiles_2T, active, rows)
-    compute = implementation(x_ND.device, x_ND.dtype).table_products
-    return compute(rows_PG.contiguous(), x_ND.contiguous(), tiles)
+    with _computing_on(x_ND) as module:
+        return module.table_products(rows_PG.contiguous(), x_ND.contiguous(), tiles)
 
 
 @_gathered_products.register_fake

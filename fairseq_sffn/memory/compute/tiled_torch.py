@@ -39,9 +39,13 @@ def gathered_products(
     out_PG = x_ND.new_zeros(num_pairs + 1, block_size)
     for batch in _batches(tiles, table_BGD.shape):
         table_TGD = table_BGD.index_select(0, batch.blocks_T)
-        products_TMG = x_ND[batch.tokens_TM] @ table_TGD.transpose(1, 2)
-        if bias_BG is not None:
-            products_TMG += bias_BG.index_select(0, batch.blocks_T).unsqueeze(1)
+        rows_TMD, columns_TDG = x_ND[batch.tokens_TM], table_TGD.transpose(1, 2)
+        if bias_BG is None:
+            products_TMG = rows_TMD @ columns_TDG
+        else:
+            # Not added to the product, which half precision has rounded by then.
+            bias_T1G = bias_BG.index_select(0, batch.blocks_T).unsqueeze(1)
+            products_TMG = torch.baddbmm(bias_T1G, rows_TMD, columns_TDG)
         # What is no pair goes to a row of its own, at the end.
         out_PG[batch.rows_TM.flatten()] = products_TMG.flatten(0, 1)
     return out_PG.resize_(num_pairs, block_size)  # no view, which activations could not change

@@ -24,13 +24,11 @@ class Sizes(NamedTuple):
 
     Attributes:
         rows: of a tile.
-        active: pairs of a token.
         block_size, width: G and D of the tables.
         dtype: of all but sums.
     """
 
     rows: int
-    active: int
     block_size: int
     width: int
     dtype: torch.dtype
@@ -66,7 +64,6 @@ def _constants(
     stage_bytes = (rows + columns) * depth * itemsize  # a part of both matrices
     tf32 = sizes.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
-        "ACTIVE": sizes.active,
         "D": sizes.width,
         "G": sizes.block_size,
         "PRECISION": "tf32" if tf32 else "ieee",
@@ -101,6 +98,7 @@ def gathered_products(
         out_PG,
         num_tiles,
         num_blocks,
+        tiles.active,
         HAS_BIAS=bias_BG is not None,
         **constants,
     )
@@ -148,6 +146,7 @@ def _scatter(
         out,
         num_tiles,
         len(table_BGD),
+        tiles.active,
         first_column,
         out_width,
         BY_PAIR=by_pair,
@@ -163,14 +162,21 @@ def table_products(rows_PG: Tensor, x_ND: Tensor, tiles: Tiles) -> tuple[Tensor,
     constants = table_constants(_sizes(table_BGD, tiles), _shared_bytes(x_ND.device))
     parts = triton.cdiv(block_size, constants["ROWS"]) * triton.cdiv(width, constants["COLUMNS"])
     table_kernel[(num_blocks * parts,)](
-        rows_PG, x_ND, tiles.order_P, tiles.starts_S, table_BGD, sums_BG, **constants
+        rows_PG,
+        x_ND,
+        tiles.order_P,
+        tiles.starts_S,
+        table_BGD,
+        sums_BG,
+        tiles.active,
+        **constants,
     )
     return table_BGD, sums_BG
 
 
 def _sizes(table_BGD: Tensor, tiles: Tiles) -> Sizes:
     _, block_size, width = table_BGD.shape
-    return Sizes(tiles.rows, tiles.active, block_size, width, table_BGD.dtype)
+    return Sizes(tiles.rows, block_size, width, table_BGD.dtype)
 
 
 def _shared_bytes(device: torch.device) -> int:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_blocks"])
+@triton.jit(do_not_specialize=["num_tiles", "num_blocks", "active"])
 def gathered_kernel(
     x,
     table,
@@ -23,7 +23,7 @@ def gathered_kernel(
     out,
     num_tiles,
     num_blocks,
-    ACTIVE: tl.constexpr,
+    active,
     D: tl.constexpr,
     G: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -46,7 +46,7 @@ def gathered_kernel(
     if block == num_blocks:
         tl.store(outs, tl.zeros((ROWS, COLUMNS), out.dtype.element_ty), mask=has_out)
         return
-    tokens = (tl.load(order + rows, mask=has_row, other=0) // ACTIVE).to(tl.int64)
+    tokens = (tl.load(order + rows, mask=has_row, other=0) // active).to(tl.int64)
     cells = block.to(tl.int64) * G + cols
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, D, DEPTH):
@@ -68,7 +68,7 @@ def gathered_kernel(
     tl.store(outs, total.to(out.dtype.element_ty), mask=has_out)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_blocks"])
+@triton.jit(do_not_specialize=["num_tiles", "num_blocks", "active"])
 def scattered_kernel(
     rows_in,
     table,
@@ -78,9 +78,9 @@ def scattered_kernel(
     out,
     num_tiles,
     num_blocks,
+    active,
     first_column,
     out_width,
-    ACTIVE: tl.constexpr,
     D: tl.constexpr,
     G: tl.constexpr,
     BY_PAIR: tl.constexpr,
@@ -122,11 +122,11 @@ def scattered_kernel(
     if BY_PAIR:
         tl.store(out + pairs[:, None] * out_width + out_cols[None, :], total, mask=mask)
     else:
-        outs = out + (pairs // ACTIVE)[:, None] * D + cols[None, :]
+        outs = out + (pairs // active)[:, None] * D + cols[None, :]
         tl.atomic_add(outs, total, mask=mask, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["active"])
 def table_kernel(
     rows_in,
     x,
@@ -134,7 +134,7 @@ def table_kernel(
     starts,
     out,
     sums,
-    ACTIVE: tl.constexpr,
+    active,
     D: tl.constexpr,
     G: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -157,7 +157,7 @@ def table_kernel(
     for first in range(tl.load(starts + block), end, DEPTH):
         pairs = first + tl.arange(0, DEPTH)
         has_pair = pairs < end
-        tokens = (tl.load(order + pairs, mask=has_pair, other=0) // ACTIVE).to(tl.int64)
+        tokens = (tl.load(order + pairs, mask=has_pair, other=0) // active).to(tl.int64)
         left = tl.load(
             rows_in + pairs.to(tl.int64)[None, :] * G + cells[:, None],
             mask=has_pair[None, :] & has_cell[:, None],

@@ -124,6 +124,36 @@ def test_what_is_not_finite_stays_with_its_token(bad):
     assert finite == set(range(7)) - used
 
 
+def test_backward_may_run_under_autocast():
+    """The operators compute in the dtype of what they are given."""
+    pairs, x_ND, table_BGD, bias_BG, _ = operands("uneven", dtype=torch.float32)
+
+    def grads(autocast):
+        hidden_PG = gathered_products(x_ND, table_BGD, bias_BG, pairs.tiles)
+        out_ND = scattered_products(hidden_PG, table_BGD, len(x_ND), pairs.tiles)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return torch.autograd.grad(out_ND.sum(), [x_ND, table_BGD, bias_BG])
+
+    for got, want in zip(grads(True), grads(False), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_half_precision_rounds_once():
+    """The bias is added before the product is rounded, so that activations near 0 keep their
+    sign."""
+    pairs, x_ND, table_BGD, bias_BG, _ = operands("uneven", width=64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        wide = [t.double() for t in (x_ND, table_BGD, bias_BG)]
+        product_PG = gathered_products(*wide[:2], None, pairs.tiles)
+        # A bias that takes most of the product away.
+        block_P = pairs.blocks_NA.flatten()[pairs.tiles.order_P]
+        first_B = torch.stack([product_PG[block_P == b][0] for b in range(7)])
+        bias_BG = (-first_B).bfloat16()
+        got_PG = gathered_products(x_ND, table_BGD, bias_BG, pairs.tiles).double()
+        want_PG = gathered_products(*wide[:2], bias_BG.double(), pairs.tiles)
+    torch.testing.assert_close(got_PG, want_PG, rtol=2**-8, atol=1e-5)
+
+
 def test_who_computes(monkeypatch):
     """Triton on the cards whose matrix units it is written for, where it is installed."""
     cuda, cpu = torch.device("cuda"), torch.device("cpu")

@@ -142,6 +142,19 @@ def test_reproducible_sums(case, at_once, drops, triton_products, monkeypatch):
     assert_near(first, want, torch.float32)
 
 
+def test_sizes_of_a_batch_are_no_constants_of_the_kernels(triton_products):
+    """Each would compile anew where they are other numbers: how many blocks a token uses on this
+    rank, in expert parallel, is."""
+    from fairseq_sffn.memory.compute import triton_kernels
+
+    sizes = triton_products.Sizes(16, 24, 40, torch.bfloat16)
+    constants = {"ROWS", "COLUMNS", "DEPTH", "D", "G", "PRECISION", "num_warps", "num_stages"}
+    for name in ("gathered", "scattered", "table"):
+        assert getattr(triton_products, f"{name}_constants")(sizes, 99 * 1024).keys() == constants
+        kernel = getattr(triton_kernels, f"{name}_kernel")
+        assert "active" in kernel.arg_names and "active" not in kernel.fn.__annotations__
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_with_its_token(bad, triton_products):
     """Also of the token whose rows are read where a tile has no pair."""
