@@ -31,8 +31,8 @@ from . import (  # noqa: E402
     tasks,
 )
 from .checkpoints import loading, resuming, training_state, writing  # noqa: E402
-from .parallel import checkpoints as sharded_checkpoints  # noqa: E402
-from .parallel import gradients, launch  # noqa: E402
+from .expert_parallel import checkpoints as sharded_checkpoints  # noqa: E402
+from .expert_parallel import gradients, launch  # noqa: E402
 
 # The configuration last, so that its wrappers go around all others.
 for repairs in (

@@ -26,7 +26,7 @@ from fairseq.trainer import Trainer
 from fairseq_cli import train as train_command
 
 from .compat import replace_once
-from .parallel.launch import is_launched
+from .expert_parallel.launch import is_launched
 from .signals import SignalReceiver, survive_signals_of_others
 
 logger = logging.getLogger(__name__)

@@ -16,16 +16,24 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 HERE = Path(__file__).parent
 LONGEST = (
-    *("parallel/test_training.py", "examples/test_fake_cuda.py", "test_command_line.py"),
-    *("test_resume.py", "test_translation.py", "tools/test_run_command.py"),
+    *(
+        "expert_parallel/test_training.py",
+        "examples/test_fake_cuda.py",
+        "integration/test_command_line.py",
+    ),
+    *("integration/test_resume.py", "integration/test_translation.py", "tools/test_run_command.py"),
     *("memory/compute/test_triton_kernels.py", "examples/test_paper_tables.py"),
-    *("parallel/test_faults.py", "parallel/test_signals.py", "test_wrong_input.py"),
-    *("test_interruptions.py", "memory/compute/test_engines.py"),
+    *(
+        "expert_parallel/test_faults.py",
+        "expert_parallel/test_signals.py",
+        "integration/test_wrong_input.py",
+    ),
+    *("integration/test_interruptions.py", "memory/compute/test_engines.py"),
 )
 """Files that take more than 40 seconds of a processor. They come first: where several workers take
 files one by one, a long one at the end would be waited for."""
 
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(HERE.parent))
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(HERE / "stand_ins"), os.environ.get("PYTHONPATH")])
 )
@@ -61,7 +69,7 @@ def seed() -> None:
 @pytest.fixture(scope="session")
 def template() -> Iterator[Any]:
     """See ``templates.py``."""
-    import templates
+    from tests import templates
 
     with templates.begin() as template:
         yield template
@@ -77,6 +85,6 @@ def quick_start(template: Any) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def data_bin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small binarised corpus."""
-    import commands
+    from tests import commands
 
     return commands.preprocess(tmp_path_factory.mktemp("corpus"))

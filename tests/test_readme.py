@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import commands
 import pytest
 
 from fairseq_sffn.models.transformer_lm import METHODS
 from fairseq_sffn.tools.cost import cost_figures
 from fairseq_sffn.tools.language_model import build_language_model
+from tests import commands
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

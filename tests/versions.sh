@@ -23,11 +23,11 @@ TESTS=(
     tests/memory/compute/test_{engines,plan,products,sorted_pairs,tiles,tiled_products,triton_kernels}.py
     tests/models tests/optim tests/criterions tests/tasks
     # Checkpoints, commands, and what fairseq needs.
-    tests/checkpoints/test_{callers,reading,writing}.py tests/test_compat.py
-    tests/test_command_line.py::test_{training_learns,script_trains_from_the_project_root}
-    tests/test_command_line.py::test_eval_lm_finds_the_perplexity_that_training_logged
+    tests/checkpoints/test_{callers,reading,writing}.py tests/patches/test_compat.py
+    tests/integration/test_command_line.py::test_{training_learns,script_trains_from_the_project_root}
+    tests/integration/test_command_line.py::test_eval_lm_finds_the_perplexity_that_training_logged
     # Expert parallel, by gloo.
-    tests/parallel/test_{checkpoints,collectives,gradients,launch,memory,precision,uneven}.py
+    tests/expert_parallel/test_{checkpoints,collectives,gradients,launch,memory,precision,uneven}.py
 )
 
 fail() { echo "versions.sh: $1" >&2; exit 2; }

@@ -8,5 +8,5 @@
 - :mod:`.writing`: fairseq's writing functions: whole files or none, in the background too.
 - :mod:`.resuming`: the checkpoint that a training goes on from.
 
-Checkpoints whose blocks lie in several files are in :mod:`..parallel.checkpoints`.
+Checkpoints whose blocks lie in several files are in :mod:`..expert_parallel.checkpoints`.
 """

@@ -22,7 +22,7 @@ from omegaconf import open_dict
 
 from ..compat import replace_once
 from ..errors import UsageError
-from ..parallel.checkpoints import check_part, part_paths
+from ..expert_parallel.checkpoints import check_part, part_paths
 from .loading import KEY, already_checked, read_checkpoint
 from .reading import DamagedCheckpoint, read_file
 

@@ -41,7 +41,7 @@ def _memory_usage(meters: Any, layer: str) -> float:
 
 
 def _load_kl(meters: Any, layer: str) -> float:
-    return usage.load_kl(meters[f"_mass_{layer}"].sum)
+    return usage.load_kl(meters[f"_importance_{layer}"].sum)
 
 
 def _dropped_share(meters: Any, layer: str) -> float:
@@ -197,7 +197,7 @@ class RoutingLosses:
                 logs[f"routing_scored_{name}"] = layer.counts.any() * sample_size
             logs[f"routing_counts_{name}"] = layer.counts.data
             logs[f"routing_dropped_{name}"] = layer.dropped.data
-            logs[f"routing_mass_{name}"] = layer.mass.data
+            logs[f"routing_importance_{name}"] = layer.importance.data
             if sends:
                 logs[f"{SENT}{name}"] = layer.sent.data
         return logs
@@ -225,7 +225,7 @@ class RoutingLosses:
                 ratios.pop("balance_loss", None)
             metrics.log_scalar_sum(f"_counts_{layer}", total(f"routing_counts_{layer}"))
             metrics.log_scalar_sum(f"_dropped_{layer}", total(f"routing_dropped_{layer}"))
-            metrics.log_scalar_sum(f"_mass_{layer}", total(f"routing_mass_{layer}"))
+            metrics.log_scalar_sum(f"_importance_{layer}", total(f"routing_importance_{layer}"))
         if f"{SENT}{layers[0]}" in logging_outputs[0]:
             sent = sum(total(f"{SENT}{layer}") for layer in layers)
             for meters in _logged_meters():

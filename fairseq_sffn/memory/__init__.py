@@ -3,7 +3,7 @@ blocks (Liu et al. 2023, arXiv 2305.13999). Nothing here needs fairseq."""
 
 from . import selectors
 from .config import ConfigError, MemoryConfig
-from .exchange import Sharing
+from .exchange import ProcessGroups
 from .scores import ProductScores, Scores
 from .selection import Selection, Selector, SelectorConfig, SelectorInput
 from .sparse_memory import MemoryOutput, SparseMemory
@@ -13,13 +13,13 @@ __all__ = [
     "ConfigError",
     "MemoryConfig",
     "MemoryOutput",
+    "ProcessGroups",
     "ProductScores",
     "Scores",
     "Selection",
     "Selector",
     "SelectorConfig",
     "SelectorInput",
-    "Sharing",
     "SparseMemory",
     "Usage",
     "selectors",

@@ -28,7 +28,7 @@ SIZES_BYTES = 3 * torch.int64.itemsize
 
 
 @dataclass(frozen=True)
-class Sharing:
+class ProcessGroups:
     """With which other processes a memory shares its tokens and its blocks.
 
     Attributes:
@@ -41,11 +41,11 @@ class Sharing:
     blocks: dist.ProcessGroup | None = None
 
     # A copy in the same process shares as well; one that goes elsewhere does not.
-    def __deepcopy__(self, memo: Any) -> Sharing:
+    def __deepcopy__(self, memo: Any) -> ProcessGroups:
         return self
 
-    def __reduce__(self) -> tuple[type[Sharing], tuple[()]]:
-        return Sharing, ()
+    def __reduce__(self) -> tuple[type[ProcessGroups], tuple[()]]:
+        return ProcessGroups, ()
 
     @property
     def shards(self) -> int:

@@ -13,7 +13,7 @@ from .balance import assignment_counts, balance_loss, z_loss
 from .capacity import keep_within_capacity
 from .compute import ENGINES, Tables, choose_engine
 from .config import ConfigError, MemoryConfig
-from .exchange import Sharing, compute_shared
+from .exchange import ProcessGroups, compute_shared
 from .gate import GATES
 from .selection import Selection, Selector, SelectorInput
 from .usage import Usage
@@ -49,7 +49,7 @@ class SparseMemory(nn.Module):
 
     Args:
         config: sizes and choices.
-        sharing: with which other processes its tokens and blocks are shared; by default with none.
+        groups: with which other processes its tokens and blocks are shared; by default with none.
 
     Attributes:
         keys: (C, D) key table, or ``None`` where the selector has its own keys or needs none.
@@ -61,11 +61,11 @@ class SparseMemory(nn.Module):
         dropout: applied to the activations; any module that keeps the shape of its input.
     """
 
-    def __init__(self, config: MemoryConfig, sharing: Sharing | None = None) -> None:
+    def __init__(self, config: MemoryConfig, groups: ProcessGroups | None = None) -> None:
         super().__init__()
-        self.config, self.sharing = config, sharing or Sharing()
-        check_sharding(config, self.sharing.shards)
-        cells, width = config.num_cells // self.sharing.shards, config.embed_dim
+        self.config, self.groups = config, groups or ProcessGroups()
+        check_sharding(config, self.groups.shards)
+        cells, width = config.num_cells // self.groups.shards, config.embed_dim
         has_keys = config.selector_class.key_table == "full"
         self.keys = nn.Parameter(torch.empty(cells, width)) if has_keys else None
         self.key_bias = nn.Parameter(torch.empty(cells)) if has_keys and config.bias else None
@@ -79,7 +79,7 @@ class SparseMemory(nn.Module):
         if config.value_lr_scale != 1:
             self.register_buffer("value_lr_scale", torch.tensor(config.value_lr_scale))
         self.dropout: nn.Module = nn.Dropout(config.activation_dropout)
-        if self.sharing.shards > 1:
+        if self.groups.shards > 1:
             for name in SHARDED:
                 if (parameter := getattr(self, name)) is not None:
                     parameter.expert = True
@@ -95,12 +95,12 @@ class SparseMemory(nn.Module):
         for name, bound in bounds.items():
             if (parameter := getattr(self, name)) is None:
                 continue
-            if name not in SHARDED or self.sharing.shards == 1:
+            if name not in SHARDED or self.groups.shards == 1:
                 nn.init.uniform_(parameter, -bound, bound)
                 continue
             whole = parameter.new_empty(self.config.num_cells, *parameter.shape[1:])
             with torch.no_grad():
-                part = self.sharing.part_of(self.config.num_cells)
+                part = self.groups.part_of(self.config.num_cells)
                 parameter.copy_(nn.init.uniform_(whole, -bound, bound)[part])
 
     def forward(
@@ -141,11 +141,11 @@ class SparseMemory(nn.Module):
         gate = GATES[self.config.gate_name]
         needs_scores = losses or gate is not None
         inputs = SelectorInput(x_ND, self.keys, self.key_bias, token_ids_NT, valid_N, needs_scores)
-        if self.sharing != Sharing():
+        if self.groups != ProcessGroups():
             inputs = inputs._replace(
-                gather=self.sharing.gather,
-                gather_tokens=self.sharing.gather_tokens,
-                stack_over_tokens=self.sharing.stack_over_tokens,
+                gather=self.groups.gather,
+                gather_tokens=self.groups.gather_tokens,
+                stack_over_tokens=self.groups.stack_over_tokens,
             )
         selection = self.selector(inputs)
         if gate is not None:
@@ -154,11 +154,11 @@ class SparseMemory(nn.Module):
         selection, balance_counts_B, usage = self._count(selection, valid_N)
         balance = z = None
         if losses and selection.scores is not None:
-            total = None if self.sharing.tokens is None else self.sharing.sum_over_tokens
+            total = None if self.groups.tokens is None else self.groups.sum_over_tokens
             balance = balance_loss(selection.scores, balance_counts_B, valid_N, total)
             z = z_loss(selection.scores, valid_N, total)
         output_ND, sent = self._compute(x_ND, selection)
-        if self.sharing.blocks is not None:
+        if self.groups.blocks is not None:
             usage = usage._replace(sent=usage.counts.new_full((), sent))
         return MemoryOutput(output_ND.view(x.shape), selection, balance, z, usage)
 
@@ -176,12 +176,14 @@ class SparseMemory(nn.Module):
             first = None if counted is None else counted[:, :choices]
             balance_counts_B = assignment_counts(blocks_NA[:, :choices], num_blocks, first)
 
-        mass_B = counts_B.float()
+        importance_B = counts_B.float()
         factors = [t for t in (selection.weights, selection.coefficients) if t is not None]
         if factors:
-            mass_NA = torch.stack(factors).detach().float().prod(dim=0).abs()
-            mass_NA = mass_NA if counted is None else mass_NA * counted
-            mass_B = mass_B.zero_().scatter_add_(0, blocks_NA.flatten(), mass_NA.flatten())
+            importance_NA = torch.stack(factors).detach().float().prod(dim=0).abs()
+            importance_NA = importance_NA if counted is None else importance_NA * counted
+            importance_B = importance_B.zero_().scatter_add_(
+                0, blocks_NA.flatten(), importance_NA.flatten()
+            )
 
         zero = dropped = counts_B.new_zeros(())
         factor = self.config.capacity_factor if self.training else self.config.eval_capacity_factor
@@ -191,7 +193,7 @@ class SparseMemory(nn.Module):
             if selection.kept is not None:
                 fits_NA = fits_NA & selection.kept
             selection = selection._replace(kept=fits_NA)
-        return selection, balance_counts_B, Usage(counts_B, dropped, mass_B, zero)
+        return selection, balance_counts_B, Usage(counts_B, dropped, importance_B, zero)
 
     def _flatten_token_ids(self, token_ids: Tensor | None, x: Tensor) -> Tensor | None:
         context = self.config.context_tokens
@@ -217,12 +219,12 @@ class SparseMemory(nn.Module):
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.values.dtype
         x_ND, sent = x_ND.to(dtype), 0
         with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
-            if self.sharing.blocks is None:
+            if self.groups.blocks is None:
                 output_ND = self._compute_own(x_ND, selection)
             else:
-                blocks = config.num_blocks // self.sharing.shards
+                blocks = config.num_blocks // self.groups.shards
                 output_ND, traffic = compute_shared(
-                    x_ND, selection, blocks, self.sharing.blocks, self._compute_own
+                    x_ND, selection, blocks, self.groups.blocks, self._compute_own
                 )
                 sent = traffic.forward + traffic.indices
                 if self.training and not torch.is_grad_enabled():
@@ -237,7 +239,7 @@ class SparseMemory(nn.Module):
     def _compute_own(self, x_ND: Tensor, selection: Selection) -> Tensor:
         """The output of blocks that this rank holds; its dtype is that of ``x_ND``."""
         config, dtype = self.config, x_ND.dtype
-        shape = (config.num_blocks // self.sharing.shards, config.block_size, config.embed_dim)
+        shape = (config.num_blocks // self.groups.shards, config.block_size, config.embed_dim)
         if config.engine is None:
             num_tokens, active = selection.blocks.shape
             engine = choose_engine(x_ND.device.type, dtype, num_tokens, active, shape)

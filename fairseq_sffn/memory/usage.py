@@ -15,15 +15,15 @@ class Usage(NamedTuple):
     Attributes:
         counts: (B,) int64 assignments per block, padding excluded, before any were dropped.
         dropped: () int64 assignments that found their block full.
-        mass: (B,) the assignments weighed by the absolute weights or coefficients of their blocks;
-            the counts again where there are none.
+        importance: (B,) absolute weights or coefficients, summed over each block's assignments; the
+            counts again where a method has neither.
         sent: () int64 bytes that this rank sent to others for it, gradients and what activation
             checkpointing sends again included.
     """
 
     counts: Tensor
     dropped: Tensor
-    mass: Tensor
+    importance: Tensor
     sent: Tensor
 
 
@@ -51,11 +51,11 @@ def memory_usage(counts_B: Tensor) -> float:
     return 1 - unused_blocks(counts_B) / len(counts_B)
 
 
-def load_kl(mass_B: Tensor) -> float:
+def load_kl(importance_B: Tensor) -> float:
     """Kullback-Leibler divergence of the weighed load from the uniform distribution, in nats: 0
     when even, log B when one block takes all (Lample et al. 2019, arXiv 1907.05242)."""
-    shares_B = mass_B.double() / mass_B.double().sum().clamp(min=1e-30)
-    return float(torch.xlogy(shares_B, shares_B * len(mass_B)).sum())
+    shares_B = importance_B.double() / importance_B.double().sum().clamp(min=1e-30)
+    return float(torch.xlogy(shares_B, shares_B * len(importance_B)).sum())
 
 
 def dropped_share(counts_B: Tensor, dropped: Tensor) -> float:

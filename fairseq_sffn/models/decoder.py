@@ -41,7 +41,7 @@ class SparseTransformerDecoder(SparseStack, TransformerDecoder):
             return super().build_decoder_layer(cfg, no_encoder_attn)
         cfg = TransformerConfig.from_namespace(cfg)
         layer = SparseDecoderLayer(
-            cfg, self.memory_config, self.sharing, no_encoder_attn=no_encoder_attn
+            cfg, self.memory_config, self.groups, no_encoder_attn=no_encoder_attn
         )
         return self.wrap(layer, cfg)
 

@@ -39,7 +39,7 @@ class SparseTransformerEncoder(SparseStack, TransformerEncoder):
         if not self.next_is_sparse():
             return super().build_encoder_layer(cfg)
         cfg = TransformerConfig.from_namespace(cfg)
-        return self.wrap(SparseEncoderLayer(cfg, self.memory_config, self.sharing), cfg)
+        return self.wrap(SparseEncoderLayer(cfg, self.memory_config, self.groups), cfg)
 
     def forward(self, src_tokens: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         with self.routed(src_tokens) as routing:

@@ -10,7 +10,7 @@ from fairseq.modules import transformer_layer
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..memory import ConfigError, MemoryConfig, MemoryOutput, Sharing, SparseMemory
+from ..memory import ConfigError, MemoryConfig, MemoryOutput, ProcessGroups, SparseMemory
 
 
 class LayerRouting(NamedTuple):
@@ -21,7 +21,7 @@ class LayerRouting(NamedTuple):
         balance_loss, z_loss: (), 0 for a selector without scores, or where nobody asked for them.
         counts: (B,) assignments per block.
         dropped: () dropped assignments.
-        mass: (B,) assignments by weight.
+        importance: (B,) assignments by weight.
         sent: () bytes sent to other ranks.
     """
 
@@ -29,7 +29,7 @@ class LayerRouting(NamedTuple):
     z_loss: Tensor
     counts: Tensor
     dropped: Tensor
-    mass: Tensor
+    importance: Tensor
     sent: Tensor
 
     @classmethod
@@ -48,9 +48,9 @@ class SparseFFN(nn.Module):
     for the time of one forward, and collects ``result``.
     """
 
-    def __init__(self, config: MemoryConfig, sharing: Sharing | None = None) -> None:
+    def __init__(self, config: MemoryConfig, groups: ProcessGroups | None = None) -> None:
         super().__init__()
-        self.memory = SparseMemory(config, sharing)
+        self.memory = SparseMemory(config, groups)
         self.lent: dict[str, Any] = {}
         self.result: MemoryOutput | None = None
 
@@ -72,15 +72,19 @@ class SparseLayer(nn.Module):
     Args:
         cfg: fairseq's ``TransformerConfig``.
         memory_config: sizes and choices of the memory.
-        sharing: with which other processes it shares tokens and blocks.
+        groups: with which other processes it shares tokens and blocks.
     """
 
     fc1: SparseFFN
 
     def __init__(
-        self, cfg: Any, memory_config: MemoryConfig, sharing: Sharing | None = None, **kwargs: Any
+        self,
+        cfg: Any,
+        memory_config: MemoryConfig,
+        groups: ProcessGroups | None = None,
+        **kwargs: Any,
     ) -> None:
-        self.memory_config, self.sharing = memory_config, sharing
+        self.memory_config, self.groups = memory_config, groups
         super().__init__(cfg, **kwargs)
         # The memory applies activation and dropout itself, between its two halves.
         self.fc1.memory.dropout = self.activation_dropout_module
@@ -88,7 +92,7 @@ class SparseLayer(nn.Module):
         self.activation_fn = _identity
 
     def build_fc1(self, *args: Any) -> SparseFFN:
-        return SparseFFN(self.memory_config, self.sharing)
+        return SparseFFN(self.memory_config, self.groups)
 
     def build_fc2(self, *args: Any) -> nn.Module:
         return nn.Identity()

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..compat import check_precision
 from ..errors import UsageError
-from ..memory import MemoryConfig, Sharing, SparseMemory
+from ..memory import MemoryConfig, ProcessGroups, SparseMemory
 from .config import flag, selector_flags
 from .stack import SparseStack
 
@@ -74,12 +74,12 @@ class PluginModel(BaseFairseqModel):
         """Routes its tokens without a look at those of other processes."""
         for module in self.modules():
             if isinstance(module, SparseMemory):
-                module.sharing = Sharing()
+                module.groups = ProcessGroups()
 
     @property
     def expert_parallel(self) -> int:
         """Processes over which the blocks are shared out."""
-        shards = (m.sharing.shards for m in self.modules() if isinstance(m, SparseMemory))
+        shards = (m.groups.shards for m in self.modules() if isinstance(m, SparseMemory))
         return next(shards, 1)
 
     def prepare_for_inference_(self, cfg: Any) -> None:

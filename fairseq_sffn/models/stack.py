@@ -12,8 +12,8 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..expert_parallel.groups import process_groups
 from ..memory import MemoryConfig
-from ..parallel.groups import process_groups
 from .layer import LayerRouting, SparseLayer
 
 
@@ -28,7 +28,7 @@ class SparseStack(nn.Module):
             run together. Only who reads them asks for them (a criterion, for as long as it runs).
         is_dummy: whether the next tokens stand for none: a rank that has run out of sentences takes
             part in every exchange with some that count nowhere.
-        sharing: with which other processes tokens and blocks are shared.
+        groups: with which other processes tokens and blocks are shared.
     """
 
     losses = False
@@ -46,7 +46,7 @@ class SparseStack(nn.Module):
             prefix: layers are named by it and their number.
         """
         self.memory_config = memory_config
-        self.sharing = process_groups(args.sffn_expert_parallel).sharing
+        self.groups = process_groups(args.sffn_expert_parallel).groups
         # Layers are numbered as they were trained, also where only some are kept, which fairseq
         # does in their order.
         kept = getattr(args, f"{side}_layers_to_keep")

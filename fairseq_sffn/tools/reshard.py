@@ -12,7 +12,7 @@ from fairseq import checkpoint_utils
 from ..checkpoints.loading import KEY, add_flags_to, fingerprints, read_checkpoint
 from ..checkpoints.reading import SKIP_CHECKSUMS
 from ..errors import UsageError
-from ..parallel.checkpoints import (
+from ..expert_parallel.checkpoints import (
     RESHARDED,
     Part,
     cut_part,

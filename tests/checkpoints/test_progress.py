@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import commands
 import pytest
 import torch
 from fairseq import checkpoint_utils
 from fairseq_cli import train as train_command
+
+from tests import commands
 
 # Nothing is learnt, so that no validation is better than the first one.
 PATIENCE = (

@@ -4,12 +4,12 @@ import os
 import shutil
 from pathlib import Path
 
-import commands
 import pytest
 import torch
 
 from fairseq_sffn.checkpoints.resuming import candidates
 from fairseq_sffn.errors import UsageError
+from tests import commands
 
 FLAGS = ("--save-interval-updates", "2", "--no-epoch-checkpoints", "--disable-validation")
 

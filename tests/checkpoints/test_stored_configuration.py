@@ -9,7 +9,6 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import commands
 import pytest
 import torch
 from fairseq import checkpoint_utils, models, registry, tasks
@@ -19,6 +18,7 @@ from fairseq_sffn.checkpoints import stored_configuration as rules
 from fairseq_sffn.checkpoints.loading import OVERRIDE, TRUST
 from fairseq_sffn.errors import UsageError
 from fairseq_sffn.models.plugin_model import PluginModel
+from tests import commands
 
 PAYLOADS = {
     "code": "open({witness!r}, 'w') and [(1, 4)]",

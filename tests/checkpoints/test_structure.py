@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import commands
 import pytest
 import torch
 from fairseq import checkpoint_utils
 
 from fairseq_sffn.checkpoints.structure import CHECKPOINT, METERS, Record, find_problem
 from fairseq_sffn.errors import UsageError
+from tests import commands
 
 ODD: tuple[Any, ...] = (None, 3, -1, 0.5, True, "word", [], [1], [{}], {}, {"a": 1}, {1: 2})
 

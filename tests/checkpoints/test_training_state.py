@@ -4,12 +4,13 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import commands
-import interrupted
 import pytest
 import torch
 from fairseq.optim import FairseqOptimizer
 from fairseq.optim.dynamic_loss_scaler import DynamicLossScaler
+
+from tests import commands
+from tests.integration import interrupted
 
 EPOCH = 7
 """Updates in an epoch at this batch size."""

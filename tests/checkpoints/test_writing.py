@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import commands
 import numpy as np
 import pytest
 import torch
@@ -22,6 +21,7 @@ from fairseq.trainer import Trainer
 from fairseq_sffn.checkpoints import writing
 from fairseq_sffn.checkpoints.reading import read_file
 from fairseq_sffn.errors import UsageError
+from tests import commands
 
 FULL = Path("/dev/full")
 """A device on which every write fails for lack of space."""

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 from fairseq.logging import metrics
-from models.small_lm import METHODS, PAD, random_tokens, small_lm
-from synchronisations import Synchronisations, operations
-from test_sffn_cross_entropy import criterion, logs_of, reduced, sample
 
 from fairseq_sffn.criterions.routing_losses import RoutingLosses
 from fairseq_sffn.memory.selectors import hash_layer, rand_hash
 from fairseq_sffn.models.plugin_model import PluginModel
 from fairseq_sffn.models.stack import SparseStack
+from tests.criterions.test_sffn_cross_entropy import criterion, logs_of, reduced, sample
+from tests.models.small_lm import METHODS, PAD, random_tokens, small_lm
+from tests.synchronisations import Synchronisations, operations
 
 LEFT_OUT = ("memory/compute/", "memory/assignment.py", "fairseq/")
 """The engines, what the host computes from its own copy of the scores, and fairseq."""

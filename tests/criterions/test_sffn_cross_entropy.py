@@ -19,15 +19,6 @@ from fairseq.logging import metrics
 from fairseq.logging.meters import MetersDict
 from fairseq.models import lstm_lm
 from fairseq.trainer import Trainer
-from models.small_lm import (
-    PAD,
-    build,
-    language_modeling,
-    pad,
-    random_tokens,
-    small_config,
-    small_lm,
-)
 from torch import Tensor, nn
 
 from fairseq_sffn.criterions.sffn_cross_entropy import (
@@ -38,6 +29,15 @@ from fairseq_sffn.errors import UsageError
 from fairseq_sffn.memory import SparseMemory, usage
 from fairseq_sffn.memory.selectors.avgk import AvgK
 from fairseq_sffn.models.layer import LayerRouting
+from tests.models.small_lm import (
+    PAD,
+    build,
+    language_modeling,
+    pad,
+    random_tokens,
+    small_config,
+    small_lm,
+)
 
 SPARSE = ("avgk", "switch", "hash_layer")
 TASK = language_modeling()
@@ -318,7 +318,7 @@ def test_logged_values(method):
             "load_max": usage.load_max(counts),
             "unused_blocks": (counts == 0).sum().item(),
             "memory_usage": (counts > 0).double().mean().item(),
-            "load_kl": usage.load_kl(sum(part[f"layer{number}"].mass for part in layers)),
+            "load_kl": usage.load_kl(sum(part[f"layer{number}"].importance for part in layers)),
             "dropped_share": dropped.item() / counts.sum().item(),
             "balance_loss": sum(map(math.prod, zip(losses, sizes, strict=True))) / sum(sizes),
         }

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fairseq_sffn.memory import MemoryConfig, MemoryOutput, Selection, Sharing, SparseMemory
+from fairseq_sffn.memory import MemoryConfig, MemoryOutput, ProcessGroups, Selection, SparseMemory
 from fairseq_sffn.memory.assignment import TOLERANCE
 from fairseq_sffn.memory.compute import kernels
 from fairseq_sffn.memory.selectors.gshard import GShard
@@ -75,7 +75,7 @@ VOCAB_SIZE = 10
 def build(
     case: str = "avgk-g4",
     dtype: torch.dtype = torch.float64,
-    sharing: Sharing | None = None,
+    groups: ProcessGroups | None = None,
     **changes,
 ) -> SparseMemory:
     """A memory of one of the cases, without a gate where it has no scores. Scores and gates differ
@@ -83,7 +83,7 @@ def build(
     sizes = dict(embed_dim=8, vocab_size=VOCAB_SIZE, init_scale=2.0)
     if case in UNSCORED:
         changes.pop("gate", None)
-    memory = SparseMemory(MemoryConfig(**{**sizes, **CASES[case], **changes}), sharing)
+    memory = SparseMemory(MemoryConfig(**{**sizes, **CASES[case], **changes}), groups)
     for module in memory.modules():
         if isinstance(module, nn.LayerNorm):
             nn.init.uniform_(module.weight, 0.5, 2)
@@ -140,7 +140,7 @@ class Expected:
     z_loss: Tensor | None
     counts: list[int]
     dropped: int
-    mass: list[float]
+    importance: list[float]
 
 
 # The methods
@@ -455,12 +455,12 @@ def lookup(
 
     # Losses and counts.
     counts, balance_counts = ([0] * config.num_blocks for _ in range(2))
-    mass = [0.0] * config.num_blocks
+    importance = [0.0] * config.num_blocks
     for n, a in assigned:
         counts[blocks[n][a]] += 1
         balance_counts[blocks[n][a]] += a == 0 or name != "gshard"
         factors = [table[n][a] for table in (weights, choice.coefficients) if table is not None]
-        mass[blocks[n][a]] += abs(math.prod(float(factor) for factor in factors))
+        importance[blocks[n][a]] += abs(math.prod(float(factor) for factor in factors))
     dropped = sum(not kept[n][a] for n, a in assigned)
     balance = z = None
     if scores is not None:
@@ -472,7 +472,7 @@ def lookup(
                     load = balance_counts[i] / sum(balance_counts) * config.num_blocks
                     balance = balance + share * exps[n][h][i] / totals[n][h] * load
                 z = z + share * torch.log(totals[n][h]) ** 2
-    return Expected(output, blocks, weights, kept, balance, z, counts, dropped, mass)
+    return Expected(output, blocks, weights, kept, balance, z, counts, dropped, importance)
 
 
 def assert_matches(
@@ -503,7 +503,7 @@ def assert_matches(
     assert actual.selection.blocks.tolist() == expected.blocks
     assert actual.usage.counts.tolist() == expected.counts
     assert int(actual.usage.dropped) == expected.dropped
-    close(actual.usage.mass, torch.tensor(expected.mass), "mass", 1e-5)
+    close(actual.usage.importance, torch.tensor(expected.importance), "importance", 1e-5)
     kept_NA = torch.tensor(expected.kept)
     if actual.selection.kept is None:
         assert kept_NA.all()

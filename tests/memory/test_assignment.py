@@ -1,9 +1,9 @@
 import pytest
 import torch
-from oracle import assert_balanced
 
 from fairseq_sffn.memory import assignment
 from fairseq_sffn.memory.assignment import balanced_assignment
+from tests.memory.oracle import assert_balanced
 
 SCORES = {
     "normal": torch.randn,

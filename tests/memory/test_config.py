@@ -3,7 +3,6 @@ import pickle
 
 import pytest
 import torch
-from oracle import CASES, build
 
 from fairseq_sffn.memory import ConfigError, MemoryConfig, SparseMemory
 from fairseq_sffn.memory.selection import SelectorConfig
@@ -15,6 +14,7 @@ from fairseq_sffn.memory.selectors.pkm import PKM
 from fairseq_sffn.memory.selectors.pkm_ffn import PKMFFN
 from fairseq_sffn.memory.selectors.switch import Switch
 from fairseq_sffn.memory.selectors.vanilla_m import VanillaM
+from tests.memory.oracle import CASES, build
 
 SIZES = dict(embed_dim=8, num_cells=64, block_size=4, active_blocks=4)
 HASH = dict(selector="hash_layer", active_blocks=1, vocab_size=10)

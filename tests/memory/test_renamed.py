@@ -1,5 +1,5 @@
 """Functions of PyTorch by their names of today, and by older ones (the collectives':
-``tests/parallel/test_collectives.py``)."""
+``tests/expert_parallel/test_collectives.py``)."""
 
 import pytest
 import torch

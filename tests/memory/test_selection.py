@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from oracle import CPU_ENGINES, build, close, tokens
 from torch import nn
 
 from fairseq_sffn.memory import MemoryConfig, Selection, Selector, SelectorConfig, SparseMemory
 from fairseq_sffn.memory.scores import Scores
+from tests.memory.oracle import CPU_ENGINES, build, close, tokens
 
 
 @pytest.fixture(autouse=True)

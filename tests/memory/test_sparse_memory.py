@@ -5,7 +5,13 @@ import pickle
 
 import pytest
 import torch
-from oracle import (
+from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from fairseq_sffn.memory import ConfigError
+from fairseq_sffn.memory.selectors.pkm import PKM
+from tests.memory.oracle import (
     CASE_GATES,
     CASES,
     CPU_ENGINES,
@@ -16,12 +22,6 @@ from oracle import (
     close,
     tokens,
 )
-from torch import nn
-from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
-
-from fairseq_sffn.memory import ConfigError
-from fairseq_sffn.memory.selectors.pkm import PKM
 
 SOME_CASES = ["avgk-g4", "lorkm-g4", "pkm", "hash_layer-bigram", "gshard-sampled", "base"]
 
@@ -203,7 +203,7 @@ def test_zero_tokens(case, shape, capacity_factor, engine):
 def test_all_padding(case):
     out = build(case, capacity_factor=1.0)(*tokens(4), padding_mask=torch.ones(4, dtype=torch.bool))
     assert out.usage.counts.sum() == out.usage.dropped == 0
-    assert out.usage.mass.sum() == 0
+    assert out.usage.importance.sum() == 0
     assert all(loss == 0 for loss in (out.balance_loss, out.z_loss) if loss is not None)
 
 
@@ -465,7 +465,7 @@ def test_what_stands_at_padding_changes_nothing_else(case, training, scale):
         close(output, a.output[~padding_mask], "output", 1e-12)
         assert torch.equal(other.usage.counts, a.usage.counts)
         assert other.usage.dropped == a.usage.dropped
-        close(other.usage.mass, a.usage.mass, "mass", 1e-6)
+        close(other.usage.importance, a.usage.importance, "importance", 1e-6)
         if a.balance_loss is not None:
             close(other.balance_loss, a.balance_loss, "balance_loss", 1e-12)
             close(other.z_loss, a.z_loss, "z_loss", 1e-12)

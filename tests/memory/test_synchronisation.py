@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from oracle import CASE_GATES, CASES, build, tokens
-from synchronisations import Synchronisations, operations
 
-from fairseq_sffn.memory import MemoryOutput, Sharing, SparseMemory
+from fairseq_sffn.memory import MemoryOutput, ProcessGroups, SparseMemory
 from fairseq_sffn.memory.selectors import hash_layer, rand_hash
 from fairseq_sffn.memory.selectors.avgk import AvgK
-from fairseq_sffn.memory.selectors.base import Base
+from fairseq_sffn.memory.selectors.base_layer import BASELayer
+from tests.memory.oracle import CASE_GATES, CASES, build, tokens
+from tests.synchronisations import Synchronisations, operations
 
 LEFT_OUT = ("memory/compute/", "memory/assignment.py")
 """The engines, and what the host computes from its own copy of the scores."""
@@ -58,7 +58,7 @@ def objective(out: MemoryOutput) -> torch.Tensor:
 
 
 def assigns(memory: SparseMemory) -> bool:
-    return isinstance(memory.selector, Base) and memory.training
+    return isinstance(memory.selector, BASELayer) and memory.training
 
 
 @pytest.mark.parametrize("capacity", [0.0, 0.7])
@@ -108,8 +108,8 @@ SHARDABLE += ["rand_hash", "hash_layer", "pkm_ffn"]
 @pytest.mark.parametrize("gate", ["none", "sigmoid"])
 @pytest.mark.parametrize("case", SHARDABLE)
 def test_expert_parallel_waits_once(case, gate, capacity, world):
-    sharing = Sharing(blocks=world)
-    memory = build(case, sharing=sharing, gate=gate, capacity_factor=capacity, engine="bags")
+    groups = ProcessGroups(blocks=world)
+    memory = build(case, groups=groups, gate=gate, capacity_factor=capacity, engine="bags")
     places = waits(memory, padded=True)
     assert operations(places) == ["cpu"] * assigns(memory) + ["tolist"], places
 
@@ -117,19 +117,19 @@ def test_expert_parallel_waits_once(case, gate, capacity, world):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_that_are_one_micro_batch(case, padded, world):
-    memory = build(case, sharing=Sharing(tokens=world), engine="bags")
+    memory = build(case, groups=ProcessGroups(tokens=world), engine="bags")
     places = waits(memory, padded)
     assert operations(places) == ["cpu"] * assigns(memory), places
 
 
 def test_running_state_of_all_processes(world):
-    memory = build("avgk-g4", selector=STATEFUL, sharing=Sharing(tokens=world), engine="bags")
+    memory = build("avgk-g4", selector=STATEFUL, groups=ProcessGroups(tokens=world), engine="bags")
     assert not waits(memory, padded=True)
 
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_base_of_all_processes_waits_twice(padded, world):
-    selector = Base.Config(scope="world")
-    memory = build("base", selector=selector, sharing=Sharing(tokens=world), engine="bags")
+    selector = BASELayer.Config(scope="world")
+    memory = build("base", selector=selector, groups=ProcessGroups(tokens=world), engine="bags")
     places = waits(memory, padded)
     assert operations(places) == ["cpu", "tolist"], places

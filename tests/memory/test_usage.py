@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-from oracle import build, close, tokens
 
 from fairseq_sffn.memory.usage import (
     dropped_share,
@@ -12,6 +11,7 @@ from fairseq_sffn.memory.usage import (
     memory_usage,
     unused_blocks,
 )
+from tests.memory.oracle import build, close, tokens
 
 EVEN, ONE_TAKES_ALL = torch.tensor([5, 5, 5, 5]), torch.tensor([0, 20, 0, 0])
 NOTHING, ONE_BLOCK = torch.zeros(4, dtype=torch.int64), torch.tensor([7])
@@ -85,31 +85,31 @@ def test_load_kl_of_counts_is_what_the_entropy_lacks():
 
 
 @pytest.mark.parametrize("case", ["avgk-g4", "vanilla_m-g1", "pkm-activation", "hash_layer"])
-def test_mass_without_weights_is_the_counts(case):
+def test_importance_without_weights_is_the_counts(case):
     out = build(case, gate="none")(*tokens(20))
-    assert torch.equal(out.usage.mass, out.usage.counts.float())
+    assert torch.equal(out.usage.importance, out.usage.counts.float())
 
 
-def test_mass_is_what_weights_and_coefficients_add_up_to():
+def test_importance_is_what_weights_and_coefficients_add_up_to():
     memory, (x, _) = build("pkm", gate="softmax"), tokens(20)
     padding_mask = torch.arange(20) < 5
     out = memory(x, padding_mask=padding_mask)
     factors_NA = (out.selection.weights * out.selection.coefficients)[~padding_mask]
     wanted = torch.zeros(12, dtype=torch.float64)
     wanted.index_add_(0, out.selection.blocks[~padding_mask].flatten(), factors_NA.flatten())
-    close(out.usage.mass.double(), wanted, tolerance=1e-6)
-    assert not out.usage.mass.requires_grad
+    close(out.usage.importance.double(), wanted, tolerance=1e-6)
+    assert not out.usage.importance.requires_grad
 
 
-def test_mass_of_softmax_coefficients_is_the_tokens_times_heads():
-    assert build("pkm")(tokens(20)[0]).usage.mass.sum() == pytest.approx(40, abs=1e-4)
+def test_importance_of_softmax_coefficients_is_the_tokens_times_heads():
+    assert build("pkm")(tokens(20)[0]).usage.importance.sum() == pytest.approx(40, abs=1e-4)
 
 
-def test_the_capacity_changes_neither_counts_nor_mass():
+def test_the_capacity_changes_neither_counts_nor_importance():
     plain, limited = build("gshard"), build("gshard", capacity_factor=0.5)
     limited.load_state_dict(plain.state_dict())
     x, _ = tokens(20)
     outs = [plain(x), limited(x)]
     assert outs[1].usage.dropped > 0
     assert torch.equal(outs[0].usage.counts, outs[1].usage.counts)
-    close(outs[0].usage.mass, outs[1].usage.mass)
+    close(outs[0].usage.importance, outs[1].usage.importance)

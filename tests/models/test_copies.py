@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from fairseq import models
-from models.small_lm import METHODS, SIZES, dictionary, random_tokens, small_lm
-from models.test_transformer import build as small_transformer
 from torch import Tensor, nn
 
 from fairseq_sffn.models.plugin_model import PluginModel
+from tests.models.small_lm import METHODS, SIZES, dictionary, random_tokens, small_lm
+from tests.models.test_transformer import build as small_transformer
 
 REGISTERED = sorted(
     name for name, model in models.MODEL_REGISTRY.items() if issubclass(model, PluginModel)

@@ -10,7 +10,15 @@ import torch
 from fairseq import models
 from fairseq.data import TruncatedDictionary
 from fairseq.tasks.language_modeling import LanguageModelingTask
-from models.small_lm import (
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from fairseq_sffn.errors import UsageError
+from fairseq_sffn.memory import MemoryConfig, Selection, Selector, SparseMemory
+from fairseq_sffn.models.decoder import SparseTransformerDecoder
+from fairseq_sffn.models.layer import SparseDecoderLayer
+from fairseq_sffn.models.stack import trailing_tokens
+from tests.models.small_lm import (
     METHODS,
     PAD,
     TYPES,
@@ -21,14 +29,6 @@ from models.small_lm import (
     small_config,
     small_lm,
 )
-from omegaconf import OmegaConf
-from torch import Tensor, nn
-
-from fairseq_sffn.errors import UsageError
-from fairseq_sffn.memory import MemoryConfig, Selection, Selector, SparseMemory
-from fairseq_sffn.models.decoder import SparseTransformerDecoder
-from fairseq_sffn.models.layer import SparseDecoderLayer
-from fairseq_sffn.models.stack import trailing_tokens
 
 SPARSE = [method for method in METHODS if method != "dense"]
 # With an incremental state, fairseq computes attention's softmax in fp32.

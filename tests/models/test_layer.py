@@ -12,11 +12,11 @@ from fairseq.models.transformer import TransformerConfig
 from fairseq.modules import FairseqDropout
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from fairseq.utils import get_activation_fn
-from models.small_lm import FFN, TYPES, WIDTH, random_tokens, small_config, small_lm
 from torch import Tensor, nn
 
 from fairseq_sffn.memory import MemoryConfig, SparseMemory
 from fairseq_sffn.models.layer import LayerRouting, SparseDecoderLayer
+from tests.models.small_lm import FFN, TYPES, WIDTH, random_tokens, small_config, small_lm
 
 LENGTH, BATCH = 5, 3
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from fairseq.utils import get_activation_fn
-from models.small_lm import FFN, TYPES, WIDTH, lm_config, small_config, small_lm
 
 from fairseq_sffn.errors import UsageError
 from fairseq_sffn.memory import MemoryConfig, Selector
@@ -23,6 +22,7 @@ from fairseq_sffn.models.config import (
     selector_flags,
     sparse,
 )
+from tests.models.small_lm import FFN, TYPES, WIDTH, lm_config, small_config, small_lm
 
 COUNTS = [TYPES - i for i in range(TYPES)]
 

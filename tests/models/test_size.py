@@ -5,15 +5,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import commands
 import pytest
 from fairseq import models
-from models.small_lm import build, dictionary, language_modeling, small_config
 
 from fairseq_sffn.errors import UsageError
 from fairseq_sffn.models import size
 from fairseq_sffn.models.size import BYTES, check_size, in_words, parts_of
 from fairseq_sffn.tools.cli import main
+from tests import commands
+from tests.models.small_lm import build, dictionary, language_modeling, small_config
 
 HUGE = 10**12
 

@@ -11,13 +11,13 @@ from fairseq.data import Dictionary
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.dataclass.initialize import add_defaults
 from fairseq.models.transformer import TransformerModel
-from models.small_lm import FFN, PAD, TYPES, WIDTH, dictionary, random_tokens
 from omegaconf import OmegaConf, open_dict
 from torch import Tensor
 
 from fairseq_sffn.errors import UsageError
 from fairseq_sffn.memory import Selector, SparseMemory
 from fairseq_sffn.models.layer import SparseDecoderLayer, SparseEncoderLayer
+from tests.models.small_lm import FFN, PAD, TYPES, WIDTH, dictionary, random_tokens
 
 SELECTORS = sorted(Selector.registry)
 BLOCKS = {"avgk": 8, "rand_hash": 8}

@@ -13,7 +13,14 @@ from fairseq.dataclass.configs import EMAConfig
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models.ema.ema import EMA
 from fairseq.modules import SinusoidalPositionalEmbedding
-from models.small_lm import (
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from fairseq_sffn.errors import UsageError
+from fairseq_sffn.memory import SparseMemory
+from fairseq_sffn.memory.selectors.hash_layer import balanced_table
+from fairseq_sffn.models.layer import SparseDecoderLayer
+from tests.models.small_lm import (
     METHODS,
     SIZES,
     TYPES,
@@ -24,13 +31,6 @@ from models.small_lm import (
     small_config,
     small_lm,
 )
-from omegaconf import OmegaConf
-from torch import Tensor, nn
-
-from fairseq_sffn.errors import UsageError
-from fairseq_sffn.memory import SparseMemory
-from fairseq_sffn.memory.selectors.hash_layer import balanced_table
-from fairseq_sffn.models.layer import SparseDecoderLayer
 
 NAMED = ("sffn", *METHODS)
 NAMES = [f"transformer_lm_{method}{size}" for method in NAMED for size in SIZES]

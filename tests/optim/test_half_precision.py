@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import commands
 import pytest
 import torch
 from fairseq import options, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from fairseq_sffn import compat
+from tests import commands
 
 MODELS = (*commands.MODELS, "sffn")
 HALF = {

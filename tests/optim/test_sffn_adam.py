@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import commands
 import pytest
 import torch
 from fairseq.dataclass.configs import FairseqConfig
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from fairseq_sffn.errors import UsageError
 from fairseq_sffn.optim.sffn_adam import FusedAdam
+from tests import commands
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {

@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 
 import pytest
-from study import made
 
 from fairseq_sffn.study.claims import (
     CONTRADICTED,
@@ -22,6 +21,7 @@ from fairseq_sffn.study.outcomes import Outcome, Study
 from fairseq_sffn.study.plan import Claim, Row, row_cells
 from fairseq_sffn.study.results import Results
 from fairseq_sffn.study.statistics import Deviation
+from tests.study import made
 
 CLAIM = Claim("A beats B.", "A", "B")
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study import made
 
 from fairseq_sffn.study import figures
 from fairseq_sffn.study.outcomes import Study
 from fairseq_sffn.study.plan import Row, Table
+from tests.study import made
 
 ROWS = (
     Row("dense", "dense", seeds=(1, 2), group="none"),

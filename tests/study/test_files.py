@@ -4,13 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from study import made
 
 from fairseq_sffn.study import files
 from fairseq_sffn.study.figures import FIGURES
 from fairseq_sffn.study.files import load_scale, load_table
 from fairseq_sffn.study.plan import Cell, Row, row_cells
 from fairseq_sffn.study.tables import KINDS
+from tests.study import made
 
 TABLE = """
 title = "T"

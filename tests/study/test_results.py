@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from study import made
 
 from fairseq_sffn.study.plan import Row, row_cells, sweep_cells
 from fairseq_sffn.study.results import WHOLE, Results, curve, log_records, missing, write
+from tests.study import made
 
 ROW = Row("a", "avgk", "--sffn-block-size 16")
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from models.small_lm import dictionary, pad, random_tokens, small_lm
 from torch import Tensor
 
 from fairseq_sffn.study import routing
 from fairseq_sffn.study.routing import Routing
+from tests.models.small_lm import dictionary, pad, random_tokens, small_lm
 
 LENGTHS = ((7, 4, 7), (3, 9))
 """Of the sentences, by batch."""

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from study import made
 
 from fairseq_sffn.study import runner
 from fairseq_sffn.study.plan import Launcher
 from fairseq_sffn.study.runner import Runner, drop_optimizer, fingerprint, last_json
+from tests.study import made
 
 
 def test_json_after_other_lines() -> None:

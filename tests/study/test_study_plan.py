@@ -4,9 +4,9 @@ from dataclasses import fields, replace
 from typing import Any
 
 import pytest
-from study import made
 
 from fairseq_sffn.study.plan import Cell, Launcher, Row, Scale, sweep_cells, train_arguments
+from tests.study import made
 
 CELL = Cell("avgk", "--sffn-block-size 64", 1, 0.001, 40, 8)
 CHANGES: dict[str, Any] = {

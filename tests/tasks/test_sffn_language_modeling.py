@@ -13,7 +13,6 @@ import torch
 from fairseq import models
 from fairseq.data import data_utils, indexed_dataset
 from fairseq.tasks.language_modeling import LanguageModelingTask
-from models.small_lm import small_config
 from omegaconf import OmegaConf
 
 from fairseq_sffn.errors import UsageError
@@ -23,6 +22,7 @@ from fairseq_sffn.tasks.sffn_language_modeling import (
     SFFNLanguageModelingConfig,
     SFFNLanguageModelingTask,
 )
+from tests.models.small_lm import small_config
 
 
 def set_up(

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import commands
 import pytest
 import torch
 from fairseq import checkpoint_utils
 
 from fairseq_sffn.errors import UsageError
+from tests import commands
 
 UPDATES = (2, 4, 6)
 

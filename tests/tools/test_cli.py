@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import ROOT
-from models.small_lm import build, lm_config
 
 from fairseq_sffn.models.transformer_lm import METHODS, SIZES
 from fairseq_sffn.tools import cli
 from fairseq_sffn.tools.cost import model_cost
+from tests.commands import ROOT
+from tests.models.small_lm import build, lm_config
 
 NAMES = ("dense", *(method.name for method in METHODS))
 TOTALS = ("params", "active_params", "flops_per_token")

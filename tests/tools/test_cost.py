@@ -6,13 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from models.small_lm import FFN, METHODS, TYPES, WIDTH, build, lm_config, random_tokens, small_lm
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fairseq_sffn.tools import cost
 from fairseq_sffn.tools.cost import Cost, cost_by_part, dense_counterpart, model_cost, total
+from tests.models.small_lm import (
+    FFN,
+    METHODS,
+    TYPES,
+    WIDTH,
+    build,
+    lm_config,
+    random_tokens,
+    small_lm,
+)
 
 LAYERS, CELLS = 2, 16 * FFN
 CONTEXT = 12

@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import commands
 import pytest
 
 from fairseq_sffn.errors import UsageError
 from fairseq_sffn.tools import cli
+from tests import commands
 
 FLAGS = ("--cpu", "--num-workers", "0", "--tokens-per-sample", "16")
 

@@ -17,11 +17,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from commands import ROOT, leave
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.dataclass.initialize import add_defaults
 from fairseq.optim import FP16Optimizer, MemoryEfficientFP16Optimizer, build_optimizer
-from models.small_lm import METHODS, build, language_modeling, lm_config
 from omegaconf import OmegaConf, open_dict
 from torch import nn
 
@@ -29,12 +27,14 @@ from fairseq_sffn.criterions.sffn_cross_entropy import (
     SFFNCrossEntropyConfig,
     SFFNCrossEntropyCriterion,
 )
-from fairseq_sffn.memory import MemoryConfig, Sharing, SparseMemory
+from fairseq_sffn.memory import MemoryConfig, ProcessGroups, SparseMemory
 from fairseq_sffn.memory.selectors.avgk import AvgK
 from fairseq_sffn.tools import cli, traffic
 from fairseq_sffn.tools.activations import activation_bytes
 from fairseq_sffn.tools.cost import cost_by_part, total, training_flops_per_token
 from fairseq_sffn.tools.plan import Setting, plan_figures
+from tests.commands import ROOT, leave
+from tests.models.small_lm import METHODS, build, language_modeling, lm_config
 
 WIDTH, TYPES, RANKS = 64, 104, 2
 TOKENS, LENGTH = 256, 32
@@ -169,7 +169,7 @@ class Wire:
 
 def memory_on_a_rank(name: str, rank: int, wire: Wire) -> dict[str, Any]:
     torch.manual_seed(0)
-    memory = SparseMemory(memory_config(name), Sharing(blocks=dist.group.WORLD))
+    memory = SparseMemory(memory_config(name), ProcessGroups(blocks=dist.group.WORLD))
     torch.manual_seed(1 + rank)
     x = torch.randn(UNEVEN[rank], WIDTH, requires_grad=True)
     token_ids = torch.randint(TYPES, UNEVEN[rank : rank + 1])

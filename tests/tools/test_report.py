@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from study import made
 
 from fairseq_sffn.study import outcomes
 from fairseq_sffn.study.files import load_scale, load_table
@@ -29,6 +28,7 @@ from fairseq_sffn.study.tables.zero_shot import Task
 from fairseq_sffn.tools import cli
 from fairseq_sffn.tools.cost import cost_figures
 from fairseq_sffn.tools.language_model import build_language_model
+from tests.study import made
 
 SCALE = """
 size = "tiny"

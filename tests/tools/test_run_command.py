@@ -18,7 +18,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import commands
 import pytest
 import torch
 from fairseq.data import Dictionary
@@ -31,6 +30,7 @@ from fairseq_sffn.study.results import log_records
 from fairseq_sffn.study.runner import Runner, fingerprint, updates_of
 from fairseq_sffn.tools import cli
 from fairseq_sffn.tools.zero_shot_tasks import TASKS
+from tests import commands
 
 pytestmark = pytest.mark.usefixtures("quick_start")
 UPDATES = 8

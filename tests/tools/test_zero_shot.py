@@ -9,13 +9,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import commands
 import pytest
 import sentencepiece
 import torch
 from fairseq.data import Dictionary
 from fairseq.models import FairseqDecoder, FairseqLanguageModel
-from models.small_lm import TYPES, dictionary, small_lm
 from torch import Tensor
 
 from fairseq_sffn.tools import cli
@@ -30,6 +28,8 @@ from fairseq_sffn.tools.zero_shot_tasks import (
     subset_hash,
     word_figures,
 )
+from tests import commands
+from tests.models.small_lm import TYPES, dictionary, small_lm
 
 POSITIONS = 16
 ROUNDING = 1e-5

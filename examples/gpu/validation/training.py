@@ -224,7 +224,7 @@ def dispatched(setting: Setting) -> Row:
     """A layer whose tokens travel to the one rank there is, against one without a group."""
     import torch.distributed as dist
 
-    from fairseq_sffn.memory import Sharing, SparseMemory
+    from fairseq_sffn.memory import ProcessGroups, SparseMemory
 
     from .layers import Case, build
     from .twins import errors, forward_backward
@@ -233,7 +233,7 @@ def dispatched(setting: Setting) -> Row:
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         memory, inputs = build(Case("switch", 64, engine="tiled"))
-        shared = SparseMemory(memory.config, Sharing(blocks=dist.group.WORLD))
+        shared = SparseMemory(memory.config, ProcessGroups(blocks=dist.group.WORLD))
         shared.load_state_dict(memory.state_dict())
         inputs = inputs.to(setting.device, torch.float32)
         _, want = forward_backward(memory.to(setting.device), inputs)

@@ -18,9 +18,8 @@ from ..selection import Selection, Selector, SelectorConfig, SelectorInput
 
 State = list[tuple[Tensor, int]]
 
-KEPT = 0.99
-"""Of its weight in the running mean of hidden states, a micro-batch keeps so much at each later
-one."""
+EMA_DECAY = 0.99
+"""Decay of the exponential moving average of hidden states, per micro-batch."""
 
 
 class AvgK(Selector):
@@ -136,7 +135,7 @@ class AvgK(Selector):
         sum_D = x_ND.masked_fill(~valid_N.bool().unsqueeze(1), 0.0).sum(dim=0)
         totals = torch.cat([sum_D, valid_N.sum().unsqueeze(0)])
         totals = inputs.stack_over_tokens(totals).sum(dim=0)
-        _keep_finite(self.hidden_totals, KEPT * self.hidden_totals + totals, totals)
+        _keep_finite(self.hidden_totals, EMA_DECAY * self.hidden_totals + totals, totals)
 
     def balance(self, logits_NB: Tensor, blocks_NA: Tensor, inputs: SelectorInput) -> None:
         """Moves the biases by the load of a micro-batch, of all ranks' tokens together."""

@@ -4,11 +4,11 @@ import dataclasses
 import pytest
 import torch
 import torch.utils.checkpoint
-from oracle import CASES, CPU_ENGINES, NATIVE, assert_matches, build, grads_of, tokens
 from torch import nn
 
 from fairseq_sffn.memory import ConfigError, MemoryConfig, Selection, SparseMemory
 from fairseq_sffn.memory.compute import bag_kernels, engines, kernels, tiled_torch, tiles
+from tests.memory.oracle import CASES, CPU_ENGINES, NATIVE, assert_matches, build, grads_of, tokens
 
 
 def cut(monkeypatch, pairs: int) -> None:

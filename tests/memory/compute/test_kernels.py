@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import NATIVE
 
 from fairseq_sffn.memory.compute import kernels
 from fairseq_sffn.memory.compute.bag_kernels import RowOrder
+from tests.memory.oracle import NATIVE
 
 pytestmark = pytest.mark.usefixtures("quick_start")
 ROOT = Path(__file__).parents[3]

@@ -2,10 +2,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from oracle import NATIVE
 
 from fairseq_sffn.memory.compute import products
 from fairseq_sffn.memory.compute.plan import Chunk
+from tests.memory.oracle import NATIVE
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16)
 ABLE = [

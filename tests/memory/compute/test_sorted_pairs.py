@@ -2,11 +2,11 @@ import itertools
 
 import pytest
 import torch
-from oracle import NATIVE
 
 from fairseq_sffn.memory.compute.plan import make_plan
 from fairseq_sffn.memory.compute.products import PRODUCTS
 from fairseq_sffn.memory.compute.sorted_pairs import combine, score
+from tests.memory.oracle import NATIVE
 
 
 @pytest.mark.parametrize("reduce", ["sum", "columns"])

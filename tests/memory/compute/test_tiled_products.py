@@ -1,4 +1,3 @@
-import pair_loops
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -6,6 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fairseq_sffn.memory.compute import tiled_products, tiled_torch
 from fairseq_sffn.memory.compute.tiled_products import gathered_products, scattered_products
+from tests.memory.compute import pair_loops
 
 OPERATORS = torch.ops.fairseq_sffn
 

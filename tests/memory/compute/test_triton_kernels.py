@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pair_loops
 import pytest
 import torch
-from oracle import build, grads_of, tokens
 
 from fairseq_sffn.memory.compute import tiled_products
+from tests.memory.compute import pair_loops
+from tests.memory.oracle import build, grads_of, tokens
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,

@@ -2,10 +2,10 @@ import copy
 
 import pytest
 import torch
-from oracle import assert_matches, build, close, tokens
 
 from fairseq_sffn.memory import ConfigError
 from fairseq_sffn.memory.selectors.avgk import AvgK
+from tests.memory.oracle import assert_matches, build, close, tokens
 
 
 def right_scores(memory, x):

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from oracle import build, close, tokens
 
 from fairseq_sffn.memory import SelectorInput
 from fairseq_sffn.memory.selectors.gshard import GShard
+from tests.memory.oracle import build, close, tokens
 
 SAMPLED = GShard.Config(second_expert="sampled")
 
@@ -129,7 +129,7 @@ def test_what_is_left_out_is_not_used_and_takes_no_room():
     wanted = torch.bincount(out.selection.blocks[counted_NA], minlength=4)
     assert torch.equal(out.usage.counts, wanted)
     assert out.usage.dropped == 0
-    close(out.usage.mass.sum().double(), (weights_NA * counted_NA).sum(), tolerance=1e-4)
+    close(out.usage.importance.sum().double(), (weights_NA * counted_NA).sum(), tolerance=1e-4)
 
     # Second blocks that are left out leave their room to others.
     limited = build("gshard-sampled", capacity_factor=1.0)

@@ -1,12 +1,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import build, close, tokens
 from torch import nn
 
 from fairseq_sffn.memory.selectors.pkm import PKM
 from fairseq_sffn.memory.selectors.pkm_ffn import PKMFFN
 from fairseq_sffn.memory.selectors.product_keys import sub_key_counts
+from tests.memory.oracle import build, close, tokens
 
 
 def dense_scores(memory, x_ND):

@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-from oracle import CPU_ENGINES, VOCAB_SIZE, build, close, tokens
 
 from fairseq_sffn.memory import ConfigError
 from fairseq_sffn.memory.selectors.rand_hash import RandHash, random_blocks
+from tests.memory.oracle import CPU_ENGINES, VOCAB_SIZE, build, close, tokens
 
 
 @pytest.mark.parametrize(

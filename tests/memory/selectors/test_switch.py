@@ -1,9 +1,9 @@
 import pytest
 import torch
-from oracle import build, close, tokens
 
 from fairseq_sffn.memory import SelectorInput
 from fairseq_sffn.memory.selectors.switch import Switch
+from tests.memory.oracle import build, close, tokens
 
 
 def test_scores_are_those_of_the_router():

@@ -1,0 +1,150 @@
+"""One of four processes that compare memories which share tokens and blocks with one that does not:
+initial tables, outputs, selections, losses, counts, gradients, bytes sent. Started by torchrun;
+rank 0 writes what it found to the file that is named."""
+
+import copy
+import json
+import pickle
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT)]
+from fairseq_sffn.memory import ConfigError, ProcessGroups  # noqa: E402
+from fairseq_sffn.memory.selectors.avgk import AvgK  # noqa: E402
+from fairseq_sffn.memory.selectors.base_layer import BASELayer  # noqa: E402
+from fairseq_sffn.memory.sparse_memory import SHARDED, check_sharding  # noqa: E402
+from tests import commands  # noqa: E402
+from tests.memory.oracle import CASES, UNSCORED, build, close, tokens  # noqa: E402
+
+TOKENS = (7, 0, 12, 3)
+"""Of each rank: uneven, and one without."""
+
+
+OTHERS = {
+    "base": ("base", dict(selector=BASELayer.Config(scope="world"))),
+    "avgk-balanced": ("avgk-g4", dict(selector=AvgK.Config(balance_rate=0.3))),
+    "avgk-centered": ("avgk-g4", dict(selector=AvgK.Config(center=True))),
+}
+"""Options that several processes need, or that are no case of their own."""
+
+
+class Meter:
+    """Counts the bytes of ``all_to_all_single`` that go to others."""
+
+    def __init__(self) -> None:
+        self.sent, self.original = 0, dist.all_to_all_single
+        dist.all_to_all_single = self
+
+    def __call__(self, output, input, received=None, sent=None, group=None):
+        ranks, me = dist.get_world_size(group), dist.get_rank(group)
+        sizes = sent or [len(input) // ranks] * ranks
+        row = input[:1].numel() if len(input) else input.new_empty(1, *input.shape[1:]).numel()
+        self.sent += (sum(sizes) - sizes[me]) * row * input.element_size()
+        return self.original(output, input, received, sent, group=group)
+
+
+def compare(case: str, shards: int, groups: dict, gate: str) -> None:
+    """Raises AssertionError where anything differs."""
+    torch.manual_seed(0)
+    case, changes = OTHERS.get(case, (case, {}))
+    alone = build(case, gate=gate, **changes)
+    blocks, replicas = groups[shards]
+    groups = ProcessGroups(dist.group.WORLD, blocks)
+    torch.manual_seed(0)
+    shared = build(case, gate=gate, groups=groups, **changes)
+    for name, parameter in shared.named_parameters():  # initialised alike
+        whole = dict(alone.named_parameters())[name]
+        cut = name in SHARDED and shards > 1
+        assert hasattr(parameter, "expert") == cut
+        close(parameter, whole[groups.part_of(len(whole))] if cut else whole, name, 0)
+
+    x_ND, ids_N2 = tokens(sum(TOKENS))
+    cotangent_ND = torch.randn_like(x_ND)
+    padding_N = torch.rand(len(x_ND)) < 0.2
+    rank = dist.get_rank()
+    own = slice(sum(TOKENS[:rank]), sum(TOKENS[: rank + 1]))
+    outcomes = []
+    meter = Meter()
+    for memory, part in ((alone, slice(None)), (shared, own)):
+        x = x_ND[part].clone().requires_grad_()
+        out = memory(x, ids_N2[part], padding_mask=padding_N[part])
+        objective = (out.output * cotangent_ND[part]).sum()
+        share = 1.0 if memory is alone else len(x) / len(x_ND)
+        for loss in (out.balance_loss, out.z_loss):
+            if loss is not None:
+                objective = objective + 3 * share * loss
+        objective.backward()
+        outcomes.append((x, out))
+    dist.all_to_all_single = meter.original
+    assert int(outcomes[1][1].usage.sent) == meter.sent, (case, shards, "bytes")
+    assert (shards > 1) == (meter.sent > 0)  # at least the numbers of rows
+    (x, want), (own_x, got) = outcomes
+    assert torch.equal(got.selection.blocks, want.selection.blocks[own])
+    close(got.output, want.output[own], "output")
+    close(own_x.grad, x.grad[own], "x")
+    for name in ("balance_loss", "z_loss"):
+        if getattr(want, name) is not None:
+            close(getattr(got, name), getattr(want, name), name)
+    for total, part in zip(want.usage[:3], got.usage[:3], strict=True):
+        dist.all_reduce(part := part.clone())
+        close(part.double(), total.double(), "usage", 1e-5)
+    for (name, parameter), whole in zip(shared.named_parameters(), alone.parameters(), strict=True):
+        if whole.grad is None:
+            continue
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        cut = hasattr(parameter, "expert")
+        dist.all_reduce(grad, group=replicas if cut else dist.group.WORLD)
+        close(grad, whole.grad[groups.part_of(len(whole))] if cut else whole.grad, name)
+    for name, buffer in shared.named_buffers():
+        close(buffer.double(), dict(alone.named_buffers())[name].double(), name, 1e-5)
+    assert copy.deepcopy(shared).groups is groups
+    assert shards > 1 or pickle.loads(pickle.dumps(shared)).groups == ProcessGroups()
+    shared.eval(), alone.eval()
+    with torch.no_grad():
+        close(shared(x_ND[own], ids_N2[own]).output, alone(x_ND, ids_N2).output[own], "evaluation")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    pairs, crossed = (
+        [dist.new_group(g) for g in gs] for gs in ([[0, 1], [2, 3]], [[0, 2], [1, 3]])
+    )
+    rank = dist.get_rank()
+    alone = [dist.new_group([r]) for r in range(4)][rank]
+    groups = {
+        1: (None, dist.group.WORLD),
+        2: (pairs[rank // 2], crossed[rank % 2]),
+        4: (dist.group.WORLD, alone),
+    }
+    report = {}
+    for case in dict.fromkeys([*CASES, *OTHERS]):
+        for shards in groups:
+            for gate in ("none", "sigmoid"):
+                if case == "gshard-sampled" or (gate == "sigmoid" and case in UNSCORED):
+                    continue
+                try:
+                    check_sharding(build(OTHERS.get(case, (case,))[0]).config, shards)
+                    compare(case, shards, groups, gate)
+                    outcome = "equal"
+                except ConfigError as error:
+                    outcome = f"refused: {error}"
+                except Exception:
+                    outcome = traceback.format_exc()
+                    print(rank, outcome, flush=True)
+                outcomes = [None] * 4
+                dist.all_gather_object(outcomes, outcome)
+                wrong = [text for text in outcomes if text != outcomes[0]] or [outcome]
+                report[f"{case}/{shards}/{gate}"] = max(wrong, key=len)
+    if rank == 0:
+        Path(sys.argv[1]).write_text(json.dumps(report))
+    commands.leave()
+
+
+main()
