@@ -1,0 +1,140 @@
+"""How a change of fairseq's own code is declared and applied.
+
+A module of this package declares each of its changes once::
+
+    @patch(
+        "fairseq.checkpoint_utils:verify_checkpoint_directory",
+        why="fairseq ends in a traceback where --save-dir cannot be written to.",
+        until="fairseq names the flag and the reason.",
+        kind=MENDS_FAIRSEQ,
+        written_for=("1f0c2a9d",),
+    )
+    def verify_checkpoint_directory(original):
+        @functools.wraps(original)
+        def wrapper(save_dir):
+            ...
+            original(save_dir)
+
+        return wrapper
+
+A target has one patch, so that the order in which patches are applied does not matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import logging
+import sys
+import types
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["the plugin needs it", "mends fairseq"]
+NEEDED: Kind = "the plugin needs it"
+MENDS_FAIRSEQ: Kind = "mends fairseq"
+MARK = "fairseq_sffn_patch"
+"""Attribute of a replacement that names its target."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A change of one function, method or class of fairseq.
+
+    Attributes:
+        target: ``module:name`` or ``module:Class.name``.
+        replace: takes the original and returns what stands in its place.
+        why: one sentence: what fails without it.
+        until: when the patch can go.
+        kind: whether the plugin needs it, or fairseq is mended for every model.
+        written_for: fingerprints of the originals that it was written for, see
+            :func:`fingerprint`.
+        members: for a class, the names of the members that the fingerprint covers.
+    """
+
+    target: str
+    replace: Callable[[Any], Any]
+    why: str
+    until: str
+    kind: Kind
+    written_for: tuple[str, ...]
+    members: tuple[str, ...] = ()
+
+    def owner(self) -> tuple[Any, str]:
+        """Return the module or class that has the target as an attribute, and the attribute."""
+        module, _, path = self.target.partition(":")
+        owner: Any = importlib.import_module(module)
+        *classes, name = path.split(".")
+        for part in classes:
+            owner = getattr(owner, part)
+        return owner, name
+
+    def is_applied(self) -> bool:
+        """Return whether the target has been replaced."""
+        owner, name = self.owner()
+        return vars(getattr(owner, name)).get(MARK) == self.target
+
+    def apply(self) -> None:
+        """Replace the target, unless it has been replaced already.
+
+        Warns in one line if the original is not one that the patch was written for.
+        """
+        if self.is_applied():
+            return
+        owner, name = self.owner()
+        original = getattr(owner, name)
+        found = fingerprint(original, self.members)
+        if found is not None and found not in self.written_for:
+            logger.warning(
+                f"{self.target}: its source ({found}) is not that of the fairseq that the plugin "
+                "was written for (ve-fairseq 0.12.3); see fairseq-sffn patches"
+            )
+        replacement = self.replace(original)
+        setattr(replacement, MARK, self.target)
+        is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+        setattr(owner, name, staticmethod(replacement) if is_static else replacement)
+        # ``python -m fairseq_cli.train`` runs a second copy of the module.
+        command = sys.modules.get("__main__")
+        spec = getattr(command, "__spec__", None)
+        if isinstance(owner, types.ModuleType) and getattr(spec, "name", None) == owner.__name__:
+            setattr(command, name, replacement)
+
+
+def patch(
+    target: str,
+    *,
+    why: str,
+    until: str,
+    kind: Kind,
+    written_for: Iterable[str],
+    members: Iterable[str] = (),
+) -> Callable[[Callable[[Any], Any]], Patch]:
+    """Return a decorator that makes a :class:`Patch` of a function that wraps the original."""
+
+    def declare(replace: Callable[[Any], Any]) -> Patch:
+        return Patch(target, replace, why, until, kind, tuple(written_for), tuple(members))
+
+    return declare
+
+
+def fingerprint(original: Any, members: Iterable[str] = ()) -> str | None:
+    """Return a short hash of the source of a function, or of some members of a class.
+
+    White space does not count.
+
+    Returns:
+        ``None`` where the source is not there.
+    """
+    parts = [getattr(original, name) for name in members] or [original]
+    digest = hashlib.sha256()
+    for part in parts:
+        part = part.fget if isinstance(part, property) else part
+        try:
+            digest.update("".join(inspect.getsource(part).split()).encode())
+        except (OSError, TypeError):
+            return None
+    return digest.hexdigest()[:8]
