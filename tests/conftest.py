@@ -48,7 +48,23 @@ parsed = functools.lru_cache(50_000)(lambda text, rule: parse(parser, text, rule
 OverridesParser.parse_rule = lambda self, text, rule: copy.copy(parsed(text, rule))
 
 
+MARKERS = {
+    "integration": "integration",
+    "examples": "integration",
+    "expert_parallel": "distributed",
+}
+"""Folder -> the marker of its tests."""
+STARTERS = {"data_bin", "quick_start"}
+"""Fixtures of tests that run whole commands or start other programs."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.relative_to(HERE).parts[0]
+        if marker := MARKERS.get(folder):
+            item.add_marker(marker)
+        if STARTERS & set(getattr(item, "fixturenames", ())):
+            item.add_marker("integration")
     place = {HERE / file: number for number, file in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
 

@@ -1,10 +1,16 @@
 #!/usr/bin/env bash
-# Every check there is: format, lint, types, tests. Arguments go to pytest.
+# Every check there is: format, lint, types, tests. With --fast, the tests are those of the core. Other
+# arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/venv.sh
 if ! python -m pip freeze | grep --quiet --line-regexp --file <(grep -v '^#' tests/requirements.txt); then
     python -m pip --disable-pip-version-check install --quiet --no-deps -r tests/requirements.txt
+fi
+
+if [ "${1-}" = --fast ]; then
+    shift
+    set -- -m "not slow and not integration and not distributed" "$@"
 fi
 
 ruff format --check .
@@ -13,4 +19,4 @@ mypy
 # A file's tests share what they train, so a file is one worker's. Files come in the order of
 # conftest.py, rather than those of few tests last, which are the longest.
 OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
-    --no-loadscope-reorder "$@"
+    --no-loadscope-reorder --durations 10 "$@"
