@@ -143,6 +143,7 @@ def routing(cfg: Any) -> dict[str, Any]:
         max_tokens=cfg.dataset.max_tokens or 36000,
         batch_size=cfg.dataset.batch_size,
         max_positions=utils.resolve_max_positions(model.max_positions()),
+        num_workers=cfg.dataset.num_workers,
     )
     used = batches.split.tokens - batches.split.long - batches.split.cut
     with torch.no_grad(), Routing(model, task.source_dictionary, used) as seen:
