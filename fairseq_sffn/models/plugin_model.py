@@ -12,11 +12,10 @@ from fairseq.models import BaseFairseqModel, register_model
 from omegaconf import OmegaConf
 from torch import nn
 
-from ..compat import check_precision
 from ..errors import UsageError
 from ..memory import MemoryConfig, ProcessGroups, SparseMemory
+from ..precision import check_precision
 from .config import flag, selector_flags
-from .stack import SparseStack
 
 
 class PluginModel(BaseFairseqModel):
@@ -50,35 +49,15 @@ class PluginModel(BaseFairseqModel):
             args = Namespace(**plain)
         return cls.config_class.from_namespace(args)
 
-    def ask_for_losses(self, wanted: bool) -> bool:
-        """Whether the routing of the next forward passes is to have balance and z losses. They take
-        a softmax over all blocks, and of some selectors scores that nothing else reads; in several
-        processes all must then run together. Without a call there are none.
-
-        Returns:
-            what was wanted before.
-        """
-        stacks = [module for module in self.modules() if isinstance(module, SparseStack)]
-        before = all(stack.losses for stack in stacks)
-        for stack in stacks:
-            stack.losses = wanted
-        return before
-
-    def expect_dummies(self, wanted: bool) -> None:
-        """Whether the next tokens stand for none (see :class:`SparseStack`)."""
-        for module in self.modules():
-            if isinstance(module, SparseStack):
-                module.is_dummy = wanted
-
     def work_alone(self) -> None:
-        """Routes its tokens without a look at those of other processes."""
+        """Make every sparse layer route this process's tokens by themselves."""
         for module in self.modules():
             if isinstance(module, SparseMemory):
                 module.groups = ProcessGroups()
 
     @property
     def expert_parallel(self) -> int:
-        """Processes over which the blocks are shared out."""
+        """Processes over which the blocks of each sparse layer are sharded."""
         shards = (m.groups.shards for m in self.modules() if isinstance(m, SparseMemory))
         return next(shards, 1)
 

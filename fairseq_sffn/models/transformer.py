@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Optional
 
 from fairseq.dataclass import FairseqDataclass
 from fairseq.models.transformer import TransformerModel
+from torch import Tensor
 
 from ..errors import UsageError
 from .config import TranslationConfig, build_memory_config, check_supported, sparse
@@ -71,6 +72,30 @@ class SparseTransformer(PluginModel, TransformerModel):
             prefix="decoder_layer",
         )
         return cls(args, encoder, decoder)
+
+    def forward(
+        self,
+        src_tokens: Tensor,
+        src_lengths: Tensor,
+        prev_output_tokens: Tensor,
+        return_all_hiddens: bool = True,
+        *,
+        routing_losses: bool = False,
+        is_dummy: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Run encoder and decoder.
+
+        Args:
+            src_tokens, src_lengths, prev_output_tokens, return_all_hiddens, kwargs: fairseq's.
+            routing_losses, is_dummy: see the decoder's ``extract_features``.
+
+        Returns:
+            (B, T, V) logits, and the extra outputs with ``routing``.
+        """
+        routing: dict[str, Any] = dict(routing_losses=routing_losses, is_dummy=is_dummy)
+        encoder_out = self.encoder(src_tokens, src_lengths, return_all_hiddens, **routing)
+        return self.decoder(prev_output_tokens, encoder_out, **routing, **kwargs)
 
     @property
     def memory_config(self) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Optional
 from fairseq.dataclass import FairseqDataclass
 from fairseq.models.transformer_lm import TransformerLanguageModel
 from omegaconf import II
+from torch import Tensor
 
 from ..errors import UsageError
 from .config import DenseConfig, build_memory_config, check_supported, flag, sparse
@@ -44,6 +45,17 @@ class DenseTransformerLM(PluginModel, TransformerLanguageModel):
         if args.offload_activations:  # as its help says, and fairseq's own architectures do
             args.checkpoint_activations = True
         return super().build_model(args, task)
+
+    def forward(
+        self,
+        src_tokens: Tensor,
+        *,
+        routing_losses: bool = False,
+        is_dummy: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Run the decoder. A dense model routes no tokens, and does not look at the two flags."""
+        return super().forward(src_tokens, **kwargs)
 
 
 class SparseTransformerLM(DenseTransformerLM):
@@ -79,6 +91,26 @@ class SparseTransformerLM(DenseTransformerLM):
             no_encoder_attn=True,
         )
         return cls(decoder)
+
+    def forward(
+        self,
+        src_tokens: Tensor,
+        *,
+        routing_losses: bool = False,
+        is_dummy: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Run the decoder.
+
+        Args:
+            src_tokens: (B, T) token ids.
+            routing_losses, is_dummy: see the decoder's ``extract_features``.
+            kwargs: other arguments of the decoder.
+
+        Returns:
+            (B, T, V) logits, and the extra outputs with ``routing``.
+        """
+        return self.decoder(src_tokens, routing_losses=routing_losses, is_dummy=is_dummy, **kwargs)
 
     @property
     def memory_config(self) -> Any:

@@ -52,7 +52,6 @@ def build(selector: str = "avgk", source: int = TYPES, target: int = TYPES, **op
     options.setdefault("sffn_block_size", BLOCKS.get(selector))
     task = Task(dictionary(source), dictionary(target))
     model = models.build_model(config(sffn_selector=selector, **options), task).double()
-    model.ask_for_losses(True)
     return model
 
 
