@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
 
 import torch
+from fairseq.criterions import FairseqCriterion
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.dataclass.constants import LOG_FORMAT_CHOICES
 from fairseq.logging import metrics
@@ -89,7 +90,7 @@ class RoutingLossConfig(FairseqDataclass):
             "(default: the selector's own, 0.01 for switch and gshard, else 0)"
         },
     )
-    balance_loss_reduce: ChoiceEnum(["sum", "mean"]) = field(
+    balance_loss_reduce: ChoiceEnum(["sum", "mean"]) = field(  # type: ignore[valid-type]
         default="sum", metadata={"help": "over the sparse layers"}
     )
     z_loss_weight: float = field(
@@ -99,7 +100,7 @@ class RoutingLossConfig(FairseqDataclass):
     tensorboard_logdir: Optional[str] = II("common.tensorboard_logdir")
 
 
-class RoutingLosses:
+class RoutingLosses(FairseqCriterion):
     """Base class to put before one of fairseq's criterions: adds weight * balance loss + weight * z
     loss of the sparse layers to its loss.
 

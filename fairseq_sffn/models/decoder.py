@@ -9,6 +9,7 @@ them by the layers' names, in the model's output, where the criterion finds them
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fairseq.models.transformer import TransformerConfig, TransformerDecoder
@@ -31,6 +32,8 @@ class SparseTransformerDecoder(SparseStack, TransformerDecoder):
         no_encoder_attn: whether the decoder is without attention to an encoder.
         prefix: a layer's name in the routing is the prefix and its number.
     """
+
+    output_layer: Callable[[Tensor], Tensor]
 
     def __init__(
         self,

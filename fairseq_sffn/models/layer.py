@@ -82,6 +82,7 @@ class SparseLayer(nn.Module):
 
     fairseq_layer: ClassVar[Any]
     fc1: SparseFFN
+    activation_dropout_module: nn.Module
 
     def __init__(
         self,

@@ -42,8 +42,8 @@ class SparseStack(nn.Module):
         self.groups = process_groups(args.sffn_expert_parallel).groups
         # A pruned model keeps the numbers that its layers had in training, and their order.
         kept = getattr(args, f"{side}_layers_to_keep")
-        numbers = sorted(int(number) for number in kept.split(",")) if kept else None
-        numbers = numbers or range(getattr(args, f"{side}_layers"))
+        built = map(int, kept.split(",")) if kept else range(getattr(args, f"{side}_layers"))
+        numbers = sorted(built)
         self.sparse_layers = {
             index: f"{prefix}{number}"
             for index, number in enumerate(numbers)
@@ -121,6 +121,7 @@ class SparseStack(nn.Module):
         # An accelerator checks indices by itself, and the host would wait for it.
         if tokens.device.type == "cpu" and tokens.numel():
             types, highest = self.memory_config.vocab_size, int(tokens.max())
+            assert types is not None
             if highest >= types:
                 raise UsageError(
                     f"token id {highest}: outside the dictionary of {types} types; "

@@ -8,9 +8,10 @@ from fairseq.models.transformer import TransformerModel
 from torch import Tensor
 
 from ..errors import UsageError
-from .config import TranslationConfig, build_memory_config, check_supported, sparse
+from .config import TranslationConfig, sparse
 from .decoder import SparseTransformerDecoder
 from .encoder import SparseTransformerEncoder
+from .memory_config import build_memory_config, check_supported
 from .plugin_model import PluginModel, check_selector, register
 
 
@@ -22,22 +23,22 @@ class SparseTransformer(PluginModel, TransformerModel):
         "SparseTranslationConfig", TranslationConfig
     )
     selector: ClassVar[Optional[str]] = None
-    """The selector that the model's name promises; ``None``: any."""
+    """The selector in the model's name; ``None``: any."""
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "SparseTransformer":
         args = cls.options(args)
         check_supported(args, ["encoder", "decoder"])
         check_selector(args, cls.selector, "transformer_sffn")
-        # fairseq decides which embeddings are shared while it builds a model; without layers it
-        # does at the price of a shell that is thrown away.
+        # fairseq decides which embeddings are shared while it builds a model. Of a model without
+        # layers, only the embeddings are used.
         shell_args = copy.deepcopy(args)
         for side in ("encoder", "decoder"):
             setattr(shell_args, f"{side}_layers", 0)
             setattr(shell_args, f"{side}_layers_to_keep", None)
         try:
             shell = super().build_model(shell_args, task)
-        except ValueError as error:  # of embeddings that cannot be shared
+        except ValueError as error:  # embeddings cannot be shared
             raise UsageError(str(error)) from error
         for name in (
             "max_source_positions",
@@ -46,7 +47,7 @@ class SparseTransformer(PluginModel, TransformerModel):
             "share_decoder_input_output_embed",
         ):
             setattr(args, name, getattr(shell_args, name))
-        # fairseq notes it elsewhere.
+        # fairseq sets it in a copy of the options.
         args.share_decoder_input_output_embed |= args.merge_src_tgt_embed
         for side in ("encoder", "decoder"):
             if kept := getattr(args, f"{side}_layers_to_keep"):

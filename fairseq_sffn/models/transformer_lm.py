@@ -1,7 +1,7 @@
 """The registered language models: every method in every size.
 
-Each is a registered *model*, so that ``fairseq-train --arch NAME`` and ``model._name: NAME`` of
-``fairseq-hydra-train`` take their defaults from the same dataclass.
+Each method and size is a *model* of fairseq's, not only an architecture, so that ``fairseq-train
+--arch NAME`` and ``fairseq-hydra-train`` with ``model._name: NAME`` take the same defaults.
 """
 
 import copy
@@ -14,14 +14,15 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from omegaconf import II
 from torch import Tensor
 
-from ..errors import UsageError
-from .config import DenseConfig, build_memory_config, check_supported, flag, sparse
+from ..errors import UsageError, flag
+from .config import DenseConfig, sparse
 from .decoder import SparseTransformerDecoder
+from .memory_config import build_memory_config, check_supported
 from .plugin_model import PluginModel, check_selector, register
 
 
 class DenseTransformerLM(PluginModel, TransformerLanguageModel):
-    """fairseq's unmodified model, as the baseline of every size."""
+    """fairseq's dense Transformer language model: a baseline in every size."""
 
     config_class: ClassVar[type[FairseqDataclass]] = DenseConfig
 
@@ -42,7 +43,7 @@ class DenseTransformerLM(PluginModel, TransformerLanguageModel):
                 f"{args.decoder_input_dim} where the embeddings are the output projection as well; "
                 "or add --no-share-decoder-input-output-embed"
             )
-        if args.offload_activations:  # as its help says, and fairseq's own architectures do
+        if args.offload_activations:  # the flag's help says so, and fairseq's architectures do so
             args.checkpoint_activations = True
         return super().build_model(args, task)
 
@@ -63,7 +64,7 @@ class SparseTransformerLM(DenseTransformerLM):
 
     config_class: ClassVar[type[FairseqDataclass]] = sparse("SparseLMConfig", DenseConfig)
     selector: ClassVar[Optional[str]] = None
-    """The selector that the model's name promises; ``None``: any."""
+    """The selector in the model's name; ``None``: any."""
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "SparseTransformerLM":
@@ -73,8 +74,8 @@ class SparseTransformerLM(DenseTransformerLM):
         dictionary = task.source_dictionary
         counts = task.token_counts() if hasattr(task, "token_counts") else dictionary.count
         memory_config = build_memory_config(args, len(dictionary), counts)
-        # fairseq builds embeddings (adaptive, character, ...) and decoder in one function; with no
-        # layers it makes the embeddings at the price of a shell that is thrown away.
+        # fairseq builds embeddings (adaptive, character, ...) and decoder in one function. Of a
+        # model without layers, only the embeddings are used.
         shell_args = copy.deepcopy(args)
         shell_args.decoder_layers, shell_args.decoder_layers_to_keep = 0, None
         shell = super().build_model(shell_args, task)
@@ -152,8 +153,8 @@ class Method(NamedTuple):
 
     Attributes:
         name: the model is ``transformer_lm_{name}``, in every size.
-        selector: its selector; ``None``: chosen by ``--sffn-selector``.
-        options: its defaults that are not the selector's own.
+        selector: the selector; ``None``: chosen by ``--sffn-selector``.
+        options: defaults that differ from the selector's own.
     """
 
     name: str

@@ -17,9 +17,8 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from fairseq.modules import AdaptiveInput
 from torch import nn
 
-from ..errors import UsageError
+from ..errors import UsageError, flag
 from ..memory import SparseMemory
-from ..models.config import flag
 from .language_model import build_language_model
 
 

@@ -14,8 +14,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf import DictConfig, OmegaConf
 
-from ..errors import UsageError
-from ..models.config import flag
+from ..errors import UsageError, flag
 
 MOST_TYPES = 2**24
 """Types in a dictionary, which takes a few seconds to make."""

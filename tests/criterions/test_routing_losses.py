@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from fairseq.criterions import FairseqCriterion
 from fairseq.logging import metrics
 
 from fairseq_sffn.criterions.routing_losses import RoutingLosses
@@ -21,7 +22,7 @@ LEFT_OUT = ("memory/compute/", "memory/assignment.py", "fairseq/")
 SPARSE = [method for method in METHODS if method != "dense"]
 
 
-class Plain:
+class Plain(FairseqCriterion):
     """A criterion that logs nothing."""
 
     @classmethod
