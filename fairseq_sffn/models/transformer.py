@@ -30,8 +30,8 @@ class SparseTransformer(PluginModel, TransformerModel):
         args = cls.options(args)
         check_supported(args, ["encoder", "decoder"])
         check_selector(args, cls.selector, "transformer_sffn")
-        # fairseq decides which embeddings are shared while it builds a model. Of a model without
-        # layers, only the embeddings are used.
+        # fairseq decides which embeddings are shared while it builds a model. This builds a model
+        # without layers and keeps its embeddings.
         shell_args = copy.deepcopy(args)
         for side in ("encoder", "decoder"):
             setattr(shell_args, f"{side}_layers", 0)

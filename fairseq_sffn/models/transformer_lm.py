@@ -74,8 +74,8 @@ class SparseTransformerLM(DenseTransformerLM):
         dictionary = task.source_dictionary
         counts = task.token_counts() if hasattr(task, "token_counts") else dictionary.count
         memory_config = build_memory_config(args, len(dictionary), counts)
-        # fairseq builds embeddings (adaptive, character, ...) and decoder in one function. Of a
-        # model without layers, only the embeddings are used.
+        # fairseq builds embeddings (adaptive, character, ...) and decoder in one function. This
+        # builds a model without layers and keeps its embeddings.
         shell_args = copy.deepcopy(args)
         shell_args.decoder_layers, shell_args.decoder_layers_to_keep = 0, None
         shell = super().build_model(shell_args, task)
