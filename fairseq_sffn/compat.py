@@ -23,6 +23,7 @@ from fairseq_cli import eval_lm as eval_command
 from fairseq_cli import train as train_command
 
 from .errors import UsageError
+from .precision import check_precision
 
 logger = logging.getLogger(__name__)
 
@@ -59,16 +60,6 @@ def refuse_half_precision_on_cpu() -> None:
 
     original = Trainer.__init__
     replace_once(Trainer, "__init__", __init__)
-
-
-def check_precision(common: Any, flags: tuple[str, ...]) -> None:
-    """Raises UsageError where one of these flags is given without a GPU."""
-    if common.cpu or not torch.cuda.is_available():
-        for flag in flags:
-            if getattr(common, flag):
-                thrifty = getattr(common, f"memory_efficient_{flag}", False)
-                name = f"memory-efficient-{flag}" if thrifty else flag
-                raise UsageError(f"--{name}: needs a GPU, and this command runs on the CPU")
 
 
 def evaluate_at_the_model_context() -> None:

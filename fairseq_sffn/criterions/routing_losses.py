@@ -1,12 +1,12 @@
-"""The losses that keep the blocks of sparse layers evenly used, for any criterion."""
+"""Losses that keep the load of the blocks even, and statistics of routing, for any criterion."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
+from fairseq.criterions import FairseqCriterion
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.dataclass.constants import LOG_FORMAT_CHOICES
 from fairseq.logging import metrics
@@ -19,66 +19,66 @@ from ..memory import Selector, usage
 from ..models.layer import LayerRouting
 
 
-def _balance_loss(meters: Any, layer: str) -> float:
-    weight = float(meters[f"_balance_weight_{layer}"].sum)
-    return float(meters[f"_weighted_balance_{layer}"].sum) / weight if weight else 0.0
+class Ratio(NamedTuple):
+    """A value that follows from the meters of a layer, which hold sums over micro-batches.
+
+    Attributes:
+        function: takes the sums.
+        sums: their names in ``SUMS``.
+    """
+
+    function: Callable[..., float]
+    sums: tuple[str, ...]
 
 
-def _load_entropy(meters: Any, layer: str) -> float:
-    return usage.load_entropy(meters[f"_counts_{layer}"].sum)
+def _mean(weighted: Any, weight: Any) -> float:
+    return float(weighted) / float(weight) if float(weight) else 0.0
 
 
-def _load_max(meters: Any, layer: str) -> float:
-    return usage.load_max(meters[f"_counts_{layer}"].sum)
-
-
-def _unused_blocks(meters: Any, layer: str) -> float:
-    return usage.unused_blocks(meters[f"_counts_{layer}"].sum)
-
-
-def _memory_usage(meters: Any, layer: str) -> float:
-    return usage.memory_usage(meters[f"_counts_{layer}"].sum)
-
-
-def _load_kl(meters: Any, layer: str) -> float:
-    return usage.load_kl(meters[f"_importance_{layer}"].sum)
-
-
-def _dropped_share(meters: Any, layer: str) -> float:
-    counts, dropped = meters[f"_counts_{layer}"].sum, meters[f"_dropped_{layer}"].sum
-    return usage.dropped_share(counts, dropped)
-
-
-RATIOS = {
-    "balance_loss": _balance_loss,
-    "load_entropy": _load_entropy,
-    "load_max": _load_max,
-    "unused_blocks": _unused_blocks,
-    "memory_usage": _memory_usage,
-    "load_kl": _load_kl,
-    "dropped_share": _dropped_share,
+SUMS = {
+    "counts": "routing_counts_",
+    "dropped": "routing_dropped_",
+    "importance": "routing_importance_",
+    "weighted_balance": "routing_balance_",
+    "balance_weight": "routing_scored_",
 }
-"""What is logged -> how it follows from the meters of a layer, which hold sums."""
+"""Name of a meter of a layer -> how its key in the logs of a micro-batch begins."""
+RATIOS = {
+    "balance_loss": Ratio(_mean, ("weighted_balance", "balance_weight")),
+    "load_entropy": Ratio(usage.load_entropy, ("counts",)),
+    "load_max": Ratio(usage.load_max, ("counts",)),
+    "unused_blocks": Ratio(usage.unused_blocks, ("counts",)),
+    "memory_usage": Ratio(usage.memory_usage, ("counts",)),
+    "load_kl": Ratio(usage.load_kl, ("importance",)),
+    "dropped_share": Ratio(usage.dropped_share, ("counts", "dropped")),
+}
+"""Name in fairseq's log -> how it is computed."""
 SENT = "routing_sent_"
-"""Begins the names of what layers sent, in the logs of a micro-batch."""
+"""How the key of the bytes that a layer sent begins, in the logs of a micro-batch."""
 PER_LAYER = "routing_per_layer"
-"""Its presence in the logs of a micro-batch asks for the ratios of each layer. The value may be on
-an accelerator and is not read, since that would wait for it."""
+"""A key in the logs of a micro-batch: the ratios of each layer are logged too. The value may be on
+an accelerator and is not read, since the host would wait for it."""
 LOOPS = ("train_inner", "valid")
 """fairseq's aggregators that are active in each step of its training and validation loops."""
 
 
 @dataclass(frozen=True)
 class MeanOverLayers:
-    """A derived metric: the mean of a ratio over the layers that ran, which is all but where
-    LayerDrop skips some; rounded for the log."""
+    """A derived metric: the mean of a ratio over the layers that ran, rounded for the log.
 
-    ratio: Callable[[Any, str], float]
+    LayerDrop skips layers.
+    """
+
+    ratio: Ratio
     layers: list[str]
 
     def __call__(self, meters: Any) -> float:
-        ran = [layer for layer in self.layers if meters[f"_counts_{layer}"].sum.any()]
-        return round(sum(self.ratio(meters, layer) for layer in ran) / max(len(ran), 1), 4)
+        def sums(layer: str, names: tuple[str, ...]) -> list[Any]:
+            return [meters[f"_{name}_{layer}"].sum for name in names]
+
+        ran = [layer for layer in self.layers if sums(layer, ("counts",))[0].any()]
+        values = [self.ratio.function(*sums(layer, self.ratio.sums)) for layer in ran]
+        return round(sum(values) / max(len(ran), 1), 4)
 
 
 @dataclass
@@ -90,7 +90,7 @@ class RoutingLossConfig(FairseqDataclass):
             "(default: the selector's own, 0.01 for switch and gshard, else 0)"
         },
     )
-    balance_loss_reduce: ChoiceEnum(["sum", "mean"]) = field(
+    balance_loss_reduce: ChoiceEnum(["sum", "mean"]) = field(  # type: ignore[valid-type]
         default="sum", metadata={"help": "over the sparse layers"}
     )
     z_loss_weight: float = field(
@@ -100,17 +100,17 @@ class RoutingLossConfig(FairseqDataclass):
     tensorboard_logdir: Optional[str] = II("common.tensorboard_logdir")
 
 
-class RoutingLosses:
-    """Goes before one of fairseq's criterions among the bases of a class: adds weight * balance
-    loss + weight * z loss of the sparse layers to its loss.
+class RoutingLosses(FairseqCriterion):
+    """Base class to put before one of fairseq's criterions: adds weight * balance loss + weight * z
+    loss of the sparse layers to its loss.
 
-    What the criterion itself logs stays as it is, so that it compares with fairseq's;
-    the load of the blocks is logged beside it, and ``balance_loss`` where it or the z loss has a
-    weight, and in validation; for each layer too where the log is read by programs
-    (``--log-format json``, tensorboard). Works with any model: without sparse layers nothing is
-    added.
+    The criterion logs its own loss, without these, so that it compares with fairseq's. The load of
+    the blocks is logged beside it. ``balance_loss`` is logged in validation, and in training where
+    it or the z loss has a weight. Each ratio is logged by layer too where programs read the log
+    (``--log-format json``, tensorboard). A model without sparse layers trains as with fairseq's
+    criterion.
 
-    The extra losses are multiplied by the sample size, as fairseq divides gradients by it. They
+    The extra losses are multiplied by the sample size, since fairseq divides gradients by it. They
     are those of a micro-batch (Fedus et al. 2021, section 2.2), averaged over micro-batches by
     their sample sizes.
     """
@@ -128,28 +128,41 @@ class RoutingLosses:
         self.log_layers = str(cfg.log_format) == "json" or bool(cfg.tensorboard_logdir)
 
     def forward(self, model: Any, sample: Any, reduce: bool = True) -> tuple[Any, Any, Any]:
-        config = getattr(model, "memory_config", None)  # of a model with sparse layers
-        selector = None if config is None else config.selector_class
-        # In training a loss without a weight would only cost; validation logs it all the same.
-        has_losses = selector is not None and (
-            not model.training or any(self.weights(selector).values())
-        )
-        with _outputs_of(model, losses=has_losses) as outputs:
-            loss, sample_size, logging_output = super().forward(model, sample, reduce)
-        extra = outputs[0][1]  # not every model of fairseq gives a dictionary
-        if routing := extra.get("routing") if isinstance(extra, dict) else None:
-            assert selector is not None
-            loss = loss + self.extra_loss(selector, routing) * sample_size
-            has_losses = has_losses and selector.scores_blocks
-            sends = getattr(model, "expert_parallel", 1) > 1
-            logging_output |= self.routing_logs(routing, sample_size, has_losses, sends)
+        """Return the loss, the sample size and the logs of a micro-batch, as fairseq does.
+
+        Args:
+            model: any model.
+            sample: a micro-batch.
+            reduce: see fairseq's criterion.
+        """
+        if (selector := selector_of(model)) is None:
+            return super().forward(model, sample, reduce)
+        # In training a loss without a weight would only take time. Validation logs it.
+        wanted = not model.training or any(self.weights(selector).values())
+        net_input = {**sample["net_input"], "routing_losses": wanted}
+        sample = {**sample, "net_input": net_input}  # a copy, in which compute_loss puts routing
+        loss, sample_size, logging_output = super().forward(model, sample, reduce)
+        routing = sample["routing"]
+        loss = loss + self.extra_loss(selector, routing) * sample_size
+        sends = getattr(model, "expert_parallel", 1) > 1
+        has_losses = wanted and selector.scores_blocks
+        logging_output |= self.routing_logs(routing, sample_size, has_losses, sends)
         return loss, sample_size, logging_output
 
+    def compute_loss(
+        self, model: Any, net_output: Any, sample: Any, reduce: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Return fairseq's losses, and leave the routing of ``net_output`` in the sample, which
+        :meth:`forward` made for this call: fairseq's ``forward`` does not return ``net_output``."""
+        if selector_of(model) is not None:
+            sample["routing"] = net_output[1]["routing"]
+        return super().compute_loss(model, net_output, sample, reduce)
+
     def weights(self, selector: type[Selector]) -> dict[str, float]:
-        """The weight of each loss.
+        """Return the weight of each loss by its name.
 
         Raises:
-            UsageError: a loss of scores has a weight, where the selector gives none.
+            UsageError: a loss has a weight and the selector gives blocks no scores.
         """
         balance_weight = self.cfg.balance_loss_weight
         if balance_weight is None:
@@ -164,7 +177,7 @@ class RoutingLosses:
     def extra_loss(
         self, selector: type[Selector], routing: dict[str, LayerRouting]
     ) -> Tensor | float:
-        """Weighted balance and z losses of all layers."""
+        """Return the weighted balance and z losses of all layers: a scalar."""
         reduce = torch.mean if str(self.cfg.balance_loss_reduce) == "mean" else torch.sum
         total: Tensor | float = 0.0
         # A weight of 0 leaves the loss out, rather than send zeros back through the scores.
@@ -181,12 +194,14 @@ class RoutingLosses:
         has_losses: bool,
         sends: bool = False,
     ) -> dict[str, Any]:
-        """What adds up over micro-batches and workers, for :meth:`reduce_metrics`.
+        """Return what adds up over micro-batches and processes, for :meth:`reduce_metrics`.
 
-        Values may be on an accelerator, and reading them there would stall it, so that the names
-        alone tell what is to be logged.
+        Values stay on an accelerator, where reading them would make the host wait. The keys alone
+        tell what is logged.
 
         Args:
+            routing: of each sparse layer by name.
+            sample_size: weight of the micro-batch.
             has_losses: whether the routing has a balance loss.
             sends: whether layers send hidden states to other processes.
         """
@@ -204,38 +219,34 @@ class RoutingLosses:
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
-        """Add up what was logged, without a look at the values: fairseq calls this in each update,
-        and reads what follows from the sums at its log interval."""
+        """Add up what was logged. fairseq calls this in each update, and reads values at its log
+        interval. No value is read here."""
         super().reduce_metrics(logging_outputs)
+        first = logging_outputs[0]
+        prefix = SUMS["counts"]
+        layers = [key.removeprefix(prefix) for key in first if key.startswith(prefix)]
+        if not layers:
+            return
 
         def total(key: str) -> Any:
             return sum(log.get(key, 0) for log in logging_outputs)
 
-        prefix = "routing_counts_"
-        layers = [key.removeprefix(prefix) for key in logging_outputs[0] if key.startswith(prefix)]
-        if not layers:
-            return
-        ratios = dict(RATIOS)
+        logged = [name for name, prefix in SUMS.items() if f"{prefix}{layers[0]}" in first]
         for layer in layers:
-            if f"routing_balance_{layer}" in logging_outputs[0]:
-                weighted = total(f"routing_balance_{layer}")
-                metrics.log_scalar_sum(f"_weighted_balance_{layer}", weighted)
-                metrics.log_scalar_sum(f"_balance_weight_{layer}", total(f"routing_scored_{layer}"))
-            else:
-                ratios.pop("balance_loss", None)
-            metrics.log_scalar_sum(f"_counts_{layer}", total(f"routing_counts_{layer}"))
-            metrics.log_scalar_sum(f"_dropped_{layer}", total(f"routing_dropped_{layer}"))
-            metrics.log_scalar_sum(f"_importance_{layer}", total(f"routing_importance_{layer}"))
-        if f"{SENT}{layers[0]}" in logging_outputs[0]:
+            for name in logged:
+                metrics.log_scalar_sum(f"_{name}_{layer}", total(f"{SUMS[name]}{layer}"))
+        if f"{SENT}{layers[0]}" in first:
             sent = sum(total(f"{SENT}{layer}") for layer in layers)
             for meters in _logged_meters():
                 if "sent_bytes" not in meters:
                     meters.add_meter("sent_bytes", AverageMeter(round=0), priority=10)
                 meters["sent_bytes"].update(sent.double())  # whose mean is exact
         derived: dict[str, MeanOverLayers] = {}
-        for name, ratio in ratios.items():
+        for name, ratio in RATIOS.items():
+            if not set(ratio.sums) <= set(logged):
+                continue
             derived[name] = MeanOverLayers(ratio, layers)
-            if PER_LAYER in logging_outputs[0]:
+            if PER_LAYER in first:
                 derived |= {f"{name}_{layer}": MeanOverLayers(ratio, [layer]) for layer in layers}
         for meters in _logged_meters():
             for name, derive in derived.items():
@@ -243,28 +254,19 @@ class RoutingLosses:
                     meters.add_meter(name, MetersDict._DerivedMeter(derive), priority=20)
 
 
-def _logged_meters() -> list[MetersDict]:
-    """The active aggregators but the one that the trainer opens for a step.
+def selector_of(model: Any) -> type[Selector] | None:
+    """Return the selector of a model's sparse layers, ``None`` for a model without such layers."""
+    config = getattr(model, "memory_config", None)
+    return None if config is None else config.selector_class
 
-    The trainer reads all values of that aggregator after each step, and fairseq's loops drop them.
-    To read one stalls an accelerator. The loops log the values of the outer aggregators, at the log
+
+def _logged_meters() -> list[MetersDict]:
+    """Return the active aggregators but the one that the trainer opens for a step.
+
+    The trainer reads all values of that aggregator after each step, for which the host waits, and
+    fairseq's loops drop them. The loops log the values of the outer aggregators, at the log
     interval and at the end of a validation.
     """
     active = metrics.get_active_aggregators()
     in_loop = any(meters is metrics.get_meters(loop) for meters in active for loop in LOOPS)
     return active[:-1] if in_loop else active
-
-
-@contextmanager
-def _outputs_of(model: Any, losses: bool) -> Iterator[list[Any]]:
-    """What the model returns while this is open, which the criterion keeps to itself; with or
-    without the losses of its sparse layers."""
-    outputs: list[Any] = []
-    ask_for_losses = getattr(model, "ask_for_losses", lambda wanted: None)
-    before = ask_for_losses(losses)
-    handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
-    try:
-        yield outputs
-    finally:
-        handle.remove()
-        ask_for_losses(before)

@@ -1,4 +1,4 @@
-"""Cross entropy plus the losses that keep the blocks of sparse layers evenly used."""
+"""Cross entropy plus the losses that keep the load of the blocks even."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +22,12 @@ class SFFNCrossEntropyConfig(RoutingLossConfig):
     ddp_backend: DDP_BACKEND_CHOICES = II("distributed_training.ddp_backend")
 
 
-@register_criterion("sffn_cross_entropy", dataclass=SFFNCrossEntropyConfig)
-class SFFNCrossEntropyCriterion(RoutingLosses, CrossEntropyCriterion):
-    """Token cross entropy + weight * balance loss + weight * z loss; also of models with an
-    adaptive softmax."""
+class AdaptiveCrossEntropy(CrossEntropyCriterion):
+    """fairseq's token cross entropy, also for models with an adaptive softmax."""
 
     def __init__(self, cfg: SFFNCrossEntropyConfig, task: Any) -> None:
-        super().__init__(cfg, task, cfg.sentence_avg)
+        super().__init__(task, cfg.sentence_avg)
+        self.cfg = cfg
 
     def compute_loss(
         self, model: Any, net_output: Any, sample: Any, reduce: bool = True
@@ -60,3 +59,11 @@ class SFFNCrossEntropyCriterion(RoutingLosses, CrossEntropyCriterion):
         ]
         loss = torch.stack(losses).sum()
         return loss, loss
+
+
+@register_criterion("sffn_cross_entropy", dataclass=SFFNCrossEntropyConfig)
+class SFFNCrossEntropyCriterion(RoutingLosses, AdaptiveCrossEntropy):
+    """Token cross entropy + weight * balance loss + weight * z loss."""
+
+    def __init__(self, cfg: SFFNCrossEntropyConfig, task: Any) -> None:
+        super().__init__(cfg, cfg, task)

@@ -1,4 +1,4 @@
-"""Label-smoothed cross entropy plus the losses that keep blocks evenly used."""
+"""Label-smoothed cross entropy plus the losses that keep the load of the blocks even."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -42,8 +42,8 @@ from ..compat import replace_once
 from ..errors import UsageError
 from ..memory import SparseMemory
 from ..memory.sparse_memory import SHARDED, can_be_shared_out
+from ..models.process_groups import process_groups
 from .gradients import expert_parallel_of
-from .groups import process_groups
 from .launch import flattens_parameters
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from ..compat import replace_once
 from ..configuration import writable
 from ..criterions.routing_losses import SENT
 from ..models.plugin_model import PluginModel, plugin_model_in
-from .groups import process_groups
+from ..models.process_groups import process_groups
 
 
 def apply() -> None:
@@ -116,8 +116,8 @@ def tell_models_of_dummies() -> None:
     @functools.wraps(Trainer._prepare_sample)
     def _prepare_sample(self: Trainer, *args: Any, **kwargs: Any) -> tuple[Any, bool]:
         sample, is_dummy = original(self, *args, **kwargs)
-        if (model := plugin_model_in(self.get_model())) is not None:
-            model.expect_dummies(is_dummy)
+        if is_dummy and plugin_model_in(self.get_model()) is not None:
+            sample = {**sample, "net_input": {**sample["net_input"], "is_dummy": True}}
         return sample, is_dummy
 
     original = Trainer._prepare_sample

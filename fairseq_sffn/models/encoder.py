@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 from ..memory import MemoryConfig
 from .layer import SparseEncoderLayer
+from .overlay import Overlay
 from .stack import SparseStack
 
 
 class SparseTransformerEncoder(SparseStack, TransformerEncoder):
     """fairseq's encoder with sparse layers.
 
-    ``forward`` returns, beside what fairseq's does, ``routing``: the
-    :class:`~.layer.LayerRouting` of each sparse layer by name.
-
     Args:
         args: the model's options (:class:`~.config.SparseOptions` among them).
+        dictionary: the source dictionary.
+        embed_tokens: the input embedding.
         memory_config: the memory of each sparse layer.
-        prefix: layers are named by it and their number.
+        prefix: a layer's name in the routing is the prefix and its number.
     """
 
     def __init__(
@@ -41,7 +41,36 @@ class SparseTransformerEncoder(SparseStack, TransformerEncoder):
         cfg = TransformerConfig.from_namespace(cfg)
         return self.wrap(SparseEncoderLayer(cfg, self.memory_config, self.groups), cfg)
 
-    def forward(self, src_tokens: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        with self.routed(src_tokens) as routing:
-            encoder_out = super().forward(src_tokens, *args, **kwargs)
+    def forward(
+        self,
+        src_tokens: Tensor,
+        src_lengths: Tensor | None = None,
+        return_all_hiddens: bool = False,
+        token_embeddings: Tensor | None = None,
+        *,
+        routing_losses: bool = False,
+        is_dummy: bool = False,
+    ) -> dict[str, Any]:
+        """Run the encoder.
+
+        Args:
+            src_tokens: (B, T) token ids.
+            routing_losses, is_dummy: see the decoder's ``extract_features``.
+
+        Returns:
+            fairseq's outputs with ``routing``: the :class:`.layer.LayerRouting` of each sparse
+            layer by name.
+
+        Raises:
+            UsageError: a token id is outside the dictionary.
+        """
+        routing = self.empty_routing(src_tokens)
+        inputs = self.routing_inputs(src_tokens, routing_losses, is_dummy)
+        encoder_out = TransformerEncoder.forward_scriptable(
+            Overlay(self, layers=self.routed_layers(inputs, routing)),
+            src_tokens,
+            src_lengths,
+            return_all_hiddens,
+            token_embeddings,
+        )
         return {**encoder_out, "routing": routing}

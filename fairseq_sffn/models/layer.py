@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from fairseq.modules import transformer_layer
+from fairseq.modules.transformer_layer import (
+    TransformerDecoderLayerBase,
+    TransformerEncoderLayerBase,
+)
 from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..memory import ConfigError, MemoryConfig, MemoryOutput, ProcessGroups, SparseMemory
+from .overlay import Overlay
 
 
 class LayerRouting(NamedTuple):
-    """What a sparse layer gives besides its output; see ``MemoryOutput``. All are tensors, so that
-    they pass through activation checkpointing, whose first forward runs without gradients.
+    """What a sparse layer returns besides its output; see :class:`~..memory.MemoryOutput`.
+
+    All fields are tensors, so that they pass through activation checkpointing.
 
     Attributes:
-        balance_loss, z_loss: (), 0 for a selector without scores, or where nobody asked for them.
+        balance_loss: () load-balancing loss; 0 for a selector without scores, or if not wanted.
+        z_loss: () mean squared log-partition of the scores; 0 likewise.
         counts: (B,) assignments per block.
         dropped: () dropped assignments.
-        importance: (B,) assignments by weight.
+        importance: (B,) assignments per block, each by its weight.
         sent: () bytes sent to other ranks.
     """
 
@@ -34,7 +40,7 @@ class LayerRouting(NamedTuple):
 
     @classmethod
     def empty(cls, num_blocks: int, like: Tensor) -> LayerRouting:
-        """The routing of a layer that was skipped (LayerDrop)."""
+        """Return the routing of no tokens, on the device of ``like``."""
         zero = like.new_zeros((), dtype=torch.float32)
         count = like.new_zeros((), dtype=torch.int64)
         counts_B = count.new_zeros(num_blocks)
@@ -42,40 +48,41 @@ class LayerRouting(NamedTuple):
 
 
 class SparseFFN(nn.Module):
-    """Stands where a layer has its first linear map, and is the whole feed-forward network.
-
-    fairseq's layer hands it the hidden states alone, so the layer lends it the rest in ``lent``
-    for the time of one forward, and collects ``result``.
-    """
+    """The feed-forward network of a sparse layer, which stands where fairseq's layer has its first
+    linear map."""
 
     def __init__(self, config: MemoryConfig, groups: ProcessGroups | None = None) -> None:
         super().__init__()
         self.memory = SparseMemory(config, groups)
-        self.lent: dict[str, Any] = {}
-        self.result: MemoryOutput | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, token_ids: Tensor | None, padding_mask: Tensor | None, losses: bool
+    ) -> MemoryOutput:
+        """Return what the memory returns; see its arguments.
+
+        Raises:
+            UsageError: the engine of ``--sffn-engine`` cannot compute this dtype on this device.
+        """
         try:
-            self.result = self.memory(x, **self.lent)
+            return self.memory(x, token_ids, padding_mask=padding_mask, losses=losses)
         except ConfigError as error:
             if error.field != "engine":
                 raise
-            # One that cannot compute this type on this device, which is known only now.
             raise UsageError(f"--sffn-engine {error.value}: {error.reason}") from error
-        return self.result.output
 
 
 class SparseLayer(nn.Module):
-    """Goes before one of fairseq's layers among the bases of a class, and makes its feed-forward
-    network sparse.
+    """Base class to put before one of fairseq's layers: makes its feed-forward network sparse.
 
     Args:
         cfg: fairseq's ``TransformerConfig``.
         memory_config: sizes and choices of the memory.
-        groups: with which other processes it shares tokens and blocks.
+        groups: the processes with which the layer shares tokens and blocks.
     """
 
+    fairseq_layer: ClassVar[Any]
     fc1: SparseFFN
+    activation_dropout_module: nn.Module
 
     def __init__(
         self,
@@ -107,43 +114,50 @@ class SparseLayer(nn.Module):
         autocast: torch.dtype | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
-        """fairseq's forward, with the tokens to route by.
+        """Run fairseq's layer with a memory that is given the tokens to route by.
 
         Args:
-            x: (T, B, D).
+            x: (T, B, D) hidden states.
             token_ids: (T, B, context_tokens) trailing token ids.
             padding_mask: (T, B), ``True`` at padding.
             losses: whether balance and z loss are wanted.
-            autocast: the type that it is to compute in, unless autocast is on already: fairseq's
-                checkpointed layers are computed again without, and would select other blocks.
+            autocast: dtype of autocast outside of the layer, ``None``: off. fairseq's activation
+                checkpointing runs the layer again without autocast, and near-ties between scores
+                would select other blocks.
 
         Returns:
             fairseq's outputs, then the fields of :class:`LayerRouting`.
         """
-        self.fc1.lent = dict(token_ids=token_ids, padding_mask=padding_mask, losses=losses)
+        found: MemoryOutput | None = None
+
+        def fc1(x: Tensor) -> Tensor:
+            nonlocal found
+            found = self.fc1(x, token_ids, padding_mask, losses)
+            return found.output
+
         again = autocast is not None and not torch.is_autocast_enabled(x.device.type)
-        try:
-            with torch.autocast(x.device.type, autocast) if again else nullcontext():
-                outputs = super().forward(x, *args, **kwargs)
-            result = self.fc1.result
-        finally:
-            self.fc1.lent, self.fc1.result = {}, None
-        assert result is not None
-        empty = LayerRouting.empty(self.memory_config.num_blocks, like=x)
+        with torch.autocast(x.device.type, autocast) if again else nullcontext():
+            outputs = self.fairseq_layer.forward(Overlay(self, fc1=fc1), x, *args, **kwargs)
+        assert found is not None
+        zero = x.new_zeros((), dtype=torch.float32)
         routing = LayerRouting(
-            empty.balance_loss if result.balance_loss is None else result.balance_loss,
-            empty.z_loss if result.z_loss is None else result.z_loss,
-            *result.usage,
+            zero if found.balance_loss is None else found.balance_loss,
+            zero if found.z_loss is None else found.z_loss,
+            *found.usage,
         )
         return (*(outputs if isinstance(outputs, tuple) else (outputs,)), *routing)
 
 
-class SparseEncoderLayer(SparseLayer, transformer_layer.TransformerEncoderLayerBase):
+class SparseEncoderLayer(SparseLayer, TransformerEncoderLayerBase):
     """fairseq's encoder layer with a sparse feed-forward network."""
 
+    fairseq_layer = TransformerEncoderLayerBase
 
-class SparseDecoderLayer(SparseLayer, transformer_layer.TransformerDecoderLayerBase):
+
+class SparseDecoderLayer(SparseLayer, TransformerDecoderLayerBase):
     """fairseq's decoder layer with a sparse feed-forward network."""
+
+    fairseq_layer = TransformerDecoderLayerBase
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What all models of the plugin share: their flags, how they load, how they are registered."""
+"""Base class of the plugin's models: flags, loading of checkpoints, registration."""
 
 import re
 import sys
@@ -12,22 +12,30 @@ from fairseq.models import BaseFairseqModel, register_model
 from omegaconf import OmegaConf
 from torch import nn
 
-from ..compat import check_precision
-from ..errors import UsageError
+from ..errors import UsageError, flag
 from ..memory import MemoryConfig, ProcessGroups, SparseMemory
-from .config import flag, selector_flags
-from .stack import SparseStack
+from ..precision import check_precision
+from .config import selector_flags
 
 
 class PluginModel(BaseFairseqModel):
-    """Goes before one of fairseq's models among the bases of a class."""
+    """Base class to put before one of fairseq's models.
+
+    ``forward`` of every model takes two flags besides fairseq's arguments:
+
+    - ``routing_losses``: whether the routing that it returns is to have balance and z losses;
+    - ``is_dummy``: whether the tokens stand for none, as where a rank has no sentences left.
+    """
 
     config_class: ClassVar[type[FairseqDataclass]]
 
     @classmethod
     def add_args(cls, parser: Any) -> None:
-        """Like fairseq's, but a flag always does what its name says: fairseq would make
-        ``--share-decoder-input-output-embed`` untie the embeddings where tied is the default."""
+        """Add the model's flags, as fairseq does, except for switches that are on by default.
+
+        For these fairseq makes ``--name`` turn the option off. Here ``--name`` turns it on and
+        ``--no-name`` turns it off.
+        """
         defaults = cls.config_class()
         switches = [name for name, value in vars(defaults).items() if value is True]
         for name in switches:
@@ -40,45 +48,25 @@ class PluginModel(BaseFairseqModel):
 
     @classmethod
     def options(cls, args: Any) -> Any:
-        """Return a model's options as plain values, and its defaults for what is left out.
+        """Return a model's options as plain values, with its defaults for what ``args`` lacks.
 
-        fairseq's configurations hold choices whose classes have no name, so that no model that
-        keeps one can be pickled.
+        fairseq's configurations hold choices whose classes have no name. A model that kept one
+        could not be pickled.
         """
         if OmegaConf.is_config(args):
-            plain = OmegaConf.to_container(args, resolve=True, enum_to_str=True)
+            plain: Any = OmegaConf.to_container(args, resolve=True, enum_to_str=True)
             args = Namespace(**plain)
         return cls.config_class.from_namespace(args)
 
-    def ask_for_losses(self, wanted: bool) -> bool:
-        """Whether the routing of the next forward passes is to have balance and z losses. They take
-        a softmax over all blocks, and of some selectors scores that nothing else reads; in several
-        processes all must then run together. Without a call there are none.
-
-        Returns:
-            what was wanted before.
-        """
-        stacks = [module for module in self.modules() if isinstance(module, SparseStack)]
-        before = all(stack.losses for stack in stacks)
-        for stack in stacks:
-            stack.losses = wanted
-        return before
-
-    def expect_dummies(self, wanted: bool) -> None:
-        """Whether the next tokens stand for none (see :class:`SparseStack`)."""
-        for module in self.modules():
-            if isinstance(module, SparseStack):
-                module.is_dummy = wanted
-
     def work_alone(self) -> None:
-        """Routes its tokens without a look at those of other processes."""
+        """Make every sparse layer route this process's tokens by themselves."""
         for module in self.modules():
             if isinstance(module, SparseMemory):
                 module.groups = ProcessGroups()
 
     @property
     def expert_parallel(self) -> int:
-        """Processes over which the blocks are shared out."""
+        """Processes over which the blocks of each sparse layer are sharded."""
         shards = (m.groups.shards for m in self.modules() if isinstance(m, SparseMemory))
         return next(shards, 1)
 
@@ -87,10 +75,10 @@ class PluginModel(BaseFairseqModel):
         super().prepare_for_inference_(cfg)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Like fairseq's.
+        """Load a checkpoint's parameters, as fairseq does.
 
         Raises:
-            UsageError: the parameters are not those of this model.
+            UsageError: the parameters do not fit this model.
         """
         try:
             return super().load_state_dict(*args, **kwargs)
@@ -105,17 +93,24 @@ class PluginModel(BaseFairseqModel):
 
 
 def plugin_model_in(model: nn.Module) -> Optional[PluginModel]:
-    """The plugin's model in what a trainer has, which ``--ddp-backend fully_sharded`` wraps;
-    ``None``: another's."""
+    """Return the plugin's model in a module that may wrap it (``--ddp-backend fully_sharded``).
+
+    Returns:
+        ``None`` where there is no model of the plugin.
+    """
     return next((module for module in model.modules() if isinstance(module, PluginModel)), None)
 
 
 def check_selector(args: Any, promised: Optional[str], general: str) -> None:
-    """Refuse a model without a selector, or with another one than its name promises.
+    """Refuse a model without a selector, or with a selector that its name contradicts.
 
     Args:
-        promised: the selector that the model's name promises; ``None``: any.
-        general: the architecture that takes any.
+        args: the model's options.
+        promised: the selector in the model's name; ``None``: any.
+        general: the architecture that takes any selector.
+
+    Raises:
+        UsageError: names the flag, the value and the architecture to use.
     """
     if args.sffn_selector is None:
         raise UsageError("--sffn-selector: is required by this model")
@@ -127,10 +122,11 @@ def check_selector(args: Any, promised: Optional[str], general: str) -> None:
 
 
 def shorten_mismatch(difference: str, config: Optional[MemoryConfig]) -> str:
-    """One of PyTorch's lines on a state dict that does not fit, in a few words, with the flags that
-    decide what differs.
+    """Return a line of PyTorch's on a state dict that does not fit, in a few words, with the flags
+    that decide what differs.
 
     Args:
+        difference: the line.
         config: the memory of the model's sparse layers.
     """
     if match := re.match(r"size mismatch for (\S+):.*?Size\((.*?)\).*?Size\((.*?)\)", difference):

@@ -1,4 +1,4 @@
-"""The memory that the parameters of a Transformer take, known before it is built."""
+"""Estimate of the memory for a Transformer's parameters, before it is built."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ..errors import UsageError, flag
 from ..memory import MemoryConfig, Selector
 
 BYTES = 4
-"""Of a parameter in fp32, the type in which fairseq builds every model."""
+"""Bytes of a parameter. fairseq builds every model in fp32."""
 
 
 class Part(NamedTuple):
-    """A kind of parameters.
+    """Parameters of one kind.
 
     Attributes:
         name: what they are, in the plural.
-        params: how many there are, by the sizes that options set; small ones are left out.
-        options: name -> value of the options that decide it.
+        params: their number, without small ones such as biases.
+        options: name -> value of the options that decide the number.
     """
 
     name: str
@@ -37,10 +37,10 @@ def check_size(args: Any, task: Any) -> None:
 
     Args:
         args: the options of one of fairseq's Transformers, each in its range.
-        task: has the dictionaries.
+        task: the task, which has the dictionaries.
 
     Raises:
-        UsageError: names the largest option of the largest part, and the memory that is taken.
+        UsageError: names the largest option of the largest part, and the memory that it takes.
     """
     memory = physical_memory()
     if memory is None or torch.get_default_device().type == "meta":
@@ -66,10 +66,11 @@ def check_selector_size(config: MemoryConfig, options: dict[str, int]) -> None:
     """Refuse a selector whose own parameters do not fit into the memory of this machine.
 
     Args:
+        config: the memory of a sparse layer.
         options: name -> value of the selector's options that are numbers.
 
     Raises:
-        UsageError: names the largest option, and the memory that is taken.
+        UsageError: names the largest option, and the memory that the selector takes.
     """
     memory = physical_memory()
     taken = config.selector_class.num_params(config) * BYTES
@@ -84,7 +85,7 @@ def check_selector_size(config: MemoryConfig, options: dict[str, int]) -> None:
 
 
 def parts_of(args: Any, task: Any) -> list[Part]:
-    """The parts of a model in one process, its share of those that processes share."""
+    """Return the parts of a model in one process. Sharded tables count as one process's shard."""
     name = getattr(args, "_name", None) or args.arch
     cls = models.ARCH_MODEL_REGISTRY.get(name) or models.MODEL_REGISTRY[name]
     if issubclass(cls, TransformerLanguageModel):
@@ -94,7 +95,7 @@ def parts_of(args: Any, task: Any) -> list[Part]:
 
 
 def parts_of_side(args: Any, side: str, dictionary: Any, cross_attention: bool) -> list[Part]:
-    """The parts of an encoder or a decoder."""
+    """Return the parts of an encoder or a decoder."""
 
     def options(*names: str) -> dict[str, int]:
         values = {name: getattr(args, name, None) for name in names}
@@ -102,11 +103,11 @@ def parts_of_side(args: Any, side: str, dictionary: Any, cross_attention: bool) 
 
     width, hidden, layers = (f"{side}_{name}" for name in ("embed_dim", "ffn_embed_dim", "layers"))
     sizes = options(width, hidden, layers)
-    if len(sizes) < 3:  # of a checkpoint that leaves a default to the model
+    if len(sizes) < 3:  # a checkpoint's options, without the model's defaults
         return []
     d, f, count = sizes.values()
     sparse = sparse_layers(args, count)
-    if kept := getattr(args, f"{side}_layers_to_keep", None):  # of a trained model
+    if kept := getattr(args, f"{side}_layers_to_keep", None):  # a trained model, pruned
         count = len(kept.split(","))
         sparse = min(sparse, count)
     maps = 4 * (1 + cross_attention)
@@ -119,7 +120,7 @@ def parts_of_side(args: Any, side: str, dictionary: Any, cross_attention: bool) 
         full = Selector.registry[str(args.sffn_selector)].key_table == "full"
         shards = args.sffn_expert_parallel
         tables = (1 + full) * sparse * table // shards
-        if shards > 1:  # each process draws a whole table, and keeps its part
+        if shards > 1:  # each process draws a whole table and keeps its shard
             tables += table
         parts.append(Part("tables", tables, options("sffn_expansion", hidden, width, layers)))
     own = any(
@@ -141,16 +142,16 @@ def parts_of_side(args: Any, side: str, dictionary: Any, cross_attention: bool) 
 
 
 def sparse_layers(args: Any, layers: int) -> int:
-    """How many layers are sparse."""
-    sizes = (getattr(args, "sffn_freq", None), getattr(args, "sffn_expansion", None))
-    sizes += (getattr(args, "sffn_expert_parallel", None),)
+    """Return how many layers are sparse."""
+    names = ("sffn_freq", "sffn_expansion", "sffn_expert_parallel")
+    sizes = [getattr(args, name, None) for name in names]
     known = all(isinstance(size, int) and size > 0 for size in sizes)
     known = known and str(getattr(args, "sffn_selector", None)) in Selector.registry
     return layers // args.sffn_freq if known else 0
 
 
 def physical_memory() -> int | None:
-    """Bytes of memory of this machine; ``None``: not known."""
+    """Return the bytes of memory of this machine; ``None``: not known."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -158,7 +159,7 @@ def physical_memory() -> int | None:
 
 
 def in_words(size: float) -> str:
-    """A number of bytes with its unit: 24 GB."""
+    """Return a number of bytes with its unit, such as 24 GB."""
     for unit in ("bytes", "kB", "MB", "GB", "TB", "PB", "EB", "ZB", "YB"):
         if size < 999.5 or unit == "YB":
             break

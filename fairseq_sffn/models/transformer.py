@@ -5,11 +5,13 @@ from typing import Any, ClassVar, Optional
 
 from fairseq.dataclass import FairseqDataclass
 from fairseq.models.transformer import TransformerModel
+from torch import Tensor
 
 from ..errors import UsageError
-from .config import TranslationConfig, build_memory_config, check_supported, sparse
+from .config import TranslationConfig, sparse
 from .decoder import SparseTransformerDecoder
 from .encoder import SparseTransformerEncoder
+from .memory_config import build_memory_config, check_supported
 from .plugin_model import PluginModel, check_selector, register
 
 
@@ -21,22 +23,22 @@ class SparseTransformer(PluginModel, TransformerModel):
         "SparseTranslationConfig", TranslationConfig
     )
     selector: ClassVar[Optional[str]] = None
-    """The selector that the model's name promises; ``None``: any."""
+    """The selector in the model's name; ``None``: any."""
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "SparseTransformer":
         args = cls.options(args)
         check_supported(args, ["encoder", "decoder"])
         check_selector(args, cls.selector, "transformer_sffn")
-        # fairseq decides which embeddings are shared while it builds a model; without layers it
-        # does at the price of a shell that is thrown away.
+        # fairseq decides which embeddings are shared while it builds a model. This builds a model
+        # without layers and keeps its embeddings.
         shell_args = copy.deepcopy(args)
         for side in ("encoder", "decoder"):
             setattr(shell_args, f"{side}_layers", 0)
             setattr(shell_args, f"{side}_layers_to_keep", None)
         try:
             shell = super().build_model(shell_args, task)
-        except ValueError as error:  # of embeddings that cannot be shared
+        except ValueError as error:  # embeddings cannot be shared
             raise UsageError(str(error)) from error
         for name in (
             "max_source_positions",
@@ -45,7 +47,7 @@ class SparseTransformer(PluginModel, TransformerModel):
             "share_decoder_input_output_embed",
         ):
             setattr(args, name, getattr(shell_args, name))
-        # fairseq notes it elsewhere.
+        # fairseq sets it in a copy of the options.
         args.share_decoder_input_output_embed |= args.merge_src_tgt_embed
         for side in ("encoder", "decoder"):
             if kept := getattr(args, f"{side}_layers_to_keep"):
@@ -71,6 +73,30 @@ class SparseTransformer(PluginModel, TransformerModel):
             prefix="decoder_layer",
         )
         return cls(args, encoder, decoder)
+
+    def forward(
+        self,
+        src_tokens: Tensor,
+        src_lengths: Tensor,
+        prev_output_tokens: Tensor,
+        return_all_hiddens: bool = True,
+        *,
+        routing_losses: bool = False,
+        is_dummy: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Run encoder and decoder.
+
+        Args:
+            src_tokens, src_lengths, prev_output_tokens, return_all_hiddens, kwargs: fairseq's.
+            routing_losses, is_dummy: see the decoder's ``extract_features``.
+
+        Returns:
+            (B, T, V) logits, and the extra outputs with ``routing``.
+        """
+        routing: dict[str, Any] = dict(routing_losses=routing_losses, is_dummy=is_dummy)
+        encoder_out = self.encoder(src_tokens, src_lengths, return_all_hiddens, **routing)
+        return self.decoder(prev_output_tokens, encoder_out, **routing, **kwargs)
 
     @property
     def memory_config(self) -> Any:

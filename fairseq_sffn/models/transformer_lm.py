@@ -1,7 +1,7 @@
 """The registered language models: every method in every size.
 
-Each is a registered *model*, so that ``fairseq-train --arch NAME`` and ``model._name: NAME`` of
-``fairseq-hydra-train`` take their defaults from the same dataclass.
+Each method and size is a *model* of fairseq's, not only an architecture, so that ``fairseq-train
+--arch NAME`` and ``fairseq-hydra-train`` with ``model._name: NAME`` take the same defaults.
 """
 
 import copy
@@ -12,15 +12,17 @@ from typing import Any, ClassVar, NamedTuple, Optional
 from fairseq.dataclass import FairseqDataclass
 from fairseq.models.transformer_lm import TransformerLanguageModel
 from omegaconf import II
+from torch import Tensor
 
-from ..errors import UsageError
-from .config import DenseConfig, build_memory_config, check_supported, flag, sparse
+from ..errors import UsageError, flag
+from .config import DenseConfig, sparse
 from .decoder import SparseTransformerDecoder
+from .memory_config import build_memory_config, check_supported
 from .plugin_model import PluginModel, check_selector, register
 
 
 class DenseTransformerLM(PluginModel, TransformerLanguageModel):
-    """fairseq's unmodified model, as the baseline of every size."""
+    """fairseq's dense Transformer language model: a baseline in every size."""
 
     config_class: ClassVar[type[FairseqDataclass]] = DenseConfig
 
@@ -41,9 +43,20 @@ class DenseTransformerLM(PluginModel, TransformerLanguageModel):
                 f"{args.decoder_input_dim} where the embeddings are the output projection as well; "
                 "or add --no-share-decoder-input-output-embed"
             )
-        if args.offload_activations:  # as its help says, and fairseq's own architectures do
+        if args.offload_activations:  # the flag's help says so, and fairseq's architectures do so
             args.checkpoint_activations = True
         return super().build_model(args, task)
+
+    def forward(
+        self,
+        src_tokens: Tensor,
+        *,
+        routing_losses: bool = False,
+        is_dummy: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Run the decoder. A dense model routes no tokens, and does not look at the two flags."""
+        return super().forward(src_tokens, **kwargs)
 
 
 class SparseTransformerLM(DenseTransformerLM):
@@ -51,7 +64,7 @@ class SparseTransformerLM(DenseTransformerLM):
 
     config_class: ClassVar[type[FairseqDataclass]] = sparse("SparseLMConfig", DenseConfig)
     selector: ClassVar[Optional[str]] = None
-    """The selector that the model's name promises; ``None``: any."""
+    """The selector in the model's name; ``None``: any."""
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "SparseTransformerLM":
@@ -61,8 +74,8 @@ class SparseTransformerLM(DenseTransformerLM):
         dictionary = task.source_dictionary
         counts = task.token_counts() if hasattr(task, "token_counts") else dictionary.count
         memory_config = build_memory_config(args, len(dictionary), counts)
-        # fairseq builds embeddings (adaptive, character, ...) and decoder in one function; with no
-        # layers it makes the embeddings at the price of a shell that is thrown away.
+        # fairseq builds embeddings (adaptive, character, ...) and decoder in one function. This
+        # builds a model without layers and keeps its embeddings.
         shell_args = copy.deepcopy(args)
         shell_args.decoder_layers, shell_args.decoder_layers_to_keep = 0, None
         shell = super().build_model(shell_args, task)
@@ -79,6 +92,26 @@ class SparseTransformerLM(DenseTransformerLM):
             no_encoder_attn=True,
         )
         return cls(decoder)
+
+    def forward(
+        self,
+        src_tokens: Tensor,
+        *,
+        routing_losses: bool = False,
+        is_dummy: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Run the decoder.
+
+        Args:
+            src_tokens: (B, T) token ids.
+            routing_losses, is_dummy: see the decoder's ``extract_features``.
+            kwargs: other arguments of the decoder.
+
+        Returns:
+            (B, T, V) logits, and the extra outputs with ``routing``.
+        """
+        return self.decoder(src_tokens, routing_losses=routing_losses, is_dummy=is_dummy, **kwargs)
 
     @property
     def memory_config(self) -> Any:
@@ -120,8 +153,8 @@ class Method(NamedTuple):
 
     Attributes:
         name: the model is ``transformer_lm_{name}``, in every size.
-        selector: its selector; ``None``: chosen by ``--sffn-selector``.
-        options: its defaults that are not the selector's own.
+        selector: the selector; ``None``: chosen by ``--sffn-selector``.
+        options: defaults that differ from the selector's own.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""fairseq's Adam at the speed of PyTorch's fused kernel."""
+"""fairseq's Adam with PyTorch's fused kernel."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ AMSGRAD_MOMENTS = (*MOMENTS, "max_exp_avg_sq")
 
 @register_optimizer("sffn_adam", dataclass=FairseqAdamConfig)
 class SFFNAdam(FairseqAdam):
-    """``--optimizer sffn_adam``: the update, flags and checkpoints of fairseq's ``adam``, in one
-    pass over the parameters. fairseq's is a dozen passes, which over the large tables of sparse
-    layers can take longer than the layers.
+    """``--optimizer sffn_adam``: the update, flags and checkpoints of fairseq's ``adam``.
+
+    It makes one pass over the parameters. fairseq's makes a dozen, which for the large tables of
+    sparse layers can take longer than the layers.
 
     Raises:
         UsageError: a flag asks for another implementation of ``adam``, or a beta is not in [0, 1).
@@ -54,24 +55,27 @@ class SFFNAdam(FairseqAdam):
         self._optimizer = FusedAdam(params, **self.optimizer_config)
 
 
-# fairseq resumes only from a checkpoint whose optimizer's class has the same name; the state is the
-# same. Renamed once registered, as fairseq registers a name of a class once.
+# fairseq resumes only from a checkpoint of an optimizer class of the same name, and both have the
+# same state. fairseq registers a class name once, so the class is renamed after its registration.
 SFFNAdam.__name__ = FairseqAdam.__name__
 
 
 class FusedAdam(Adam):
     """fairseq's ``Adam`` by PyTorch's fused AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101).
 
-    The two differ in where eps is added: fairseq's denominator is sqrt(v) + eps, PyTorch's
-    sqrt(v / (1 - beta2^t)) + eps, so that eps is scaled anew for each step t.
+    The two differ in where eps is added. fairseq's denominator is sqrt(v) + eps. PyTorch's is
+    sqrt(v / (1 - beta2^t)) + eps, so that eps is scaled in each step t.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient.
+        """Update every parameter that has a gradient.
 
         Args:
             closure: evaluates the model again and returns the loss.
+
+        Returns:
+            the closure's loss, or ``None``.
 
         Raises:
             RuntimeError: a gradient is sparse.
@@ -81,7 +85,8 @@ class FusedAdam(Adam):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            # eps depends on the step, and parameters without a gradient at times made fewer.
+            # eps depends on the step. A parameter that had no gradient in some updates has made
+            # fewer steps.
             together: dict[tuple[int, torch.device], list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -96,7 +101,7 @@ class FusedAdam(Adam):
         return loss
 
     def _prepared_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        """The state, made or loaded, as the kernel needs it."""
+        """Return the state, new or loaded, in the layout that the kernel needs."""
         if parameter.grad.is_sparse:  # type: ignore[union-attr]
             raise RuntimeError("Adam does not support sparse gradients, use SparseAdam instead")
         state: dict[str, Any] = self.state[parameter]
@@ -112,8 +117,8 @@ class FusedAdam(Adam):
         return state
 
     def _update(self, group: dict[str, Any], step: int, parameters: list[Tensor]) -> None:
-        """One update of parameters of one device that have made ``step`` of them."""
-        # The kernel takes all tensors for contiguous ones of the same dtype, without a check.
+        """Update parameters on one device, each for the ``step + 1``-th time."""
+        # The kernel expects contiguous tensors of one dtype and does not check.
         wide = [p.to(_wide_dtype(p)).contiguous() for p in parameters]
         grads = [p.grad.to(_wide_dtype(p)).contiguous() for p in parameters]  # type: ignore[union-attr]
         states = [self.state[parameter] for parameter in parameters]
@@ -143,5 +148,5 @@ class FusedAdam(Adam):
 
 
 def _wide_dtype(parameter: Tensor) -> torch.dtype:
-    """Half precision is updated in fp32, from a state in fp32."""
+    """Return the dtype of a parameter's update and state: fp32 for half precision."""
     return torch.float32 if parameter.dtype in HALF else parameter.dtype

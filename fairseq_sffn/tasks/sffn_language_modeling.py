@@ -15,17 +15,16 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 from fairseq.utils import split_paths
 from omegaconf import II
 
-from ..configuration import writable
 from ..errors import UsageError
 
 CHECKED_TOKENS = 2**27
-"""Tokens at the start of a split that are checked before training: enough to find data of another
-dictionary, and a fraction of a second to read."""
+"""Tokens at the start of a split that are checked before training. They take a fraction of a second
+to read and suffice to find data that was binarised with another dictionary."""
 
 
 @dataclass
 class SFFNLanguageModelingConfig(LanguageModelingConfig):
-    hash_counts: ChoiceEnum(["dictionary", "train"]) = field(
+    hash_counts: ChoiceEnum(["dictionary", "train"]) = field(  # type: ignore[valid-type]
         default="dictionary",
         metadata={
             "help": "where balanced hash tables take the counts of the tokens from: dict.txt (in "
@@ -44,11 +43,11 @@ class SFFNLanguageModelingConfig(LanguageModelingConfig):
 
 @register_task("sffn_language_modeling", dataclass=SFFNLanguageModelingConfig)
 class SFFNLanguageModelingTask(LanguageModelingTask):
-    """fairseq's ``language_modeling`` with a choice of token counts for hash tables, the capacity
-    at evaluation, and a check of the data against the dictionary before training.
+    """fairseq's ``language_modeling`` with two options and a check.
 
-    Sparse models also run under ``language_modeling``, with the dictionary's counts and the
-    capacity that they were trained with.
+    The options choose the token counts for hash tables, and the capacity at evaluation. The data
+    are checked against the dictionary before training. Sparse models also run under
+    ``language_modeling``, with the dictionary's counts and the capacity of their training.
     """
 
     def __init__(self, args: Any, *arguments: Any, **kwargs: Any) -> None:
@@ -61,16 +60,20 @@ class SFFNLanguageModelingTask(LanguageModelingTask):
 
     @property
     def eval_capacity_factor(self) -> Optional[float]:
-        """``--eval-capacity-factor``; a namespace need not have it."""
+        """Value of ``--eval-capacity-factor``; ``None``: not set, or absent from a namespace."""
         return getattr(self.args, "eval_capacity_factor", None)
 
     @property
     def hash_counts(self) -> str:
-        """``--hash-counts``; a namespace need not have it."""
+        """Value of ``--hash-counts``, ``dictionary`` where a namespace lacks it."""
         return str(getattr(self.args, "hash_counts", None) or "dictionary")
 
     def token_counts(self) -> Sequence[int]:
-        """How often each token id occurs in the training data: (V,)."""
+        """Return how often each token id occurs in the training data: (V,).
+
+        Raises:
+            UsageError: ``--hash-counts train`` and the split has no tokens in mmap format.
+        """
         if self.hash_counts == "dictionary":
             return self.dictionary.count
         split = getattr(self.args, "train_subset", "train")
@@ -88,15 +91,14 @@ class SFFNLanguageModelingTask(LanguageModelingTask):
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> Any:
         if from_checkpoint:
-            # The model's own tables are loaded over those that would be made from counts.
+            # The checkpoint's tables replace those that would be made from counts.
             self.args.hash_counts = "dictionary"
             if (factor := self.eval_capacity_factor) is not None:
                 if "sffn_eval_capacity_factor" not in args:
                     raise UsageError(
                         f"--eval-capacity-factor {factor}: the model has no sparse layers"
                     )
-                with writable(args):
-                    args.sffn_eval_capacity_factor = factor
+                args.sffn_eval_capacity_factor = factor
         elif (factor := self.eval_capacity_factor) is not None:
             raise UsageError(
                 f"--eval-capacity-factor {factor}: is for a trained model; in training, set "
@@ -119,7 +121,8 @@ class SFFNLanguageModelingTask(LanguageModelingTask):
                 )
 
     def _binarised(self, split: str, epoch: int = 1) -> Iterator[Any]:
-        """The token ids of each part (train, train1, ...) of an epoch's split, mapped, not read."""
+        """Yield the token ids of each part (train, train1, ...) of an epoch's split, as memory
+        maps."""
         paths = split_paths(self.args.data)
         folder = paths[(epoch - 1) % len(paths)]
         for part in itertools.count():

@@ -1,8 +1,7 @@
 """Bytes of the tensors that autograd keeps from the forward pass for the backward pass.
 
-They are computed from sizes, for GPUs: attention is fused, which keeps none of its weights, dropout
-keeps a byte for a number, and sparse layers run the engine that a GPU runs. Left out are the
-buffers of a moment.
+They are computed from sizes, for GPUs: fused attention keeps none of its weights, dropout keeps a
+byte for a number, and sparse layers run the engine that a GPU runs. Temporary buffers are left out.
 """
 
 from __future__ import annotations
@@ -28,21 +27,23 @@ from ..memory.selectors.vanilla_m import VanillaM, scores_are_cells
 from .traffic import visit_probability
 
 FP32, INDEX = torch.float32.itemsize, torch.int64.itemsize
-"""Bytes of a number where half precision would not do, and of an index."""
+"""Bytes of a number that needs full precision, and of an index."""
 
 
 def activation_bytes(
     model: TransformerLanguageModel, tokens: int, context: int, shards: int, dtype: torch.dtype
 ) -> dict[str, int]:
-    """Bytes that a rank keeps of a micro-batch, by part; a layer norm belongs to the part that it
-    precedes. With activation checkpointing, ``layer_inputs`` and all of one layer.
+    """Return the bytes that a rank keeps for a micro-batch, by part.
+
+    A layer norm belongs to the part that it precedes. With activation checkpointing these are the
+    inputs of all layers, ``layer_inputs``, and everything in one layer.
 
     Args:
-        model: one of ours or fairseq's ``transformer_lm``, with all blocks of its sparse layers.
-        tokens: of the micro-batch.
-        context: tokens that a token attends to, no more than there are.
-        shards: ranks over which the blocks are to be shared out.
-        dtype: of parameters and hidden states.
+        model: a language model of the plugin or fairseq's ``transformer_lm``, not sharded.
+        tokens: tokens of the micro-batch.
+        context: tokens that a token attends to, at most ``tokens``.
+        shards: ranks over which the blocks are to be sharded.
+        dtype: dtype of parameters and hidden states.
     """
     decoder, cfg, size = model.decoder, model.decoder.cfg, dtype.itemsize
     row = tokens * decoder.embed_dim * size
@@ -79,9 +80,11 @@ def activation_bytes(
 
 
 def hidden_bytes(activation: Callable[[Tensor], Tensor], dropout: float, dtype: torch.dtype) -> int:
-    """Bytes kept of a hidden unit of a token: what the activation keeps, and its result, which is
-    multiplied by the values, and may be the same number. Dropout makes the result another number,
-    and keeps its mask."""
+    """Return the bytes kept for a hidden unit of a token.
+
+    Kept are what the activation function keeps, and its result, which is multiplied by the values;
+    they may be one number. With dropout the result is another number, and the mask is kept.
+    """
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -96,7 +99,8 @@ def hidden_bytes(activation: Callable[[Tensor], Tensor], dropout: float, dtype: 
 
 
 def selection_bytes(memory: SparseMemory, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes that a selector keeps besides x. A balance loss is counted where it is the default."""
+    """Return the bytes that a selector keeps besides x. A balance loss counts if it is the
+    selector's default."""
     config, selector, size = memory.config, memory.selector, dtype.itemsize
     if not scores_are_kept(config):
         return 0
@@ -126,11 +130,11 @@ def selection_bytes(memory: SparseMemory, tokens: int, dtype: torch.dtype) -> in
 
 
 def memory_bytes(memory: SparseMemory, tokens: int, shards: int, dtype: torch.dtype) -> int:
-    """Bytes that a sparse layer keeps besides its layer norm's and its selector's, where routing is
-    even."""
+    """Return the bytes that a sparse layer keeps, without its layer norm and its selector, where
+    routing is even."""
     config, selector, size = memory.config, memory.selector, dtype.itemsize
     width, gated = config.embed_dim, config.gate_name != "none"
-    pairs = tokens * config.active_blocks
+    assignments = tokens * config.active_blocks
     shape = config.num_blocks // shards, config.block_size, width
     engine = (
         ENGINES[config.engine]
@@ -146,29 +150,31 @@ def memory_bytes(memory: SparseMemory, tokens: int, shards: int, dtype: torch.dt
         rows = round(tokens * shards * visit_probability(config, shards))
         kept += rows * (width * size + INDEX)
         if bags:  # every row has as many slots as the fullest
-            pairs = rows * most_blocks(config, shards)
-    kept += pairs * (INDEX if bags else torch.int32.itemsize)  # block, or place, of each pair
+            assignments = rows * most_blocks(config, shards)
+    kept += assignments * (
+        INDEX if bags else torch.int32.itemsize
+    )  # block, or place, of each assignment
     if not bags:
-        # Where the pairs of a block start, and the block and first pair of each tile.
-        tiles = pairs // tile_rows(pairs, shape[0]) + min(shape[0] + 1, pairs)
+        # Where the assignments of a block start, and the block and first assignment of each tile.
+        tiles = assignments // tile_rows(assignments, shape[0]) + min(shape[0] + 1, assignments)
         kept += (shape[0] + 2 + 2 * tiles) * torch.int32.itemsize
     if gated:
         # Weights; sorted, or in half precision, they are another number.
-        kept += pairs * (FP32 + (0 if bags and size == FP32 else size))
+        kept += assignments * (FP32 + (0 if bags and size == FP32 else size))
         # The blocks they are of; where they travel, who sends and receives.
-        kept += pairs * INDEX * ((0 if bags else 1) + (3 if shards > 1 else 0))
+        kept += assignments * INDEX * ((0 if bags else 1) + (3 if shards > 1 else 0))
     passed_by = isinstance(selector, PKM) and selector.uses_softmax
     activation = nn.Identity() if passed_by else config.activation_fn
     dropout: Any = memory.dropout  # torch's or fairseq's
     hidden = hidden_bytes(activation, dropout.p, dtype)
     if gated or (bags and shards > 1):  # before and after they are weighed, or slots left empty
         hidden += size
-    return kept + pairs * config.block_size * hidden
+    return kept + assignments * config.block_size * hidden
 
 
 def most_blocks(config: MemoryConfig, shards: int) -> int:
-    """Blocks of a rank that one of many tokens uses at most, some four standard deviations of the
-    hypergeometric distribution above the mean."""
+    """Return how many blocks of a rank a token uses at most, among many tokens: four standard
+    deviations of the hypergeometric distribution above the mean."""
     blocks, active = config.num_blocks, config.active_blocks
     mean = active / shards
     variance = mean * (1 - 1 / shards) * (blocks - active) / max(blocks - 1, 1)
@@ -176,8 +182,8 @@ def most_blocks(config: MemoryConfig, shards: int) -> int:
 
 
 def scores_are_kept(config: MemoryConfig) -> bool:
-    """Whether gradients flow through a selector's scores: to a gate, a balance loss where that is
-    the default, or to keys that it has itself. Autograd drops those of others."""
+    """Return whether gradients flow through a selector's scores: to a gate, to a balance loss that
+    is the default, or to the selector's own keys. Otherwise autograd keeps no scores."""
     cls = config.selector_class
     used = config.gate_name != "none" or cls.default_balance_weight or cls.key_table == "own"
     return cls.scores_blocks and bool(used)

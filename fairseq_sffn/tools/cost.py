@@ -17,9 +17,8 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from fairseq.modules import AdaptiveInput
 from torch import nn
 
-from ..errors import UsageError
+from ..errors import UsageError, flag
 from ..memory import SparseMemory
-from ..models.config import flag
 from .language_model import build_language_model
 
 
@@ -31,7 +30,7 @@ class Cost:
         params: trained parameters, tied ones once.
         active_params: parameters that one token touches, its selectors' and all embeddings
             included.
-        flops_per_token: of one forward pass, a multiply-add counted as 2: the matrix products of
+        flops_per_token: FLOPs of one forward pass, a multiply-add counted as 2: matrix products of
             attention (with scores against ``context`` positions), FFNs, vocabulary projection and
             maps between unequal widths, and the selection of blocks.
     """
@@ -49,17 +48,19 @@ class Cost:
 
 
 def total(parts: dict[str, Cost]) -> Cost:
-    """Cost of all parts."""
+    """Return the cost of all parts."""
     return sum(parts.values(), Cost())
 
 
 def cost_by_part(model: TransformerLanguageModel, context: int) -> dict[str, Cost]:
-    """Cost of the parts of a language model: ``attention``, ``dense_ffn``, ``selection`` of blocks,
-    sparse ``memory`` without it, ``vocabulary`` (embedding and projection) and ``other`` (layer
-    norms, learned positions, maps between unequal widths).
+    """Return the cost of a language model by part.
+
+    Parts are ``attention``, ``dense_ffn``, ``selection`` of blocks, sparse ``memory`` without its
+    selection, ``vocabulary`` (embedding and projection) and ``other`` (layer norms, learned
+    positions, maps between unequal widths).
 
     Args:
-        model: one of ours or fairseq's ``transformer_lm``.
+        model: a language model of the plugin or fairseq's ``transformer_lm``.
         context: tokens that a token attends to.
 
     Raises:
@@ -92,7 +93,7 @@ def cost_by_part(model: TransformerLanguageModel, context: int) -> dict[str, Cos
 
 
 def _linear_maps(*modules: nn.Module) -> Cost:
-    """Cost of modules that compute nothing but linear maps."""
+    """Return the cost of modules that compute linear maps only."""
     together = nn.ModuleList(modules)  # counts tied parameters once
     params = sum(parameter.numel() for parameter in together.parameters())
     maps = [module for module in together.modules() if isinstance(module, nn.Linear)]
@@ -110,7 +111,7 @@ def _selection(memory: SparseMemory) -> Cost:
 
 
 def _active_cells(memory: SparseMemory) -> Cost:
-    """Cost of a memory without its selection."""
+    """Return the cost of a memory without its selection."""
     config, selection = memory.config, _selection(memory)
     return Cost(
         config.num_params() - selection.params,
@@ -120,13 +121,13 @@ def _active_cells(memory: SparseMemory) -> Cost:
 
 
 def model_cost(model: TransformerLanguageModel, context: int) -> Cost:
-    """Cost of a language model; see :func:`cost_by_part`."""
+    """Return the cost of a language model; see :func:`cost_by_part`."""
     return total(cost_by_part(model, context))
 
 
 def dense_counterpart(model: TransformerLanguageModel, context: int) -> dict[str, Cost]:
-    """Cost of the parts of the same model with a dense FFN of ``decoder_ffn_embed_dim`` in every
-    layer; see :func:`cost_by_part`."""
+    """Return the cost by part of the same model with a dense FFN of ``decoder_ffn_embed_dim`` in
+    every layer; see :func:`cost_by_part`."""
     parts = cost_by_part(model, context)
     width, hidden = model.decoder.embed_dim, model.decoder.cfg.decoder.ffn_embed_dim
     params = 2 * width * hidden + hidden + width
@@ -136,25 +137,24 @@ def dense_counterpart(model: TransformerLanguageModel, context: int) -> dict[str
 
 
 def training_flops_per_token(parts: dict[str, Cost]) -> int:
-    """FLOPs to train on a token: three forward passes' for forward and backward, and a fourth of
-    the layers, whose activations are recomputed (Narayanan et al. 2021, arXiv 2104.04473,
-    appendix)."""
+    """Return the FLOPs to train on a token: those of three forward passes, and of a fourth for the
+    layers, whose activations are recomputed (Narayanan et al. 2021, arXiv 2104.04473, appendix)."""
     outside_layers = parts["vocabulary"] + parts["other"]
     return 4 * total(parts).flops_per_token - outside_layers.flops_per_token
 
 
 def mean_keys_flops(model: TransformerLanguageModel) -> int:
-    """FLOPs to form the mean keys of all layers, once a step: an addition for each number in the
-    key tables. No part of the costs by token."""
+    """Return the FLOPs that form the mean keys of all layers, once a step: an addition for each
+    number in the key tables. The costs by token do not include them."""
     configs = [memory.config for memory in _memories(model)]
     return sum(config.selector_class.flops_per_step(config) for config in configs)
 
 
 def checkpoint_cost(path: str, data: str) -> dict[str, Any]:
-    """Cost of the model in a checkpoint, at the context it was trained with, as a dictionary.
+    """Return the cost of the model in a checkpoint, at its context in training, as a dictionary.
 
     Args:
-        path: of the checkpoint.
+        path: path of the checkpoint.
         data: folder with its ``dict.txt``.
 
     Raises:
@@ -168,7 +168,7 @@ def checkpoint_cost(path: str, data: str) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of ``fairseq-sffn cost``; the model's own are left for :func:`run`."""
+    """Add the flags of ``fairseq-sffn cost``. :func:`run` parses the model's own."""
     parser.add_argument("--arch", required=True, help="a language model, as for fairseq-train")
     parser.add_argument(
         "--vocab-size",
@@ -196,10 +196,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> str:
-    """What ``fairseq-sffn cost`` prints.
+    """Return what ``fairseq-sffn cost`` prints.
 
     Raises:
-        UsageError: names the flag and the value that cannot be honoured.
+        UsageError: names the flag, the value and the reason.
     """
     for name in ("vocab_size", "context"):
         if getattr(args, name) < 1:
@@ -222,17 +222,17 @@ def run(args: argparse.Namespace) -> str:
 def cost_figures(
     model: TransformerLanguageModel, context: int, tokens: float | None
 ) -> dict[str, Any]:
-    """Every figure of a model's cost.
+    """Return every figure of a model's cost.
 
     Args:
         model: a language model.
         context: tokens that a token attends to.
-        tokens: that it is trained on; ``None``: not known.
+        tokens: training tokens; ``None``: not known.
 
     Returns:
-        the fields of :class:`Cost`; ``train_zettaflops``, 1e21 FLOPs, or ``None``;
-        ``selection_share`` and ``overhead_vs_dense``, shares of the training FLOPs of the dense
-        counterpart; ``mean_keys_flops_per_step``, which is in none of them; ``parts``.
+        the fields of :class:`Cost`; ``train_zettaflops``, in 1e21 FLOPs, or ``None``;
+        ``selection_share`` and ``overhead_vs_dense``, as shares of the training FLOPs of the dense
+        counterpart; ``mean_keys_flops_per_step``, which no other figure includes; ``parts``.
     """
     parts = cost_by_part(model, context)
     training = training_flops_per_token(parts)
@@ -249,7 +249,7 @@ def cost_figures(
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """A table of the parts, and lines of the other figures."""
+    """Return a table of the parts, and a line for each other figure."""
     columns = {"params": "parameters", "active_params": "active", "flops_per_token": "FLOPs/token"}
     rows = [["", *columns.values()]]
     for name, part in (*report["parts"].items(), ("total", report)):
@@ -275,7 +275,7 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 def align(rows: list[list[str]]) -> list[str]:
-    """The rows of a table as lines: the first column to the left, numbers to the right."""
+    """Return the rows of a table as lines, the first column aligned left and numbers right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

@@ -1,4 +1,4 @@
-"""Language models from flags, without a task or data."""
+"""Language models from flags alone, without data."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf import DictConfig, OmegaConf
 
-from ..errors import UsageError
-from ..models.config import flag
+from ..errors import UsageError, flag
 
 MOST_TYPES = 2**24
-"""Types in a dictionary, which takes a few seconds to make."""
+"""Most types in a dictionary. It takes a few seconds to make one of that size."""
 
 UNCOUNTED = {
     "adaptive_input": "the cost of adaptive embeddings depends on the token",
@@ -32,17 +31,17 @@ UNCOUNTED = {
 def build_language_model(
     arch: str, vocab_size: int, context: int, flags: Sequence[str], strict: bool = True
 ) -> TransformerLanguageModel:
-    """A model as fairseq-train would build it, if possible without memory for its parameters.
+    """Return a model as fairseq-train builds it, on the meta device if possible.
 
     Args:
         arch: name of the architecture.
         vocab_size: types in the dictionary, fairseq's special ones included.
         context: positions.
-        flags: of the model.
-        strict: stop at other flags, such as those of a criterion, rather than pass them by.
+        flags: the model's flags.
+        strict: refuse other flags, such as a criterion's, instead of ignoring them.
 
     Raises:
-        UsageError: names the flag and the value that cannot be honoured.
+        UsageError: names the flag, the value and the reason.
     """
     check_language_model(arch)
     if vocab_size > MOST_TYPES:
@@ -67,7 +66,7 @@ def build_language_model(
         try:
             with torch.device("meta"):
                 return models.build_model(config, task)
-        except RuntimeError:  # a table that is computed, of which the meta device has no numbers
+        except RuntimeError:  # a table is computed from values, which the meta device lacks
             return models.build_model(config, task)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -75,7 +74,11 @@ def build_language_model(
 
 
 def check_language_model(arch: str) -> None:
-    """Raises UsageError unless it is a Transformer language model."""
+    """Refuse an architecture that is not a Transformer language model.
+
+    Raises:
+        UsageError: names similar architectures, or the kind of model that it is.
+    """
     known, names = models.ARCH_MODEL_REGISTRY, models.ARCH_MODEL_NAME_REGISTRY
     counted = [
         name
@@ -97,7 +100,7 @@ def check_language_model(arch: str) -> None:
 
 
 def model_config(arch: str, context: int, options: argparse.Namespace) -> DictConfig:
-    """The configuration of a model whose defaults are the architecture's.
+    """Return the configuration of a model whose defaults are the architecture's.
 
     Args:
         arch: name of the architecture.
@@ -105,7 +108,7 @@ def model_config(arch: str, context: int, options: argparse.Namespace) -> DictCo
         options: what the command line sets.
 
     Raises:
-        UsageError: names the option and the value that cannot be honoured.
+        UsageError: names the flag, the value and the reason.
     """
     asked = set(vars(options))
     options.arch, options.task, options.tokens_per_sample = arch, "language_modeling", context

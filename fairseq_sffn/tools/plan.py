@@ -1,6 +1,6 @@
-"""What training on several ranks takes: memory, bytes sent, and the share of communication.
+"""Memory, bytes sent and the share of communication of training on several ranks, estimated.
 
-All is of one rank and one update on one micro-batch, and computed from sizes alone.
+All figures are for one rank and one update on one micro-batch, and computed from sizes alone.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import torch
 from fairseq.data import Dictionary
 from fairseq.models.transformer_lm import TransformerLanguageModel
 
-from ..errors import UsageError
+from ..errors import UsageError, flag
 from ..memory import ConfigError, SparseMemory
 from ..memory.sparse_memory import SHARDED, check_sharding
-from ..models.config import flag
 from .activations import activation_bytes
 from .cost import align, cost_by_part, total, training_flops_per_token
 from .language_model import build_language_model
@@ -37,7 +36,7 @@ parameter: Adam's two moments in fp32, and for ``bf16`` and ``fp16`` fp32 copies
 gradient."""
 
 LEFT_OUT = (
-    "Not counted: buffers of a moment, such as logits, gradients of activations and copies that "
+    "Not counted: temporary buffers, such as logits, gradients of activations and copies that "
     "kernels make; DDP's buckets; tables of token ids; what the allocator loses; sums of losses, "
     "norms and logs."
 )
@@ -49,8 +48,8 @@ class Setting:
 
     Attributes:
         world_size: ranks.
-        sffn_expert_parallel: ranks over which the blocks of each sparse layer are shared out.
-        tokens_per_rank: tokens of a micro-batch.
+        sffn_expert_parallel: ranks over which the blocks of each sparse layer are sharded.
+        tokens_per_rank: tokens of a micro-batch on a rank.
         tokens_per_sample: tokens that a token attends to.
         precision: a key of ``PRECISIONS``.
         bandwidth: GB/s that a rank sends.
@@ -67,16 +66,17 @@ class Setting:
 
 
 def plan_figures(model: TransformerLanguageModel, setting: Setting) -> dict[str, Any]:
-    """Every figure of the plan.
+    """Return every figure of the plan.
 
     Args:
-        model: with all blocks of its sparse layers.
+        model: a language model, not sharded.
+        setting: how it is trained.
 
     Returns:
         ``params`` of a rank, ``replicated`` and ``sharded``; ``memory`` and ``sent``, bytes by
         part, expected ones where they depend on routing; ``sent_per_sparse_layer``;
-        ``compute_seconds`` and ``communication_seconds``, which do not overlap, and the share of
-        the latter, ``communication_share``.
+        ``compute_seconds`` and ``communication_seconds``, which do not overlap;
+        ``communication_share``, the share of communication in their sum.
     """
     ranks, shards = setting.world_size, setting.sffn_expert_parallel
     tokens = setting.tokens_per_rank
@@ -129,12 +129,12 @@ def plan_figures(model: TransformerLanguageModel, setting: Setting) -> dict[str,
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of ``fairseq-sffn plan``; the model's own are left for :func:`run`."""
+    """Add the flags of ``fairseq-sffn plan``. :func:`run` parses the model's own."""
     parser.add_argument("--arch", required=True, help="a language model, as for fairseq-train")
     numbers = {
         "vocab_size": (51200, "types in the dictionary, fairseq's special ones included"),
         "world_size": (None, "ranks: processes, with a GPU each"),
-        "sffn_expert_parallel": (1, "ranks over which the blocks of each layer are shared out"),
+        "sffn_expert_parallel": (1, "ranks over which the blocks of each layer are sharded"),
         "tokens_per_rank": (None, "tokens of the micro-batch on each rank"),
         "tokens_per_sample": (1024, "tokens that a token attends to, and positions of the model"),
         "bandwidth": (25.0, "GB/s that a rank sends"),
@@ -163,10 +163,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> str:
-    """What ``fairseq-sffn plan`` prints.
+    """Return what ``fairseq-sffn plan`` prints.
 
     Raises:
-        UsageError: names the flag and the value that cannot be honoured.
+        UsageError: names the flag, the value and the reason.
     """
     whole = ("world_size", "sffn_expert_parallel", "tokens_per_rank", "tokens_per_sample")
     at_least = dict.fromkeys(whole, 1) | {"vocab_size": Dictionary().nspecial + 1}
@@ -191,7 +191,11 @@ def run(args: argparse.Namespace) -> str:
 
 
 def check_shards(model: TransformerLanguageModel, shards: int) -> None:
-    """Raises UsageError unless the blocks of a model can be shared out over so many ranks."""
+    """Refuse a number of ranks over which the blocks of a model cannot be sharded.
+
+    Raises:
+        UsageError: names the flag, the value and the reason.
+    """
     memories = [module for module in model.modules() if isinstance(module, SparseMemory)]
     reason = "this model has no sparse layers" if shards > 1 and not memories else None
     try:
@@ -204,7 +208,7 @@ def check_shards(model: TransformerLanguageModel, shards: int) -> None:
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """Tables of memory, and of what is sent and the time that it takes."""
+    """Return tables of memory, and of bytes sent with the time that they take."""
 
     def label(name: str) -> str:
         return name.replace("_", " ").replace("ffn", "FFN")

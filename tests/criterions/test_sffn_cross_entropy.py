@@ -76,7 +76,7 @@ def two_layers(method: str, **options: Any) -> nn.Module:
 
 
 def routing(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    return model(**batch["net_input"])[1]["routing"]
+    return model(**batch["net_input"], routing_losses=True)[1]["routing"]
 
 
 def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
@@ -347,8 +347,8 @@ def test_losses_are_formed_where_something_reads_them(method, options, training)
     assert ("balance_loss" in reduced([log])) == wanted
     loss.backward()
     # Nor are they where nobody asks; who asks the model itself gets them.
-    assert not any(layer.balance_loss > 0 for layer in routing(model, sample(5)).values())
-    assert model.ask_for_losses(True) is False
+    plain = model(**sample(5)["net_input"])[1]["routing"]
+    assert not any(layer.balance_loss > 0 for layer in plain.values())
     assert all(layer.balance_loss > 0 for layer in routing(model, sample(5)).values())
 
 

@@ -67,11 +67,8 @@ def build(config: DictConfig, types: int = TYPES) -> Any:
 
 
 def small_lm(method: str, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
-    """A small model in training mode, asked for its losses if it has any."""
-    model = build(small_config(method, **options)).to(dtype)
-    if method != "dense":
-        model.ask_for_losses(True)
-    return model
+    """A small model in training mode."""
+    return build(small_config(method, **options)).to(dtype)
 
 
 def random_tokens(*shape: int) -> Tensor:

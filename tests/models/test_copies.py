@@ -104,6 +104,24 @@ def test_copies_compute_the_same(case: str, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", ["avgk", "switch", "checkpointed", "translation"])
+def test_copies_between_a_pass_and_its_backward(case: str, way: str) -> None:
+    build, output = CASES[case]
+    model = build()
+    pending = output(model)
+    copied = WAYS[way](model)
+    assert_equal(copied, model, output)
+    pending.sum().backward()
+    assert all(p.grad is None for p in copied.parameters())
+    gradients = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    output(copied).sum().backward()
+    for ours, theirs in zip(gradients, copied.parameters(), strict=True):
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs.grad, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_a_copy_decodes_on(way: str) -> None:
     """In the middle of incremental decoding, its cache copied too."""
     model = small_lm("avgk").eval()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import threading
 from collections.abc import Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,7 +17,8 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from fairseq_sffn.errors import UsageError
-from fairseq_sffn.memory import MemoryConfig, Selection, Selector, SparseMemory
+from fairseq_sffn.memory import MemoryConfig, MemoryOutput, Selection, Selector, SparseMemory
+from fairseq_sffn.models import stack
 from fairseq_sffn.models.decoder import SparseTransformerDecoder
 from fairseq_sffn.models.layer import SparseDecoderLayer
 from fairseq_sffn.models.stack import trailing_tokens
@@ -91,8 +95,8 @@ def test_padding_on_the_right_changes_nothing(model):
 @pytest.mark.parametrize("method", SPARSE)
 def test_padding_does_not_count_in_the_losses(method):
     model, row = evaluated(method), random_tokens(6)
-    expected = model(row.unsqueeze(0))[1]["routing"]
-    actual = model(pad([row], 9))[1]["routing"]
+    expected = model(row.unsqueeze(0), routing_losses=True)[1]["routing"]
+    actual = model(pad([row], 9), routing_losses=True)[1]["routing"]
     for number, routing in expected.items():
         close(actual[number].balance_loss, routing.balance_loss)
         close(actual[number].z_loss, routing.z_loss)
@@ -284,7 +288,7 @@ def test_skipped_layers_have_a_routing_of_zeros(method):
     patterns = set()
     for _ in range(20):
         ran.clear()
-        routing = model(random_tokens(2, 3))[1]["routing"]
+        routing = model(random_tokens(2, 3), routing_losses=True)[1]["routing"]
         assert list(routing) == [f"layer{number}" for number in range(4)]
         for number, layer in enumerate(routing.values()):
             assert layer.counts.shape == (16,)
@@ -299,12 +303,12 @@ def test_skipped_layers_have_a_routing_of_zeros(method):
 
 def test_a_model_without_any_layer_left_still_trains():
     model = small_lm("switch", decoder_layerdrop=1.0)
-    output, extra = model(random_tokens(2, 3))
+    output, extra = model(random_tokens(2, 3), routing_losses=True)
     (output.sum() + extra["routing"]["layer1"].balance_loss).backward()
     assert model.decoder.embed_tokens.weight.grad.any()
 
 
-# Hooks
+# Passes
 
 
 def hooks(model: nn.Module) -> int:
@@ -312,33 +316,156 @@ def hooks(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("checkpoint_activations", [False, True])
-def test_hooks_are_removed(checkpoint_activations):
+def test_an_exception_leaves_nothing_behind(checkpoint_activations):
     model = evaluated("switch", checkpoint_activations=checkpoint_activations)
     batch = random_tokens(2, 4)
     expected = model(batch)[0]
-    assert hooks(model) == 0
 
     memory = [m for m in model.modules() if isinstance(m, SparseMemory)][1]
     working = memory.selector
     memory.selector = nn.Module()  # has no forward
     with pytest.raises(NotImplementedError):
         model(batch)
-    assert hooks(model) == 0
-    assert all(layer.fc1.lent == {} for layer in model.decoder.layers)
     memory.selector = working
     close(model(batch)[0], expected)
 
 
-def test_tokens_that_stand_for_none_count_nowhere():
-    """What a process without sentences of its own runs, in training on several."""
-    model = small_lm("switch").train()
+class Watched(SparseMemory):
+    """A memory that asks how many hooks there are while it runs."""
+
+    model: nn.Module
+    found: ClassVar[list[int]] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> MemoryOutput:
+        self.found.append(hooks(self.model))
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+def test_no_hook_is_registered(checkpoint_activations, monkeypatch):
+    monkeypatch.setattr(Watched, "found", [])
+    model = small_lm("switch", checkpoint_activations=checkpoint_activations)
+    memory = model.decoder.layers[1].fc1.memory
+    memory.__class__ = Watched
+    vars(memory)["model"] = model
+    model(random_tokens(2, 4), routing_losses=True)[0].sum().backward()
+    assert memory.found == [0] * (1 + checkpoint_activations)
+
+
+def interleaved(model: nn.Module, batches: list[Tensor], **options: Any) -> list[Any]:
+    """A pass of each batch in a thread of its own. Every pass is inside the memory of every layer
+    before any leaves it."""
+    meeting = threading.Barrier(len(batches), timeout=10)
+
+    def wait(*_: Any) -> None:
+        meeting.wait()
+
+    memories = [m for m in model.modules() if isinstance(m, SparseMemory)]
+    handles = [m.register_forward_pre_hook(wait) for m in memories]
+    handles += [m.register_forward_hook(wait) for m in memories]
+    with ThreadPoolExecutor(len(batches)) as pool:
+        results = list(pool.map(lambda batch: model(batch, **options), batches))
+    for handle in handles:
+        handle.remove()
+    return results
+
+
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+@pytest.mark.parametrize("method", ["avgk", "switch", "hash_layer"])
+def test_interleaved_passes_do_not_mix(method, checkpoint_activations):
+    options = dict(sffn_freq=1, checkpoint_activations=checkpoint_activations)
+    model = small_lm(method, **options)
+    batches = [random_tokens(2, 8), random_tokens(3, 5), random_tokens(4, 1)]
+    batches[0][1, -3:] = PAD
+    alone = [model(batch, routing_losses=True) for batch in batches]
+    together = interleaved(model, batches, routing_losses=True)
+    for (output, extra), (expected, expected_extra) in zip(together, alone, strict=True):
+        assert torch.equal(output, expected)
+        for name, layer in expected_extra["routing"].items():
+            assert all(map(torch.equal, extra["routing"][name], layer))
+    gradients = []
+    for outputs in (together, alone):
+        model.zero_grad()
+        objective = 0.0
+        for output, extra in reversed(outputs):
+            losses = sum(layer.balance_loss + layer.z_loss for layer in extra["routing"].values())
+            objective = objective + output.square().sum() + losses
+        objective.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for ours, theirs in zip(*gradients, strict=True):
+        close(ours, theirs)
+
+
+def test_one_pass_wants_losses_and_another_does_not():
+    model = small_lm("switch", sffn_freq=1)
     batch = random_tokens(2, 8)
-    outputs, extra = model(batch)
-    assert all(layer.counts.sum() == 16 for layer in extra["routing"].values())
-    model.expect_dummies(True)
-    dummies, extra = model(batch)
+    plain = model(batch)[1]["routing"]
+    wanted = model(batch, routing_losses=True)[1]["routing"]
+    assert all(layer.balance_loss == layer.z_loss == 0 for layer in plain.values())
+    assert all(layer.balance_loss > 0 and layer.z_loss > 0 for layer in wanted.values())
+
+
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+def test_gradients_of_passes_before_one_backward_add_up(checkpoint_activations):
+    """As with --update-freq, where a pass of other tokens comes between a pass and its backward."""
+    model = small_lm("switch", sffn_freq=1, checkpoint_activations=checkpoint_activations)
+    batches = [random_tokens(2, 8), random_tokens(3, 5)]
+
+    def objective(batch: Tensor) -> Tensor:
+        output, extra = model(batch, routing_losses=True)
+        losses = sum(layer.balance_loss + layer.z_loss for layer in extra["routing"].values())
+        return output.square().sum() + losses
+
+    for batch in batches:
+        objective(batch).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for loss in [objective(batch) for batch in batches]:
+        loss.backward()
+    for ours, theirs in zip(model.parameters(), expected, strict=True):
+        close(ours.grad, theirs)
+
+
+class Wrapper(nn.Module):
+    """Around a layer, as fairscale's FSDP is, which needs a GPU."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(*args, **kwargs)
+
+
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+def test_wrapped_layers_are_routed(checkpoint_activations, monkeypatch):
+    options = dict(sffn_freq=1, checkpoint_activations=checkpoint_activations)
+    model, batch = small_lm("switch", **options), random_tokens(2, 8)
+    monkeypatch.setattr(stack, "fsdp_wrap", lambda layer, min_num_params: Wrapper(layer))
+    wrapped = small_lm("switch", **options)
+    state = model.state_dict()
+    names = {re.sub(r"(layers\.\d+)", r"\1.layer", name): name for name in state}
+    wrapped.load_state_dict({new: state[old] for new, old in names.items()})
+    for each in (model, wrapped):
+        output, extra = each(batch, routing_losses=True)
+        losses = sum(layer.balance_loss + layer.z_loss for layer in extra["routing"].values())
+        (output.square().sum() + losses).backward()
+        assert list(extra["routing"]) == ["layer0", "layer1"]
+        assert all(layer.counts.sum() == 16 for layer in extra["routing"].values())
+    for ours, theirs in zip(wrapped.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("method", ["dense", "switch"])
+def test_tokens_that_stand_for_none_count_nowhere(method):
+    """What a process without sentences of its own runs, in training on several."""
+    model = small_lm(method).train()
+    batch = random_tokens(2, 8)
+    outputs, extra = model(batch, routing_losses=True)
+    dummies, dummies_extra = model(batch, routing_losses=True, is_dummy=True)
     assert torch.equal(dummies, outputs)
-    for layer in extra["routing"].values():
-        assert layer.counts.sum() == layer.balance_loss == layer.z_loss == 0
-    model.expect_dummies(False)
-    assert all(layer.counts.sum() == 16 for layer in model(batch)[1]["routing"].values())
+    for name, layer in extra.get("routing", {}).items():
+        assert layer.counts.sum() == 16 and layer.balance_loss > 0
+        dummy = dummies_extra["routing"][name]
+        assert dummy.counts.sum() == dummy.balance_loss == dummy.z_loss == 0
+    assert ("routing" in extra) == (method != "dense")

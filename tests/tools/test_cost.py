@@ -114,7 +114,7 @@ def test_flops_are_those_that_pytorch_counts(method, shape, options, monkeypatch
     model = small_lm(method, **engine, **options).eval()
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(random_tokens(*shape))
+        model(random_tokens(*shape), routing_losses=True)
     per_token = model_cost(model, CONTEXT).flops_per_token
     assert counter.get_total_flops() == shape[0] * CONTEXT * per_token
 

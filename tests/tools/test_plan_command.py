@@ -226,21 +226,23 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 
 def traffic_of(blocks: list[Any], rank: int, num_blocks: int) -> dict[str, int]:
-    """Rows and pairs to and from other ranks, one by one.
+    """Rows and assignments to and from other ranks, one by one.
 
     Args:
         blocks: of each rank's tokens.
     """
-    counts = dict.fromkeys(("rows_sent", "rows_received", "pairs_sent", "pairs_received"), 0)
+    counts = dict.fromkeys(
+        ("rows_sent", "rows_received", "assignments_sent", "assignments_received"), 0
+    )
     for source, tokens in enumerate(blocks):
         for token in tokens:
             owners = [block * RANKS // num_blocks for block in token]
             if source == rank:
-                counts["pairs_sent"] += sum(owner != rank for owner in owners)
+                counts["assignments_sent"] += sum(owner != rank for owner in owners)
                 counts["rows_sent"] += len({owner for owner in owners if owner != rank})
             elif rank in owners:
                 counts["rows_received"] += 1
-                counts["pairs_received"] += owners.count(rank)
+                counts["assignments_received"] += owners.count(rank)
     return counts
 
 

@@ -15,13 +15,8 @@ from fairseq.utils import get_activation_fn
 from fairseq_sffn.errors import UsageError
 from fairseq_sffn.memory import MemoryConfig, Selector
 from fairseq_sffn.memory.selectors.hash_layer import balanced_table
-from fairseq_sffn.models.config import (
-    DenseConfig,
-    build_memory_config,
-    check_supported,
-    selector_flags,
-    sparse,
-)
+from fairseq_sffn.models.config import DenseConfig, selector_flags, sparse
+from fairseq_sffn.models.memory_config import build_memory_config, check_supported
 from tests.models.small_lm import FFN, TYPES, WIDTH, lm_config, small_config, small_lm
 
 COUNTS = [TYPES - i for i in range(TYPES)]
