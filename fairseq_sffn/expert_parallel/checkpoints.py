@@ -44,7 +44,7 @@ from ..memory import SparseMemory
 from ..memory.sparse_memory import SHARDED, can_be_shared_out
 from .gradients import expert_parallel_of
 from .groups import process_groups
-from .launch import flattens_parameters
+from .settings import flattens_parameters
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 from fairseq.utils import split_paths
 from omegaconf import II
 
-from ..configuration import writable
 from ..errors import UsageError
+from ..options.configuration import writable
 
 CHECKED_TOKENS = 2**27
 """Tokens at the start of a split that are checked before training: enough to find data of another
