@@ -125,7 +125,7 @@ def compare_settings(cfg: Any) -> None:
 
 def settings_of(cfg: Any) -> dict[tuple[str, str], Any]:
     """Return what ranks must have in common, code included, by (group, flag)."""
-    plain = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    plain: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     options = {
         (group, name): value
         for group, values in plain.items()

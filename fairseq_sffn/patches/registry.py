@@ -167,7 +167,7 @@ def fingerprint(original: Any, members: Iterable[str] = ()) -> str | None:
     parts = [getattr(original, name) for name in members] or [original]
     digest = hashlib.sha256()
     for part in parts:
-        part = part.fget if isinstance(part, property) else part
+        part = getattr(part, "fget", part)  # of a property
         try:
             digest.update("".join(inspect.getsource(part).split()).encode())
         except (OSError, TypeError):
