@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
 from timing import SEED, Work, arguments, progress, run_part, seconds, spread
 from train_step import (
@@ -31,6 +30,8 @@ from train_step import (
     training_config,
     write_dictionary,
 )
+
+from fairseq_sffn.expert_parallel.launch import obey_launcher
 
 PROCESSES = 2
 MODELS = ("dense", "avgk", "switch")
@@ -66,7 +67,7 @@ class Step:
         more = run.flags(model)
         config = training_config(model, OPTIMIZER, str(folder), context, sentences, more)
         if run != APART:
-            distributed_utils.infer_init_method(config.distributed_training)
+            obey_launcher(config.distributed_training)
         torch.manual_seed(SEED)
         self.trainer = build_trainer(config)
         if run == APART:

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq import checkpoint_utils, options
+from fairseq import checkpoint_utils
 from fairseq.dataclass.utils import overwrite_args_by_name
 from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
-from fairseq_cli import validate as validate_command
 from omegaconf import OmegaConf
 
 from ..compat import replace_once
@@ -54,25 +53,10 @@ _checked: ContextVar[frozenset[str]] = ContextVar("checked", default=frozenset()
 
 def apply() -> None:
     """Apply every patch."""
-    add_flags()
     load_safely()
     load_averages_safely()
     load_no_folder_of_a_checkpoint()
     train_without_its_configuration()
-
-
-def add_flags() -> None:
-    """Add ``--trust-checkpoint`` and ``--skip-checksums`` to the commands that load checkpoints.
-    They all ask for flags of data sets after they have imported the plugin."""
-
-    @functools.wraps(options.add_dataset_args)
-    def add_dataset_args(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
-        group = original(parser, *args, **kwargs)
-        add_flags_to(group)
-        return group
-
-    original = options.add_dataset_args
-    replace_once(options, "add_dataset_args", add_dataset_args)
 
 
 def add_flags_to(parser: Any, *variables: str) -> None:
@@ -217,18 +201,9 @@ def load_no_folder_of_a_checkpoint() -> None:
             )
         return original(*args, **kwargs)
 
-    @functools.wraps(validate_command.main)
-    def validate_main(cfg: Any, override_args: argparse.Namespace | None = None) -> Any:
-        # The only command whose function does not pass on the folder that its configuration names.
-        if override_args is None and getattr(cfg.task, "data", None) is not None:
-            override_args = argparse.Namespace(data=cfg.task.data)
-        return original_main(cfg, override_args)
-
     original = checkpoint_utils.load_model_ensemble_and_task
     signature = inspect.signature(original)
     replace_once(checkpoint_utils, "load_model_ensemble_and_task", load_model_ensemble_and_task)
-    original_main = validate_command.main
-    replace_once(validate_command, "main", validate_main)
 
 
 def train_without_its_configuration() -> None:

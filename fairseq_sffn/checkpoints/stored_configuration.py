@@ -28,7 +28,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from ..errors import UsageError
 from ..models.config import TranslationConfig, flag
 from ..models.plugin_model import PluginModel
-from ..options import check_group
+from ..options.checks import check_group
 
 logger = logging.getLogger(__name__)
 

@@ -92,7 +92,6 @@ def apply() -> None:
     copy_whole_files()
     save_plain_containers()
     restore_arrays_of_meters()
-    check_save_directory_first()
     write_in_the_background()
     save_or_say_why_not()
 
@@ -138,23 +137,6 @@ def restore_arrays_of_meters() -> None:
 
     for meter in (AverageMeter, SumMeter):
         replace_once(meter, "load_state_dict", restoring(meter.load_state_dict))
-
-
-def check_save_directory_first() -> None:
-    """fairseq tries the directory for checkpoints before it trains, but ends in a traceback if it
-    cannot write there. Can go when it names the flag and the reason."""
-
-    @functools.wraps(checkpoint_utils.verify_checkpoint_directory)
-    def verify_checkpoint_directory(save_dir: str) -> None:
-        try:
-            original(save_dir)
-        except OSError as error:
-            raise UsageError(
-                f"--save-dir {save_dir}: cannot be written to: {error.strerror}"
-            ) from error
-
-    original = checkpoint_utils.verify_checkpoint_directory
-    replace_once(checkpoint_utils, "verify_checkpoint_directory", verify_checkpoint_directory)
 
 
 def write_whole_files() -> None:

@@ -44,7 +44,7 @@ from ..memory import SparseMemory
 from ..memory.sparse_memory import SHARDED, can_be_shared_out
 from ..models.process_groups import process_groups
 from .gradients import expert_parallel_of
-from .launch import flattens_parameters
+from .settings import flattens_parameters
 
 logger = logging.getLogger(__name__)
 

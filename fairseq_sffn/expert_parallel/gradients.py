@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..compat import replace_once
-from ..configuration import writable
 from ..criterions.routing_losses import SENT
 from ..models.plugin_model import PluginModel, plugin_model_in
 from ..models.process_groups import process_groups
@@ -27,7 +26,6 @@ def apply() -> None:
     tell_models_of_dummies()
     count_each_dummy_by_itself()
     fail_where_memory_ends()
-    load_models_whole()
 
 
 def experts_of(parameters: Any) -> list[torch.nn.Parameter]:
@@ -183,21 +181,3 @@ def nothing_of(value: Any) -> Any:
     if isinstance(value, Tensor):
         return torch.zeros_like(value)
     return value * 0 if isinstance(value, int | float | list) else value
-
-
-def load_models_whole() -> None:
-    """A model that is loaded to be used has all its blocks, and looks at no other process's
-    tokens, in however many processes it was trained."""
-
-    @functools.wraps(models.build_model)
-    def build_model(cfg: Any, task: Any, from_checkpoint: bool = False) -> Any:
-        if not from_checkpoint or not hasattr(cfg, "sffn_expert_parallel"):
-            return original(cfg, task, from_checkpoint)
-        with writable(cfg):
-            cfg.sffn_expert_parallel = 1
-        model = original(cfg, task, from_checkpoint)
-        model.work_alone()
-        return model
-
-    original = models.build_model
-    replace_once(models, "build_model", build_model)

@@ -39,6 +39,12 @@ NEEDED: Kind = "the plugin needs it"
 MENDS_FAIRSEQ: Kind = "mends fairseq"
 MARK = "fairseq_sffn_patch"
 """Attribute of a replacement that names its target."""
+ORIGINAL = "fairseq_sffn_original"
+"""Attribute of a replacement that holds what it stands for."""
+MISSING = "missing"
+"""Stands for the fingerprint of a target that is not there."""
+WRITTEN_FOR = "ve-fairseq 0.12.3"
+"""The fairseq whose fingerprints the patches name."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ class Patch:
 
     Attributes:
         target: ``module:name`` or ``module:Class.name``.
-        replace: takes the original and returns what stands in its place.
+        replace: takes the original, or ``None`` where the target is missing, and returns what
+            stands in its place; the original itself where nothing is to be changed.
         why: one sentence: what fails without it.
         until: when the patch can go.
         kind: whether the plugin needs it, or fairseq is mended for every model.
@@ -73,10 +80,30 @@ class Patch:
             owner = getattr(owner, part)
         return owner, name
 
+    def current(self) -> Any:
+        """Return what the target is now; ``None``: it is missing."""
+        owner, name = self.owner()
+        return getattr(owner, name, None)
+
+    def original(self) -> Any:
+        """Return fairseq's own; ``None``: the target is missing without the patch."""
+        current = self.current()
+        return getattr(current, ORIGINAL) if self.is_applied() else current
+
     def is_applied(self) -> bool:
         """Return whether the target has been replaced."""
-        owner, name = self.owner()
-        return vars(getattr(owner, name)).get(MARK) == self.target
+        return getattr(self.current(), "__dict__", {}).get(MARK) == self.target
+
+    def found(self) -> str | None:
+        """Return the fingerprint of the original; ``None``: its source is not there."""
+        return fingerprint(self.original(), self.members)
+
+    def fits(self) -> bool:
+        """Return whether the original is one that the patch was written for.
+
+        An original without its source counts as one.
+        """
+        return self.found() in (None, *self.written_for)
 
     def apply(self) -> None:
         """Replace the target, unless it has been replaced already.
@@ -86,16 +113,18 @@ class Patch:
         if self.is_applied():
             return
         owner, name = self.owner()
-        original = getattr(owner, name)
-        found = fingerprint(original, self.members)
-        if found is not None and found not in self.written_for:
-            logger.warning(
-                f"{self.target}: its source ({found}) is not that of the fairseq that the plugin "
-                "was written for (ve-fairseq 0.12.3); see fairseq-sffn patches"
-            )
+        original = self.current()
         replacement = self.replace(original)
+        if replacement is original:
+            return
+        if not self.fits():
+            logger.warning(
+                f"{self.target}: its source ({self.found()}) is not that of the fairseq that the "
+                f"plugin was written for ({WRITTEN_FOR}); see fairseq-sffn patches"
+            )
         setattr(replacement, MARK, self.target)
-        is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+        setattr(replacement, ORIGINAL, original)
+        is_static = isinstance(inspect.getattr_static(owner, name, None), staticmethod)
         setattr(owner, name, staticmethod(replacement) if is_static else replacement)
         # ``python -m fairseq_cli.train`` runs a second copy of the module.
         command = sys.modules.get("__main__")
@@ -126,13 +155,19 @@ def fingerprint(original: Any, members: Iterable[str] = ()) -> str | None:
 
     White space does not count.
 
+    Args:
+        original: the function or class; ``None`` stands for one that is missing.
+        members: of a class, the names of the members that count.
+
     Returns:
         ``None`` where the source is not there.
     """
+    if original is None:
+        return MISSING
     parts = [getattr(original, name) for name in members] or [original]
     digest = hashlib.sha256()
     for part in parts:
-        part = part.fget if isinstance(part, property) else part
+        part = getattr(part, "fget", part)  # of a property
         try:
             digest.update("".join(inspect.getsource(part).split()).encode())
         except (OSError, TypeError):

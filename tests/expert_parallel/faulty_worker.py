@@ -83,11 +83,11 @@ if here and fault.startswith("no room for"):
 if fault == "other flags by another way":  # such as fairseq-hydra-train's
     import fairseq_sffn  # noqa: F401
 
-    train.main = inspect.unwrap(train.main)
+    train.add_defaults = inspect.unwrap(train.add_defaults)
 if here and fault.startswith("other flags"):
     sys.argv += ["--lr", "0.5"]
 if here and fault == "other code":
-    from fairseq_sffn.expert_parallel import launch
+    from fairseq_sffn.expert_parallel import settings
 
-    launch.code_fingerprint = lambda: "another"
+    settings.code_fingerprint = lambda: "another"
 train.cli_main()

@@ -9,12 +9,11 @@ from fairseq import checkpoint_utils, models
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models import distributed_fairseq_model
 from fairseq.trainer import Trainer
-from fairseq_cli import train as train_command
-from omegaconf import OmegaConf, open_dict
+from omegaconf import open_dict
 
 from fairseq_sffn.errors import UsageError
 from fairseq_sffn.expert_parallel import checkpoints, gradients, launch
-from fairseq_sffn.expert_parallel.launch import check_settings, first_difference, settings_of
+from fairseq_sffn.expert_parallel.settings import check_settings, first_difference, settings_of
 from tests import commands
 
 
@@ -128,9 +127,8 @@ def test_processes_that_would_train_alone(data_bin, tmp_path, monkeypatch):
     there is no GPU."""
     for name in launch.LAUNCHED:
         monkeypatch.setenv(name, "2")
-    monkeypatch.setattr(
-        distributed_utils, "infer_init_method", inspect.unwrap(distributed_utils.infer_init_method)
-    )
+    call_main = inspect.unwrap(distributed_utils.call_main)
+    monkeypatch.setattr(distributed_utils, "call_main", call_main)
     with pytest.raises(UsageError, match="torchrun has started 2 processes"):
         commands.hydra_train(data_bin, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -141,22 +139,6 @@ def test_versions_count():
     for name in ("fairseq", "PyTorch", "fairseq_sffn's code"):
         other = settings | {("", name): "another"}
         assert f"{name} is " in first_difference([settings, other])
-
-
-def test_fingerprint_of_the_code(tmp_path, monkeypatch):
-    """Names and kernels count, files that are no code do not."""
-    (tmp_path / "parallel").mkdir()
-    monkeypatch.setattr(launch, "__file__", str(tmp_path / "parallel" / "launch.py"))
-    (tmp_path / "kernels.cpp").write_text("1")
-    (tmp_path / "a.py").write_text("1")
-    found = [launch.code_fingerprint()]
-    (tmp_path / "kernels.cpp").write_text("2")
-    found.append(launch.code_fingerprint())
-    (tmp_path / "a.py").rename(tmp_path / "b.py")
-    found.append(launch.code_fingerprint())
-    assert len(set(found)) == 3
-    (tmp_path / "notes.txt").write_text("1")
-    assert launch.code_fingerprint() == found[-1]
 
 
 @pytest.mark.parametrize(
@@ -205,14 +187,12 @@ def test_torchruns_environment(world_size, method, monkeypatch):
     environment = dict(WORLD_SIZE=world_size, RANK="3", LOCAL_RANK="1")
     for name, value in dict(MASTER_ADDR="a", MASTER_PORT="1", **environment).items():
         monkeypatch.setenv(name, value)
-    config = OmegaConf.create(
-        {
-            **dict(distributed_init_method=None, tpu=False, pipeline_model_parallel=False),
-            **dict(distributed_world_size=1, distributed_rank=0, device_id=0),
-            **dict(distributed_no_spawn=False),
-        }
-    )
-    distributed_utils.infer_init_method(config)
+    started: list[Any] = []
+    monkeypatch.setattr(distributed_utils, "distributed_main", lambda *args: started.append(args))
+    cfg = commands.hydra_config()
+    config = cfg.distributed_training
+    distributed_utils.call_main(cfg, lambda cfg: started.append(cfg))
+    assert len(started) == 1 and (started[0] is cfg) == (world_size == "1")
     assert config.distributed_init_method == method
     assert config.distributed_world_size == int(world_size)
     assert (config.distributed_rank, config.device_id, config.distributed_no_spawn) == (3, 1, True)
@@ -220,16 +200,13 @@ def test_torchruns_environment(world_size, method, monkeypatch):
 
 def test_applying_twice_changes_nothing():
     replaced = [
-        *((distributed_utils, name) for name in ("infer_init_method", "distributed_init")),
         *((distributed_utils, name) for name in ("all_gather_list", "broadcast_object")),
         *((Trainer, name) for name in ("__init__", "clip_grad_norm", "_prepare_sample")),
         (Trainer, "train_step"),
-        (distributed_utils, "call_main"),
         *((Trainer, name) for name in ("save_checkpoint", "load_checkpoint", "state_dict")),
         *((checkpoint_utils, name) for name in ("save_checkpoint", "load_checkpoint_to_cpu")),
-        *((models, name) for name in ("DistributedFairseqModel", "build_model")),
+        (models, "DistributedFairseqModel"),
         (distributed_fairseq_model, "DistributedDataParallel"),
-        (train_command, "main"),
     ]
     before = [getattr(owner, name) for owner, name in replaced]
     assert all(function.sffn_repairs for function in before)

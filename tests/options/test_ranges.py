@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from fairseq.criterions import CRITERION_REGISTRY
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.models import (
     ARCH_CONFIG_REGISTRY,
@@ -16,13 +17,15 @@ from fairseq.models import (
     MODEL_DATACLASS_REGISTRY,
     MODEL_REGISTRY,
 )
+from fairseq.models.transformer_lm import TransformerLanguageModel
 from fairseq.registry import REGISTRIES
-from fairseq.tasks import TASK_DATACLASS_REGISTRY
+from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
+from fairseq.tasks.language_modeling import LanguageModelingTask
 
-from fairseq_sffn import options, ranges
 from fairseq_sffn.errors import UsageError, flag
-from fairseq_sffn.ranges import LARGEST, RANGES, Range
-from fairseq_sffn.relations import RELATIONS
+from fairseq_sffn.options import checks, ranges
+from fairseq_sffn.options.ranges import LARGEST, RANGES, Range
+from fairseq_sffn.options.relations import RELATIONS
 
 WITHOUT_DEFAULTS = {("lr_scheduler", "tri_stage")}
 """What fairseq refuses unless some options are set."""
@@ -59,11 +62,11 @@ def defaults() -> Iterator[tuple[str, str, Any]]:
                 name,
                 of_dataclass(dataclasses[name], name) if made else of_parser(cls, name),
             )
-    for name in MODEL_REGISTRY:
-        if name in MODEL_DATACLASS_REGISTRY and options.is_transformer(SimpleNamespace(_name=name)):
+    for name, cls in MODEL_REGISTRY.items():
+        if name in MODEL_DATACLASS_REGISTRY and checks.is_transformer(cls):
             yield "model", name, of_dataclass(MODEL_DATACLASS_REGISTRY[name], name)
     for name, cls in ARCH_MODEL_REGISTRY.items():
-        if options.is_transformer(SimpleNamespace(_name=name)):
+        if checks.is_transformer(cls):
             parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
             cls.add_args(parser)
             args = parser.parse_args([])
@@ -92,7 +95,7 @@ def test_defaults_cover_what_the_plugin_is_trained_with() -> None:
     ("group", "name"), [key for key in DEFAULTS if key not in WITHOUT_DEFAULTS]
 )
 def test_defaults_are_in_their_ranges(group: str, name: str) -> None:
-    options.check_group(group, DEFAULTS[group, name])
+    checks.check_group(group, DEFAULTS[group, name])
 
 
 def test_every_option_of_the_table_exists() -> None:
@@ -128,7 +131,7 @@ def test_what_is_outside_is_told_in_one_line(key: str, name: str, range: Range) 
     for number in outside(range):
         value = [number] * abs(range.length) if range.length else number
         with pytest.raises(UsageError) as stopped:
-            options.check_group(group, SimpleNamespace(_name=choice, **{name: value}))
+            checks.check_group(group, SimpleNamespace(_name=choice, **{name: value}))
         line = str(stopped.value)
         shown = ",".join(map(str, value)) if range.length else str(number)
         assert line.startswith(f"{flag(name)} {shown}: must be ") and "\n" not in line
@@ -139,12 +142,12 @@ def test_what_is_outside_is_told_in_one_line(key: str, name: str, range: Range) 
 @pytest.mark.parametrize("value", [[], [1], [1, 2, 3], "", "x", "(0.9", "0.9", "(0.9, 'x')"])
 def test_lists_of_another_length_are_refused(value: Any) -> None:
     with pytest.raises(UsageError, match=r"^--adam-betas .*: must be two numbers, each at least 0"):
-        options.check_group("optimizer", SimpleNamespace(_name="adam", adam_betas=value))
+        checks.check_group("optimizer", SimpleNamespace(_name="adam", adam_betas=value))
 
 
 @pytest.mark.parametrize("value", [[0.9, 0.98], (0.9, 0.98), "(0.9, 0.98)", "[0, 0]", "0.9,0.98"])
 def test_lists_are_read_as_fairseq_reads_them(value: Any) -> None:
-    options.check_group("optimizer", SimpleNamespace(_name="adam", adam_betas=value))
+    checks.check_group("optimizer", SimpleNamespace(_name="adam", adam_betas=value))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +168,24 @@ def test_reasons(range: Range, number: float, reason: str) -> None:
 
 def test_options_of_other_models_are_left_alone() -> None:
     """A convolutional model's layers are a text, and its dropout may mean something else."""
-    options.check_group("model", SimpleNamespace(_name="fconv", decoder_layers="[(512, 3)]"))
-    options.check_group("model", SimpleNamespace(_name="fconv", dropout=2.0))
+    checks.check_group("model", SimpleNamespace(_name="fconv", decoder_layers="[(512, 3)]"))
+    checks.check_group("model", SimpleNamespace(_name="fconv", dropout=2.0))
     with pytest.raises(UsageError, match=r"^--dropout 2\.0: "):
-        options.check_group("model", SimpleNamespace(_name="transformer", dropout=2.0))
+        checks.check_group("model", SimpleNamespace(_name="transformer", dropout=2.0))
+
+
+@pytest.mark.parametrize(
+    ("group", "registry", "base", "option"),
+    [
+        ("model", ARCH_MODEL_REGISTRY, TransformerLanguageModel, {"decoder_layers": 0}),
+        ("task", TASK_REGISTRY, LanguageModelingTask, {"tokens_per_sample": 0}),
+        ("criterion", CRITERION_REGISTRY, CrossEntropyCriterion, {"label_smoothing": 2.0}),
+    ],
+)
+def test_options_of_other_plugins_are_left_alone(
+    group: str, registry: Any, base: type, option: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options of the same name may have another meaning there."""
+    theirs = type("Theirs", (base,), {"__module__": "their_plugin.models"})
+    monkeypatch.setitem(registry, "theirs", theirs)
+    checks.check_group(group, SimpleNamespace(_name="theirs", **option))

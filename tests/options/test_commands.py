@@ -13,17 +13,14 @@ from typing import Any
 import pytest
 from fairseq import models
 from fairseq import options as fairseq_options
-from fairseq.data import data_utils
-from fairseq.dataclass import utils as dataclass_utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.distributed import utils as distributed_utils
 from fairseq.registry import REGISTRIES
-from fairseq_cli import eval_lm, generate, interactive, train, validate
+from fairseq_cli import eval_lm, train
 
-from fairseq_sffn import options, splits
 from fairseq_sffn.errors import UsageError, flag
-from fairseq_sffn.options import check_ranges
-from fairseq_sffn.ranges import LARGEST, RANGES
+from fairseq_sffn.options.checks import check_ranges
+from fairseq_sffn.options.ranges import LARGEST, RANGES
 from tests import commands
 from tests.commands import USER_DIR
 from tests.models.small_lm import language_modeling, small_config
@@ -322,18 +319,3 @@ def fairseq_training(data: Path, save_dir: Path, *flags: str) -> str:
         *("train", data, "--user-dir", USER_DIR, "--task", "language_modeling", "--cpu"),
         *("--save-dir", save_dir, "--batch-size", "8", "--max-update", "1", *flags),
     )
-
-
-def test_applying_twice_changes_nothing() -> None:
-    replaced = [
-        *((command, "main") for command in (eval_lm, generate, interactive, validate)),
-        *((train, name) for name in ("add_defaults", "train")),
-        *((dataclass_utils, name) for name in ("eval_str_list", "_override_attr")),
-        *((distributed_utils, "call_main"), (models, "build_model")),
-        *((data_utils, name) for name in ("batch_by_size",)),
-    ]
-    before = [getattr(owner, name) for owner, name in replaced]
-    assert all(function.sffn_repairs for function in before)
-    for checks in (options, splits):
-        checks.apply()
-    assert before == [getattr(owner, name) for owner, name in replaced]

@@ -16,10 +16,10 @@ from fairseq.trainer import Trainer
 from fairseq_cli import eval_lm, generate, interactive, train, validate
 from omegaconf import OmegaConf
 
-from fairseq_sffn import compat, configuration
-from fairseq_sffn.configuration import as_configuration, writable
 from fairseq_sffn.errors import UsageError
-from fairseq_sffn.expert_parallel import launch
+from fairseq_sffn.expert_parallel import launch, settings
+from fairseq_sffn.options import configuration
+from fairseq_sffn.options.configuration import as_configuration, writable
 from tests import commands
 
 SMALL_STOCK = (*commands.SMALL, "--share-decoder-input-output-embed")
@@ -97,7 +97,7 @@ def test_the_trainer_takes_a_namespace(data_bin: Path, tmp_path: Path, arch: str
 
 
 def test_a_namespace_is_converted_once(
-    data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data_bin: Path, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
 
@@ -105,9 +105,13 @@ def test_a_namespace_is_converted_once(
         calls.append(args)
         return convert_namespace_to_omegaconf(args)
 
-    monkeypatch.setattr(configuration, "convert_namespace_to_omegaconf", counted)
-    args = training_namespace(data_bin, tmp_path)
-    commands.capture(lambda: train.main(args))
+    for module in (configuration, eval_lm):
+        monkeypatch.setattr(module, "convert_namespace_to_omegaconf", counted)
+    arguments = (data_bin, "--path", checkpoints["transformer_lm_avgk_tiny"], "--cpu")
+    flags = ("--tokens-per-sample", "16", "--num-workers", "0")
+    parser = options.get_eval_lm_parser()
+    args = options.parse_args_and_arch(parser, [*map(str, arguments), *flags])
+    commands.capture(lambda: eval_lm.main(args))
     assert calls == [args]
 
 
@@ -148,27 +152,22 @@ def test_the_evaluation_of_a_namespace_is_checked(
 def test_processes_start_with_a_namespace(
     data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``distributed_init`` chooses gloo on CPUs; a group of processes is not started."""
+    """Started by torchrun, and with gloo on CPUs; a group of processes is not started."""
+    for name, value in zip(launch.LAUNCHED, ("localhost", "1", "2", "1", "1"), strict=True):
+        monkeypatch.setitem(os.environ, name, value)
     asked: dict[str, Any] = {}
     monkeypatch.setattr(
         distributed_utils.dist, "init_process_group", lambda **kwargs: asked.update(kwargs)
     )
-    monkeypatch.setattr(distributed_utils.torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed_utils.torch.distributed, "get_rank", lambda: 1)
     args = training_namespace(data_bin, tmp_path)
     assert args.distributed_backend == "nccl"
-    assert distributed_utils.distributed_init(args) == 0
-    assert asked["backend"] == "gloo"
-
-
-def test_torchrun_reaches_a_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in zip(launch.LAUNCHED, ("localhost", "1", "2", "1", "1"), strict=True):
-        monkeypatch.setitem(os.environ, name, value)
-    args = argparse.Namespace(
-        distributed_init_method=None, tpu=False, pipeline_model_parallel=False
-    )
-    distributed_utils.infer_init_method(args)
-    assert args.distributed_world_size == 2 and args.distributed_rank == 1
-    assert args.distributed_init_method == "env://"
+    called: list[Any] = []
+    distributed_utils.call_main(args, called.append)
+    (cfg,) = called
+    assert asked["backend"] == "gloo" and asked["init_method"] == "env://"
+    assert (asked["world_size"], asked["rank"]) == (2, 1)
+    assert cfg.distributed_training.distributed_rank == 1
 
 
 def test_ranks_of_a_model_without_a_dataclass_differ_by_rank_alone(
@@ -176,16 +175,16 @@ def test_ranks_of_a_model_without_a_dataclass_differ_by_rank_alone(
 ) -> None:
     """fairseq keeps the options of such a model, all of the command's, in a namespace."""
 
-    def settings(*flags: str) -> dict[tuple[str, str], Any]:
+    def settings_with(*flags: str) -> dict[tuple[str, str], Any]:
         arguments = [str(data_bin), "--task", "language_modeling", "--arch", "fconv_lm", *flags]
         args = options.parse_args_and_arch(options.get_training_parser(), arguments)
-        return launch.settings_of(convert_namespace_to_omegaconf(args))
+        return settings.settings_of(convert_namespace_to_omegaconf(args))
 
-    first = settings("--distributed-rank", "0", "--device-id", "0")
-    second = settings("--distributed-rank", "1", "--device-id", "1")
-    assert launch.first_difference([first, second]) is None
-    other = settings("--decoder-embed-dim", "64")
-    assert launch.first_difference([first, other]) == (
+    first = settings_with("--distributed-rank", "0", "--device-id", "0")
+    second = settings_with("--distributed-rank", "1", "--device-id", "1")
+    assert settings.first_difference([first, second]) is None
+    other = settings_with("--decoder-embed-dim", "64")
+    assert settings.first_difference([first, other]) == (
         "--decoder-embed-dim is 128 on rank 0 and 64 on rank 1"
     )
 
@@ -266,10 +265,3 @@ def test_what_is_no_namespace_stays() -> None:
     assert as_configuration(config) is config
     with writable(argparse.Namespace()) as options:
         assert options is None
-
-
-def test_repairs_are_applied_once_more_without_effect() -> None:
-    before = Trainer.__init__, train.main, eval_lm.main
-    for repairs in (compat, launch, configuration):
-        repairs.apply()
-    assert (Trainer.__init__, train.main, eval_lm.main) == before

@@ -1,0 +1,54 @@
+"""Checks that the splits of the data that a command names are there."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from fairseq.file_io import PathManager
+from fairseq.tasks import TASK_REGISTRY
+from fairseq.tasks.language_modeling import LanguageModelingTask
+from fairseq.tasks.translation import TranslationTask
+from fairseq.utils import split_paths
+
+from ..errors import UsageError, flag, shown
+from .checks import is_known
+
+READERS = (LanguageModelingTask, TranslationTask)
+"""The tasks whose files are known."""
+
+
+def check_splits(cfg: Any, *options: str) -> None:
+    """Check that a language modelling or translation task has its data.
+
+    A task of another plugin may read other files, and is left alone.
+
+    Args:
+        cfg: all options.
+        options: names of the options in the group ``dataset`` that name splits.
+
+    Raises:
+        UsageError: names a folder or a split that is not there.
+    """
+    task = TASK_REGISTRY.get(cfg.task._name, object)
+    if not (issubclass(task, READERS) and is_known(task)):
+        return
+    folders = split_paths(cfg.task.data)
+    if any(map(PathManager.path_requires_pathmanager, folders)):
+        return
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise UsageError(f"data {folder}: there is no such folder")
+    for option in options:
+        for split in cfg.dataset[option].split(","):
+            # Each epoch may read a training split of its own folder, all others are in the first.
+            for folder in folders if option == "train_subset" else folders[:1]:
+                if not split or not has_split(folder, split):
+                    names = f"{flag(option)} {shown(cfg.dataset[option])}"
+                    raise UsageError(f"{names}: there is no split {shown(split)} in {folder}")
+
+
+def has_split(folder: str, split: str) -> bool:
+    """Return whether a folder has files of a split, in any of fairseq's formats."""
+    files = os.listdir(folder)
+    return any(file == split or file.startswith(f"{split}.") for file in files)

@@ -1,0 +1,135 @@
+"""What fairseq's commands check before they begin, and which batches they use.
+
+``fairseq-eval-lm`` is in :mod:`.evaluation`, and the processes of all commands in :mod:`.launch`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from fairseq import checkpoint_utils
+from fairseq.distributed import utils as distributed_utils
+
+from ..errors import UsageError
+from ..expert_parallel.settings import check_and_compare_settings
+from ..options.checks import check_ranges
+from ..options.commands import (
+    check_generation,
+    check_interaction,
+    check_training,
+    check_validation,
+)
+from ..options.configuration import as_configuration, batches_of_any_size
+from .registry import MENDS_FAIRSEQ, NEEDED, patch
+
+
+@patch(
+    "fairseq_cli.train:add_defaults",
+    why="Ranks that differ in flags or code train a model that none of them asked for; numbers "
+    "without a meaning train, or end in a traceback.",
+    until="fairseq compares its ranks, and checks its options.",
+    kind=NEEDED,
+    written_for=("444f1d62",),
+)
+def add_defaults(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Check the options of a training once they are complete.
+
+    ``fairseq-hydra-train`` imports the plugin in the midst of ``train.main``, which then looks up
+    ``add_defaults``.
+    """
+
+    @functools.wraps(original)
+    def wrapper(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(cfg, *args, **kwargs)
+        check_and_compare_settings(cfg)
+        check_ranges(cfg)
+        check_training(cfg)
+        check_save_directory(cfg)
+        return result
+
+    return wrapper
+
+
+def check_save_directory(cfg: Any) -> None:
+    """Try the directory for checkpoints, as fairseq does later.
+
+    Raises:
+        UsageError: it cannot be written to.
+    """
+    if not distributed_utils.is_master(cfg.distributed_training):
+        return
+    save_dir = cfg.checkpoint.save_dir
+    try:
+        checkpoint_utils.verify_checkpoint_directory(save_dir)
+    except OSError as error:
+        line = f"--save-dir {save_dir}: cannot be written to: {error.strerror}"
+        raise UsageError(line) from error
+
+
+@patch(
+    "fairseq_cli.generate:main",
+    why="fairseq-generate leaves out the last batch where its size is no multiple of 8, and "
+    "numbers without a meaning decode, or end in a traceback.",
+    until="fairseq translates every sentence, and checks its options.",
+    kind=MENDS_FAIRSEQ,
+    written_for=("7fe3977d",),
+)
+def generate(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Check the options, and use the last batch."""
+
+    @functools.wraps(original)
+    def wrapper(cfg: Any) -> Any:
+        cfg = as_configuration(cfg)
+        check_ranges(cfg)
+        check_generation(cfg)
+        with batches_of_any_size(cfg.dataset):
+            return original(cfg)
+
+    return wrapper
+
+
+@patch(
+    "fairseq_cli.interactive:main",
+    why="Numbers without a meaning decode, or end in a traceback.",
+    until="fairseq checks its options.",
+    kind=MENDS_FAIRSEQ,
+    written_for=("09227ef1",),
+)
+def interactive(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Check the options."""
+
+    @functools.wraps(original)
+    def wrapper(cfg: Any) -> Any:
+        cfg = as_configuration(cfg)
+        check_ranges(cfg)
+        check_interaction(cfg)
+        return original(cfg)
+
+    return wrapper
+
+
+@patch(
+    "fairseq_cli.validate:main",
+    why="fairseq-validate leaves out the last batch where its size is no multiple of 8, and opens "
+    "the data folder that a checkpoint names in place of the one that its caller names.",
+    until="fairseq validates on every sentence of the folder that its caller names.",
+    kind=MENDS_FAIRSEQ,
+    written_for=("02cc88de",),
+)
+def validate(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Check the options, use the last batch, and read the caller's data."""
+
+    @functools.wraps(original)
+    def wrapper(cfg: Any, override_args: argparse.Namespace | None = None) -> Any:
+        cfg = as_configuration(cfg)
+        check_ranges(cfg)
+        check_validation(cfg)
+        if override_args is None and getattr(cfg.task, "data", None) is not None:
+            override_args = argparse.Namespace(data=cfg.task.data)
+        with batches_of_any_size(cfg.dataset):
+            return original(cfg, override_args)
+
+    return wrapper

@@ -1,0 +1,85 @@
+"""How fairseq parses command lines."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from fairseq import utils
+
+from ..checkpoints.loading import FLAGS, add_flags_to
+from ..options.checks import PARSE_ERRORS
+from .registry import MENDS_FAIRSEQ, NEEDED, patch
+
+
+@patch(
+    "fairseq.options:parse_args_and_arch",
+    why="Commands lack --trust-checkpoint and --skip-checksums, and take --bf16 for a TPU.",
+    until="fairseq lets a plugin add flags to its commands, and leaves `tpu` alone.",
+    kind=NEEDED,
+    written_for=("062b66d9",),
+)
+def parse_args_and_arch(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the flags for checkpoints, and take ``--bf16`` for the GPU or CPU that there is."""
+
+    @functools.wraps(original)
+    def wrapper(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        # fairseq calls itself with the same parser.
+        if not FLAGS.keys() & parser._option_string_actions.keys():
+            add_flags_to(parser.add_argument_group("checkpoints"))
+        parsed = original(parser, *args, **kwargs)
+        namespace = parsed[0] if isinstance(parsed, tuple) else parsed
+        if utils.xm is None and getattr(namespace, "bf16", False):
+            namespace.tpu = False
+        return parsed
+
+    return wrapper
+
+
+@patch(
+    "fairseq.dataclass.utils:eval_str_list",
+    why="--lr 1..2 and --update-freq 1e999 end in a traceback, and --update-freq 1.5 counts as 1.",
+    until="fairseq gives argparse an error that it knows.",
+    kind=MENDS_FAIRSEQ,
+    written_for=("fe303f27",),
+)
+def eval_str_list(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Raise ``ValueError``, which argparse reports in one line."""
+
+    @functools.wraps(original)
+    def wrapper(x: Any, x_type: Any = float) -> Any:
+        try:
+            numbers, given = original(x, x_type), original(x, float)
+        except PARSE_ERRORS as error:
+            raise ValueError(str(error)) from error
+        if numbers != given:
+            raise ValueError(f"{x} is not of whole numbers")
+        return numbers
+
+    return wrapper
+
+
+@patch(
+    "fairseq.dataclass.utils:_override_attr",
+    why="--lr-scheduler polynomial_decay without --total-num-update ends in a traceback: an option "
+    "whose default is another option's value becomes null.",
+    until="fairseq leaves the default of such an option.",
+    kind=MENDS_FAIRSEQ,
+    written_for=("55477efc",),
+)
+def _override_attr(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Leave the default of a number that follows another option."""
+
+    @functools.wraps(original)
+    def wrapper(sub_node: str, data_class: Any, args: Any) -> list[str]:
+        nothing = {
+            f"{sub_node}.{name}=null"
+            for name, field in getattr(data_class, "__dataclass_fields__", {}).items()
+            if str(field.default).startswith("${") and type(None) not in typing.get_args(field.type)
+        }
+        return [line for line in original(sub_node, data_class, args) if line not in nothing]
+
+    return wrapper
