@@ -9,7 +9,7 @@ import torch.distributed as dist
 from fairseq.distributed import utils as distributed_utils
 
 from ..errors import UsageError
-from ..memory.exchange import ProcessGroups
+from ..memory import ProcessGroups
 
 
 class ExpertParallelGroups(NamedTuple):
