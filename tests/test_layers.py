@@ -13,6 +13,7 @@ import fairseq_sffn
 ROOT = Path(fairseq_sffn.__file__).parent
 LAYERS = (
     ("memory", "errors", "versions", "fingerprint"),
+    ("precision",),
     ("models",),
     ("options",),
     ("criterions", "optim", "tasks"),
