@@ -1,4 +1,4 @@
-"""How a command stops when it cannot do what was asked, and how it names options."""
+"""The error that ends a command, and how options are named in it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,12 +13,12 @@ class UsageError(SystemExit):
 
 
 def flag(name: str) -> str:
-    """The command-line flag of an option."""
+    """Return the command-line flag of an option."""
     return "--" + name.replace("_", "-")
 
 
 def shown(value: Any) -> str:
-    """A value as it is given on a command line."""
+    """Return a value as it is given on a command line."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         value = ",".join(map(str, value))
     return str(value) or "''"

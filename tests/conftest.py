@@ -46,6 +46,8 @@ ConfigStore.__deepcopy__ = lambda self, memo: self
 parse, parser = OverridesParser.parse_rule, OverridesParser.create()
 parsed = functools.lru_cache(50_000)(lambda text, rule: parse(parser, text, rule))
 OverridesParser.parse_rule = lambda self, text, rule: copy.copy(parsed(text, rule))
+# Before a test imports the framework alone. Triton has its variable by now.
+import fairseq_sffn.plugin  # noqa: E402, F401
 
 
 MARKERS = {

@@ -1,4 +1,8 @@
-"""What each of fairseq's commands checks before it begins."""
+"""Checks of the options of each of fairseq's commands, before it begins.
+
+Each function raises ``UsageError``, which names an option and the reason, where the command could
+not work.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from .splits import check_splits
 
 
 def check_training(cfg: Any) -> None:
-    """Raises UsageError where a training has no batches, or no data."""
+    """Check that a training has batches and data."""
     check_batch_size(cfg)
     if cfg.common.model_parallel_size > 1 and not megatron_trainer.has_megatron_submodule:
         raise UsageError(
@@ -29,13 +33,13 @@ def check_training(cfg: Any) -> None:
 
 
 def check_validation(cfg: Any) -> None:
-    """Raises UsageError where a validation has no batches, or no data."""
+    """Check that a validation has batches and data."""
     check_batch_size(cfg)
     check_splits(cfg, "valid_subset")
 
 
 def check_evaluation(cfg: Any) -> None:
-    """Raises UsageError where an evaluation has no data, or its context takes all of a sample."""
+    """Check that an evaluation has data, and that its context leaves something of each sample."""
     check_splits(cfg, "gen_subset")
     window, length = cfg.eval_lm.context_window, getattr(cfg.task, "tokens_per_sample", None)
     if length is not None and window >= length:
@@ -45,13 +49,13 @@ def check_evaluation(cfg: Any) -> None:
 
 
 def check_generation(cfg: Any) -> None:
-    """Raises UsageError where generation has no data, or its options contradict each other."""
+    """Check that generation has data, and that its options agree with each other."""
     check_decoding(cfg)
     check_splits(cfg, "gen_subset")
 
 
 def check_interaction(cfg: Any) -> None:
-    """Raises UsageError where options of interactive decoding contradict each other."""
+    """Check that the options of interactive decoding agree with each other."""
     check_decoding(cfg)
     batch, buffer = cfg.dataset.batch_size, max(cfg.interactive.buffer_size, 1)
     if batch is not None and batch > buffer:
@@ -59,7 +63,7 @@ def check_interaction(cfg: Any) -> None:
 
 
 def check_decoding(cfg: Any) -> None:
-    """Raises UsageError where options of decoding contradict each other."""
+    """Check that the options of decoding agree with each other."""
     options = cfg.generation
     if options.sampling and options.nbest != options.beam:
         raise UsageError(
@@ -76,6 +80,6 @@ def check_decoding(cfg: Any) -> None:
 
 
 def check_batch_size(cfg: Any) -> None:
-    """Raises UsageError where batches have no size."""
+    """Check that batches have a size."""
     if cfg.dataset.max_tokens is None and cfg.dataset.batch_size is None:
         raise UsageError("--max-tokens or --batch-size: one of them is required")

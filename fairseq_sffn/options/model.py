@@ -32,7 +32,11 @@ def check_model(options: Any, task: Any) -> None:
 
 
 def check_cutoffs(args: Any, task: Any) -> None:
-    """Raises UsageError where the bands of adaptive embeddings go beyond the dictionary."""
+    """Check that the bands of adaptive embeddings end within the dictionary.
+
+    Raises:
+        UsageError: they go beyond it.
+    """
     for option, side in (("softmax", "target"), ("input", "source")):
         name = f"adaptive_{option}_cutoff"
         cutoffs = numbers_of(getattr(args, name, None))
@@ -45,7 +49,7 @@ def check_cutoffs(args: Any, task: Any) -> None:
 
 
 def with_defaults_of_architecture(options: Any) -> Any:
-    """A model's options, with those that fairseq fills in by the name of an architecture."""
+    """Return a model's options, with those that fairseq fills in by the name of an architecture."""
     name = getattr(options, "_name", None) or getattr(options, "arch", None)
     if name in models.MODEL_DATACLASS_REGISTRY or name not in models.ARCH_CONFIG_REGISTRY:
         return options

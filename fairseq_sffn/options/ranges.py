@@ -16,7 +16,7 @@ LARGEST = 2**63 - 1
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that an option can be; never NaN, nor infinite.
+    """The numbers that an option may have; NaN and infinity are never among them.
 
     Attributes:
         low, high: the smallest and the largest number.
@@ -33,7 +33,7 @@ class Range:
     length: int = 0
 
     def holds(self, number: Any) -> bool:
-        """Whether a number is one of the range."""
+        """Return whether a number is in the range."""
         if not isinstance(number, int | float):
             return False
         if any(number == value for value, _ in self.special):
@@ -43,7 +43,7 @@ class Range:
         return bool(low and high and math.isfinite(number))
 
     def reason(self, *numbers: Any) -> str:
-        """What numbers must be of which one is not of the range."""
+        """Return what numbers must be, where one of them is not in the range."""
         whole = self.high == LARGEST
         parts = []
         if self.low == 0 and self.above:
@@ -64,13 +64,13 @@ class Range:
 
 
 def at_least(low: float, high: float = math.inf, **meanings: float) -> Range:
-    """The numbers from ``low`` to ``high``, and special ones by their meaning."""
+    """Return the range from ``low`` to ``high``, with special numbers by their meaning."""
     special = tuple((value, name.replace("_", " ")) for name, value in meanings.items())
     return Range(low, high, special=special)
 
 
 def whole(low: int, high: int = LARGEST, **meanings: float) -> Range:
-    """Whole numbers from ``low``, and special ones by their meaning."""
+    """Return the whole numbers from ``low``, with special ones by their meaning."""
     return at_least(low, high, **meanings)
 
 
@@ -90,7 +90,7 @@ WARMUP = {"warmup_updates": COUNT, "warmup_init_lr": Range(0, special=((-1, "cho
 
 
 def sides(options: dict[str, Range]) -> dict[str, Range]:
-    """The options of an encoder and of a decoder."""
+    """Return the options of an encoder and of a decoder."""
     return {f"{side}_{name}": r for side in ("encoder", "decoder") for name, r in options.items()}
 
 
@@ -284,5 +284,5 @@ RANGES: dict[str, dict[str, Range]] = {
         "rdrop_alpha": NOT_NEGATIVE,
     },
 }
-"""Group of options, or group and choice -> option -> its range. A choice's goes before its group's.
-"""
+"""Group of options, or group and choice -> option -> its range. The range of a choice replaces that
+of its group."""

@@ -1,4 +1,4 @@
-"""What options must be, given others. Plain data, as in :mod:`.ranges`."""
+"""Conditions on an option that depend on other options. Plain data, as in :mod:`.ranges`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import NamedTuple
 
 
 class Relation(NamedTuple):
-    """What an option must be, given others.
+    """A condition on an option that depends on others.
 
     Attributes:
-        group, option: the option that a line names.
-        others: (group, option) of the options that it depends on.
-        holds: of the option, which is not ``None``, and the others: whether all is well.
-        reason: completes the line; ``{0}`` is the first of the others.
-        choice: of its group (such as a scheduler), where the relation is for one only.
+        group, option: the option that the error names.
+        others: (group, option) of each option that it depends on.
+        holds: takes the option, which is not ``None``, and the others, and returns whether the
+            condition is met.
+        reason: completes the error; ``{0}`` is the first of the others.
+        choice: the only choice of the group, such as a scheduler, that has the condition.
     """
 
     group: str
@@ -27,27 +28,27 @@ class Relation(NamedTuple):
 
 
 def divides(value: int, other: int | None) -> bool:
-    """Whether a number divides another, if that is set."""
+    """Return whether a number divides another, if that is set."""
     return other is None or other % value == 0
 
 
 def has_positions(width: int, learned: bool, none: bool) -> bool:
-    """Whether fairseq can compute positions of a width: it divides by the half of it less 1."""
+    """Return whether fairseq can compute sinusoidal positions: it divides by half the width - 1."""
     return width not in (2, 3) or learned or none
 
 
 def one_rate(rates: list[float]) -> bool:
-    """Whether there is one learning rate for all epochs."""
+    """Return whether there is one learning rate for all epochs."""
     return len(rates) == 1
 
 
 def rises(numbers: list[float]) -> bool:
-    """Whether each number is larger than the one before."""
+    """Return whether each number is larger than the one before."""
     return all(low < high for low, high in itertools.pairwise(numbers))
 
 
 def of_model(*options: str) -> tuple[tuple[str, str], ...]:
-    """Options of the model, as the others of a relation."""
+    """Return options of the model as the others of a relation."""
     return tuple(("model", option) for option in options)
 
 
@@ -147,4 +148,4 @@ RELATIONS = (
         "tri_stage",
     ),
 )
-"""What is looked at once every number is in its range."""
+"""The conditions, which are checked once every number is in its range."""

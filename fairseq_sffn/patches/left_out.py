@@ -10,8 +10,10 @@ import torch
 
 
 def sizes_of(dataset: Any) -> np.ndarray | None:
-    """Tokens of each sample, of its target where it has two sides: (samples,). ``None``: the data
-    set does not know."""
+    """Return the tokens of each sample, of its target where it has two sides: (samples,).
+
+    ``None`` stands for a data set that does not know.
+    """
     sizes = getattr(dataset, "sizes", None)
     if sizes is None and hasattr(dataset, "dataset"):
         return sizes_of(dataset.dataset)
@@ -21,13 +23,15 @@ def sizes_of(dataset: Any) -> np.ndarray | None:
 
 
 def total(sizes: np.ndarray) -> int:
-    """The sum of sizes, which are of a small type."""
+    """Return the sum of sizes, which have a small integer type."""
     return int(sizes.sum(dtype=np.int64))
 
 
 def binarised_tokens(dataset: Any) -> int:
-    """Tokens of the split that a data set was made from, before any were cut or left out: those of
-    the innermost data set that knows."""
+    """Return the tokens of the split that a data set was made from, before any were left out.
+
+    The innermost data set that knows its sizes has them.
+    """
     sizes = getattr(dataset, "sizes", None)
     while hasattr(dataset, "dataset"):
         dataset = dataset.dataset
@@ -40,10 +44,10 @@ class LeftOut(NamedTuple):
     """Samples of a data set that are not used.
 
     Attributes:
-        samples: how many.
-        of_samples: of how many.
-        tokens: how many they have; ``None``, as ``of_tokens``: the data set does not know.
-        of_tokens: of how many.
+        samples: number of these samples.
+        of_samples: number of all samples.
+        tokens: number of tokens in these samples; ``None``: the data set does not know.
+        of_tokens: number of tokens in all samples; ``None``: the data set does not know.
     """
 
     samples: int
@@ -59,11 +63,12 @@ class LeftOut(NamedTuple):
 
 
 def left_out(dataset: Any, kept: Any, indices: Any) -> LeftOut | None:
-    """What is left out of a data set; ``None``: nothing is.
+    """Return what is left out of a data set; ``None``: nothing is.
 
     Args:
+        dataset: has the samples.
         kept: indices of the samples that are used.
-        indices: of all samples.
+        indices: indices of all samples.
     """
     missing = np.setdiff1d(np.asarray(indices, dtype=np.int64), np.asarray(kept, dtype=np.int64))
     if not len(missing):
@@ -79,9 +84,9 @@ class Scored:
     """Tokens that ``fairseq-eval-lm`` scores.
 
     Attributes:
-        begin: tokens at the beginning of each sample that it takes off again, ``<s>``.
-        tokens: that are in its loss.
-        impossible: that it leaves out, since their score is infinite.
+        begin: number of tokens at the beginning of each sample that it does not count (``<s>``).
+        tokens: number of tokens in its loss.
+        impossible: number of tokens that it leaves out because their score is infinite.
     """
 
     begin: int = 0
@@ -89,7 +94,11 @@ class Scored:
     impossible: int = 0
 
     def add(self, hypotheses: list[list[dict[str, Any]]]) -> None:
-        """Counts what a batch's samples have."""
+        """Count the tokens of a batch.
+
+        Args:
+            hypotheses: as ``SequenceScorer.generate`` returns them.
+        """
         for best, *_ in hypotheses:
             scores = best["positional_scores"][self.begin :]
             impossible = int(torch.isinf(scores).sum())
@@ -99,16 +108,16 @@ class Scored:
 
 @dataclass(frozen=True)
 class Split:
-    """What there is to score in a split.
+    """The tokens of a split, and those that cannot be scored.
 
     Attributes:
-        tokens: as ``fairseq-preprocess`` made them.
-        cut: of these, how many are in no sample.
-        long: tokens of samples that the model is too short for.
-        long_samples: how many samples these are.
-        positions: that the model has.
-        shards: that the samples are dealt to; one is evaluated.
-        break_mode: of the task, ``none`` where it may split a sentence.
+        tokens: number of tokens that ``fairseq-preprocess`` wrote.
+        cut: number of tokens that are in no sample.
+        long: number of tokens in samples that are longer than the model's positions.
+        long_samples: number of these samples.
+        positions: the model's positions.
+        shards: number of shards that the samples are dealt to; one is evaluated.
+        break_mode: the task's ``--sample-break-mode``; ``none`` may split a sentence.
     """
 
     tokens: int
@@ -121,7 +130,7 @@ class Split:
 
     @classmethod
     def of(cls, dataset: Any, positions: Any, shards: int, break_mode: Any) -> Split | None:
-        """The split that a data set was made from; ``None``: the data set does not know."""
+        """Return the split that a data set was made from; ``None``: the data set does not know."""
         sizes, too_long = sizes_of(dataset), []
         if sizes is None:
             return None
@@ -132,7 +141,7 @@ class Split:
         return cls(tokens, cut, long, len(too_long), positions, shards, str(break_mode))
 
     def left_out(self, scored: Scored) -> str:
-        """How many tokens have no part in a result, and why."""
+        """Return in words how many tokens have no part in a result, and why."""
         missing = self.tokens - scored.tokens
         shorter = "" if self.break_mode == "none" else "; --sample-break-mode none scores all"
         reasons = {

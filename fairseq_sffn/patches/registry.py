@@ -108,12 +108,16 @@ class Patch:
     def apply(self) -> None:
         """Replace the target, unless it has been replaced already.
 
-        Warns in one line if the original is not one that the patch was written for.
+        Warns in one line if the original is not one that the patch was written for, and leaves a
+        target alone that is missing without being expected to.
         """
         if self.is_applied():
             return
         owner, name = self.owner()
         original = self.current()
+        if original is None and MISSING not in self.written_for:
+            logger.warning(f"{self.target}: is not there; see fairseq-sffn patches")
+            return
         replacement = self.replace(original)
         if replacement is original:
             return

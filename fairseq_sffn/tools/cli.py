@@ -28,7 +28,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a subcommand.
+    """Run a subcommand.
 
     Raises:
         UsageError: it cannot do what was asked.

@@ -40,7 +40,7 @@ for file in "$@"; do
     count=$(wc -l <without)
     all=$((all + count))
     : >with
-    if [ "$count" -gt 0 ]; then passed -p fairseq_sffn @without >with; fi
+    if [ "$count" -gt 0 ]; then passed -p fairseq_sffn.plugin @without >with; fi
     echo "$file: $count pass without the plugin, $(wc -l <with) of them with it"
     comm -23 without with | sed 's/^/    only without: /'
     number=$((number + $(comm -23 without with | wc -l)))

@@ -53,6 +53,7 @@ IN_REVERSE = """
 import json, sys
 import fairseq.tasks, fairseq_cli.train
 from fairseq_sffn.patches import PATCHES
+assert not any(each.is_applied() for each in PATCHES)
 originals = [each.original() for each in PATCHES]
 ORDERED(PATCHES)
 print(json.dumps([
@@ -132,6 +133,16 @@ def test_a_changed_original_warns_in_one_line(
     assert line.startswith("library:Thing.method: its source (") and "\n" not in line
     assert "fairseq-sffn patches" in line
     assert library.Thing().method() == "patched original" and not each.fits()
+
+
+def test_a_target_that_has_gone_is_left_out(library: Any, caplog: pytest.LogCaptureFixture) -> None:
+    each = declared("library:Thing.gone", "01234567")
+    with caplog.at_level(logging.WARNING):
+        each.apply()
+    assert [record.getMessage() for record in caplog.records] == [
+        "library:Thing.gone: is not there; see fairseq-sffn patches"
+    ]
+    assert not hasattr(library.Thing, "gone") and not each.fits()
 
 
 def test_white_space_does_not_count() -> None:
