@@ -12,16 +12,14 @@ import logging
 import warnings
 from collections.abc import Sequence
 
-from . import average, cost, evaluate, plan, report, reshard, run, zero_shot
+from . import average, cost, evaluate, plan, reshard, zero_shot
 
 COMMANDS = {
     "average": average,
     "cost": cost,
     "evaluate": evaluate,
     "plan": plan,
-    "report": report,
     "reshard": reshard,
-    "run": run,
     "zero-shot": zero_shot,
 }
 
