@@ -10,7 +10,6 @@ from .plan import Run
 from .summaries import (
     Deviation,
     Difference,
-    Summary,
     difference,
     residual_deviation,
     summarize,
@@ -46,12 +45,8 @@ class Verdict:
 
 
 def decide(found: Difference, margin: float) -> str:
-    """Decide on a claim that a difference is positive.
-
-    Args:
-        found: the difference.
-        margin: largest difference of equivalent rows.
-    """
+    """Decide on a claim that a difference is positive; equivalent rows differ by less than a
+    margin."""
     if found.significant is not None and abs(found.mean) > found.significant:
         return SUPPORTED if found.mean > 0 else CONTRADICTED
     return EQUIVALENT if found.equivalent(margin) else UNDECIDED
@@ -74,44 +69,38 @@ def judge(
         deviation: see :func:`seed_deviation`.
         margin: share of the worse row's perplexity; equivalent rows differ by less.
     """
+
+    def undecided(reason: str) -> Verdict:
+        return Verdict(claim, flops, UNDECIDED, reason)
+
     for outcome in (better, worse):
         if outcome.diverged:
-            return Verdict(claim, flops, UNDECIDED, f"{text(outcome.row.label)} diverged")
+            return undecided(f"{text(outcome.row.label)} diverged")
     if count_missing((better, worse))[0] or not (better.runs and worse.runs):
-        return Verdict(claim, flops, UNDECIDED, "results are missing")
+        return undecided("results are missing")
     below, above = better.perplexity("test"), worse.perplexity("test")
     common = below.keys() & above.keys()
     low, high = (summarize(of_row[seed] for seed in common) for of_row in (below, above))
     if low is None or high is None:
-        return Verdict(claim, flops, UNDECIDED, "the rows have no seed in common")
+        return undecided("the rows have no seed in common")
     found = difference(high, low, deviation)
     word = decide(found, margin * high.mean)
-    reason = compared(claim, low, high, found, flops)
+    share = abs(flops - 1)
+    cost = f"{share:.1%} {'more' if flops > 1 else 'fewer'}" if share >= 0.0005 else "equal"
+    seeds = "one seed" if low.count == 1 else f"{low.count} seeds"
+    error = "" if found.standard_error is None else f" ± {found.standard_error:.1f}"
+    reason = (
+        f"test perplexity {low.mean:.1f} ({text(claim.better)}, {seeds}) against {high.mean:.1f} "
+        f"({text(claim.worse)}, {seeds}), {'lower' if found.mean >= 0 else 'higher'} by "
+        f"{abs(found.mean):.1f}{error} at {cost} FLOPs"
+    )
+    if found.significant is None:
+        reason += "; the deviation between seeds is not known"
+    else:
+        reason += f", where {found.significant:.1f} is significant"
     if word == EQUIVALENT:
         reason += f"; equivalent within {margin:.1%}"
     return Verdict(claim, flops, word, reason, found)
-
-
-def compared(claim: Claim, better: Summary, worse: Summary, found: Difference, flops: float) -> str:
-    """Say both perplexities, their difference and what would be significant."""
-    share = abs(flops - 1)
-    cost = f"{share:.1%} {'more' if flops > 1 else 'fewer'}" if share >= 0.0005 else "equal"
-    numbers = (
-        f"test perplexity {better.mean:.1f} ({text(claim.better)}, {seeds(better)}) against "
-        f"{worse.mean:.1f} ({text(claim.worse)}, {seeds(worse)}), "
-        f"{'lower' if found.mean >= 0 else 'higher'} by {abs(found.mean):.1f}"
-    )
-    if found.standard_error is None:
-        return f"{numbers} at {cost} FLOPs; the deviation between seeds is not known"
-    return (
-        f"{numbers} ± {found.standard_error:.1f} at {cost} FLOPs, where {found.significant:.1f} is "
-        "significant"
-    )
-
-
-def seeds(row: Summary) -> str:
-    """Say the number of seeds of a mean."""
-    return "one seed" if row.count == 1 else f"{row.count} seeds"
 
 
 def seed_deviation(experiments: Experiments) -> Deviation | None:

@@ -1,4 +1,7 @@
-"""Reads tables and scales: TOML files, checked against the classes below."""
+"""Reads tables and scales: TOML files, checked against the classes below.
+
+``README.md`` describes their keys.
+"""
 
 from __future__ import annotations
 
@@ -55,15 +58,7 @@ REFUSED = {
 
 @dataclass(frozen=True, config=CONFIG)
 class Launcher:
-    """How the processes of a run are started.
-
-    Attributes:
-        command: words before fairseq-train; ``""``: none.
-        processes: number of processes that the command starts.
-        update_freq: batches per process and update.
-        header: lines of the batch script.
-        submit: command that submits a batch script; ``""``: runs start on this machine.
-    """
+    """How the processes of a run are started."""
 
     command: str = ""
     processes: Count = 1
@@ -74,29 +69,7 @@ class Launcher:
 
 @dataclass(frozen=True, config=CONFIG)
 class Scale:
-    """How large models are and how they are trained, the same for every row of every table.
-
-    Attributes:
-        name: name of the file.
-        size: suffix of the architectures, such as ``tiny``; ``""``: the default size.
-        data: folder made by fairseq-preprocess, with train, valid and test splits.
-        dictionary: types in the dictionary, fairseq's special ones included.
-        updates: updates of a run of length 1.
-        batch_size: sequences per update, summed over processes.
-        tokens_per_sample: tokens per sequence.
-        ffn_embed_dim: width of the dense FFN; it replaces ``{ffn}`` in a row's flags.
-        learning_rates: learning rates of the sweep.
-        flags: all other flags of fairseq-train.
-        tokens_per_second: speed of the dense model, from which run times are estimated.
-        sweep_share: length of a run of the sweep.
-        warmup_share: share of the updates in which the learning rate rises.
-        save_interval: updates between checkpoints and validations; ``None``: a quarter of the run.
-        domains: folder of out-of-domain sets, each a folder with a test split; ``""``: none.
-        encoder: flags of ``fairseq-sffn zero-shot`` that name the encoding of the text.
-        requests: folder of the zero-shot tasks.
-        relative_time: model -> its training time over the dense model's, where not 1.
-        launchers: name -> how to start processes; the first is the default.
-    """
+    """How large models are and how they are trained, the same for every row of every table."""
 
     name: str
     size: str
@@ -127,20 +100,7 @@ class Scale:
 
 @dataclass(frozen=True, config=CONFIG)
 class Row:
-    """A row of a table: a model with flags.
-
-    Attributes:
-        label: name of the row.
-        model: ``transformer_lm_{model}_{size}`` is trained.
-        flags: flags of fairseq-train, in addition to the scale's.
-        seeds: one run each.
-        length: length of the runs, in multiples of the scale's updates.
-        batch: sequences per update, in multiples of the scale's.
-        lr: learning rate; ``None``: the best of the model's sweep.
-        sweep: sweep with the row's own flags, rather than with the model's defaults.
-        group: rows of one group share a line or colour of the figure.
-        x: position on the figure's axis: a number, or ``{ffn}``.
-    """
+    """A row of a table: a model with flags."""
 
     label: str
     model: str
@@ -156,12 +116,7 @@ class Row:
 
 @dataclass(frozen=True, config=CONFIG)
 class Claim:
-    """A statement about two rows of a table.
-
-    Attributes:
-        text: the statement.
-        better, worse: labels of the rows; the first should have the lower perplexity.
-    """
+    """A statement about two rows of a table: ``better`` has lower perplexity."""
 
     text: str
     better: str
@@ -170,20 +125,7 @@ class Claim:
 
 @dataclass(frozen=True, config=CONFIG)
 class Table:
-    """A table.
-
-    Attributes:
-        name: name of the file.
-        title: heading.
-        kind: what the table shows; see :mod:`experiments.tables`.
-        rows: rows.
-        claims: claims that the table is evidence for or against.
-        margin: rows whose perplexities differ by less than this share are equivalent.
-        zero_shot: whether zero-shot tasks are evaluated.
-        note: sentences below the table.
-        figure: kind of the figure, see :mod:`experiments.figures`; ``""``: none.
-        axis: label of the figure's horizontal axis.
-    """
+    """A table: rows, claims, and how they are shown."""
 
     name: str
     title: str
@@ -210,11 +152,7 @@ def first_error(error: ValidationError) -> str:
 
 
 def read(kind: type[T], path: Path) -> T:
-    """Read a TOML file as an object named like the file.
-
-    Raises:
-        UsageError: the file cannot be read, or a key is unknown, missing or has a wrong value.
-    """
+    """Read a TOML file as an object named like the file."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -233,11 +171,7 @@ def read(kind: type[T], path: Path) -> T:
 
 
 def split_flags(flags: str, where: str) -> list[str]:
-    """Split flags as a shell does.
-
-    Raises:
-        UsageError: a quote is left open, or a flag is one of ``REFUSED``.
-    """
+    """Split flags as a shell does, and refuse those of ``REFUSED``."""
     try:
         words = shlex.split(flags)
     except ValueError as error:
@@ -249,21 +183,13 @@ def split_flags(flags: str, where: str) -> list[str]:
 
 
 def load_scale(path: Path) -> Scale:
-    """Read a scale.
-
-    Raises:
-        UsageError: the file does not describe a scale.
-    """
+    """Read a scale."""
     scale = read(Scale, path)
     return replace(scale, flags=shlex.join(split_flags(scale.flags, str(path))))
 
 
 def load_table(path: Path) -> Table:
-    """Read a table. ``seeds`` beside the rows are the seeds of all rows that name none.
-
-    Raises:
-        UsageError: the file does not describe a table.
-    """
+    """Read a table. ``seeds`` beside the rows are the seeds of all rows that name none."""
     table = read(Table, path)
     if table.kind == "zero_shot" and not table.zero_shot:
         raise UsageError(f"{path}: kind 'zero_shot': needs zero_shot = true")

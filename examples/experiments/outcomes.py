@@ -168,11 +168,6 @@ class Experiments:
         return self.model(outcome.row).training_flops * self.tokens(outcome.row)
 
 
-def all_results(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
-    """Return the results of all finished runs."""
-    return [result for o in outcomes for result in o.results.values()]
-
-
 def count_missing(outcomes: Iterable[Outcome]) -> tuple[int, int]:
     """Count the missing runs and all runs of some rows, each once."""
     done = {run: run.seed in o.results for o in outcomes for run in o.runs}

@@ -74,9 +74,10 @@ def shape(**names: Any) -> Any:
 
 OPTIONAL: Any = float | None
 SET: Any = shape(perplexity=float)
+RECORD: Any = shape(update=float)
 RESULT = (
     shape(data=str, machine=str, versions=shape(fairseq_sffn=str)),
-    shape(training=shape(train=list[shape(update=float)], tokens_per_second=float)),
+    shape(training=shape(train=list[RECORD], tokens_per_second=float)),
     shape(training=shape(train=list[dict[str, float]])),
     shape(evaluation=shape(valid=shape(loss=OPTIONAL))),
 )

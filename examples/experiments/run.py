@@ -58,10 +58,10 @@ def run(args: argparse.Namespace) -> str:
     names = [table.name for table in tables]
     if twice := [path for path in args.tables if names.count(path.stem) > 1]:
         raise UsageError(f"{', '.join(map(str, twice))}: are tables of the same name")
-    check_flags(tables, scale, launcher)
     rows = [row for table in tables for row in table.rows]
     if args.dry_run:
         ready = {run: 0 for row in rows for run in row_runs(row, scale, scale.learning_rates[0])}
+        check_runs(ready, tables, scale, launcher)
         say(*dry_run([*ready], scale, launcher))
         return f"{len(ready)} runs are ready"
     if not any(row.seeds for row in rows):
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> str:
     sweeps = missing((run for row in rows for run in sweep_runs(row, scale)), results)
     # Learning rates do not change the time of a run.
     runs = [*dict.fromkeys(run for table in tables for run in to_do(table, results))]
-    check_models(tables, chosen(sweeps + runs), scale)
+    check_runs(chosen(sweeps + runs), tables, scale, launcher)
     say(
         f"up to {len(sweeps) + len(runs)} runs: {expected(sweeps + runs, scale, jobs)}",
         f"{len(sweeps)} to choose learning rates: {expected(sweeps, scale, jobs)}",
@@ -127,40 +127,24 @@ def chosen_launcher(args: argparse.Namespace, scale: Scale) -> tuple[Launcher, i
     return launcher, jobs
 
 
-@contextlib.contextmanager
-def naming(table: Table, row: Row) -> Iterator[None]:
-    """Name a row in the errors about it."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(f"{table.name}, row {row.label!r}: {error}") from error
-
-
 def runs_of(row: Row, scale: Scale, lr: float) -> list[Run]:
     """Return the runs of a row and of its sweep."""
     return [*row_runs(row, scale, lr), *sweep_runs(row, scale)]
 
 
-def check_flags(tables: Iterable[Table], scale: Scale, launcher: Launcher) -> None:
-    """Check that fairseq-train takes the flags of all runs."""
-    seen = set()
+def check_runs(
+    runs: Iterable[Run], tables: Iterable[Table], scale: Scale, launcher: Launcher
+) -> None:
+    """Check that the commands of runs can be parsed and that their models can be built."""
+    wanted = {(run.model, run.flags, run.batch_size): run for run in runs}
     for table, row in ((one, row) for one in tables for row in one.rows):
-        with naming(table, row):
-            for run in runs_of(row, scale, scale.learning_rates[0]):
-                words = train_arguments(run, scale, launcher, "DATA", "FOLDER", str(PLUGIN))
-                if (run.model, run.flags) not in seen:
-                    parse(words)
-                    seen.add((run.model, run.flags))
-
-
-def check_models(tables: Iterable[Table], runs: Iterable[Run], scale: Scale) -> None:
-    """Check that the models of some runs can be built."""
-    wanted = {(run.model, run.flags) for run in runs}
-    for table, row in ((one, row) for one in tables for row in one.rows):
-        for model in wanted & {(run.model, run.flags) for run in runs_of(row, scale, 0.0)}:
-            wanted.remove(model)
-            with naming(table, row):
-                build_model(*model, scale)
+        names = {(run.model, run.flags, run.batch_size) for run in runs_of(row, scale, 0.0)}
+        for run in [wanted.pop(name) for name in wanted.keys() & names]:
+            try:
+                parse(train_arguments(run, scale, launcher, "DATA", "FOLDER", str(PLUGIN)))
+                build_model(run.model, run.flags, scale)
+            except UsageError as error:
+                raise UsageError(f"{table.name}, row {row.label!r}: {error}") from error
 
 
 def check_learning_rates(rows: Iterable[Row], results: Results) -> None:

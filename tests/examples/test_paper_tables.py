@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from experiments.__main__ import main
 from experiments.files import load_scale, load_table
 from experiments.plan import row_runs

@@ -113,36 +113,24 @@ def summary(digits: int, unit: str = "") -> Show:
 # Notes
 
 
-def seeds_note(outcomes: Sequence[Outcome]) -> str:
-    """Say how many seeds there are, and what ± means."""
-    counts = {len(o.row.seeds) for o in outcomes}
-    if counts == {1}:
-        return "One seed."
-    if len(counts) == 1:
-        return f"Mean ± standard deviation of {max(counts)} seeds."
-    return f"Mean ± standard deviation of up to {max(counts)} seeds; without ±, one seed."
-
-
-def gaps_note(outcomes: Sequence[Outcome]) -> str:
-    """Say which runs are missing or diverged."""
+def runs_note(outcomes: Sequence[Outcome], mean: bool = True) -> str:
+    """Say what the runs are: seeds, unless no mean is shown, missing runs, versions of the code."""
+    counts = sorted({len(o.row.seeds) for o in outcomes})
+    seeds = f"Mean ± standard deviation of {'up to ' * (len(counts) > 1)}{counts[-1]} seeds"
+    notes = [seeds + ("; without ±, one seed." if len(counts) > 1 else ".")]
+    notes = [] if not mean else ["One seed."] if counts == [1] else notes
     gone, total = count_missing(outcomes)
-    notes = [f"{gone} of {total} runs are missing."] if gone else []
+    notes += [f"{gone} of {total} runs are missing."] if gone else []
     if gone and any(0 < len(o.results) < len(o.runs) for o in outcomes):
         notes.append("A row with some of its seeds shows those.")
     for o in outcomes:
         if o.diverged:
-            seeds = ", ".join(map(str, o.diverged))
-            notes.append(f"{text(o.row.label)} diverged (seed {seeds}).")
-    return " ".join(notes)
+            notes.append(f"{text(o.row.label)} diverged (seed {', '.join(map(str, o.diverged))}).")
+    results = [result for o in outcomes for result in o.results.values()]
+    return " ".join(filter(None, [*notes, versions_note(results)]))
 
 
 def versions_note(results: Iterable[Mapping[str, Any]]) -> str:
     """Say with how many versions of the code the runs were trained, if with several."""
     count = len({result["versions"]["fairseq_sffn"] for result in results})
     return f"Trained with {count} versions of the code." if count > 1 else ""
-
-
-def machine_note(outcomes: Sequence[Outcome]) -> str:
-    """Say on which machines the runs were trained."""
-    machines = dict.fromkeys(r["machine"] for o in outcomes for r in o.good.values())
-    return f"Trained on {' or '.join(machines)}." if machines else ""

@@ -13,7 +13,7 @@ import torch
 from fairseq_sffn.memory import usage
 
 from ..files import Table
-from ..outcomes import Experiments, Outcome, all_results
+from ..outcomes import Experiments, Outcome
 from ..plan import Run, sweep_runs
 from ..summaries import Summary, summarize
 from .part import (
@@ -22,11 +22,9 @@ from .part import (
     Part,
     Parts,
     entry,
-    gaps_note,
-    machine_note,
     make,
     plain,
-    seeds_note,
+    runs_note,
     summary,
     text,
     versions_note,
@@ -60,16 +58,17 @@ def perplexity(experiments: Experiments, table: Table, *others: Column, note: st
         Column("out-of-domain ppl", summary(1), lambda o: summarize(o.out_of_domain().values())),
         *others,
     ]
-    runs = seeds_note(outcomes), gaps_note(outcomes), versions_note(all_results(outcomes))
-    notes = (*runs, FLOPS_NOTE, machine_note(outcomes), table.note, note)
+    machines = dict.fromkeys(r["machine"] for o in outcomes for r in o.good.values())
+    trained = f"Trained on {' or '.join(machines)}." if machines else ""
+    runs = runs_note(outcomes)
     names = dict.fromkeys(name for o in outcomes for name in o.domains)
     domains = [
         Column("set", text, lambda name: name),
         *(Column(o.row.label, summary(0), partial(of_set, o)) for o in outcomes),
     ]
     return {
-        "": [make(columns, outcomes, *notes)],
-        "domains": [make(domains, names, *runs)],
+        "": [make(columns, outcomes, runs, FLOPS_NOTE, trained, table.note, note)],
+        "domains": [make(domains, names, runs)],
         "learning_rates": [learning_rates(experiments, table)],
     }
 

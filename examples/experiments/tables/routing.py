@@ -9,23 +9,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fairseq_sffn.memory import usage
+from fairseq_sffn.memory import MemoryConfig, usage
 from fairseq_sffn.tools.routing import MOST_KEPT, MOST_LISTED, MOST_PAIRS, POSITIONS
 
 from ..files import Table
-from ..outcomes import Experiments, Outcome, all_results
+from ..outcomes import Experiments, Outcome
 from ..summaries import Summary, correlation, same_token, shared_blocks, summarize
 from .part import (
     Column,
     Part,
     Parts,
-    gaps_note,
     make,
     markdown,
-    seeds_note,
+    runs_note,
     summary,
     text,
-    versions_note,
     whole,
 )
 
@@ -64,10 +62,6 @@ def routing(experiments: Experiments, table: Table) -> Parts:
     def load(measure: Callable[[torch.Tensor], float]) -> Callable[[Layer], Summary | None]:
         return lambda layer: summarize(measure(torch.tensor(f["counts"])) for f in layer.found)
 
-    def dependence(layer: Layer) -> Summary | None:
-        active = experiments.memory(layer.outcome).active_blocks
-        return known(token_share(f, active) for f in layer.found)
-
     columns = [
         Column("model", text, lambda layer: layer.outcome.row.label),
         Column("layer", str, lambda layer: layer.name),
@@ -78,14 +72,16 @@ def routing(experiments: Experiments, table: Table) -> Parts:
             summary(2),
             lambda layer: summarize(f["block_bits"] for f in layer.found),
         ),
-        Column("token dependence", summary(2), dependence),
+        Column(
+            "token dependence",
+            summary(2),
+            lambda layer: dependence(layer.found, experiments.memory(layer.outcome)),
+        ),
         Column("agreement of seeds", summary(2), seed_agreement),
         Column("agreement with tokens", summary(2), token_agreement),
     ]
-    notes = (
-        *(seeds_note(outcomes), NOTE, *unknown_notes([f for layer in layers for f in layer.found])),
-        *(gaps_note(outcomes), versions_note(all_results(outcomes)), table.note),
-    )
+    unknown = unknown_notes([f for layer in layers for f in layer.found])
+    notes = (runs_note(outcomes), NOTE, *unknown, table.note)
     return {"": [make(columns, layers, *notes)], "blocks": [example_blocks(layers)]}
 
 
@@ -111,6 +107,11 @@ def token_share(layer: Mapping[str, Any], active_blocks: int) -> float | None:
     most = layer["block_bits"] - math.log2(active_blocks)
     bits = layer["token_bits"]
     return bits / most if bits is not None and most > 1e-3 else None
+
+
+def dependence(found: Iterable[Mapping[str, Any]], memory: MemoryConfig) -> Summary | None:
+    """Summarise the :func:`token_share` of a layer over runs."""
+    return known(token_share(layer, memory.active_blocks) for layer in found)
 
 
 def known(values: Iterable[float | None]) -> Summary | None:

@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 from ..files import Table
-from ..outcomes import Experiments, Outcome, all_results
-from .part import Column, Parts, entry, gaps_note, make, text, versions_note
+from ..outcomes import Experiments, Outcome
+from .part import Column, Parts, entry, make, runs_note, text
 
 APART = "†"
 """Marks accuracies that differ from random."""
@@ -68,7 +68,8 @@ def zero_shot(experiments: Experiments, table: Table) -> Parts:
         *cut_notes(known),
         "The first seed of each row." if any(len(o.row.seeds) > 1 for o in outcomes) else "",
         apart_note([task.apart for of_row in found.values() for task in of_row.values()]),
-        *(gaps_note(outcomes), versions_note(all_results(outcomes)), table.note),
+        runs_note(outcomes, mean=False),
+        table.note,
     )
     return {"": [make(columns, [*found.items(), ("random", chance)], *notes)]}
 

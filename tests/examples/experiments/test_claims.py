@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
+
 from experiments.claims import (
     CONTRADICTED,
     EQUIVALENT,
@@ -22,7 +23,6 @@ from experiments.outcomes import Experiments, Outcome
 from experiments.plan import row_runs
 from experiments.results import Results
 from experiments.summaries import Deviation
-
 from tests.examples.experiments import made
 
 CLAIM = Claim("A beats B.", "A", "B")

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from experiments import figures
 from experiments.files import Row, Table
 from experiments.outcomes import Experiments
-
 from tests.examples.experiments import made
 
 ROWS = (

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+
 from experiments.figures import FIGURES
-from experiments.files import Row, load_scale, load_table
+from experiments.files import REFUSED, Launcher, Row, Table, load_scale, load_table
 from experiments.plan import Run, row_runs, train_arguments
 from experiments.points import POINTS
 from experiments.tables import KINDS
-
 from tests.examples.experiments import made
 
 TABLE = """

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from experiments.pages import fill
 
 PAGE = """# Title

@@ -4,9 +4,9 @@ from dataclasses import fields, replace
 from typing import Any
 
 import pytest
+
 from experiments.files import Launcher, Row, Scale
 from experiments.plan import Run, sweep_runs, train_arguments
-
 from tests.examples.experiments import made
 
 RUN = Run("avgk", "--sffn-block-size 64", 1, 0.001, 40, 8)

@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from experiments import processes
 from experiments.processes import versions
 

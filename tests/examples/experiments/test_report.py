@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from experiments import outcomes
 from experiments.__main__ import main
 from experiments.files import Row, Scale, load_scale, load_table
@@ -25,7 +26,6 @@ from experiments.tables.part import Part
 from experiments.tables.part import text as escaped
 from experiments.tables.routing import token_share
 from experiments.tables.zero_shot import Task
-
 from fairseq_sffn.tools.cost import cost_figures
 from fairseq_sffn.tools.language_model import build_language_model
 from tests.examples.experiments import made
@@ -285,8 +285,8 @@ def test_zero_shot(printed: str) -> None:
     assert cells(text, "Switch") == ["", "", ""]
     assert cells(text, "random") == ["50.0", "0.1", "25.1"]
     assert (
-        "† more than two standard errors of random guessing, sqrt(random (1 - random) / documents), "
-        "from random: 1 of 4. All rows answer"
+        "† more than two standard errors of random guessing, sqrt(random (1 - random) / "
+        "documents), from random: 1 of 4. All rows answer"
     ) in text
     assert "500 to 1,000 documents per task." in text
     assert "longer than the model's context are cut on the left: 1,234 of piqa. Longer" in text

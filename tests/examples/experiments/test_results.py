@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from experiments.files import Row
 from experiments.plan import row_runs, sweep_runs
 from experiments.results import EVALUATED, Results, curve, missing, write
-
 from fairseq_sffn.tools.training_log import log_records
 from tests.examples.experiments import made
 

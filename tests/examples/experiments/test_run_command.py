@@ -20,14 +20,16 @@ from typing import Any
 
 import pytest
 import torch
-from experiments import runner
+from fairseq.data import Dictionary
+
+from experiments import training
 from experiments.__main__ import main
 from experiments.data import fingerprint
 from experiments.files import Launcher, load_scale, load_table
 from experiments.plan import row_runs, train_arguments
-from experiments.runner import Runner, updates_of
-from fairseq.data import Dictionary
-
+from experiments.processes import last_words
+from experiments.runner import Runner
+from experiments.training import updates_of
 from fairseq_sffn.errors import UsageError
 from fairseq_sffn.tools import cli
 from fairseq_sffn.tools.training_log import log_records
@@ -228,8 +230,8 @@ def test_zero_shot_tasks_are_added_to_what_is_done(
     trial.run()
     before = trial.results()
     monkeypatch.setattr(Runner, "zero_shot", lambda self, checkpoint: {"tasks": []})
-    monkeypatch.setattr(runner, "versions", lambda: {"fairseq_sffn": "a later one"})
-    monkeypatch.setattr(runner, "machine", lambda device: "another one")
+    monkeypatch.setattr(training, "versions", lambda: {"fairseq_sffn": "a later one"})
+    monkeypatch.setattr(training, "machine", lambda device: "another one")
     trial.ask_for_zero_shot()
     trial.run()
     ((key, result),) = trial.results().items()
@@ -353,7 +355,7 @@ def test_the_others_go_on_after_an_error_that_nobody_foresaw(
 ) -> None:
     full = [OSError("no space left on device")]
     monkeypatch.setattr(
-        runner, "drop_optimizer", lambda checkpoint: full and (_ for _ in ()).throw(full.pop())
+        training, "drop_optimizer", lambda checkpoint: full and (_ for _ in ()).throw(full.pop())
     )
     trial = Trial(tmp_path, data_bin, '{ label = "a", model = "dense", seeds = [1, 2] }')
     with pytest.raises(SystemExit, match=r"1 of 2 runs failed: OSError: no"):
@@ -393,12 +395,12 @@ def test_versions_are_those_of_the_training(
 ) -> None:
     """Not of a later command that finds it at its end."""
     trial = Trial(tmp_path, data_bin, '{ label = "dense", model = "dense" }')
-    monkeypatch.setattr(runner, "versions", lambda: {"fairseq_sffn": "first"})
+    monkeypatch.setattr(training, "versions", lambda: {"fairseq_sffn": "first"})
     trial.run()
     ((key, _),) = trial.results().items()
     (trial.folder / "results" / "small" / f"{key}.json").unlink()
     (trial.work / key / "trained.json").unlink()
-    monkeypatch.setattr(runner, "versions", lambda: {"fairseq_sffn": "second"})
+    monkeypatch.setattr(training, "versions", lambda: {"fairseq_sffn": "second"})
     trial.run()
     assert trial.results()[key]["versions"] == {"fairseq_sffn": "first"} and trained(calls) == 1
 
@@ -424,9 +426,9 @@ def test_the_last_words_of_a_process() -> None:
         "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:",
         "============================================================",
     ]
-    assert runner.last_words(lines) == "--sffn-block-size 7: does not divide"
-    assert runner.last_words(lines[:1]) == lines[0]
-    assert runner.last_words([]) == runner.last_words(lines[3:]) == ""
+    assert last_words(lines) == "--sffn-block-size 7: does not divide"
+    assert last_words(lines[:1]) == lines[0]
+    assert last_words([]) == last_words(lines[3:]) == ""
 
 
 def test_a_training_that_stops_early_has_no_result(

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+
 from experiments import runner
 from experiments.data import fingerprint
 from experiments.files import Launcher
 from experiments.processes import last_json
-from experiments.runner import Runner, drop_optimizer
-
+from experiments.runner import Runner
+from experiments.training import drop_optimizer
 from tests.examples.experiments import made
 
 

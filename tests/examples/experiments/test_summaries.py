@@ -6,6 +6,7 @@ import statistics
 import numpy as np
 import pytest
 import torch
+
 from experiments.summaries import (
     Deviation,
     Difference,
