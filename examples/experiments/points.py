@@ -18,23 +18,13 @@ def position(row: Row, scale: Scale) -> float | None:
     return float(value) if value else None
 
 
-def groups(experiments: Experiments, table: Table) -> dict[str, list[Outcome]]:
-    """Return group -> outcomes of its rows."""
-    found: dict[str, list[Outcome]] = {}
-    for o in experiments.outcomes(table):
-        if o.row.group:
-            found.setdefault(o.row.group, []).append(o)
-    return found
-
-
 def line_points(experiments: Experiments, table: Table) -> Points:
     """Return the test perplexity of each group against ``x``."""
     found: Points = {}
-    for name, rows in groups(experiments, table).items():
-        for o in rows:
-            x, ppl = position(o.row, experiments.scale), summarize(o.perplexity("test").values())
-            if x is not None and ppl is not None:
-                found.setdefault(name, []).append((x, ppl))
+    for o in experiments.outcomes(table):
+        x, ppl = position(o.row, experiments.scale), summarize(o.perplexity("test").values())
+        if o.row.group and x is not None and ppl is not None:
+            found.setdefault(o.row.group, []).append((x, ppl))
     return found
 
 
@@ -46,14 +36,14 @@ def gap_points(experiments: Experiments, table: Table) -> Points:
         x = position(o.row, experiments.scale)
         return float(experiments.tokens(o.row)) if x is None else x
 
-    by_group = groups(experiments, table)
-    reference = {where(o): o.perplexity("test") for o in by_group.pop(REFERENCE, [])}
+    outcomes = [o for o in experiments.outcomes(table) if o.row.group]
+    reference = {where(o): o.perplexity("test") for o in outcomes if o.row.group == REFERENCE}
     found: Points = {}
-    for name, rows in by_group.items():
-        for o in rows:
-            base, own = reference.get(where(o), {}), o.perplexity("test")
-            if ratio := summarize(own[seed] / base[seed] - 1 for seed in own if seed in base):
-                found.setdefault(name, []).append((where(o), ratio))
+    for o in outcomes:
+        base, own = reference.get(where(o), {}), o.perplexity("test")
+        ratio = summarize(own[seed] / base[seed] - 1 for seed in own if seed in base)
+        if ratio and o.row.group != REFERENCE:
+            found.setdefault(o.row.group, []).append((where(o), ratio))
     return found
 
 

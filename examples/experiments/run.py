@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import shlex
 import signal
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from fairseq_sffn.errors import UsageError
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> str:
     if args.dry_run:
         ready = {run: 0 for row in rows for run in row_runs(row, scale, scale.learning_rates[0])}
         check_runs(ready, tables, scale, launcher)
-        say(*dry_run([*ready], scale, launcher))
+        say(dry_run([*ready], scale, launcher))
         return f"{len(ready)} runs are ready"
     if not any(row.seeds for row in rows):
         return "nothing is trained for these tables"
@@ -85,31 +85,28 @@ def run(args: argparse.Namespace) -> str:
         if not launcher.submit or args.only:
             runner.run(runs, sweep, zero_shot)
         else:
-            say(*submit(runs, scale, launcher, work, again(args)))
+            say(submit(runs, scale, launcher, work, again(args)))
 
     sweeps = missing((run for row in rows for run in sweep_runs(row, scale)), results)
     # Learning rates do not change the time of a run.
     runs = [*dict.fromkeys(run for table in tables for run in to_do(table, results))]
     check_runs(chosen(sweeps + runs), tables, scale, launcher)
-    say(
-        f"up to {len(sweeps) + len(runs)} runs: {expected(sweeps + runs, scale, jobs)}",
-        f"{len(sweeps)} to choose learning rates: {expected(sweeps, scale, jobs)}",
-    )
+    say(expected({"at most": sweeps + runs, "learning rates": sweeps}, scale, jobs))
     with ended_by_signals():
         finish(chosen(sweeps), sweep=True)
         if launcher.submit and sweeps and not args.only:
             return "when these have ended, the same command submits the others"
         check_learning_rates(rows, results)
         todo = {table.name: chosen(to_do(table, results)) for table in tables}
-        say(*(f"{name}: {len(r)} runs: {expected(r, scale, jobs)}" for name, r in todo.items()))
+        say(expected(todo, scale, jobs))
         zero_shot = {run for table in tables if table.zero_shot for run in todo[table.name]}
         # All tables together, so that no core waits for the last run of each table.
         finish([*dict.fromkeys(itertools.chain(*todo.values()))], sweep=False, zero_shot=zero_shot)
     return f"results are in {folder}"
 
 
-def say(*lines: str) -> None:
-    """Print lines at once."""
+def say(lines: Iterable[str]) -> None:
+    """Print lines as they come."""
     for line in lines:
         print(line, flush=True)
 
@@ -204,7 +201,8 @@ def to_do(table: Table, results: Results) -> list[Run]:
     return missing(runs, results, "zero_shot" if table.zero_shot else EVALUATED)
 
 
-def expected(runs: list[Run], scale: Scale, jobs: int) -> str:
-    """Estimate the time of runs without their evaluation."""
-    seconds = sum(run.expected_seconds(scale) for run in runs)
-    return f"about {seconds / jobs / 60:.0f} minutes, {jobs} at a time"
+def expected(runs: Mapping[str, list[Run]], scale: Scale, jobs: int) -> Iterator[str]:
+    """Estimate the time of named groups of runs, without their evaluation."""
+    for name, group in runs.items():
+        minutes = sum(run.expected_seconds(scale) for run in group) / jobs / 60
+        yield f"{name}: {len(group)} runs, about {minutes:.0f} minutes, {jobs} at a time"

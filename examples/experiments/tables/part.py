@@ -15,8 +15,8 @@ Show = Callable[[Any], str]
 """Function that formats a value as Markdown."""
 
 FLOPS_NOTE = (
-    "Training FLOPs: three forward passes, and one more of the layers for recomputed activations, "
-    "whether or not they are recomputed. Selection is counted alike where it has no gradient."
+    "Training FLOPs: three forward passes, plus one more of the layers for the recomputation of "
+    "activations, whether or not it is used. Selection counts three even where it has no gradient."
 )
 
 
