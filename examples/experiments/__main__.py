@@ -16,7 +16,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UsageError: the subcommand cannot do what was asked.
     """
-    from experiments import report, run
+    try:
+        from experiments import report, run
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"{error.name} is not installed: pip install -e '.[experiments]' in the project's root"
+        ) from error
 
     warnings.simplefilter("ignore")  # libraries warn about each other
     logging.getLogger().setLevel(logging.WARNING)  # importing fairseq sets it to DEBUG

@@ -99,7 +99,7 @@ def judge(
     else:
         reason += f", where {found.significant:.1f} is significant"
     if word == EQUIVALENT:
-        reason += f"; equivalent within {margin:.1%}"
+        reason += f"; equivalent within {100 * margin:g}%"
     return Verdict(claim, flops, word, reason, found)
 
 
@@ -137,6 +137,7 @@ def markdown(found: list[Verdict], deviation: Deviation | None, margin: float) -
         f"difference. It is computed from the residual standard deviation {deviation.sd:.2f} that "
         f"remains after the effects of row and seed ({deviation.rows} rows with several seeds, "
         f"{deviation.degrees_of_freedom} degrees of freedom). Significance: two-sided t-test at "
-        f"95%. A claim that is undecided by this test is called equivalent if two one-sided "
-        f"t-tests (TOST) at 95% place the difference within {margin:.1%} of the perplexity."
+        f"95%. A claim that it leaves undecided is called equivalent if two one-sided t-tests "
+        f"(TOST) at 95% place the difference within {100 * margin:g}% of the worse row's "
+        f"perplexity."
     )

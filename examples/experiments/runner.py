@@ -53,11 +53,10 @@ class Runner(Training):
         failures: list[str] = []
         seconds = {run: run.expected_seconds(self.scale) for run in runs}
         layout = "{percentage:3.0f}% {elapsed}, {remaining} left{postfix}"
+        options = {"total": sum(seconds.values()), "bar_format": layout, "smoothing": 0}
+        options["disable"] = not runs
         interval = 1 if sys.stderr.isatty() else 60
-        with (
-            tqdm(total=sum(seconds.values()), bar_format=layout, disable=not runs) as bar,
-            ThreadPoolExecutor(self.jobs) as pool,
-        ):
+        with tqdm(**options) as bar, ThreadPoolExecutor(self.jobs) as pool:
             futures = {pool.submit(self.finish, run, sweep, run in zero_shot): run for run in runs}
             waiting = set(futures)
             try:
