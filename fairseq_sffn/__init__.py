@@ -19,10 +19,8 @@ evaluation.apply()
 compat.apply()
 
 from . import (  # noqa: E402
-    checks,
     configuration,
     criterions,
-    interruptions,
     mixed_precision,
     models,
     optim,
@@ -30,15 +28,17 @@ from . import (  # noqa: E402
     splits,
     tasks,
 )
-from .checkpoints import loading, resuming, training_state, writing  # noqa: E402
-from .expert_parallel import checkpoints as sharded_checkpoints  # noqa: E402
-from .expert_parallel import gradients, launch  # noqa: E402
+from .checkpoints import loading  # noqa: E402
+from .expert_parallel import launch  # noqa: E402
+from .patches import checkpoints, collectives, trainer, training  # noqa: E402
+from .patches.registry import Patch  # noqa: E402
 
 # The configuration last, so that its wrappers go around all others.
-for repairs in (
-    *(loading, writing, checks, launch, gradients, sharded_checkpoints, resuming),
-    *(training_state, interruptions, mixed_precision, options, splits, configuration),
-):
+for repairs in (loading, launch, mixed_precision, options, splits, configuration):
     repairs.apply()
+for patches in (trainer, training, checkpoints, collectives):
+    for declared in vars(patches).values():
+        if isinstance(declared, Patch):
+            declared.apply()
 
-__all__ = ["checks", "compat", "criterions", "models", "optim", "tasks"]
+__all__ = ["compat", "criterions", "models", "optim", "tasks"]

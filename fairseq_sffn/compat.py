@@ -14,13 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
-from fairseq.models.ema.ema import EMA
 from fairseq.tasks import FairseqTask
 from fairseq.tasks.language_modeling import LanguageModelingTask
-from fairseq.trainer import Trainer
 from fairseq_cli import eval_lm as eval_command
-from fairseq_cli import train as train_command
 
 from .errors import UsageError
 
@@ -30,11 +26,7 @@ logger = logging.getLogger(__name__)
 def apply() -> None:
     """Apply every repair."""
     restore_numpy_compat()
-    refuse_half_precision_on_cpu()
     evaluate_at_the_model_context()
-    leave_finished_runs_alone()
-    copy_integers_into_moving_averages()
-    keep_versions_in_moving_averages()
     deal_the_same_batches_when_resumed()
 
 
@@ -43,32 +35,6 @@ def restore_numpy_compat() -> None:
     eos``, generation). Can go when fairseq no longer does."""
     if not hasattr(np, "compat"):
         np.compat = types.SimpleNamespace(long=int)  # type: ignore[attr-defined]
-
-
-def refuse_half_precision_on_cpu() -> None:
-    """On a CPU a training with ``--fp16`` fails inside the optimizer, and ``--amp`` does nothing.
-    Can go when fairseq says so itself."""
-
-    @functools.wraps(Trainer.__init__)
-    def __init__(self: Trainer, cfg: Any, *args: Any, **kwargs: Any) -> None:
-        if cfg.common.amp and cfg.common.bf16:
-            # fairseq would scale the loss of a model in bf16, and compute some of it in fp16.
-            raise UsageError("--amp: not with --bf16")
-        check_precision(cfg.common, ("fp16", "amp"))
-        original(self, cfg, *args, **kwargs)
-
-    original = Trainer.__init__
-    replace_once(Trainer, "__init__", __init__)
-
-
-def check_precision(common: Any, flags: tuple[str, ...]) -> None:
-    """Raises UsageError where one of these flags is given without a GPU."""
-    if common.cpu or not torch.cuda.is_available():
-        for flag in flags:
-            if getattr(common, flag):
-                thrifty = getattr(common, f"memory_efficient_{flag}", False)
-                name = f"memory-efficient-{flag}" if thrifty else flag
-                raise UsageError(f"--{name}: needs a GPU, and this command runs on the CPU")
 
 
 def evaluate_at_the_model_context() -> None:
@@ -115,69 +81,6 @@ def evaluate_at_the_model_context() -> None:
     original = LanguageModelingTask.eval_lm_dataloader
     signature = inspect.signature(original)
     replace_once(LanguageModelingTask, "eval_lm_dataloader", eval_lm_dataloader)
-
-
-def leave_finished_runs_alone() -> None:
-    """``fairseq-train``, run again when its training has ended, trains one update more, or to the
-    next validation, and stores it. Can go when fairseq looks before it trains."""
-
-    @functools.wraps(train_command.train)
-    def train(cfg: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> tuple[list[None], bool]:
-        if reason := reason_to_stop(cfg, trainer):
-            logger.info(f"nothing to train: {reason}")
-            return [None], True
-        return original(cfg, trainer, *args, **kwargs)
-
-    original = train_command.train
-    replace_once(train_command, "train", train)
-
-
-def reason_to_stop(cfg: Any, trainer: Trainer) -> str | None:
-    """Return, in words, why a training that begins has ended already, or ``None``.
-
-    The number of epochs and ``--stop-min-lr`` are not looked at, since fairseq does that in time.
-    """
-    updates, max_update = trainer.get_num_updates(), cfg.optimization.max_update
-    if max_update and updates >= max_update:
-        return f"at update {updates} of --max-update {max_update}"
-    # Without the time since the start, which differs between ranks.
-    hours, most = trainer._previous_training_time / 3600, cfg.optimization.stop_time_hours
-    if 0 < most < hours:
-        return f"after {hours:.2f} hours of --stop-time-hours {most:g}"
-    patience = cfg.checkpoint.patience
-    bad_runs = getattr(train_command.should_stop_early, "num_runs", 0)
-    if 0 < patience <= bad_runs:
-        return f"after {bad_runs} validations without an improvement, of --patience {patience}"
-    return None
-
-
-def copy_integers_into_moving_averages() -> None:
-    """``--store-ema`` averages buffers too, and fails on whole numbers, such as hash tables. Can go
-    when fairseq copies them."""
-
-    @functools.wraps(EMA.__init__)
-    def __init__(self: EMA, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        original(self, model, *args, **kwargs)
-        state = model.state_dict()
-        self.skip_keys = {*self.skip_keys, *(k for k in state if not state[k].is_floating_point())}
-
-    original = EMA.__init__
-    replace_once(EMA, "__init__", __init__)
-
-
-def keep_versions_in_moving_averages() -> None:
-    """``--store-ema`` updates its model without the modules' versions, which a Transformer takes
-    for those of an old checkpoint, and drops its last layer norm. Can go when fairseq gives
-    them."""
-
-    @functools.wraps(EMA.restore)
-    def restore(self: EMA, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        own = self.model.state_dict()
-        versions = {key: own[key] for key in own if key.endswith("version")}
-        original(self, {**versions, **state_dict}, *args, **kwargs)
-
-    original = EMA.restore
-    replace_once(EMA, "restore", restore)
 
 
 def deal_the_same_batches_when_resumed() -> None:

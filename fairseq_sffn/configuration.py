@@ -14,7 +14,6 @@ from typing import Any
 
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.distributed import utils as distributed_utils
-from fairseq.trainer import Trainer
 from fairseq_cli import eval_lm, generate, interactive, train, validate
 from omegaconf import OmegaConf, open_dict
 
@@ -43,7 +42,7 @@ def convert_namespaces_first() -> None:
 
     commands = (train, eval_lm, generate, interactive, validate)
     targets = [(command, "main") for command in commands]
-    for owner, name in (*targets, (distributed_utils, "distributed_init"), (Trainer, "__init__")):
+    for owner, name in (*targets, (distributed_utils, "distributed_init")):
         replace_once(owner, name, converting(getattr(owner, name)))
 
 

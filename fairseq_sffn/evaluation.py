@@ -13,22 +13,17 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-import torch
-from fairseq.data.iterators import EpochBatchIterator
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.sequence_scorer import SequenceScorer
 from fairseq.tasks import FairseqTask
 from fairseq.tasks.language_modeling import LanguageModelingTask
-from fairseq.trainer import Trainer
 from fairseq_cli import eval_lm as eval_command
 from fairseq_cli import generate as generate_command
-from fairseq_cli import train as train_command
 from fairseq_cli import validate as validate_command
 
 from .compat import replace_once
 from .errors import UsageError
-from .left_out import LeftOut, Scored, Split, left_out
+from .left_out import Scored, Split, left_out
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +33,6 @@ def apply() -> None:
     again, and has to come later, so that the set that is evaluated is the one that is counted."""
     use_the_last_batch()
     count_what_filters_leave_out()
-    count_what_validation_leaves_out()
     count_what_eval_lm_scores()
 
 
@@ -62,14 +56,6 @@ def use_the_last_batch() -> None:
 
     for module, name in ((generate_command, "_main"), (validate_command, "main")):
         replace_once(module, name, using_all(getattr(module, name)))
-
-    @functools.wraps(Trainer.get_valid_iterator)
-    def get_valid_iterator(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        with batches_of_any_size(self.cfg.dataset):
-            return original(self, *args, **kwargs)
-
-    original = Trainer.get_valid_iterator
-    replace_once(Trainer, "get_valid_iterator", get_valid_iterator)
 
 
 @contextlib.contextmanager
@@ -105,42 +91,6 @@ def count_what_filters_leave_out() -> None:
 
     original = FairseqTask.filter_indices_by_size
     replace_once(FairseqTask, "filter_indices_by_size", filter_indices_by_size)
-
-
-# Validation
-
-
-def count_what_validation_leaves_out() -> None:
-    """The records of a validation do not tell that ``--skip-invalid-size-inputs-valid-test`` left
-    something out. Adds ``left_out_tokens`` and ``tokens`` to them where it did. Can go when fairseq
-    logs it."""
-
-    @functools.wraps(Trainer.get_valid_iterator)
-    def get_valid_iterator(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        iterator = original_iterator(self, *args, **kwargs)
-        self.validation_leaves_out = None
-        if isinstance(iterator, EpochBatchIterator):
-            used = [index for batch in iterator.frozen_batches for index in batch]
-            every = np.arange(len(iterator.dataset))
-            self.validation_leaves_out = left_out(iterator.dataset, used, every)
-        return iterator
-
-    @functools.wraps(train_command.get_valid_stats)
-    def get_valid_stats(cfg: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        stats = original_stats(cfg, trainer, *args, **kwargs)
-        found = getattr(trainer, "validation_leaves_out", None)
-        if isinstance(found, LeftOut):
-            # Tensors, since fairseq rounds other numbers to six digits.
-            unit, number, of = "samples", found.samples, found.of_samples
-            if found.tokens is not None and found.of_tokens is not None:
-                unit, number, of = "tokens", found.tokens, found.of_tokens
-            stats |= {f"left_out_{unit}": torch.tensor(number), unit: torch.tensor(of)}
-        return stats
-
-    original_iterator = Trainer.get_valid_iterator
-    replace_once(Trainer, "get_valid_iterator", get_valid_iterator)
-    original_stats = train_command.get_valid_stats
-    replace_once(train_command, "get_valid_stats", get_valid_stats)
 
 
 # fairseq-eval-lm

@@ -20,6 +20,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from fairseq_cli import eval_lm, generate, interactive, train, validate
 from omegaconf import ListConfig
 
+from .checkpoints.writing import take_over_asynchronous_writing
 from .compat import replace_once
 from .configuration import writable
 from .errors import UsageError, flag, shown
@@ -99,6 +100,7 @@ def check_each_command() -> None:
 
     @functools.wraps(train.add_defaults)
     def add_defaults(cfg: Any) -> None:
+        take_over_asynchronous_writing(cfg.checkpoint)
         add(cfg)
         check_ranges(cfg)
         check_training(cfg)

@@ -12,10 +12,10 @@ from fairseq.models import BaseFairseqModel, register_model
 from omegaconf import OmegaConf
 from torch import nn
 
-from ..compat import check_precision
 from ..errors import UsageError
 from ..memory import MemoryConfig, ProcessGroups, SparseMemory
 from .config import flag, selector_flags
+from .precision import check_precision
 from .stack import SparseStack
 
 

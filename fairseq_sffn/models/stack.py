@@ -12,9 +12,9 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..expert_parallel.groups import process_groups
 from ..memory import MemoryConfig
 from .layer import LayerRouting, SparseLayer
+from .process_groups import process_groups
 
 
 class SparseStack(nn.Module):

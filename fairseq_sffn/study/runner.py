@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 
+from ..checkpoints.writing import write_checkpoint
 from ..errors import UsageError
 from .environment import PLUGIN, cores, last_words, machine, python, versions
 from .plan import Cell, Launcher, Scale, domains_of, train_arguments
@@ -407,4 +407,4 @@ def drop_optimizer(checkpoint: Path) -> None:
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     if "last_optimizer_state" in state:
         state["last_optimizer_state"] = None
-        checkpoint_utils.torch_persistent_save(state, str(checkpoint))
+        write_checkpoint(state, str(checkpoint))

@@ -4,31 +4,24 @@ import importlib
 import inspect
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from fairseq.data import TokenBlockDataset, data_utils
-from fairseq.models.ema.ema import EMA
 from fairseq.tasks import FairseqTask
 from fairseq.tasks.language_modeling import LanguageModelingTask
-from fairseq.trainer import Trainer
 from fairseq_cli import eval_lm as eval_command
 from fairseq_cli import generate as generate_command
-from fairseq_cli import train as train_command
 
 from fairseq_sffn import compat
-from fairseq_sffn.errors import UsageError
 from tests import commands
 
 REPAIRED = [
-    (Trainer, "__init__"),
     (LanguageModelingTask, "eval_lm_dataloader"),
     (eval_command, "main"),
-    (train_command, "train"),
-    (EMA, "__init__"),
     (FairseqTask, "get_batch_iterator"),
 ]
 
@@ -59,26 +52,6 @@ def test_numpy_compat(monkeypatch: pytest.MonkeyPatch) -> None:
         sentences()
     compat.restore_numpy_compat()
     assert len(sentences()) == 2
-
-
-# Precision.
-
-
-@pytest.mark.parametrize("flag", ["fp16", "bf16", "amp"])
-def test_half_precision_needs_a_gpu(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    common = SimpleNamespace(cpu=True, fp16=False, bf16=False, amp=False)
-    flags = ("fp16", "bf16", "amp")
-    compat.check_precision(common, flags)
-    setattr(common, flag, True)
-    with pytest.raises(UsageError, match=f"--{flag}: needs a GPU"):
-        compat.check_precision(common, flags)
-    compat.check_precision(common, tuple(other for other in flags if other != flag))
-    common.cpu = False
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UsageError, match=f"--{flag}: needs a GPU"):
-        compat.check_precision(common, flags)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    compat.check_precision(common, flags)
 
 
 # Evaluation.
@@ -128,33 +101,6 @@ def test_fairseq_itself_would_evaluate_nothing(
     monkeypatch.setattr(data_utils, "batch_by_size", unrepaired(data_utils, "batch_by_size"))
     log = commands.apply("eval-lm", data_bin, checkpoint, "--tokens-per-sample", "1024")
     assert commands.perplexity(log) == 1.0
-
-
-# Moving averages and finished runs.
-
-
-def test_moving_average_copies_integers() -> None:
-    model = torch.nn.BatchNorm1d(2)  # counts its batches in an integer
-    config = SimpleNamespace(ema_decay=0.5, ema_seed_model=None, ema_fp32=False, ema_update_freq=1)
-    config.ema_start_update = 0
-    average = EMA(model, config)
-    model.num_batches_tracked += 3
-    with torch.no_grad():
-        model.weight += 2
-    average.step(model, updates=1)
-    state = average.get_model().state_dict()
-    assert state["num_batches_tracked"] == 3 and state["weight"].tolist() == [2, 2]
-
-
-def test_fairseq_itself_would_train_a_finished_run(
-    data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flags = ("--max-update", "1")
-    commands.train(data_bin, tmp_path, "avgk", *flags)
-    log = commands.train(data_bin, tmp_path, "avgk", *flags)
-    assert "nothing to train: at update 1 of --max-update 1" in log and not commands.losses(log)
-    monkeypatch.setattr(train_command, "train", unrepaired(train_command, "train"))
-    assert list(commands.losses(commands.train(data_bin, tmp_path, "avgk", *flags))) == [2]
 
 
 def test_a_command_run_as_a_module_is_repaired_too(monkeypatch):

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from fairseq_sffn import splits
 from fairseq_sffn.errors import UsageError
-from fairseq_sffn.splits import check_metric, check_splits
+from fairseq_sffn.patches.training import check_metric
+from fairseq_sffn.splits import check_splits
 from tests import commands
 
 

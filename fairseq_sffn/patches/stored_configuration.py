@@ -25,8 +25,8 @@ from fairseq.dataclass.configs import FairseqConfig
 from fairseq.models.transformer import TransformerModel
 from fairseq.models.transformer_lm import TransformerLanguageModel
 
-from ..errors import UsageError
-from ..models.config import TranslationConfig, flag
+from ..errors import UsageError, flag
+from ..models.config import TranslationConfig
 from ..models.plugin_model import PluginModel
 from ..options import check_group
 

@@ -14,10 +14,10 @@ import torch
 from fairseq import checkpoint_utils, models, registry, tasks
 from fairseq.models.transformer_lm import TransformerLanguageModel
 
-from fairseq_sffn.checkpoints import stored_configuration as rules
 from fairseq_sffn.checkpoints.loading import OVERRIDE, TRUST
 from fairseq_sffn.errors import UsageError
 from fairseq_sffn.models.plugin_model import PluginModel
+from fairseq_sffn.patches import stored_configuration as rules
 from tests import commands
 
 PAYLOADS = {
