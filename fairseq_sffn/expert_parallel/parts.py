@@ -135,7 +135,7 @@ def cut_part(state: dict[str, Any], path: Path, part: Part) -> dict[str, Any]:
     tables = {name: state["model"][name] for name in part.sharded if name in state["model"]}
     result: dict[str, Any] = {"model": {}, "optimizer": {}}
     if optimizer := state.get("last_optimizer_state"):
-        names = state.get(KEY, {}).get("parameters") or part.parameters
+        names = state.get(KEY, {}).get("parameters") or part.parameters or []
         if len(optimizer["param_groups"][0]["params"]) != len(names):
             raise UsageError(
                 f"checkpoint {path}: its optimizer's state is in one piece (--fp16 without "

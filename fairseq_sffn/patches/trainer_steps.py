@@ -37,6 +37,11 @@ class StepTrainer(Trainer):
     divides gradients by another number of tokens than they come from.
     """
 
+    _grad_norm_buf: Tensor | None
+    _optimizer: Any
+    _wrapped_criterion: nn.Module | None
+    _wrapped_model: nn.Module | None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._is_dummy = False
         super().__init__(*args, **kwargs)

@@ -111,9 +111,7 @@ def test_interrupted_training_goes_on(
     """Within an epoch, at its end and in the next one, at the last update, while it validates, and
     while it saves: no update is lost, and none is made after the signal."""
     with monkeypatch.context() as patch:
-        interrupted.at(
-            patch, place, update, lambda trainer: interrupted.send(trainer, signal.SIGTERM)
-        )
+        interrupted.at(patch, place, update, lambda t: interrupted.send(t, signal.SIGTERM))
         run_interrupted(data_bin, tmp_path, *TRAININGS[kind], status=128 + signal.SIGTERM)
     assert updates(tmp_path) == update
     resumed = train(data_bin, tmp_path, *TRAININGS[kind])
@@ -132,7 +130,7 @@ def test_every_signal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     handlers = [signal.getsignal(number) for number in SIGNALS]
-    interrupted.at(monkeypatch, "update", 2, lambda trainer: interrupted.send(trainer, number))
+    interrupted.at(monkeypatch, "update", 2, lambda t: interrupted.send(t, number))
     with pytest.raises(SystemExit) as ended:
         if command == "train":
             train(data_bin, tmp_path)
@@ -150,7 +148,7 @@ def test_saved_before_validation_ends(
 ) -> None:
     """A scheduler that does not wait for the validation loses no update."""
     saved: list[int] = []
-    interrupted.at(monkeypatch, place, 7, lambda trainer: interrupted.send(trainer, signal.SIGTERM))
+    interrupted.at(monkeypatch, place, 7, lambda t: interrupted.send(t, signal.SIGTERM))
     interrupted.at(monkeypatch, "validated", 7, lambda _: saved.append(updates(tmp_path)))
     batches = ("--batch-size-valid", "8")  # several, so that one comes after the signal
     run_interrupted(data_bin, tmp_path, *batches, status=128 + signal.SIGTERM)
@@ -165,9 +163,7 @@ def test_warns_where_nothing_is_saved(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    interrupted.at(
-        monkeypatch, "update", 3, lambda trainer: interrupted.send(trainer, signal.SIGTERM)
-    )
+    interrupted.at(monkeypatch, "update", 3, lambda t: interrupted.send(t, signal.SIGTERM))
     run_interrupted(data_bin, tmp_path, flag, status=128 + signal.SIGTERM)
     assert f"SIGTERM: {flag}: update 3 is not saved" in caplog.text
 
