@@ -26,7 +26,7 @@ KEY = "sffn"
 TRUST = "FAIRSEQ_SFFN_TRUST_CHECKPOINT"
 """Environment variable that ``--trust-checkpoint`` sets."""
 OVERRIDE = "trust_checkpoint"
-"""The same among the overrides that Python callers give."""
+"""Name of the same switch among the overrides that Python callers give."""
 FLAGS = {
     "--trust-checkpoint": (
         TRUST,

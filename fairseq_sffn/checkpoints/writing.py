@@ -37,7 +37,7 @@ LASTING = frozenset(
 )
 """Errors that do not go away by themselves."""
 ATTEMPTS, PAUSE = 3, 2.5
-"""As often fairseq tries to write, and waits so many seconds in between."""
+"""Number of attempts to write, and seconds between them, as in fairseq."""
 
 
 class Writer:
