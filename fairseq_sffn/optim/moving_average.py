@@ -16,6 +16,8 @@ class MovingAverage(EMA):
     old checkpoint, and drops its last layer norm: the versions are kept here.
     """
 
+    skip_keys: set[str]
+
     def __init__(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
         state = model.state_dict()

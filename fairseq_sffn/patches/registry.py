@@ -139,9 +139,9 @@ def fingerprint(original: Any, members: Iterable[str] = ()) -> str | None:
     parts = [getattr(original, name) for name in members] or [original]
     digest = hashlib.sha256()
     for part in parts:
-        part = part.fget if isinstance(part, property) else part
+        source: Any = part.fget if isinstance(part, property) else part
         try:
-            digest.update("".join(inspect.getsource(part).split()).encode())
+            digest.update("".join(inspect.getsource(source).split()).encode())
         except (OSError, TypeError):
             return None
     return digest.hexdigest()[:8]
