@@ -28,13 +28,6 @@ LAYERS = (
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 FAIRSEQ = {"fairseq", "fairseq_cli", "fairscale", "hydra", "omegaconf"}
 WITHOUT_FAIRSEQ = ("memory", "errors", "versions", "fingerprint")
-MOVING = {
-    *("checks", "compat", "configuration", "evaluation", "interruptions", "mixed_precision"),
-    *("signals", "splits", "study"),
-}
-"""Modules that have no place yet."""
-TURNED = {("models", "expert_parallel"), ("checkpoints", "expert_parallel")}
-"""Imports against the order that are to go."""
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -61,8 +54,6 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if unit(path) != "__init__")
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_imports_only_what_is_below(path: Path) -> None:
     own = unit(path)
-    if own in MOVING:
-        return
     assert own in LAYER, f"{own} has no layer"
     for name in imports(path):
         top, _, rest = name.partition(".")

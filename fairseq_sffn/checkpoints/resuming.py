@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 import os
 import re
@@ -13,132 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from fairseq import checkpoint_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
-from fairseq.trainer import Trainer
-from fairseq_cli import train as train_command
 from omegaconf import open_dict
 
-from ..compat import replace_once
 from ..errors import UsageError
-from ..expert_parallel.checkpoints import check_part, part_paths
-from .loading import KEY, already_checked, read_checkpoint
+from .loading import KEY, read_checkpoint
+from .part_files import check_part, part_paths
 from .reading import DamagedCheckpoint, read_file
 
 logger = logging.getLogger(__name__)
 
 LAST = "checkpoint_last.pt"
 """What fairseq goes on from, unless ``--restore-file`` names another."""
-EARLY_STOPPING = "early_stopping"
-"""Entry of a checkpoint's extra state for what ``--patience`` counts."""
 SAVED = re.compile(r"checkpoint(_last|_best|\d+|_\d+_\d+|\.best_.+)\.pt")
 """Names under which fairseq saves."""
-
-
-def apply() -> None:
-    """Apply every patch."""
-    go_on_from_the_newest()
-    begin_without_another_training()
-    remember_early_stopping()
-    go_on_without_optimizer_state()
-
-
-def go_on_from_the_newest() -> None:
-    """fairseq goes on from ``checkpoint_last.pt`` or, where that was not written, from the start,
-    without a word; and from the start too where ``--restore-file`` names no file. Goes on from the
-    newest whole checkpoint in the directory, says so, and refuses what is not there. Can go when
-    fairseq does."""
-
-    @functools.wraps(checkpoint_utils.load_checkpoint)
-    def load_checkpoint(cfg: Any, trainer: Trainer, **kwargs: Any) -> Any:
-        if trainer.checkpoint_suffix or not cfg.save_dir or not is_local(cfg):
-            return original(cfg, trainer, **kwargs)
-        if cfg.finetune_from_model and not os.path.isfile(cfg.finetune_from_model):
-            raise UsageError(
-                f"--finetune-from-model {cfg.finetune_from_model}: there is no such file"
-            )
-        if cfg.restore_file != LAST:
-            check_named(cfg)
-            return original(cfg, trainer, **kwargs)
-        newest, files = choose_together(Path(cfg.save_dir))
-        if newest is None or newest.name == LAST:
-            with already_checked(files):
-                return original(cfg, trainer, **kwargs)
-        with restoring(cfg, newest), already_checked(files):
-            return original(cfg, trainer, **kwargs)
-
-    original = checkpoint_utils.load_checkpoint
-    replace_once(checkpoint_utils, "load_checkpoint", load_checkpoint)
-
-
-def begin_without_another_training() -> None:
-    """fairseq keeps the best loss in attributes of two functions, so that the next training in the
-    process takes it for its own. Removes them. Can go when a trainer has them."""
-
-    @functools.wraps(train_command.add_defaults)
-    def add_defaults(cfg: Any) -> None:
-        for function in (train_command.should_stop_early, checkpoint_utils.save_checkpoint):
-            for name in ("best", "num_runs"):
-                vars(function).pop(name, None)
-        original(cfg)
-
-    original = train_command.add_defaults
-    replace_once(train_command, "add_defaults", add_defaults)
-
-
-def remember_early_stopping() -> None:
-    """fairseq begins to count ``--patience`` anew when it resumes. Stores the count and the best
-    loss. Can go when fairseq does."""
-
-    @functools.wraps(Trainer.save_checkpoint)
-    def save_checkpoint(self: Trainer, filename: str, extra_state: dict[str, Any]) -> Any:
-        known = vars(train_command.should_stop_early)
-        if counted := {name: known[name] for name in ("best", "num_runs") if name in known}:
-            extra_state = {**extra_state, EARLY_STOPPING: counted}
-        return original_save(self, filename, extra_state)
-
-    @functools.wraps(Trainer.load_checkpoint)
-    def load_checkpoint(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        extra_state = original_load(self, *args, **kwargs)
-        call = signature.bind(self, *args, **kwargs)
-        if extra_state is not None and not call.arguments.get("reset_meters"):
-            for name, value in extra_state.get(EARLY_STOPPING, {}).items():
-                setattr(train_command.should_stop_early, name, value)
-        return extra_state
-
-    original_save, original_load = Trainer.save_checkpoint, Trainer.load_checkpoint
-    signature = inspect.signature(original_load)
-    replace_once(Trainer, "save_checkpoint", save_checkpoint)
-    replace_once(Trainer, "load_checkpoint", load_checkpoint)
-
-
-def go_on_without_optimizer_state() -> None:
-    """fairseq begins at update 0 where a checkpoint has no optimizer state
-    (``--no-save-optimizer-state``), and so trains a finished training again. Goes on at its update
-    and in its schedule. Can go when fairseq does."""
-
-    @functools.wraps(Trainer.load_checkpoint)
-    def load_checkpoint(self: Trainer, filename: str, *args: Any, **kwargs: Any) -> Any:
-        extra_state = original(self, filename, *args, **kwargs)
-        call = signature.bind(self, filename, *args, **kwargs).arguments
-        if extra_state is None or call.get("reset_optimizer") or self.get_num_updates():
-            return extra_state
-        last = self._optim_history[-1]
-        if not (updates := last["num_updates"]):
-            return extra_state
-        if not call.get("reset_lr_scheduler"):
-            self.lr_scheduler.load_state_dict(last["lr_scheduler_state"])
-        self.set_num_updates(updates)
-        logger.warning(
-            f"{filename}: has no optimizer state; training goes on at update {updates}, and the "
-            "optimizer begins anew (--reset-optimizer begins at update 0)"
-        )
-        return extra_state
-
-    original = Trainer.load_checkpoint
-    signature = inspect.signature(original)
-    replace_once(Trainer, "load_checkpoint", load_checkpoint)
 
 
 def is_local(cfg: Any) -> bool:
@@ -161,8 +48,16 @@ def check_named(cfg: Any) -> None:
 
 
 @contextmanager
-def restoring(cfg: Any, checkpoint: Path) -> Iterator[None]:
-    """A context in which fairseq goes on from a checkpoint as if from ``checkpoint_last.pt``."""
+def restoring(cfg: Any, checkpoint: Path | None) -> Iterator[None]:
+    """A context in which fairseq goes on from a checkpoint as if from ``checkpoint_last.pt``.
+
+    Args:
+        cfg: the group ``checkpoint``.
+        checkpoint: the file; ``None`` where it is ``checkpoint_last.pt``, or there is none.
+    """
+    if checkpoint is None:
+        yield
+        return
     before = {name: cfg[name] for name in ("restore_file", "finetune_from_model")}
     with open_dict(cfg):
         cfg.restore_file, cfg.finetune_from_model = str(checkpoint), None

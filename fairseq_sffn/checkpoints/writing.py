@@ -1,4 +1,4 @@
-"""fairseq's writing functions: a file is written whole, or not at all, and a failure is one line.
+"""Writing checkpoint files: a file is written whole, or not at all, and a failure is one line.
 
 Every file is written under another name first, which ends in ``.tmp``. Where
 ``--write-checkpoints-asynchronously`` asks for it, a thread writes while training goes on.
@@ -12,9 +12,9 @@ import functools
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,15 +23,12 @@ import numpy as np
 import torch
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
-from fairseq.logging.meters import AverageMeter, SumMeter
-from fairseq.trainer import Trainer
-from fairseq_cli import train as train_command
 from omegaconf import open_dict
 
-from ..compat import replace_once
 from ..errors import UsageError
-from .loading import set_for_now
 
+IN_BACKGROUND = "write_in_background"
+"""Option of the group ``checkpoint`` that :func:`take_over_asynchronous_writing` sets."""
 LASTING = frozenset(
     (
         *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
@@ -40,7 +37,7 @@ LASTING = frozenset(
 )
 """Errors that do not go away by themselves."""
 ATTEMPTS, PAUSE = 3, 2.5
-"""As often fairseq tries to write, and waits so many seconds in between."""
+"""Number of attempts to write, and seconds between them, as in fairseq."""
 
 
 class Writer:
@@ -82,30 +79,66 @@ class Writer:
         self.check()
 
 
-_asked: ContextVar[bool] = ContextVar("asked", default=False)
 _writer: ContextVar[Writer | None] = ContextVar("writer", default=None)
+"""The thread that writes, while :func:`in_background` is open."""
 
 
-def apply() -> None:
-    """Apply every patch."""
-    write_whole_files()
-    copy_whole_files()
-    save_plain_containers()
-    restore_arrays_of_meters()
-    write_in_the_background()
-    save_or_say_why_not()
+@contextmanager
+def in_background(writer: Writer | None) -> Iterator[None]:
+    """A context in which checkpoints are written by a thread; ``None``: at once."""
+    token = _writer.set(writer)
+    try:
+        yield
+    finally:
+        _writer.reset(token)
 
 
-def save_plain_containers() -> None:
-    """Meters hold NumPy's arrays (``--eval-bleu`` counts in them), which PyTorch refuses to load
-    from a checkpoint. Saves lists and Python's numbers. Can go when fairseq does."""
+def take_over_asynchronous_writing(options: Any) -> None:
+    """Turn fairseq's asynchronous writing off, and note that it was asked for.
 
-    @functools.wraps(checkpoint_utils.torch_persistent_save)
-    def torch_persistent_save(obj: Any, *args: Any, **kwargs: Any) -> None:
-        original(without_numpy(obj), *args, **kwargs)
+    fairseq writes asynchronously by iopath. Without that package it ends as if it had trained; with
+    it, it never writes ``checkpoint_last.pt`` or ``checkpoint_best.pt``. It has to be called before
+    fairseq looks for the package.
 
-    original = checkpoint_utils.torch_persistent_save
-    replace_once(checkpoint_utils, "torch_persistent_save", torch_persistent_save)
+    Args:
+        options: the group ``checkpoint``.
+    """
+    if options.write_checkpoints_asynchronously:
+        with open_dict(options):
+            options[IN_BACKGROUND] = True
+            options.write_checkpoints_asynchronously = False
+
+
+def write_checkpoint(state: dict[str, Any], path: str) -> None:
+    """Write a checkpoint, whole or not at all. NumPy's arrays are written as lists.
+
+    Args:
+        state: plain containers, tensors, and NumPy's arrays.
+        path: the file.
+
+    Raises:
+        UsageError: it cannot be written; what was there is as it was.
+    """
+    state = without_numpy(state)
+    if not PathManager.supports_rename(path):
+        checkpoint_utils.torch_persistent_save(state, path)
+    elif (writer := _writer.get()) is None:
+        write_atomically(functools.partial(save, state), path, size_of(state))
+    else:  # training goes on to change the tensors that it saves
+        write = functools.partial(save, copy.deepcopy(state))
+        writer.submit(write_atomically, write, path, size_of(state))
+
+
+def copy_checkpoint(source: str, target: str) -> None:
+    """Copy a checkpoint, whole or not at all.
+
+    Raises:
+        UsageError: it cannot be written; what was there is as it was.
+    """
+    if (writer := _writer.get()) is None:
+        copy_atomically(source, target)
+    else:
+        writer.submit(copy_atomically, source, target)
 
 
 def without_numpy(value: Any) -> Any:
@@ -121,58 +154,6 @@ def without_numpy(value: Any) -> Any:
             result[key] = without_numpy(of)
         return result
     return value
-
-
-def restore_arrays_of_meters() -> None:
-    """A meter that summed arrays cannot average the list that is saved of them: arrays again. Can
-    go with ``save_plain_containers``."""
-
-    def restoring(original: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(original)
-        def load_state_dict(self: Any, state: dict[str, Any]) -> None:
-            arrays = {key: np.array(of) for key, of in state.items() if isinstance(of, list)}
-            original(self, {**state, **arrays})
-
-        return load_state_dict
-
-    for meter in (AverageMeter, SumMeter):
-        replace_once(meter, "load_state_dict", restoring(meter.load_state_dict))
-
-
-def write_whole_files() -> None:
-    """fairseq leaves a part of a file where the disk is full, and tells so in a page. Can go when
-    it cleans up."""
-
-    @functools.wraps(checkpoint_utils.torch_persistent_save)
-    def torch_persistent_save(obj: Any, filename: str, async_write: bool = False) -> None:
-        if async_write or not PathManager.supports_rename(filename):
-            return original(obj, filename, async_write)
-        if (writer := _writer.get()) is None:
-            return write_atomically(functools.partial(save, obj), filename, size_of(obj))
-        # Training goes on to change the tensors that it saves.
-        write = functools.partial(save, copy.deepcopy(obj))
-        return writer.submit(write_atomically, write, filename, size_of(obj))
-
-    original = checkpoint_utils.torch_persistent_save
-    replace_once(checkpoint_utils, "torch_persistent_save", torch_persistent_save)
-
-
-def copy_whole_files() -> None:
-    """fairseq writes ``checkpoint1.pt`` atomically but copies it over ``checkpoint_last.pt`` in
-    place: killed meanwhile, it leaves no checkpoint to resume from. Can go when
-    ``PathManager.copy`` is atomic."""
-
-    def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
-        if PathManager.path_requires_pathmanager(str(dst_path)):
-            return original(src_path, dst_path, overwrite)
-        if (writer := _writer.get()) is None:
-            copy_atomically(src_path, dst_path)
-        else:
-            writer.submit(copy_atomically, src_path, dst_path)
-        return True
-
-    original = PathManager.copy
-    replace_once(PathManager, "copy", copy, staticmethod)
 
 
 def copy_atomically(source: str, target: str) -> None:
@@ -292,65 +273,3 @@ def free_space(folder: Path) -> int:
 def megabytes(size: int) -> str:
     """Return a size in words."""
     return f"{size / 1e6:,.1f} MB"
-
-
-def write_in_the_background() -> None:
-    """fairseq writes asynchronously by iopath: without it, it ends as if it had trained, and with
-    it, it never writes ``checkpoint_last.pt`` or ``checkpoint_best.pt``. Writes and copies in a
-    thread. Can go when fairseq's does both."""
-
-    @functools.wraps(train_command.add_defaults)
-    def add_defaults(cfg: Any) -> None:
-        original_defaults(cfg)
-        _asked.set(bool(cfg.checkpoint.write_checkpoints_asynchronously))
-        with open_dict(cfg.checkpoint):
-            cfg.checkpoint.write_checkpoints_asynchronously = False
-
-    @functools.wraps(checkpoint_utils.save_checkpoint)
-    def save_checkpoint(cfg: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
-        if not _asked.get():
-            return original(cfg, trainer, *args, **kwargs)
-        if not hasattr(trainer, "sffn_writer"):
-            trainer.sffn_writer = Writer()
-        trainer.sffn_writer.wait()  # for the one before, so that no more than one takes memory
-        with set_for_now(_writer, trainer.sffn_writer):
-            return original(cfg, trainer, *args, **kwargs)
-
-    @functools.wraps(train_command.validate_and_save)
-    def validate_and_save(cfg: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
-        if hasattr(trainer, "sffn_writer"):
-            trainer.sffn_writer.check()  # after each update, so that no more are lost
-        return original_step(cfg, trainer, *args, **kwargs)
-
-    @functools.wraps(train_command.train)
-    def train(cfg: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return original_train(cfg, trainer, *args, **kwargs)
-        finally:
-            if hasattr(trainer, "sffn_writer"):
-                trainer.sffn_writer.wait()
-
-    original_defaults, original = train_command.add_defaults, checkpoint_utils.save_checkpoint
-    original_train, original_step = train_command.train, train_command.validate_and_save
-    replace_once(train_command, "add_defaults", add_defaults)
-    replace_once(checkpoint_utils, "save_checkpoint", save_checkpoint)
-    replace_once(train_command, "train", train)
-    replace_once(train_command, "validate_and_save", validate_and_save)
-
-
-def save_or_say_why_not() -> None:
-    """fairseq ends in a traceback where the directory for checkpoints is gone or read-only. Can go
-    when it names the flag and the reason."""
-
-    @functools.wraps(checkpoint_utils.save_checkpoint)
-    def save_checkpoint(cfg: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return original(cfg, trainer, *args, **kwargs)
-        except OSError as error:
-            raise UsageError(
-                f"--save-dir {cfg.save_dir}: cannot be written to at update "
-                f"{trainer.get_num_updates()}: {error.strerror or error}: {error.filename}"
-            ) from error
-
-    original = checkpoint_utils.save_checkpoint
-    replace_once(checkpoint_utils, "save_checkpoint", save_checkpoint)

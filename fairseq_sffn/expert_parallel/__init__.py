@@ -1,7 +1,10 @@
-"""Training in several processes: data parallel, and with the blocks of sparse layers shared out
-(expert parallel).
+"""Training in several processes whose ranks hold different blocks (expert parallel).
 
-The processes are fairseq's; :mod:`.launch` lets them run on CPUs too. How tokens travel is the
-memory's own matter (:mod:`..memory.dispatch`); here is what the rest of training must know of it:
-gradients and their norm (:mod:`.gradients`), and checkpoints in parts (:mod:`.checkpoints`).
+- :mod:`.launch`: where processes run, and what a launcher tells them.
+- :mod:`.settings`: checks the options for several processes, and compares them between ranks.
+- :mod:`.gradients`: gradient synchronisation, and the norm of all gradients.
+- :mod:`.parts`: the part of a checkpoint that a process holds.
+- :mod:`.saving`: saving a checkpoint from all processes that hold a part.
+
+Tokens travel inside the memory (:mod:`..memory.dispatch`).
 """

@@ -1,4 +1,4 @@
-"""Which processes do what together."""
+"""The process groups of expert parallel training."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class ExpertParallelGroups(NamedTuple):
     """The groups that this process belongs to.
 
     Attributes:
-        groups: the group of all, whose tokens count together, and that over which the blocks of
-            each layer are shared out.
-        replicas: those that hold the same blocks, one in each group over which they are shared
-            out; ``None`` where every process has all blocks.
+        groups: the group of all processes, whose tokens count together, and the group over which
+            the blocks of each layer are sharded.
+        replicas: the processes that hold the same blocks, one in each group over which blocks are
+            sharded; ``None`` where every process has all blocks.
     """
 
     groups: ProcessGroups
@@ -27,11 +27,12 @@ class ExpertParallelGroups(NamedTuple):
 
 
 def process_groups(expert_parallel: int) -> ExpertParallelGroups:
-    """Groups of consecutive ranks share blocks out, the same ones at each call. To be called by all
-    processes together.
+    """Return this process's groups. All processes call it together.
+
+    Blocks are sharded over consecutive ranks. Each call returns the same groups.
 
     Args:
-        expert_parallel: processes over which the blocks are shared out.
+        expert_parallel: number of processes over which the blocks are sharded.
 
     Raises:
         UsageError: it does not divide the number of processes.
@@ -41,7 +42,7 @@ def process_groups(expert_parallel: int) -> ExpertParallelGroups:
 
 @functools.cache
 def _process_groups(expert_parallel: int, world: dist.ProcessGroup | None) -> ExpertParallelGroups:
-    """Those within ``world``: a program may train by itself before it joins others."""
+    """Return the groups within ``world``: a program may train alone before it joins others."""
     world_size = distributed_utils.get_global_world_size()
     if expert_parallel < 1 or world_size % expert_parallel:
         raise UsageError(

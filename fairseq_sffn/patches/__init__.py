@@ -3,10 +3,25 @@
 ``fairseq-sffn patches`` lists them.
 """
 
-from . import batches, commands, evaluation, launch, models, numpy_compat, options
+from . import (
+    batches,
+    checkpoints,
+    collectives,
+    commands,
+    evaluation,
+    launch,
+    models,
+    numpy_compat,
+    options,
+    trainer,
+    training,
+)
 from .registry import Patch
 
-MODULES = (batches, commands, evaluation, launch, models, numpy_compat, options)
+MODULES = (
+    *(batches, checkpoints, collectives, commands, evaluation, launch, models, numpy_compat),
+    *(options, trainer, training),
+)
 PATCHES = tuple(
     value for module in MODULES for value in vars(module).values() if isinstance(value, Patch)
 )

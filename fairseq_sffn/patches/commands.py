@@ -13,6 +13,7 @@ from typing import Any
 from fairseq import checkpoint_utils
 from fairseq.distributed import utils as distributed_utils
 
+from ..checkpoints.writing import take_over_asynchronous_writing
 from ..errors import UsageError
 from ..expert_parallel.settings import check_and_compare_settings
 from ..options.checks import check_ranges
@@ -48,6 +49,7 @@ def add_defaults(original: Callable[..., Any]) -> Callable[..., Any]:
         check_ranges(cfg)
         check_training(cfg)
         check_save_directory(cfg)
+        take_over_asynchronous_writing(cfg.checkpoint)
         return result
 
     return wrapper

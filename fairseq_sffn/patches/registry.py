@@ -61,6 +61,7 @@ class Patch:
         written_for: fingerprints of the originals that it was written for, see
             :func:`fingerprint`.
         members: for a class, the names of the members that the fingerprint covers.
+        importers: names of modules that have imported the target by its name.
     """
 
     target: str
@@ -70,6 +71,7 @@ class Patch:
     kind: Kind
     written_for: tuple[str, ...]
     members: tuple[str, ...] = ()
+    importers: tuple[str, ...] = ()
 
     def owner(self) -> tuple[Any, str]:
         """Return the module or class that has the target as an attribute, and the attribute."""
@@ -130,10 +132,13 @@ class Patch:
         setattr(replacement, ORIGINAL, original)
         is_static = isinstance(inspect.getattr_static(owner, name, None), staticmethod)
         setattr(owner, name, staticmethod(replacement) if is_static else replacement)
+        for importer in self.importers:
+            setattr(importlib.import_module(importer), name, replacement)
         # ``python -m fairseq_cli.train`` runs a second copy of the module.
         command = sys.modules.get("__main__")
-        spec = getattr(command, "__spec__", None)
-        if isinstance(owner, types.ModuleType) and getattr(spec, "name", None) == owner.__name__:
+        spec_name = getattr(getattr(command, "__spec__", None), "name", None)
+        own = [owner.__name__] if isinstance(owner, types.ModuleType) else []
+        if spec_name in (*own, *self.importers):
             setattr(command, name, replacement)
 
 
@@ -145,11 +150,13 @@ def patch(
     kind: Kind,
     written_for: Iterable[str],
     members: Iterable[str] = (),
+    importers: Iterable[str] = (),
 ) -> Callable[[Callable[[Any], Any]], Patch]:
     """Return a decorator that makes a :class:`Patch` of a function that wraps the original."""
 
     def declare(replace: Callable[[Any], Any]) -> Patch:
-        return Patch(target, replace, why, until, kind, tuple(written_for), tuple(members))
+        covered, copies = tuple(members), tuple(importers)
+        return Patch(target, replace, why, until, kind, tuple(written_for), covered, copies)
 
     return declare
 
@@ -171,9 +178,9 @@ def fingerprint(original: Any, members: Iterable[str] = ()) -> str | None:
     parts = [getattr(original, name) for name in members] or [original]
     digest = hashlib.sha256()
     for part in parts:
-        part = getattr(part, "fget", part)  # of a property
+        source: Any = getattr(part, "fget", part)  # of a property
         try:
-            digest.update("".join(inspect.getsource(part).split()).encode())
+            digest.update("".join(inspect.getsource(source).split()).encode())
         except (OSError, TypeError):
             return None
     return digest.hexdigest()[:8]

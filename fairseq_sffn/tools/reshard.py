@@ -7,20 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from fairseq import checkpoint_utils
-
 from ..checkpoints.loading import KEY, add_flags_to, fingerprints, read_checkpoint
+from ..checkpoints.part_files import RESHARDED, new_folder
 from ..checkpoints.reading import SKIP_CHECKSUMS
+from ..checkpoints.writing import write_checkpoint
 from ..errors import UsageError
-from ..expert_parallel.checkpoints import (
-    RESHARDED,
-    Part,
-    cut_part,
-    new_folder,
-    put_parts,
-    save_part,
-    take_parts,
-)
+from ..expert_parallel.parts import Part, cut_part, put_parts, save_part, take_parts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +100,7 @@ def write(state: dict[str, Any], source: Path, output: Path, shards: int) -> Non
             names |= {"folder": folder.name, "shards": shards}
         if names:
             state[KEY] = names | fingerprints(state["model"], in_parts=shards > 1)
-        checkpoint_utils.torch_persistent_save(state, str(output))
+        write_checkpoint(state, str(output))
     except UsageError:
         shutil.rmtree(folder, ignore_errors=True)
         raise

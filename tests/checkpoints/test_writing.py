@@ -1,7 +1,6 @@
 """A checkpoint is written whole, or not at all; a failure is one line."""
 
 import errno
-import inspect
 import os
 import shutil
 import threading
@@ -15,21 +14,18 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
+from fairseq.logging import metrics
 from fairseq.logging.meters import AverageMeter, SumMeter
 from fairseq.trainer import Trainer
 
 from fairseq_sffn.checkpoints import writing
 from fairseq_sffn.checkpoints.reading import read_file
 from fairseq_sffn.errors import UsageError
+from fairseq_sffn.patches.training_state import restore_arrays_of_meters
 from tests import commands
 
 FULL = Path("/dev/full")
 """A device on which every write fails for lack of space."""
-
-
-def unpatched(owner: Any, name: str) -> Any:
-    """fairseq's own function."""
-    return inspect.unwrap(getattr(owner, name))
 
 
 # Plain containers.
@@ -44,21 +40,27 @@ def test_numpy_is_saved_as_plain_values(tmp_path: Path) -> None:
         "count": np.int64(3),
     }
     path = tmp_path / "numpy.pt"
-    checkpoint_utils.torch_persistent_save(state, str(path))
+    writing.write_checkpoint(state, str(path))
     saved = torch.load(path, weights_only=True)
     assert saved["meters"] == [(1, {"sum": [1, 2], "best": 0.5})] and saved["count"] == 3
     assert saved["model"]["w"].tolist() == [1, 1] and saved["model"]._metadata == model._metadata
     assert isinstance(state["meters"][0][1]["sum"], np.ndarray)  # the caller's is as it was
-    unpatched(checkpoint_utils, "torch_persistent_save")(state, str(path))
+    checkpoint_utils.torch_persistent_save(state, str(path))
     with pytest.raises(UsageError, match="refused, it holds more than tensors"):
         read_file(path)
 
 
 @pytest.mark.parametrize("kind", [AverageMeter, SumMeter])
 def test_meters_of_arrays_go_on_from_saved_lists(kind: type) -> None:
-    meter, resumed = kind(), kind()
-    meter.update(np.array([1, 2]))
-    resumed.load_state_dict(writing.without_numpy(meter.state_dict()))
+    metrics.reset()
+    with metrics.aggregate("arrays"):
+        metrics.log_custom(kind, "counts", np.array([1, 2]))
+    meter = metrics.get_meter("arrays", "counts")
+    saved = writing.without_numpy({"metrics": metrics.state_dict()})
+    metrics.load_state_dict(saved["metrics"])
+    restore_arrays_of_meters(saved)
+    resumed = metrics.get_meter("arrays", "counts")
+    assert resumed is not meter
     np.testing.assert_array_equal(resumed.smoothed_value, meter.smoothed_value)
     for each in (meter, resumed):
         each.update(np.array([5, 6]))
@@ -109,7 +111,7 @@ def test_a_failure_leaves_what_was_there(
         if kind == "copy":
             PathManager.copy(str(new), str(last), overwrite=True)
         else:
-            checkpoint_utils.torch_persistent_save({"w": torch.ones(1000)}, str(last))
+            writing.write_checkpoint({"w": torch.ones(1000)}, str(last))
     line = str(caught.value)
     assert line.startswith(f"checkpoint {last}: not written: {os.strerror(number)}; it takes ")
     assert f"{tmp_path} has " in line and "\n" not in line
@@ -129,7 +131,7 @@ def test_an_error_that_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(writing.os, "replace", fail_once)
     monkeypatch.setattr(writing, "PAUSE", 0)
-    checkpoint_utils.torch_persistent_save({"a": 1}, str(tmp_path / "new.pt"))
+    writing.write_checkpoint({"a": 1}, str(tmp_path / "new.pt"))
     assert read_file(tmp_path / "new.pt") == {"a": 1} and names(tmp_path) == ["new.pt"]
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fairseq_sffn.errors import UsageError
-from fairseq_sffn.expert_parallel.checkpoints import HOUR, Part, _cut, put_parts, remove_unnamed
+from fairseq_sffn.expert_parallel.parts import Part, _cut, put_parts
+from fairseq_sffn.expert_parallel.saving import GRACE_SECONDS, remove_unnamed
 from fairseq_sffn.tools import cli
 from tests import commands
 from tests.expert_parallel import launch
@@ -220,7 +221,7 @@ def test_young_folders_of_reshard_are_kept(tmp_path):
     for name in names:
         (tmp_path / name).mkdir()
     torch.save({"sffn": {"folder": names[1]}}, tmp_path / "m.pt")
-    old = time.time() - HOUR - 1
+    old = time.time() - GRACE_SECONDS - 1
     for name in names[1:]:
         os.utime(tmp_path / name, (old, old))
     remove_unnamed(tmp_path)

@@ -5,14 +5,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fairseq import checkpoint_utils, models
 from fairseq.distributed import utils as distributed_utils
-from fairseq.models import distributed_fairseq_model
-from fairseq.trainer import Trainer
 from omegaconf import open_dict
 
 from fairseq_sffn.errors import UsageError
-from fairseq_sffn.expert_parallel import checkpoints, gradients, launch
+from fairseq_sffn.expert_parallel import launch
 from fairseq_sffn.expert_parallel.settings import check_settings, first_difference, settings_of
 from tests import commands
 
@@ -196,23 +193,3 @@ def test_torchruns_environment(world_size, method, monkeypatch):
     assert config.distributed_init_method == method
     assert config.distributed_world_size == int(world_size)
     assert (config.distributed_rank, config.device_id, config.distributed_no_spawn) == (3, 1, True)
-
-
-def test_applying_twice_changes_nothing():
-    replaced = [
-        *((distributed_utils, name) for name in ("all_gather_list", "broadcast_object")),
-        *((Trainer, name) for name in ("__init__", "clip_grad_norm", "_prepare_sample")),
-        (Trainer, "train_step"),
-        *((Trainer, name) for name in ("save_checkpoint", "load_checkpoint", "state_dict")),
-        *((checkpoint_utils, name) for name in ("save_checkpoint", "load_checkpoint_to_cpu")),
-        (models, "DistributedFairseqModel"),
-        (distributed_fairseq_model, "DistributedDataParallel"),
-    ]
-    before = [getattr(owner, name) for owner, name in replaced]
-    assert all(function.sffn_repairs for function in before)
-    for repairs in (launch, gradients, checkpoints):
-        repairs.apply()
-    assert all(
-        getattr(owner, name) is function
-        for (owner, name), function in zip(replaced, before, strict=True)
-    )

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fairseq_sffn import compat
+from fairseq_sffn.patches import trainer
 from tests import commands
 from tests.expert_parallel import launch
 
@@ -27,7 +27,7 @@ def logs(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     result, jobs = {}, {}
     with pytest.MonkeyPatch.context() as patch:
         # fairseq's optimizer for fp16 runs on a CPU, unless it flattens gradients.
-        patch.setattr(compat, "check_precision", lambda common, flags: None)
+        patch.setattr(trainer, "check_precision", lambda common, flags: None)
         for half, of_half in HALF.items():
             for model in MODELS:
                 name, flags = f"{model}-{half}", (*FLAGS, *of_half)

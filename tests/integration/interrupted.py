@@ -9,56 +9,44 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
 import pytest  # noqa: E402
-from fairseq import checkpoint_utils  # noqa: E402
 from fairseq.trainer import Trainer  # noqa: E402
 from fairseq_cli import train as train_command  # noqa: E402
 
-from fairseq_sffn import interruptions  # noqa: E402
+from fairseq_sffn.patches.trainer import SFFNTrainer  # noqa: E402
 
 
-def send(number: int, target: int | None = None) -> None:
+def send(trainer: Any, number: int, target: int | None = None) -> None:
     """Sends a signal to a process, by default to this one, and waits until it has come here."""
     os.kill(target or os.getpid(), number)
-    while not interruptions.current.get().receiver.received:
+    while not trainer.interruption.receiver.received:
         time.sleep(0.01)
 
 
 def at(patch: pytest.MonkeyPatch, place: str, update: int, action: Any) -> None:
-    """Does something once: in an update, where the validation after it begins, where that ends, or
-    while the update is saved."""
-    owner, name, updates = {
-        "update": (Trainer, "train_step", updates_of_trainer(0)),
-        "validation": (Trainer, "begin_valid_epoch", updates_of_trainer(0)),
-        "validated": (train_command, "validate", updates_of_trainer(1)),
-        "save": (checkpoint_utils, "torch_persistent_save", updates_of_state),
+    """Does something with the trainer once: in an update, where the validation after it begins,
+    where that ends, or while the update is saved."""
+    owner, name, position = {
+        "update": (Trainer, "train_step", 0),
+        "validation": (Trainer, "begin_valid_epoch", 0),
+        "validated": (train_command, "validate", 1),
+        "save": (SFFNTrainer, "save_checkpoint", 0),
     }[place]
     original, done = getattr(owner, name), []
 
     @functools.wraps(original)
     def function(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        if updates(args) == update and not done:
+        if args[position].get_num_updates() == update and not done:
             done.append(True)
-            action()
+            action(args[position])
         return result
 
     patch.setattr(owner, name, function)
-
-
-def updates_of_trainer(position: int) -> Callable[[tuple[Any, ...]], int]:
-    """Reads the updates of the trainer among some arguments."""
-    return lambda args: args[position].get_num_updates()
-
-
-def updates_of_state(args: tuple[Any, ...]) -> int:
-    """Reads the updates of the checkpoint that is the first argument."""
-    return args[0]["optimizer_history"][-1]["num_updates"]
 
 
 def main() -> None:
@@ -69,13 +57,13 @@ def main() -> None:
     if "unseen" in target:
         del os.pidfd_open
 
-    def act() -> None:
+    def act(trainer: Any) -> None:
         if target == "group":
             # Another process, since those that load data obey their parent.
             kill = ("kill", f"-{number}", "--", f"-{os.getpgrp()}")
             subprocess.run(kill, check=True, start_new_session=True)
         elif target == "parent" and rank == "0":
-            send(int(number), os.getppid())
+            send(trainer, int(number), os.getppid())
         elif target == "twice":
             os.kill(os.getpid(), int(number))
             time.sleep(1.5)
@@ -86,7 +74,7 @@ def main() -> None:
             if rank == "1":
                 os.kill(os.getpid(), signal.SIGKILL)
         elif target == rank:
-            send(int(number))
+            send(trainer, int(number))
 
     at(pytest.MonkeyPatch(), place, int(update), act)
     train_command.cli_main()

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from fairseq_sffn import interruptions
 from tests import commands
 from tests.integration import interrupted
 
@@ -112,7 +111,7 @@ def test_interrupted_training_goes_on(
     """Within an epoch, at its end and in the next one, at the last update, while it validates, and
     while it saves: no update is lost, and none is made after the signal."""
     with monkeypatch.context() as patch:
-        interrupted.at(patch, place, update, lambda: interrupted.send(signal.SIGTERM))
+        interrupted.at(patch, place, update, lambda t: interrupted.send(t, signal.SIGTERM))
         run_interrupted(data_bin, tmp_path, *TRAININGS[kind], status=128 + signal.SIGTERM)
     assert updates(tmp_path) == update
     resumed = train(data_bin, tmp_path, *TRAININGS[kind])
@@ -131,7 +130,7 @@ def test_every_signal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     handlers = [signal.getsignal(number) for number in SIGNALS]
-    interrupted.at(monkeypatch, "update", 2, lambda: interrupted.send(number))
+    interrupted.at(monkeypatch, "update", 2, lambda t: interrupted.send(t, number))
     with pytest.raises(SystemExit) as ended:
         if command == "train":
             train(data_bin, tmp_path)
@@ -149,8 +148,8 @@ def test_saved_before_validation_ends(
 ) -> None:
     """A scheduler that does not wait for the validation loses no update."""
     saved: list[int] = []
-    interrupted.at(monkeypatch, place, 7, lambda: interrupted.send(signal.SIGTERM))
-    interrupted.at(monkeypatch, "validated", 7, lambda: saved.append(updates(tmp_path)))
+    interrupted.at(monkeypatch, place, 7, lambda t: interrupted.send(t, signal.SIGTERM))
+    interrupted.at(monkeypatch, "validated", 7, lambda _: saved.append(updates(tmp_path)))
     batches = ("--batch-size-valid", "8")  # several, so that one comes after the signal
     run_interrupted(data_bin, tmp_path, *batches, status=128 + signal.SIGTERM)
     assert saved == [7]
@@ -164,7 +163,7 @@ def test_warns_where_nothing_is_saved(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    interrupted.at(monkeypatch, "update", 3, lambda: interrupted.send(signal.SIGTERM))
+    interrupted.at(monkeypatch, "update", 3, lambda t: interrupted.send(t, signal.SIGTERM))
     run_interrupted(data_bin, tmp_path, flag, status=128 + signal.SIGTERM)
     assert f"SIGTERM: {flag}: update 3 is not saved" in caplog.text
 
@@ -175,7 +174,7 @@ def test_signals_of_the_caller_stay_the_callers(
 ) -> None:
     before = signal.signal(signal.SIGUSR1, handler)
     try:
-        interrupted.at(monkeypatch, "update", 2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        interrupted.at(monkeypatch, "update", 2, lambda _: os.kill(os.getpid(), signal.SIGUSR1))
         assert list(train(data_bin, tmp_path, "--max-update", "3")) == [1, 2, 3]
         assert signal.getsignal(signal.SIGUSR1) == handler
     finally:
@@ -223,4 +222,3 @@ def test_nothing_is_received_outside_the_main_thread(data_bin: Path, tmp_path: P
     with ThreadPoolExecutor(1) as pool:
         records = pool.submit(train, data_bin, tmp_path, "--max-update", "2").result()
     assert list(records) == [1, 2]
-    assert interruptions.current.get() is None

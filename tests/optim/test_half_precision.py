@@ -10,7 +10,7 @@ import torch
 from fairseq import options, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-from fairseq_sffn import compat
+from fairseq_sffn.patches import trainer
 from tests import commands
 
 MODELS = (*commands.MODELS, "sffn")
@@ -30,7 +30,7 @@ def losses(log: str) -> list[float]:
 @pytest.fixture
 def fp16_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """fairseq's optimizer runs there, unless it flattens gradients."""
-    monkeypatch.setattr(compat, "check_precision", lambda common, flags: None)
+    monkeypatch.setattr(trainer, "check_precision", lambda common, flags: None)
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from fairseq import optim
-from fairseq.optim import AMPOptimizer
-from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 
-import fairseq_sffn.mixed_precision  # noqa: F401
+from fairseq_sffn.optim.amp_optimizer import AMPOptimizer
+from fairseq_sffn.patches.trainer_steps import StepTrainer
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.0},
@@ -94,12 +93,14 @@ def test_validation_computes_as_training_does(amp: bool) -> None:
             seen.append(torch.is_autocast_enabled("cpu"))
             raise Seen
 
-    trainer: Any = SimpleNamespace(
-        tpu=False,
-        device=torch.device("cpu"),
-        cfg=SimpleNamespace(common=SimpleNamespace(amp=amp), ema=SimpleNamespace(store_ema=False)),
-        model=Model(),
-    )
+    class WithoutModel(StepTrainer):
+        model = Model()
+
+        def __init__(self) -> None:
+            self.tpu, self.device = False, torch.device("cpu")
+            common, ema = SimpleNamespace(amp=amp), SimpleNamespace(store_ema=False)
+            self.cfg = SimpleNamespace(common=common, ema=ema)
+
     with pytest.raises(Seen):
-        Trainer.valid_step(trainer, {})
+        WithoutModel().valid_step({})
     assert seen == [amp]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from torch import nn
 
-from fairseq_sffn.checks import check_options
 from fairseq_sffn.errors import UsageError
 from fairseq_sffn.models.plugin_model import plugin_model_in
+from fairseq_sffn.patches.checks import check_options
 from tests import commands
 from tests.models.small_lm import small_lm
 

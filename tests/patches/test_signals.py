@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from fairseq_sffn import signals
-from fairseq_sffn.signals import SignalReceiver
+from fairseq_sffn.patches import signals
+from fairseq_sffn.patches.signals import SignalReceiver
 
 ROOT = Path(__file__).parents[2]
 BEGIN = """
 import ctypes, importlib.util, os, signal, subprocess, threading, time
 
 # Without fairseq, which takes seconds.
-spec = importlib.util.spec_from_file_location("signals", "fairseq_sffn/signals.py")
+spec = importlib.util.spec_from_file_location("signals", "fairseq_sffn/patches/signals.py")
 signals = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(signals)
 

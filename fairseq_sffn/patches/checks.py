@@ -1,42 +1,22 @@
-"""What is looked at before a training starts: model, criterion and options together."""
+"""Checks before a training starts: model, criterion and options together."""
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import Any
 
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
-from fairseq.trainer import Trainer
 
-from .compat import replace_once
-from .criterions.routing_losses import RoutingLosses
-from .errors import UsageError
-from .memory import MemoryConfig, SparseMemory
-from .models.plugin_model import PluginModel, plugin_model_in
+from ..criterions.routing_losses import RoutingLosses
+from ..errors import UsageError
+from ..memory import MemoryConfig, SparseMemory
+from ..models.plugin_model import PluginModel
 
 logger = logging.getLogger(__name__)
 
 
-def apply() -> None:
-    """Checks every training of one of the plugin's models."""
-
-    @functools.wraps(Trainer.__init__)
-    def __init__(
-        self: Trainer, cfg: Any, task: Any, model: Any, criterion: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        if (ours := plugin_model_in(model)) is not None:
-            check_options(cfg, ours)
-            name = getattr(cfg.criterion, "_name", None) or type(criterion).__name__
-            check_criterion(ours, criterion, str(name))
-        original(self, cfg, task, model, criterion, *args, **kwargs)
-
-    original = Trainer.__init__
-    replace_once(Trainer, "__init__", __init__)
-
-
 def check_options(cfg: Any, model: PluginModel) -> None:
-    """Raises UsageError where an option of fairseq's would leave a model that is of no use."""
+    """Raise UsageError where an option of fairseq would leave a useless model."""
     path = cfg.common.quantization_config_path
     if path and hasattr(model, "memory_config"):
         raise UsageError(
@@ -53,13 +33,16 @@ def check_options(cfg: Any, model: PluginModel) -> None:
 
 
 def check_criterion(model: PluginModel, criterion: Any, name: str) -> None:
-    """Looks at whether a criterion trains all of a model.
+    """Check that a criterion trains all of a model.
 
     Args:
-        name: of the criterion.
+        model: the model.
+        criterion: the criterion.
+        name: the criterion's name, for messages.
 
     Raises:
-        UsageError: it cannot, or leaves some parameters without a gradient.
+        UsageError: the criterion cannot train the model, or leaves some parameters without a
+            gradient.
     """
     decoder = getattr(model, "decoder", None)
     smoothed = isinstance(criterion, LabelSmoothedCrossEntropyCriterion)
@@ -86,14 +69,14 @@ def check_criterion(model: PluginModel, criterion: Any, name: str) -> None:
 
 
 def gate_learns(config: MemoryConfig) -> bool:
-    """Whether gradients flow through a gate to the scores; one of a single weight that is
-    renormalised is always 1."""
+    """Return whether gradients flow through a gate to the scores. A single renormalised weight is
+    always 1."""
     alone = config.gate_name == "renormalized" and config.active_blocks == 1
     return config.gate_name != "none" and not alone
 
 
 def has_router(model: PluginModel) -> bool:
-    """Whether some parameters do nothing but select blocks."""
+    """Return whether some parameters do nothing but select blocks."""
     return any(
         parameter.requires_grad
         for memory in model.modules()

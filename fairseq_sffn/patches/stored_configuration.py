@@ -9,13 +9,11 @@ What names a file or folder is replaced by the option's default: the caller says
 
 from __future__ import annotations
 
-import ast
-import json
 import logging
 import re
 import typing
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, fields, is_dataclass
 from enum import Enum
 from typing import Any
@@ -25,8 +23,9 @@ from fairseq.dataclass.configs import FairseqConfig
 from fairseq.models.transformer import TransformerModel
 from fairseq.models.transformer_lm import TransformerLanguageModel
 
-from ..errors import UsageError
-from ..models.config import TranslationConfig, flag
+from ..checkpoints.stored_strings import STRINGS, TOKENIZERS, is_nothing, is_number
+from ..errors import UsageError, flag
+from ..models.config import TranslationConfig
 from ..models.plugin_model import PluginModel
 from ..options.checks import check_group
 
@@ -37,7 +36,6 @@ CRITERIONS = (
     *("cross_entropy", "adaptive_loss", "label_smoothed_cross_entropy"),
     *("sffn_cross_entropy", "sffn_label_smoothed_cross_entropy"),
 )
-TOKENIZERS = ("space", "moses", "nltk")
 BPES = ("sentencepiece", "gpt2", "subword_nmt", "fastbpe", "byte_bpe", "bytes", "characters")
 NAMES: dict[str, tuple[str, ...]] = {
     "task": TASKS,
@@ -56,84 +54,6 @@ FILES = frozenset(
 )
 """Options that name files, folders, addresses or devices, which fairseq would open."""
 
-
-def is_word(value: str) -> bool:
-    """Return whether a string is one or more names, which no function of fairseq evaluates and
-    which lead out of no folder."""
-    return re.fullmatch(r"[\w@.,+: -]{0,200}", value) is not None and ".." not in value
-
-
-def is_literal(value: str, accepts: Callable[[Any], bool]) -> bool:
-    """Return whether a string is a Python literal of the expected shape."""
-    try:
-        return len(value) < 10_000 and accepts(ast.literal_eval(value))
-    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-        return False
-
-
-def is_number(value: Any) -> bool:
-    """Return whether a value is an integer, or a number with a fraction."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def is_filters(value: str) -> bool:
-    """Return whether a string is a list of pairs of integers, as in ``--character-filters``."""
-
-    def are_pairs(pairs: Any) -> bool:
-        return isinstance(pairs, list) and all(
-            isinstance(pair, tuple) and len(pair) == 2 and all(type(size) is int for size in pair)
-            for pair in pairs
-        )
-
-    return is_literal(value, are_pairs)
-
-
-def is_numbers(value: str) -> bool:
-    """Return whether a string is numbers, as in ``--adaptive-softmax-cutoff 1000,5000`` and
-    ``--adam-betas "(0.9, 0.98)"``."""
-
-    def are_numbers(numbers: Any) -> bool:
-        return is_number(numbers) or (
-            isinstance(numbers, list | tuple) and all(map(is_number, numbers))
-        )
-
-    return value == "" or is_literal(value, are_numbers)
-
-
-def is_settings(value: str) -> bool:
-    """Return whether a string is a JSON object of numbers, switches and words, as in
-    ``--eval-bleu-args``."""
-    try:
-        settings = json.loads(value)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(settings, dict) and all(
-        name.isidentifier()
-        and (item is None or isinstance(item, int | float) or (type(item) is str and is_word(item)))
-        for name, item in settings.items()
-    )
-
-
-STRINGS: dict[str, Callable[[str], bool]] = {
-    **dict.fromkeys(
-        (
-            *("source_lang", "target_lang", "train_subset", "valid_subset", "gen_subset"),
-            *("shorten_data_split_list", "eval_bleu_remove_bpe", "bpe_separator", "post_process"),
-            *("best_checkpoint_metric", "distributed_backend", "slowmo_base_algorithm"),
-        ),
-        is_word,
-    ),
-    "eval_bleu_detok": lambda value: value in TOKENIZERS,
-    "eval_bleu_args": is_settings,
-    "eval_bleu_detok_args": is_settings,
-    "character_filters": is_filters,
-    "adaptive_softmax_cutoff": is_numbers,
-    "adaptive_input_cutoff": is_numbers,
-    "adam_betas": is_numbers,
-    "encoder_layers_to_keep": is_numbers,
-    "decoder_layers_to_keep": is_numbers,
-}
-"""Option with a string -> the rule for what a checkpoint may say there."""
 
 GROUPS: dict[str, Any] = {
     name: group.type
@@ -344,11 +264,6 @@ def accepts(option: Field[Any], value: Any) -> bool:
     if value is None:
         return type(None) in typing.get_args(option.type) or default_of(option) is None
     return any(map(is_a, types_of(option)))
-
-
-def is_nothing(value: str) -> bool:
-    """Return whether a string is empty: the rule for options that have no other."""
-    return value == ""
 
 
 def default_of(option: Field[Any]) -> Any:

@@ -14,10 +14,11 @@ import torch
 from fairseq import checkpoint_utils, models, registry, tasks
 from fairseq.models.transformer_lm import TransformerLanguageModel
 
-from fairseq_sffn.checkpoints import stored_configuration as rules
 from fairseq_sffn.checkpoints.loading import OVERRIDE, TRUST
+from fairseq_sffn.checkpoints.stored_strings import STRINGS
 from fairseq_sffn.errors import UsageError
 from fairseq_sffn.models.plugin_model import PluginModel
+from fairseq_sffn.patches import stored_configuration as rules
 from tests import commands
 
 PAYLOADS = {
@@ -123,7 +124,7 @@ def test_every_string_has_a_rule() -> None:
         if group not in rules.BUILT:
             continue
         for option in rules.options_in(dataclass):
-            known = option.name in rules.STRINGS or option.name in rules.FILES
+            known = option.name in STRINGS or option.name in rules.FILES
             unused = option.name.endswith("xformers_att_config")
             assert known or unused or str not in rules.types_of(option), (group, name, option.name)
 

@@ -16,7 +16,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 REPEAT_SECONDS = 1.0
 """A signal within this time after the first one is a copy of it: ``timeout`` sends it twice."""
 LAUNCHED_REPEAT_SECONDS = 10.0
-"""The same where a scheduler and a launcher both send it."""
+"""Time within which a signal is a copy where a scheduler and a launcher both send it."""
 DEFAULT_HANDLERS = (signal.SIG_DFL, signal.default_int_handler)
 
 

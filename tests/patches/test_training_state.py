@@ -78,7 +78,7 @@ def test_plateaus_that_a_signal_interrupts(
 ) -> None:
     """Also after a validation whose epoch fairseq does not save."""
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        interrupted.at(patch, "update", update, lambda: interrupted.send(signal.SIGTERM))
+        interrupted.at(patch, "update", update, lambda t: interrupted.send(t, signal.SIGTERM))
         train(data_bin, tmp_path, LAST, *PLATEAU, *flags)
     logged = rates(train(data_bin, tmp_path, LAST, *PLATEAU, *flags))
     assert logged == {u: rate for u, rate in plateau.items() if u > update}

@@ -7,9 +7,9 @@ import pytest
 import torch
 from fairseq.logging import metrics
 
-from fairseq_sffn import splits
 from fairseq_sffn.errors import UsageError
-from fairseq_sffn.splits import check_metric
+from fairseq_sffn.patches import training
+from fairseq_sffn.patches.training import check_metric
 from tests import commands
 
 ONE = ("--max-update", "1")
@@ -73,7 +73,7 @@ def test_the_look_leaves_nothing_behind(
         after = set(metrics.get_meters("default") or ())
         looks.append((before == after, trainer._dummy_batch is batch))
 
-    monkeypatch.setattr(splits, "check_metric", look)
+    monkeypatch.setattr(training, "check_metric", look)
     flags = ("--best-checkpoint-metric", "ppl", "--batch-size", "100", "--max-update", "9")
     log = commands.train(data_bin, tmp_path, "avgk", *flags, "--required-batch-size-multiple", "1")
     assert looks == [(True, True)]  # once for all epochs

@@ -1,0 +1,94 @@
+"""The files of a checkpoint in parts: their names, and the check that they belong together.
+
+``checkpoint_X.pt`` is fairseq's file without the sharded parameters and their optimizer state. It
+names a folder beside it that has one file for each part.
+"""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from .loading import KEY
+from .reading import DamagedCheckpoint, read_file
+from .structure import PART, check_structure
+
+TRAINED = "shards-"
+"""Prefix of the folders that training writes."""
+RESHARDED = "resharded-"
+"""Prefix of the folders that ``fairseq-sffn reshard`` writes."""
+
+
+def new_folder(checkpoint: str | Path, name: str) -> Path:
+    """Return a folder beside a checkpoint, under a name that no other folder has."""
+    return Path(checkpoint).parent / f"{name}-{secrets.token_hex(4)}"
+
+
+def identity_of_part(folder: str, shard: int, shards: int) -> dict[str, Any]:
+    """Return what a part says of itself, so that no other is taken for it."""
+    return {"folder": folder, "shard": shard, "shards": shards}
+
+
+def part_path(folder: Path, shard: int, shards: int) -> Path:
+    """Return the path of a part."""
+    return folder / f"part{shard + 1}-of-{shards}.pt"
+
+
+def folder_named_by(state: Any) -> str | None:
+    """Return the folder that a checkpoint names; ``None`` where it is in one piece."""
+    saved = state.get(KEY) if isinstance(state, dict) else None
+    return saved.get("folder") if isinstance(saved, dict) else None
+
+
+def part_paths(path: Path, saved: dict[str, Any]) -> list[Path]:
+    """Return the files of a checkpoint's parts.
+
+    Args:
+        path: the checkpoint, or a link to it, which may lie elsewhere than the parts.
+        saved: what the checkpoint says of its parts.
+
+    Raises:
+        DamagedCheckpoint: one is missing.
+    """
+    folder, shards = path.resolve().parent / saved["folder"], saved["shards"]
+    paths = [part_path(folder, shard, shards) for shard in range(shards)]
+    for part in paths:
+        if not part.is_file():
+            raise DamagedCheckpoint(f"checkpoint {path}: its part {part} is missing")
+    return paths
+
+
+def open_parts(path: Path, saved: dict[str, Any]) -> dict[Path, dict[str, Any]]:
+    """Return all parts by path, mapped: only what is used is read.
+
+    Raises:
+        UsageError: one is missing, damaged or another's.
+    """
+    parts = {}
+    for shard, part in enumerate(part_paths(path, saved)):
+        parts[part] = read_file(part, verify=False, mapped=True)
+        check_part(parts[part], part, saved, shard)
+    return parts
+
+
+def check_part(part: Any, path: Path, saved: dict[str, Any], shard: int) -> None:
+    """Raise UsageError where a file is not the part whose place it has.
+
+    Args:
+        part: what the file holds.
+        path: the file.
+        saved: what the checkpoint says of its parts.
+        shard: number of the part.
+    """
+    expected = identity_of_part(saved["folder"], shard, saved["shards"])
+    check_structure(part, str(path), PART)
+    if {key: part[key] for key in expected} != expected:
+        raise UsageError(
+            f"{path}: not the part of this name, but {part['folder']}'s "
+            f"{part['shard'] + 1} of {part['shards']}"
+        )
+    names = set(saved["sharded"])
+    if part["model"].keys() != names or (part["optimizer"] and part["optimizer"].keys() != names):
+        raise UsageError(f"{path}: not of the parameters that its checkpoint has in parts")

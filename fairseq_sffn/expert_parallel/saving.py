@@ -1,0 +1,183 @@
+"""Saving a checkpoint from all processes that hold a part of it.
+
+Each process writes its part into a folder, then rank 0 writes fairseq's file, which names the
+folder. So what fairseq does to files (copy, prune, keep the best and the last) goes on working.
+Training removes folders that no ``*.pt`` file beside them names any more; a copy of a checkpoint
+under a name that ends otherwise does not keep its folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from fairseq.distributed import utils as distributed_utils
+from fairseq.trainer import Trainer
+
+from ..checkpoints.part_files import RESHARDED, TRAINED, folder_named_by
+from ..checkpoints.reading import read_file
+from ..errors import UsageError
+from ..memory import SparseMemory
+from ..memory.sparse_memory import SHARDED, can_be_sharded
+from ..models.process_groups import process_groups
+from .gradients import expert_parallel_of
+from .parts import Part, save_part, take_parts
+from .settings import flattens_parameters
+
+logger = logging.getLogger(__name__)
+
+FAILED = ""
+"""What rank 0 tells in place of a folder where it could not write."""
+GRACE_SECONDS = 3600
+"""Leave reshard's folders alone for this long: it may still be writing."""
+
+
+def part_of(trainer: Trainer) -> Part:
+    """Return which part a trainer's process saves and loads."""
+    model = trainer.get_model()
+    named = list(chain(model.named_parameters(), trainer.get_criterion().named_parameters()))
+    names = [name for name, parameter in named if parameter.requires_grad]
+    sharded = tuple(
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, SparseMemory) and can_be_sharded(module.config.selector_class)
+        for name in SHARDED
+        if getattr(module, name) is not None
+    )
+    groups = process_groups(expert_parallel_of(model)).groups
+    flat = flattens_parameters(trainer.cfg.common)
+    return Part(groups.shard, groups.shards, sharded, names, flat=flat)
+
+
+def save_together(trainer: Trainer, save_dir: Path, save: Callable[[], Any]) -> Any:
+    """Save a checkpoint in parts. All processes call it together.
+
+    Args:
+        trainer: the trainer, whose ``save_checkpoint`` calls :func:`write_parts` on rank 0.
+        save_dir: folder of the checkpoints.
+        save: fairseq's function, which saves on rank 0.
+
+    Returns:
+        What ``save`` returns.
+
+    Raises:
+        UsageError: on every rank, where a file could not be written. The rank that failed has
+            printed why.
+    """
+    if not trainer.is_data_parallel_master:
+        saved = save()
+        while (folder := tell(None)) is not None:
+            if folder == FAILED:
+                raise UsageError(1)
+            write_part(trainer, Path(folder))
+        return saved
+    try:
+        saved = save()
+    except PartNotWritten:  # which every rank knows
+        raise
+    except UsageError as error:
+        say(str(error))
+        tell(FAILED)
+        raise UsageError(1) from error
+    finally:
+        remove_unnamed(save_dir)
+    tell(None)
+    return saved
+
+
+def tell(folder: str | None) -> Any:
+    """Return, on every rank, what rank 0 tells: the folder to write parts to, or ``None`` where
+    there is no other."""
+    told = [folder]
+    dist.broadcast_object_list(told, src=0, group=distributed_utils.get_global_group())
+    return told[0]
+
+
+def say(problem: str) -> None:
+    """Print why a checkpoint is not written. A launcher ends all processes as soon as one of them
+    has ended, so the reason has to be printed before any rank knows of it."""
+    print(problem, file=sys.stderr, flush=True)
+
+
+class PartNotWritten(UsageError):
+    """Some rank could not write its part. That rank has printed why, and every rank knows."""
+
+
+def write_parts(trainer: Trainer, folder: Path) -> None:
+    """Let all ranks write their parts. Rank 0 calls it, while the others are in
+    :func:`save_together`.
+
+    Raises:
+        PartNotWritten: some rank cannot write its part.
+    """
+    write_part(trainer, Path(tell(str(folder))))
+
+
+def write_part(trainer: Trainer, folder: Path) -> None:
+    """Write this process's part, unless it is a replica of another's, and wait for all ranks.
+
+    Raises:
+        PartNotWritten: on every rank, where some rank cannot write its part.
+    """
+    part, failed = part_of(trainer), False
+    if dist.get_rank() < part.shards:  # the first group of processes that together have all blocks
+        skipped = trainer.cfg.checkpoint.no_save_optimizer_state
+        optimizer_state = None if skipped else trainer.optimizer.state_dict()
+        model = trainer.get_model().state_dict()
+        state = {"model": model, "last_optimizer_state": optimizer_state}
+        try:
+            save_part(folder, part, take_parts(state, part))
+        except UsageError as error:
+            say(str(error))
+            failed = True
+    group = distributed_utils.get_global_group()
+    failures = [False] * dist.get_world_size(group)
+    dist.all_gather_object(failures, failed, group=group)
+    if any(failures):
+        raise PartNotWritten(1)
+
+
+def remove_unnamed(save_dir: Path) -> None:
+    """Remove folders of parts that no ``*.pt`` file beside them names."""
+    found = chain(save_dir.glob(f"{TRAINED}*-*"), save_dir.glob(f"{RESHARDED}*-*"))
+    folders = {path.name for path in found if _holds_parts(path)}
+    if not folders:
+        return
+    for checkpoint in save_dir.glob("*.pt"):
+        try:
+            state = read_file(checkpoint, verify=False, mapped=True)
+        except UsageError as error:
+            logger.warning(f"folders of parts are kept, since one may belong to it: {error}")
+            return
+        if (folder := folder_named_by(state)) is not None:
+            folders.discard(folder)
+    for name in folders:
+        try:
+            if not _may_be_named_soon(save_dir / name):
+                shutil.rmtree(save_dir / name)
+        except OSError as error:  # such as files that NFS keeps while they are open somewhere
+            logger.warning(f"{save_dir / name}: not removed: {error}")
+
+
+def _holds_parts(folder: Path) -> bool:
+    """Return whether a folder has a name of ``new_folder``, and holds parts or nothing."""
+    named = re.fullmatch(rf"({TRAINED}|{RESHARDED}).+-[0-9a-f]{{8}}", folder.name)
+    return (
+        named is not None
+        and folder.is_dir()
+        and all(path.name.startswith("part") for path in folder.iterdir())
+    )
+
+
+def _may_be_named_soon(folder: Path) -> bool:
+    """Return whether ``reshard`` may still be writing the checkpoint."""
+    age = time.time() - folder.stat().st_mtime
+    return folder.name.startswith(RESHARDED) and age < GRACE_SECONDS

@@ -1,0 +1,164 @@
+"""Training that a signal interrupts: it finishes the update, saves, and ends with status 128 + n.
+
+The checkpoint is written before a validation that is due, since a scheduler may not wait for that.
+If it does, the validation counts as in a training that is not interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fairseq import checkpoint_utils
+from fairseq.distributed import utils as distributed_utils
+
+from ..expert_parallel.launch import is_launched
+from .signals import SignalReceiver
+
+logger = logging.getLogger(__name__)
+
+
+class Interruption:
+    """Handling of signals during an epoch of training.
+
+    Args:
+        cfg: configuration of the training.
+        trainer: its trainer.
+        epoch_itr: iterator over the epoch, whose position a checkpoint stores.
+        receiver: receives this process's signals.
+
+    Attributes:
+        receiver: as given.
+        number: the signal that ends the training, the same on every rank, or 0.
+        saved: whether a checkpoint was saved since this was set to ``False``.
+        val_loss: the first loss of the last validation, where one was done after this update.
+    """
+
+    def __init__(self, cfg: Any, trainer: Any, epoch_itr: Any, receiver: SignalReceiver) -> None:
+        self.number = 0
+        self.saved = False
+        self.val_loss: float | None = None
+        self._cfg, self._trainer, self._epoch_itr = cfg, trainer, epoch_itr
+        self.receiver = receiver
+
+    def agree(self) -> bool:
+        """Let all ranks know of a signal that one of them has received.
+
+        Returns:
+            Whether they did not know of one before.
+        """
+        if self.number:
+            return False
+        self.number = self.receiver.received
+        if is_distributed():
+            number = torch.tensor([self.number], device=self._trainer.device)
+            group = distributed_utils.get_global_group()
+            dist.all_reduce(number, op=dist.ReduceOp.MAX, group=group)
+            self.number = int(number)
+        return self.number > 0
+
+    def save(self) -> None:
+        """Save, without making the validation loss a candidate for the best one."""
+        checkpoint = self._cfg.checkpoint
+        path = checkpoint_utils.save_checkpoint(checkpoint, self._trainer, self._epoch_itr, None)
+        if self._trainer.is_data_parallel_master and path is None:
+            flag = "--no-save" if checkpoint.no_save else "--no-last-checkpoints"
+            updates = self._trainer.get_num_updates()
+            logger.warning(f"{self.name}: {flag}: update {updates} is not saved")
+        self.saved = False
+
+    def leave(self) -> None:
+        """End the command, together with all ranks.
+
+        Raises:
+            SystemExit: always, with status 128 + the signal's number.
+        """
+        self.receiver.leaving = True
+        if is_distributed():
+            dist.barrier(group=distributed_utils.get_global_group())
+        updates = self._trainer.get_num_updates()
+        logger.info(f"{self.name}: the training ends at update {updates}")
+        raise SystemExit(128 + self.number)
+
+    @property
+    def name(self) -> str:
+        """Name of the signal."""
+        return signal.Signals(self.number).name
+
+
+@contextmanager
+def interruptible(cfg: Any, trainer: Any, epoch_itr: Any) -> Iterator[Interruption]:
+    """A context in which signals wait for the end of an update. It sets ``trainer.interruption``.
+
+    Args:
+        cfg: configuration of the training.
+        trainer: its trainer.
+        epoch_itr: iterator over the epoch.
+
+    Yields:
+        What is to be done about signals.
+
+    Raises:
+        SystemExit: another process of the training has ended after a signal.
+    """
+    with SignalReceiver(peers(), is_launched()) as receiver:
+        interruption = trainer.interruption = Interruption(cfg, trainer, epoch_itr, receiver)
+        try:
+            yield interruption
+        except Exception as error:
+            number = interruption.number or receiver.received
+            if not number or not is_of_a_lost_peer(error):
+                raise
+            name = signal.Signals(number).name
+            line = f"{name}: another process of the training has ended: {first_line(error)}"
+            print(line, file=sys.stderr, flush=True)
+            raise SystemExit(128 + number) from None
+        finally:
+            trainer.interruption = None
+    if receiver.received:  # after the ranks agreed that there was none
+        signal.raise_signal(receiver.received)
+
+
+def is_distributed() -> bool:
+    """Return whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def peers() -> list[int]:
+    """Return the ids of the other ranks' processes that this process can see."""
+    if not is_distributed():
+        return []
+    own = (process_namespace(), os.getpid())
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, own, group=distributed_utils.get_global_group())
+    return [number for namespace, number in ranks if namespace == own[0] and number != own[1]]
+
+
+def process_namespace() -> tuple[str, int]:
+    """Return what identifies the space of process ids: a machine's, or a container's."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        return boot, os.stat("/proc/self/ns/pid").st_ino
+    except OSError:  # not Linux
+        return str(uuid.uuid4()), 0
+
+
+def is_of_a_lost_peer(error: Exception) -> bool:
+    """Return whether a collective operation failed, as it does when another rank has ended."""
+    if not is_distributed():
+        return False
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,125 @@
+"""The trainer: fairseq's, with what sparse layers and several processes need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from fairseq.data.iterators import EpochBatchIterator
+from fairseq.logging import metrics
+from fairseq.trainer import Trainer
+
+from ..checkpoints.writing import take_over_asynchronous_writing
+from ..errors import UsageError
+from ..expert_parallel.settings import check_and_compare_settings
+from ..models.plugin_model import plugin_model_in
+from ..options.configuration import as_configuration, batches_of_any_size
+from ..precision import check_precision
+from .checks import check_criterion, check_options
+from .left_out import LeftOut, left_out
+from .registry import NEEDED, patch
+from .trainer_checkpoints import CheckpointTrainer
+from .trainer_steps import StepTrainer
+from .training_state import forget_other_trainings
+from .workers import keep_workers
+
+
+class SFFNTrainer(StepTrainer, CheckpointTrainer):
+    """Trains models, in one process or several.
+
+    Args:
+        cfg: configuration; an ``argparse.Namespace`` is converted.
+        task, model, criterion: what fairseq's trainer takes.
+        quantizer: of fairseq's quantization.
+
+    Attributes:
+        metric_checked: whether ``--best-checkpoint-metric`` is known to be one of validation.
+
+    Raises:
+        UsageError: options, model and criterion do not fit together, or differ between ranks.
+    """
+
+    def __init__(
+        self, cfg: Any, task: Any, model: Any, criterion: Any, quantizer: Any = None
+    ) -> None:
+        cfg = as_configuration(cfg)
+        check_and_compare_settings(cfg)
+        if (ours := plugin_model_in(model)) is not None:
+            check_options(cfg, ours)
+            name = getattr(cfg.criterion, "_name", None) or type(criterion).__name__
+            check_criterion(ours, criterion, str(name))
+        if cfg.common.amp and cfg.common.bf16:
+            # fairseq would scale the loss of a model in bf16, and compute some of it in fp16.
+            raise UsageError("--amp: not with --bf16")
+        check_precision(cfg.common, ("fp16", "amp"))
+        take_over_asynchronous_writing(cfg.checkpoint)
+        forget_other_trainings()
+        self.metric_checked = False
+        self._left_out: LeftOut | None = None
+        super().__init__(cfg, task, model, criterion, quantizer)
+
+    def get_train_iterator(self, *args: Any, **kwargs: Any) -> Any:
+        """Return an iterator over the training set."""
+        return keep_workers(super().get_train_iterator(*args, **kwargs))
+
+    def get_valid_iterator(self, *args: Any, **kwargs: Any) -> Any:
+        """Return an iterator over a validation set, its last batch included."""
+        with batches_of_any_size(self.cfg.dataset):
+            iterator = super().get_valid_iterator(*args, **kwargs)
+        self._left_out = None
+        if isinstance(iterator, EpochBatchIterator):
+            used = [index for batch in iterator.frozen_batches for index in batch]
+            every = np.arange(len(iterator.dataset))
+            self._left_out = left_out(iterator.dataset, used, every)
+        return keep_workers(iterator)
+
+    def train_step(self, samples: list[Any], raise_oom: bool = False) -> Any:
+        """Do forward, backward and parameter update.
+
+        Raises:
+            UsageError: a checkpoint could not be written in the background.
+        """
+        result = super().train_step(samples, raise_oom)
+        if self.writer is not None:
+            self.writer.check()  # after each update, so that no more are lost
+        return result
+
+    def valid_step(self, sample: Any, raise_oom: bool = False) -> Any:
+        """Do a forward pass in evaluation mode, log what the validation set leaves out, and save
+        where a signal has come."""
+        result = super().valid_step(sample, raise_oom)
+        if self._left_out is not None:
+            log_left_out(self._left_out)
+        # With ``raise_oom`` fairseq repeats a step on the one rank that ran out of memory.
+        if self.interruption is not None and not raise_oom and self.interruption.agree():
+            self.interruption.save()
+        return result
+
+
+def log_left_out(found: LeftOut) -> None:
+    """Log what ``--skip-invalid-size-inputs-valid-test`` leaves out of a validation."""
+    unit, number, of = "samples", found.samples, found.of_samples
+    if found.tokens is not None and found.of_tokens is not None:
+        unit, number, of = "tokens", found.tokens, found.of_tokens
+    for place, (name, count) in enumerate({f"left_out_{unit}": number, unit: of}.items()):
+        # In a tensor, since fairseq rounds other numbers to six digits.
+        metrics.log_scalar(name, torch.tensor(count), weight=0, priority=10**6 + place)
+
+
+@patch(
+    "fairseq.trainer:Trainer",
+    why="fairseq's trainer averages the gradients of sharded blocks over all ranks, saves one "
+    "rank's blocks as everybody's, and resumes with another state than it had.",
+    until="fairseq lets a plugin name its trainer.",
+    kind=NEEDED,
+    written_for=("622643ab",),
+    members=(
+        *("__init__", "model", "criterion", "_build_optimizer", "_build_ema", "_prepare_sample"),
+        *("train_step", "valid_step", "clip_grad_norm", "get_train_iterator", "get_valid_iterator"),
+        *("state_dict", "save_checkpoint", "load_checkpoint"),
+    ),
+    importers=("fairseq_cli.train",),
+)
+def trainer(original: type[Trainer]) -> type[Trainer]:
+    return SFFNTrainer

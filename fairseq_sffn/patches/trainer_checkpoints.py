@@ -1,0 +1,227 @@
+"""How a trainer saves and loads checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from fairseq import utils
+from fairseq.distributed import utils as distributed_utils
+from fairseq.file_io import PathManager
+from fairseq.trainer import Trainer
+from omegaconf import open_dict
+
+from ..checkpoints.loading import KEY, fingerprints
+from ..checkpoints.part_files import TRAINED, folder_named_by, new_folder
+from ..checkpoints.reading import read_file
+from ..checkpoints.writing import IN_BACKGROUND, Writer, write_checkpoint
+from ..errors import UsageError
+from ..expert_parallel.gradients import expert_parallel_of
+from ..expert_parallel.parts import Part, take_parts
+from ..expert_parallel.saving import part_of, save_together, write_parts
+from . import training_state
+from .interruptions import Interruption
+
+logger = logging.getLogger(__name__)
+
+
+class ForTraining(NamedTuple):
+    """What a trainer needs of the checkpoint that it loads.
+
+    Attributes:
+        part: the rows of the sharded parameters.
+        average: whether it needs a moving average.
+        verified: real paths of files that have been compared with their checksums.
+    """
+
+    part: Part
+    average: bool
+    verified: frozenset[str]
+
+
+loading_for: ContextVar[ForTraining | None] = ContextVar("loading_for", default=None)
+"""Set while a trainer loads a checkpoint: fairseq's function that reads the file is not told."""
+
+
+class CheckpointTrainer(Trainer):
+    """A trainer that stores all of a training's state, in parts where blocks are sharded.
+
+    Attributes:
+        interruption: what is to be done about signals, during an epoch.
+        writer: writes checkpoints in a thread, with ``--write-checkpoints-asynchronously``.
+        verified: files of the checkpoint to load that have been compared with their checksums.
+    """
+
+    def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        self.interruption: Interruption | None = None
+        self.writer = Writer() if cfg.checkpoint.get(IN_BACKGROUND) else None
+        self.verified: frozenset[str] = frozenset()
+        self._saves_together = False
+        self._folder: Path | None = None
+        super().__init__(cfg, *args, **kwargs)
+
+    def save_with_parts(self, cfg: Any, save: Any) -> Any:
+        """Save checkpoints by fairseq's function, with the parts of all ranks.
+
+        Args:
+            cfg: the group ``checkpoint``.
+            save: fairseq's function, without arguments.
+        """
+        self._saves_together = True
+        try:
+            return save_together(self, Path(cfg.save_dir), save)
+        finally:
+            self._saves_together = False
+
+    def save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> str | None:
+        """Save all training state in a file. Where blocks are sharded, all ranks write their parts
+        before, unless fairseq saves after a failure.
+
+        Raises:
+            UsageError: a file cannot be written.
+        """
+        sharded = expert_parallel_of(self.get_model()) > 1
+        if sharded and not self._saves_together:
+            # fairseq saves on the rank that fails, while the others wait for its part of theirs.
+            logger.warning(f"{filename}: not written, since this rank has its own blocks only")
+            return None
+        if not self.should_save_checkpoint_on_current_rank:
+            return None
+        if sharded:
+            self._folder = new_folder(filename, f"{TRAINED}{self.get_num_updates()}")
+            write_parts(self, self._folder)
+        path = os.path.abspath(filename)
+        logger.info(f"Saving checkpoint to {path}")
+        state = utils.move_to_cpu(self.state_dict())
+        state["extra_state"] |= extra_state | training_state.extra_state(self)
+        loss = None if self.interruption is None else self.interruption.val_loss
+        if loss is not None and extra_state.get("val_loss") is None:
+            # At the end of an epoch the schedule of the learning rate has yet to be told.
+            state["extra_state"]["val_loss"] = loss
+        write_checkpoint(state, filename)
+        logger.info(f"Finished saving checkpoint to {path}")
+        return path
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the training's state. Beside fairseq's it has the names of the parameters and,
+        where blocks are sharded, the name of the folder with the parts in their place."""
+        state = super().state_dict()
+        schedule = state["optimizer_history"][-1]["lr_scheduler_state"]
+        if counted := training_state.schedule_state(self.lr_scheduler):
+            state["optimizer_history"][-1]["lr_scheduler_state"] = schedule | counted
+        if self.is_fsdp:  # whose parameters are pieces of several
+            return state
+        part = part_of(self)
+        state[KEY] = {"parameters": part.parameters, "sharded": list(part.sharded)}
+        if part.shards > 1:
+            assert self._folder is not None
+            state[KEY] |= {"folder": self._folder.name, "shards": part.shards}
+            take_parts(state, part)
+        state[KEY] |= fingerprints(state["model"], in_parts=part.shards > 1)
+        return state
+
+    def load_checkpoint(
+        self,
+        filename: str,
+        reset_optimizer: bool = False,
+        reset_lr_scheduler: bool = False,
+        optimizer_overrides: dict[str, Any] | None = None,
+        reset_meters: bool = False,
+    ) -> dict[str, Any] | None:
+        """Load all training state from a file, at any number of parts.
+
+        The configuration in the file is not looked at: a training has its own.
+
+        Raises:
+            UsageError: training cannot go on from it.
+        """
+        try:
+            with self._loading(filename, reset_optimizer):
+                extra_state = super().load_checkpoint(
+                    *(filename, reset_optimizer, reset_lr_scheduler, optimizer_overrides),
+                    reset_meters=reset_meters,
+                )
+        except Exception as error:
+            if not is_about_content(error):
+                raise
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise UsageError(
+                f"checkpoint {filename}: training cannot go on from it: {reason}"
+            ) from error
+        if extra_state is None:
+            return None
+        training_state.restore_arrays_of_meters(extra_state)
+        if not reset_meters:
+            training_state.restore_early_stopping(extra_state)
+        if not reset_optimizer:
+            self._restore_progress(filename, extra_state, reset_lr_scheduler)
+        if self.cfg.ema.store_ema:  # fairseq would count updates anew
+            self.ema.update_freq_counter = self.get_num_updates() % self.cfg.ema.ema_update_freq
+        if not reset_optimizer:
+            training_state.restore_loss_scaler(self, extra_state)
+        return extra_state
+
+    def _restore_progress(
+        self, filename: str, extra_state: dict[str, Any], reset_lr_scheduler: bool
+    ) -> None:
+        """Go on at the stored update and in its schedule, also without optimizer state."""
+        last = self._optim_history[-1]
+        stored, without = last.get("num_updates"), not self.get_num_updates()
+        if not reset_lr_scheduler and stored:
+            schedule = last["lr_scheduler_state"]
+            if without:
+                self.lr_scheduler.load_state_dict(schedule)
+            training_state.restore_schedule(self.lr_scheduler, schedule, restore_lr=without)
+        if without and stored:
+            self.set_num_updates(stored)
+            logger.warning(
+                f"{filename}: has no optimizer state; training goes on at update {stored}, and the "
+                "optimizer begins anew (--reset-optimizer begins at update 0)"
+            )
+        data, loss = extra_state.get("train_iterator", {}), extra_state.get("val_loss")
+        if not reset_lr_scheduler and loss is not None and data.get("iterations_in_epoch") == 0:
+            # fairseq saves at the end of an epoch before it tells the schedule the loss.
+            self.lr_step(data["epoch"] - 1, loss)
+
+    @contextmanager
+    def _loading(self, filename: str, reset_optimizer: bool) -> Iterator[None]:
+        """A context in which fairseq reads what this process needs of a checkpoint."""
+        if self.is_fsdp:
+            part, on_all_ranks = Part(), False
+        else:
+            part = part_of(self)._replace(reset_optimizer=reset_optimizer)
+            on_all_ranks = part.shards > 1 or is_in_parts(filename)
+        options = self.cfg.checkpoint
+        before = options.load_checkpoint_on_all_dp_ranks
+        token = loading_for.set(ForTraining(part, self.cfg.ema.store_ema, self.verified))
+        with open_dict(options):
+            options.load_checkpoint_on_all_dp_ranks = before or on_all_ranks
+        try:
+            # What rank 0 sends to the others in place of tensors.
+            with torch.serialization.safe_globals([distributed_utils._TensorPlaceholder]):
+                yield
+        finally:
+            loading_for.reset(token)
+            with open_dict(options):
+                options.load_checkpoint_on_all_dp_ranks = before
+
+
+def is_in_parts(filename: str) -> bool:
+    """Return whether a file is there, and names a folder with parts."""
+    if not PathManager.isfile(filename):
+        return False
+    local = PathManager.get_local_path(filename)
+    return folder_named_by(read_file(local, verify=False, mapped=True)) is not None
+
+
+def is_about_content(error: Exception) -> bool:
+    """Return whether fairseq fails because of what a checkpoint holds, not because of the machine
+    or another process."""
+    odd = (AssertionError, AttributeError, LookupError, TypeError, ValueError)
+    return isinstance(error, odd) or type(error) is Exception
