@@ -61,5 +61,5 @@ def test_a_file_imports_only_what_is_below(path: Path) -> None:
         if top != "fairseq_sffn":
             continue
         other = rest.partition(".")[0]
-        if other != own and other not in MOVING and (own, other) not in TURNED:
+        if other != own:
             assert LAYER[other] < LAYER[own], name
