@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.memory.oracle import CASES, build, close, tokens
+from tests.memory.oracle import build, close, tokens
 
 
 def assert_compiles(memory):
@@ -24,11 +24,16 @@ def assert_compiles(memory):
         close(got, want, tolerance=1e-9)
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("case", CASES)
+ONE_OF_EACH = ("avgk-g4", "vanilla_m-max", "lorkm-g1", "pkm", "pkm-activation", "pkm_ffn")
+ONE_OF_EACH += ("rand_hash", "hash_layer", "hash_layer-bigram", "switch-top1", "gshard-sampled")
+
+
+@pytest.mark.parametrize(
+    ("case", "training"),
+    [*((case, True) for case in ONE_OF_EACH), ("base", False), ("avgk-g4", False)],
+)
 def test_a_memory_compiles_into_one_graph(case, training):
-    if case == "base" and training:
-        pytest.skip("the host assigns the tokens")
+    """Except ``base`` in training, where the host assigns the tokens."""
     assert_compiles(build(case).train(training))
 
 
