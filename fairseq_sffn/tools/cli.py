@@ -12,12 +12,13 @@ import logging
 import warnings
 from collections.abc import Sequence
 
-from . import average, cost, evaluate, plan, report, reshard, run, zero_shot
+from . import average, cost, evaluate, flags, plan, report, reshard, run, zero_shot
 
 COMMANDS = {
     "average": average,
     "cost": cost,
     "evaluate": evaluate,
+    "flags": flags,
     "plan": plan,
     "report": report,
     "reshard": reshard,
