@@ -172,7 +172,7 @@ def draw(ax: Axes) -> None:
         label(ax, *at, f"$\\times\\, w_{chosen[place] + 1}$", color=COLOURS[place], fontsize=11)
     cells(ax, left, y, parts_AD.sum(axis=0) / 2, size)
     frame(ax, left, y, WIDTH * size, size, TEXT)
-    label(ax, middle, y + 0.3, f"output $y$ for “{TOKENS[SHOWN]}”", fontsize=11)
+    label(ax, middle, y + 0.3, f"$y$ for “{TOKENS[SHOWN]}”", fontsize=11)
 
 
 def main() -> None:

@@ -162,8 +162,8 @@ class SparseOptions(FairseqDataclass):
     sffn_init_scale: float = field(
         default=1.0,
         metadata={
-            "help": "factor of the initial tables, which are scaled like a dense FFN of the active "
-            "size: by the fan-in of the active cells, not of all cells"
+            "help": "factor of the initial tables, which are scaled like a dense FFN of the "
+            "active size: by the fan-in of the active cells, not of all cells"
         },
     )
     sffn_value_lr_scale: float = field(

@@ -28,8 +28,8 @@ class SFFNLanguageModelingConfig(LanguageModelingConfig):
         default="dictionary",
         metadata={
             "help": "source of the token counts of balanced hash tables: 'dictionary', dict.txt, "
-            "in which fairseq does not count </s>; or 'train', the split that --train-subset names, "
-            "for an exact balance"
+            "in which fairseq does not count </s>; or 'train', the split that --train-subset "
+            "names, for an exact balance"
         },
     )
     eval_capacity_factor: Optional[float] = field(

@@ -20,10 +20,10 @@ from ..tasks.sffn_language_modeling import SFFNLanguageModelingConfig
 INTRODUCTION = """\
 # Flags
 
-`fairseq-sffn flags` prints this page from the options of the code. fairseq's own flags work as well.
-A flag on the command line always overrides a default. Where a default is on, a flag turns it off:
-`--no-share-decoder-input-output-embed`, `--no-decoder-normalize-before`. A flag of another selector
-than the model's is refused.
+`fairseq-sffn flags` prints this page from the options in the code. fairseq's own flags work as
+well. A flag on the command line always overrides a default. Where a default is on, a flag turns it
+off: `--no-share-decoder-input-output-embed`, `--no-decoder-normalize-before`. A model refuses the
+flags of other selectors.
 """
 
 MODELS = """\
@@ -38,15 +38,15 @@ flags of fairseq's `cross_entropy` and `label_smoothed_cross_entropy`.
 """
 
 TASK = """\
-For `--task sffn_language_modeling`, beside the flags of fairseq's `language_modeling`. Sparse models
-also train with `--task language_modeling`.
+For `--task sffn_language_modeling`, beside the flags of fairseq's `language_modeling`. Sparse
+models also train with `--task language_modeling`.
 """
 
 OPTIMIZER = """\
-`--optimizer sffn_adam` takes the flags of fairseq's `adam`. It computes the same update with PyTorch's
-fused kernel, and writes the same checkpoints: either optimizer resumes from the other. With apex
-installed, fairseq's `adam` stores its step count elsewhere: `sffn_adam` then resumes from `adam`, but
-`adam` does not resume from `sffn_adam`.
+`--optimizer sffn_adam` takes the flags of fairseq's `adam`. It computes the same update with
+PyTorch's fused kernel and writes the same checkpoints: either optimizer resumes from the other. With
+apex installed, fairseq's `adam` stores its step count elsewhere: `sffn_adam` then resumes from
+`adam`, but `adam` does not resume from `sffn_adam`.
 """
 
 LOADING = """\

@@ -40,8 +40,8 @@ class BASELayer(LearnedGate):
             default="process",
             metadata={
                 "help": "tokens that are assigned together, with equal load: those of one "
-                "'process', as in fairseq's BASE layer, or of all processes ('world'; its time grows with the "
-                "number of processes)"
+                "'process', as in fairseq's BASE layer, or of all processes ('world'; its time "
+                "grows with the number of processes)"
             },
         )
 

@@ -31,8 +31,8 @@ class HashLayer(Selector):
             default="random",
             metadata={
                 "help": "table from token id to block: 'random'; 'balanced', which balances the "
-                "load by the token counts of --hash-counts; or 'bigram', random by the id and the id "
-                "before it"
+                "load by the token counts of --hash-counts; or 'bigram', random by the id and "
+                "the id before it"
             },
         )
 
