@@ -169,8 +169,8 @@ class SparseOptions(FairseqDataclass):
     sffn_value_lr_scale: float = field(
         default=1.0,
         metadata={
-            "help": "learning rate of the value tables, in multiples of the learning rate; needs an "
-            "optimizer that ignores the scale of gradients, such as Adam"
+            "help": "learning rate of the value tables, in multiples of the learning rate; needs "
+            "an optimizer that ignores the scale of gradients, such as Adam"
         },
     )
     sffn_expert_parallel: int = field(

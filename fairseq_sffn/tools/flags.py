@@ -44,14 +44,14 @@ models also train with `--task language_modeling`.
 
 OPTIMIZER = """\
 `--optimizer sffn_adam` takes the flags of fairseq's `adam`. It computes the same update with
-PyTorch's fused kernel and writes the same checkpoints: either optimizer resumes from the other. With
-apex installed, fairseq's `adam` stores its step count elsewhere: `sffn_adam` then resumes from
+PyTorch's fused kernel and writes the same checkpoints: either optimizer resumes from the other.
+With apex installed, fairseq's `adam` stores its step count elsewhere: `sffn_adam` then resumes from
 `adam`, but `adam` does not resume from `sffn_adam`.
 """
 
 LOADING = """\
-For every command that loads a checkpoint, fairseq's and ours. The environment variables do the same.
-[More about checkpoints](checkpoints/README.md).
+For every command that loads a checkpoint, fairseq's and ours. The environment variables do the
+same. [More about checkpoints](checkpoints/README.md).
 """
 
 COMMANDS = """\
