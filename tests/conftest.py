@@ -21,7 +21,11 @@ LONGEST = (
         "examples/test_fake_cuda.py",
         "integration/test_command_line.py",
     ),
-    *("integration/test_resume.py", "integration/test_translation.py", "tools/test_run_command.py"),
+    *(
+        "integration/test_resume.py",
+        "integration/test_translation.py",
+        "examples/experiments/test_run_command.py",
+    ),
     *("memory/compute/test_triton_kernels.py", "examples/test_paper_tables.py"),
     *(
         "expert_parallel/test_faults.py",
@@ -33,7 +37,7 @@ LONGEST = (
 """Files that take more than 40 seconds of a processor. They come first: where several workers take
 files one by one, a long one at the end would be waited for."""
 
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "examples")]
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(HERE / "stand_ins"), os.environ.get("PYTHONPATH")])
 )

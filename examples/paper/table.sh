@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Trains, evaluates and prints tables of the study; the others in this folder call it.
+# Trains, evaluates and prints tables; the other scripts in this folder call it.
 #
 #   bash examples/paper/main.sh                     at laptop scale, on the cores there are
 #   SCALE=paper bash examples/paper/main.sh         the paper's models, on eight GPUs
-#   SCALE=paper bash examples/paper/main.sh --launcher slurm     submits a job for each training
+#   SCALE=paper bash examples/paper/main.sh --launcher slurm     submits a job for each run
 #   SCALE=paper bash examples/paper/main.sh --dry-run            trains nothing, checks everything
 #
-# What is done is not done again, and what was interrupted goes on.
+# Finished runs are skipped and interrupted runs are resumed.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 SCALE=${SCALE:-laptop}
@@ -19,10 +19,10 @@ while [ $# -gt 0 ] && [[ $1 != -* ]]; do
     tables+=("examples/paper/$1.toml") names+=("$1")
     shift
 done
-# glibc keeps the memory of large tensors, in large pages, rather than give it back and ask for it
-# anew at each update: a fifth of a training's time on a CPU.
+# glibc keeps the memory of large tensors, in large pages. Otherwise it is returned and allocated again
+# at each update, which takes a fifth of a run's time on a CPU.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=4000000000:glibc.malloc.mmap_threshold=4000000000}
-fairseq-sffn run "${tables[@]}" --scale "$FILE" "$@"
+python examples/experiments run "${tables[@]}" --scale "$FILE" "$@"
 case " $* " in
     *" --dry-run "* | *" --help "* | *" -h "* | *" --only"[\ =]* | *" --launcher"[\ =]"slurm "*) exit ;;
 esac
@@ -34,4 +34,4 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-fairseq-sffn report examples/paper --scale "$FILE" --tables "${names[@]}" "${results[@]}"
+python examples/experiments report examples/paper --scale "$FILE" --tables "${names[@]}" "${results[@]}"

@@ -21,8 +21,8 @@ import torch
 from matplotlib.figure import Figure
 from ngram import ngram_rows, write_atomically
 
-from fairseq_sffn.study.results import log_records
 from fairseq_sffn.tools.cost import checkpoint_cost
+from fairseq_sffn.tools.training_log import log_records
 
 EVAL_RESULT = re.compile(r"Loss \(base 2\): \S+, Perplexity: (\S+)")
 

@@ -12,7 +12,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 
-from . import average, cost, evaluate, flags, plan, report, reshard, run, zero_shot
+from . import average, cost, evaluate, flags, plan, reshard, zero_shot
 
 COMMANDS = {
     "average": average,
@@ -20,9 +20,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "flags": flags,
     "plan": plan,
-    "report": report,
     "reshard": reshard,
-    "run": run,
     "zero-shot": zero_shot,
 }
 

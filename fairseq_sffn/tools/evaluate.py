@@ -19,8 +19,8 @@ from fairseq_cli import eval_lm
 
 from ..checkpoints.reading import open_file
 from ..errors import UsageError
-from ..study.routing import Routing
 from .cost import align
+from .routing import Routing
 
 PLUGIN = Path(__file__).parents[1]
 

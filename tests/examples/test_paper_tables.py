@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fairseq_sffn.study.files import load_scale, load_table
-from fairseq_sffn.study.plan import row_cells
-from fairseq_sffn.tools import cli
+from experiments.__main__ import main
+from experiments.files import load_scale, load_table
+from experiments.plan import row_runs
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "examples" / "paper"
@@ -62,7 +62,7 @@ def test_every_row_is_a_training_of_its_own(scale: str) -> None:
     loaded = load_scale(PAPER / "scales" / f"{scale}.toml")
     for name in TABLES:
         table = load_table(PAPER / f"{name}.toml")
-        keys = {row: [c.key(loaded) for c in row_cells(row, loaded, 0.001)] for row in table.rows}
+        keys = {row: [c.key(loaded) for c in row_runs(row, loaded, 0.001)] for row in table.rows}
         drawn = [(row.group, key) for row, of_row in keys.items() for key in of_row]
         assert len(drawn) == len(set(drawn)), name
 
@@ -72,7 +72,7 @@ def test_a_dry_run_at_the_papers_scale(checkout: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("an update done") == 6
     assert "vanilla_m --sffn-block-size 64 --vanilla-m-aggregate min: 858," in done.stdout
-    assert done.stdout.endswith("6 trainings are ready\n")
+    assert done.stdout.endswith("6 runs are ready\n")
 
 
 def test_a_scale_that_is_none(checkout: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_scale_that_is_none(checkout: Path) -> None:
 
 
 def test_documents_show_what_the_results_give() -> None:
-    cli.main(
+    main(
         [
             *("report", str(PAPER), "--scale", str(PAPER / "scales" / "laptop.toml")),
             *("--check", "--write", *map(str, DOCUMENTS)),

@@ -1,0 +1,47 @@
+"""The command ``python PATH/examples/experiments``, with the subcommands ``run`` and ``report``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a subcommand.
+
+    Raises:
+        UsageError: the subcommand cannot do what was asked.
+    """
+    try:
+        from experiments import report, run
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"{error.name} is not installed: pip install -e '.[experiments]' in the project's root"
+        ) from error
+
+    warnings.simplefilter("ignore")  # libraries warn about each other
+    logging.getLogger().setLevel(logging.WARNING)  # importing fairseq sets it to DEBUG
+
+    parser = argparse.ArgumentParser(
+        prog="experiments", description="Trains the models of tables and reports the results."
+    )
+    subparsers = parser.add_subparsers(metavar="command", required=True)
+    for name, module in (("run", run), ("report", report)):
+        description = (module.__doc__ or "").splitlines()[0]
+        subparser = subparsers.add_parser(
+            name, help=description, description=description, allow_abbrev=False
+        )
+        module.add_arguments(subparser)
+        subparser.set_defaults(command=module.run)
+    args = parser.parse_args(argv)
+    print(args.command(args))
+
+
+if __name__ == "__main__":
+    # Started as a folder, the command would find the package's modules, but not the package.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    main()

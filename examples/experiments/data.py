@@ -1,0 +1,63 @@
+"""Checks the text and the zero-shot tasks of a scale."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from pathlib import Path
+
+from fairseq.data import Dictionary
+
+from fairseq_sffn.errors import UsageError
+from fairseq_sffn.tools.zero_shot import build_encoder
+from fairseq_sffn.tools.zero_shot_tasks import TASKS
+
+from .files import Scale
+from .plan import domains_of
+from .results import IN_DOMAIN
+
+SEE = "see examples/data/README.md"
+
+
+def fingerprint(scale: Scale) -> str:
+    """Hash the binarised text, in and out of domain, and its dictionary."""
+    data = Path(scale.data)
+    files = [data / "dict.txt", *(data / f"{split}.bin" for split in ("train", *IN_DOMAIN))]
+    if scale.domains and not Path(scale.domains).is_dir():
+        raise UsageError(f"{scale.domains}: there is no such folder; {SEE}")
+    domains = list(domains_of(scale))
+    files += [domain / "test.bin" for domain in domains]
+    indices = [path.with_suffix(".idx") for path in files[1:]]
+    for path in (*files, *indices, *(domain / "dict.txt" for domain in domains)):
+        if not path.exists():
+            raise UsageError(f"{path}: is missing; {SEE}")
+    for domain in domains:
+        if domain.name in IN_DOMAIN:
+            raise UsageError(f"{domain}: {domain.name} is the name of a set in domain")
+        if (domain / "dict.txt").read_bytes() != files[0].read_bytes():
+            raise UsageError(f"{domain / 'dict.txt'}: is another dictionary than {files[0]}")
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    if (types := len(Dictionary.load(str(files[0])))) != scale.dictionary:
+        raise UsageError(
+            f"dictionary {scale.dictionary} of scale {scale.name}: {files[0]} has {types} types"
+        )
+    return digest.hexdigest()[:12]
+
+
+def check_zero_shot(scale: Scale) -> None:
+    """Check that a scale has the files and the encoder that zero-shot tasks need."""
+    where = f"of scale {scale.name}"
+    for task in TASKS:
+        if not (Path(scale.requests) / f"{task}.jsonl").is_file():
+            raise UsageError(f"requests {scale.requests!r} {where}: has no {task}.jsonl; {SEE}")
+    words = shlex.split(scale.encoder)
+    if "--bpe" not in words[:-1]:
+        raise UsageError(f"encoder {scale.encoder!r} {where}: has no --bpe")
+    i = words.index("--bpe")
+    try:
+        build_encoder(words[i + 1], [*words[:i], *words[i + 2 :]])
+    except UsageError as error:
+        raise UsageError(f"encoder {where}: {error}") from error

@@ -1,0 +1,213 @@
+"""Reads tables and scales: TOML files, checked against the classes below.
+
+``README.md`` describes their keys.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tomllib
+from collections.abc import Mapping
+from dataclasses import field, replace
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from fairseq_sffn.errors import UsageError
+
+T = TypeVar("T")
+Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+REFERENCE = "dense"
+"""The group that a figure of gaps compares the others with."""
+
+REFUSED = {
+    **dict.fromkeys(
+        (
+            *("--user-dir", "--task", "--arch", "-a", "--criterion", "--tokens-per-sample"),
+            *("--batch-size", "--max-sentences", "--max-tokens", "--update-freq", "--lr"),
+            *("--lr-scheduler", "--warmup-updates", "--total-num-update", "--max-update"),
+            *("--seed", "--save-dir", "--no-epoch-checkpoints", "--keep-interval-updates"),
+            *("--save-interval-updates", "--validate-interval-updates", "--log-format"),
+            *("--log-interval", "--distributed-world-size"),
+        ),
+        "is set by what the file says elsewhere",
+    ),
+    **dict.fromkeys(("--no-save", "--no-last-checkpoints"), "the last checkpoint is evaluated"),
+    **dict.fromkeys(
+        (
+            *("--max-epoch", "--stop-time-hours", "--stop-min-lr", "--patience"),
+            *("--no-save-optimizer-state", "--restore-file", "--finetune-from-model"),
+            *("--reset-optimizer", "--reset-lr-scheduler", "--reset-dataloader", "--reset-meters"),
+        ),
+        "runs end after their updates, and resume where they stopped",
+    ),
+    **dict.fromkeys(
+        ("--train-subset", "--valid-subset", "--gen-subset", "--combine-valid-subsets"),
+        "runs read the splits train and valid of the scale's data",
+    ),
+}
+"""Flags of fairseq-train that no file may set, and why."""
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Launcher:
+    """How the processes of a run are started."""
+
+    command: str = ""
+    processes: Count = 1
+    update_freq: Count = 1
+    header: tuple[str, ...] = ()
+    submit: str = ""
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Scale:
+    """How large models are and how they are trained, the same for every row of every table."""
+
+    name: str
+    size: str
+    data: str
+    dictionary: Count
+    updates: Count
+    batch_size: Count
+    tokens_per_sample: Count
+    ffn_embed_dim: Count
+    learning_rates: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    flags: str
+    tokens_per_second: Positive
+    sweep_share: Share = 1 / 3
+    warmup_share: Share = 0.1
+    save_interval: Count | None = None
+    domains: str = ""
+    encoder: str = ""
+    requests: str = ""
+    relative_time: Mapping[str, Positive] = field(default_factory=dict)
+    launchers: Annotated[Mapping[str, Launcher], Field(min_length=1)] = field(
+        default_factory=lambda: {"local": Launcher()}
+    )
+
+    def arch(self, model: str) -> str:
+        """Return the architecture of a model at this scale."""
+        return "_".join(filter(None, ["transformer_lm", model, self.size]))
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Row:
+    """A row of a table: a model with flags."""
+
+    label: str
+    model: str
+    flags: str = ""
+    seeds: tuple[int, ...] = (1,)
+    length: Positive = 1.0
+    batch: Positive = 1.0
+    lr: Positive | None = None
+    sweep: bool = False
+    group: str = ""
+    x: Positive | Literal["", "{ffn}"] = ""
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Claim:
+    """A statement about two rows of a table: ``better`` has lower perplexity."""
+
+    text: str
+    better: str
+    worse: str
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Table:
+    """A table: rows, claims, and how they are shown."""
+
+    name: str
+    title: str
+    kind: Literal["taxonomy", "perplexity", "balance", "zero_shot", "routing"]
+    rows: Annotated[tuple[Row, ...], Field(min_length=1)]
+    claims: tuple[Claim, ...] = ()
+    margin: Share = 0.02
+    zero_shot: bool = False
+    note: str = ""
+    figure: Literal["", "lines", "flops", "load", "gap", "routing", "bars"] = ""
+    axis: str = ""
+
+
+def first_error(error: ValidationError) -> str:
+    """Return one line on the first thing that is wrong with some values, unknown names first."""
+    unknown = "unexpected_keyword_argument"
+    found = min(error.errors(), key=lambda one: one["type"] != unknown)
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in found["loc"])
+    where = "".join(parts).lstrip(".")
+    if found["type"] == unknown:
+        return f"{where}: is unknown"
+    value = "" if found["type"] in ("missing", "json_invalid") else f" {found['input']!r}"
+    return f"{where}{value}: {found['msg']}".removeprefix(": ")
+
+
+def read(kind: type[T], path: Path) -> T:
+    """Read a TOML file as an object named like the file."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from error
+    if "name" in values:
+        raise UsageError(f"{path}: name {values['name']!r}: is the name of the file")
+    seeds = values.pop("seeds", None) if kind is Table else None
+    if seeds is not None and isinstance(rows := values.get("rows"), list):
+        values["rows"] = [{"seeds": seeds, **r} if isinstance(r, dict) else r for r in rows]
+    try:
+        # As JSON, of which lists become tuples and objects become dataclasses.
+        text = json.dumps({"name": path.stem, **values}, default=str)
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        raise UsageError(f"{path}: {first_error(error)}") from error
+
+
+def split_flags(flags: str, where: str) -> list[str]:
+    """Split flags as a shell does, and refuse those of ``REFUSED``."""
+    try:
+        words = shlex.split(flags)
+    except ValueError as error:
+        raise UsageError(f"{where}: flags {flags!r}: {error}") from error
+    for word in words:
+        if (name := word.partition("=")[0]) in REFUSED:
+            raise UsageError(f"{where}: flags: {word}: {REFUSED[name]}")
+    return words
+
+
+def load_scale(path: Path) -> Scale:
+    """Read a scale."""
+    scale = read(Scale, path)
+    return replace(scale, flags=shlex.join(split_flags(scale.flags, str(path))))
+
+
+def load_table(path: Path) -> Table:
+    """Read a table. ``seeds`` beside the rows are the seeds of all rows that name none."""
+    table = read(Table, path)
+    if table.kind == "zero_shot" and not table.zero_shot:
+        raise UsageError(f"{path}: kind 'zero_shot': needs zero_shot = true")
+    labels = [row.label for row in table.rows]
+    for i, row in enumerate(table.rows):
+        where = f"{path}: row {row.label!r}"
+        if row.label in labels[:i]:
+            raise UsageError(f"{path}: label {row.label!r}: two rows have it")
+        if len(set(row.seeds)) < len(row.seeds):
+            raise UsageError(f"{where}: seeds {list(row.seeds)}: are not all different")
+        if not row.seeds and table.kind != "taxonomy":
+            raise UsageError(f"{where}: seeds: is empty")
+        split_flags(row.flags, where)
+    if table.figure == "lines" and not any(row.group and row.x != "" for row in table.rows):
+        raise UsageError(f"{path}: figure 'lines': no row has both group and x")
+    if table.figure == "gap" and not {REFERENCE} < {row.group for row in table.rows if row.group}:
+        raise UsageError(f"{path}: figure 'gap': needs rows of group {REFERENCE!r} and of another")
+    for label in (label for claim in table.claims for label in (claim.better, claim.worse)):
+        if label not in labels:
+            raise UsageError(f"{path}: claim about {label!r}: no row has this label")
+    return table

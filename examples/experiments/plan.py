@@ -1,0 +1,129 @@
+"""The training runs that tables ask for, and their commands."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fairseq_sffn.errors import UsageError
+
+from .files import Launcher, Row, Scale
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run.
+
+    Attributes:
+        model, flags, seed, lr: see :class:`Row`.
+        updates: number of updates.
+        batch_size: sequences per update.
+    """
+
+    model: str
+    flags: str
+    seed: int
+    lr: float
+    updates: int
+    batch_size: int
+
+    def settings(self, scale: Scale) -> dict[str, Any]:
+        """Return all that determines the result, except for the text, the code, and how the
+        sequences of an update are divided into processes and batches."""
+        shared = ("size", "tokens_per_sample", "warmup_share", "flags")
+        return asdict(self) | {f"scale_{name}": getattr(scale, name) for name in shared}
+
+    def key(self, scale: Scale) -> str:
+        """Return the name of the run's files: the model and a hash of the settings."""
+        canonical = json.dumps(self.settings(scale), sort_keys=True)
+        return f"{self.model}-{hashlib.sha256(canonical.encode()).hexdigest()[:10]}"
+
+    def tokens(self, scale: Scale) -> int:
+        """Return the number of training tokens."""
+        return self.updates * self.batch_size * scale.tokens_per_sample
+
+    def expected_seconds(self, scale: Scale) -> float:
+        """Estimate the time of the run, on one core or on the hardware that the scale is for."""
+        relative = scale.relative_time.get(self.model, 1.0)
+        return self.tokens(scale) * relative / scale.tokens_per_second
+
+
+def row_runs(row: Row, scale: Scale, lr: float) -> list[Run]:
+    """Return the runs of a row, one for each seed."""
+    updates = max(1, round(row.length * scale.updates))
+    batch_size = max(1, round(row.batch * scale.batch_size))
+    flags = row_flags(row, scale)
+    return [Run(row.model, flags, seed, lr, updates, batch_size) for seed in row.seeds]
+
+
+def row_flags(row: Row, scale: Scale) -> str:
+    """Return a row's flags at a scale, with normalised spaces and quotes."""
+    return shlex.join(shlex.split(row.flags.replace("{ffn}", str(scale.ffn_embed_dim))))
+
+
+def sweep_runs(row: Row, scale: Scale) -> list[Run]:
+    """Return the runs that choose a row's learning rate. They are the same for all rows of a model,
+    unless the row sweeps with its own flags. The list is empty where there is nothing to choose."""
+    if not row.seeds or row.lr is not None or len(scale.learning_rates) == 1:
+        return []
+    flags = row_flags(row, scale) if row.sweep else ""
+    updates = max(1, round(scale.sweep_share * scale.updates))
+    run = Run(row.model, flags, seed=1, lr=0.0, updates=updates, batch_size=scale.batch_size)
+    return [replace(run, lr=lr) for lr in scale.learning_rates]
+
+
+def train_arguments(
+    run: Run, scale: Scale, launcher: Launcher, data: str, save_dir: str, plugin: str
+) -> list[str]:
+    """Return the arguments of fairseq-train.
+
+    Args:
+        run: the run.
+        scale: its scale.
+        launcher: how its processes are started.
+        data: folder of the binarised text.
+        save_dir: folder of the checkpoints.
+        plugin: value of ``--user-dir``.
+
+    Raises:
+        UsageError: the sequences of an update cannot be divided evenly.
+    """
+    shares = launcher.processes * launcher.update_freq
+    if run.batch_size % shares:
+        raise UsageError(
+            f"batch_size {run.batch_size}: is not divided by {launcher.processes} processes times "
+            f"update_freq {launcher.update_freq}"
+        )
+    interval = scale.save_interval or max(1, run.updates // 4)
+    warmup = max(1, round(scale.warmup_share * run.updates))
+    # A launcher's command tells the processes how many they are.
+    processes = [] if launcher.command else ["--distributed-world-size", str(launcher.processes)]
+    return [
+        *(data, "--user-dir", plugin, "--task", "sffn_language_modeling"),
+        *("--arch", scale.arch(run.model)),
+        *("--criterion", "sffn_cross_entropy"),
+        *("--tokens-per-sample", str(scale.tokens_per_sample)),
+        *("--batch-size", str(run.batch_size // shares)),
+        *("--update-freq", str(launcher.update_freq)),
+        *("--lr", str(run.lr), "--lr-scheduler", "polynomial_decay"),
+        *("--warmup-updates", str(warmup), "--total-num-update", str(run.updates)),
+        *("--max-update", str(run.updates), "--seed", str(run.seed)),
+        *("--save-dir", save_dir, "--no-epoch-checkpoints", "--keep-interval-updates", "1"),
+        *("--save-interval-updates", str(interval)),
+        *("--validate-interval-updates", str(interval)),
+        *("--log-format", "json", "--log-interval", str(max(1, run.updates // 50))),
+        *processes,
+        *shlex.split(scale.flags),
+        *shlex.split(run.flags),
+    ]
+
+
+def domains_of(scale: Scale) -> Iterator[Path]:
+    """Yield the folders of the out-of-domain sets, ordered by name."""
+    if scale.domains:
+        yield from sorted(path for path in Path(scale.domains).iterdir() if path.is_dir())

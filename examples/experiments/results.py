@@ -1,0 +1,207 @@
+"""The result of each run: a JSON file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError, create_model
+
+from fairseq_sffn.errors import UsageError
+from fairseq_sffn.tools.training_log import log_records
+
+from .files import Row, Scale, first_error
+from .plan import Run, sweep_runs
+
+IN_DOMAIN = ("valid", "test")
+"""Evaluation sets from the corpus that models are trained on."""
+EVALUATED = "routing"
+"""Section of a result that runs of a sweep do not have."""
+ROUTING = ("load_max", "load_entropy", "unused_blocks", "load_kl", "dropped_share", "balance_loss")
+"""Values that are copied from a log in addition to the loss, where they are logged."""
+
+
+def curve(path: Path) -> dict[str, Any]:
+    """Summarise the log of a run.
+
+    Returns:
+        ``train`` and ``valid``: lists of update, loss (base 2) and values of ``ROUTING``;
+        ``tokens_per_second``: speed of training without validation.
+    """
+    lists: dict[str, list[dict[str, float]]] = {"train": [], "valid": []}
+    words = seconds = 0.0
+    validated = False
+    for kind, record in log_records(path):
+        values = {"update": record["num_updates"], "loss": record["loss"]}
+        values |= {name: record[name] for name in ROUTING if name in record}
+        lists["valid" if kind == "valid" else "train"].append(values)
+        # fairseq counts the time of a validation in the next record of training.
+        if kind != "valid" and record.get("wps") and not validated:
+            words, seconds = words + record["wpb"], seconds + record["wpb"] / record["wps"]
+        validated = kind == "valid"
+    speed = words / seconds if seconds else 0.0
+    return {**lists, "tokens_per_second": round(speed, 1)}
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write a result as JSON, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(_json(result) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _json(value: Any, depth: int = 0) -> str:
+    """Format JSON with each list on one line."""
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    items = (
+        f"{' ' * (depth + 1)}{json.dumps(name)}: {_json(item, depth + 1)}"
+        for name, item in value.items()
+    )
+    return "{\n" + ",\n".join(items) + "\n" + " " * depth + "}"
+
+
+def shape(**names: Any) -> Any:
+    """Make the shape of a JSON object from types by name. Other names are ignored."""
+    fields: Any = {name: (kind, ...) for name, kind in names.items()}
+    return create_model("Shape", **fields)
+
+
+OPTIONAL: Any = float | None
+SET: Any = shape(perplexity=float)
+RECORD: Any = shape(update=float)
+RESULT = (
+    shape(data=str, machine=str, versions=shape(fairseq_sffn=str)),
+    shape(training=shape(train=list[RECORD], tokens_per_second=float)),
+    shape(training=shape(train=list[dict[str, float]])),
+    shape(evaluation=shape(valid=shape(loss=OPTIONAL))),
+)
+"""What reports read of every result."""
+LAYER: Any = shape(
+    **{"counts": list[int], "block_bits": float, "token_bits": OPTIONAL},
+    **{"top_tokens": list[list[str]], "blocks": list[list[int]], "positions": list[int]},
+)
+TASK: Any = shape(
+    **{"task": str, "documents": int, "random": float, "accuracy": float},
+    **dict.fromkeys(("standard_error", "accuracy_norm", "standard_error_norm"), OPTIONAL),
+)
+EVALUATION = (shape(evaluation=shape(valid=SET, test=SET)), shape(evaluation=dict[str, SET]))
+SECTIONS = {
+    EVALUATED: (*EVALUATION, shape(routing=dict[str, LAYER])),
+    "zero_shot": (*EVALUATION, shape(zero_shot=shape(tasks=list[TASK]))),
+}
+"""What reports read of a result with that section, unless its run diverged."""
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a result, and check that it has what reports read."""
+    try:
+        text = path.read_bytes()
+        for one in RESULT:
+            one.model_validate_json(text, strict=True)
+        result = json.loads(text)
+        for section, shapes in SECTIONS.items():
+            if section in result and math.isfinite(valid_loss(result)):
+                for one in shapes:
+                    one.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise UsageError(f"{path}: is no result: {first_error(error)}") from error
+    except OSError as error:
+        raise UsageError(f"{path}: is no result: {error}") from error
+    return result
+
+
+class Results:
+    """The results in a folder, by the key of their run.
+
+    Args:
+        folder: folder of the JSON files.
+        scale: scale of the runs.
+        data: fingerprint of the text; ``None``: the text of the results.
+
+    Raises:
+        UsageError: a file is no result, or results are from another text.
+    """
+
+    def __init__(self, folder: Path, scale: Scale, data: str | None = None) -> None:
+        self.folder, self.scale = folder, scale
+        self.by_key = {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
+        texts = {result["data"] for result in self.by_key.values()}
+        if data is not None and texts - {data}:
+            others = ", ".join(sorted(texts - {data}))
+            raise UsageError(
+                f"{folder}: has results of the text {others}, and this is {data}; keep those of "
+                "this text in another folder, with --results"
+            )
+        if len(texts) > 1:
+            raise UsageError(f"{folder}: has results of several texts: {', '.join(sorted(texts))}")
+
+    def get(self, run: Run) -> dict[str, Any] | None:
+        """Return the result of a run; ``None`` where it is missing."""
+        return self.by_key.get(run.key(self.scale))
+
+    def refresh(self, run: Run) -> None:
+        """Read the result of a run again, which another process may have written."""
+        if (path := self.path(run)).exists():
+            self.by_key[path.stem] = read(path)
+
+    def path(self, run: Run) -> Path:
+        """Return the file of a run's result."""
+        return self.folder / f"{run.key(self.scale)}.json"
+
+    def add(self, run: Run, result: dict[str, Any]) -> None:
+        """Store the result of a run."""
+        self.by_key[run.key(self.scale)] = result
+        write(self.path(run), result)
+
+    def learning_rate(self, row: Row) -> float | None:
+        """Return the learning rate of a row: its own, or the one with the lowest validation loss in
+        the sweep; ``None`` where the sweep is not finished or all of its runs diverged."""
+        if row.lr is not None:
+            return row.lr
+        runs = sweep_runs(row, self.scale)
+        if not runs:  # there is one rate, or the row is not trained
+            return self.scale.learning_rates[0]
+        found = [self.get(run) for run in runs]
+        if not all(found):
+            return None
+        loss, lr = min((valid_loss(r), run.lr) for r, run in zip(found, runs, strict=True))
+        return lr if math.isfinite(loss) else None
+
+    def check_domains(self, names: Sequence[str]) -> None:
+        """Compare the names of the out-of-domain sets with those in the results.
+
+        Raises:
+            UsageError: the names differ.
+        """
+        for key, result in self.by_key.items():
+            seen = [name for name in result["evaluation"] if name not in IN_DOMAIN]
+            evaluated = EVALUATED in result and math.isfinite(valid_loss(result))
+            if evaluated and sorted(seen) != sorted(names):
+                raise UsageError(
+                    f"domains {', '.join(names)}: {self.folder / key}.json has "
+                    f"{', '.join(seen) or 'none'}; name them alike, or use another --results"
+                )
+
+
+def valid_loss(result: dict[str, Any] | None) -> float:
+    """Return the final loss on the validation split, base 2; infinity where the run diverged."""
+    assert result is not None
+    loss = result["evaluation"]["valid"]["loss"]
+    return float("inf") if loss is None or loss != loss else loss
+
+
+def missing(runs: Iterable[Run], results: Results, section: str = "evaluation") -> list[Run]:
+    """Return the runs whose result lacks a section, each once, in order of seed."""
+    todo = [run for run in dict.fromkeys(runs) if not is_done(results.get(run) or {}, section)]
+    return sorted(todo, key=lambda run: run.seed)
+
+
+def is_done(result: dict[str, Any], section: str) -> bool:
+    """Return whether a result has a section, or never will, as its run diverged."""
+    return section in result or (EVALUATED in result and math.isinf(valid_loss(result)))

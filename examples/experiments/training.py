@@ -1,0 +1,196 @@
+"""Trains and evaluates one run, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq import checkpoint_utils
+
+from fairseq_sffn.errors import UsageError
+
+from .files import Launcher, Scale
+from .plan import Run, domains_of, train_arguments
+from .processes import PLUGIN, last_json, last_words, machine, python, versions
+from .results import EVALUATED, Results, curve, is_done, write
+
+
+@dataclass
+class Training:
+    """Trains and evaluates a run.
+
+    Args:
+        scale: scale of the runs.
+        launcher: how their processes are started.
+        results: where results are stored.
+        work: folder for logs and checkpoints.
+        data: fingerprint of the text.
+    """
+
+    scale: Scale
+    launcher: Launcher
+    results: Results
+    work: Path
+    data: str
+
+    def call(self, command: list[str], folder: Path, **streams: Any) -> int:
+        """Run a process for the run of a folder and return its exit status."""
+        raise NotImplementedError
+
+    def folder(self, run: Run) -> Path:
+        """Return the folder of a run's logs and checkpoints."""
+        return self.work / run.key(self.scale)
+
+    def train_and_evaluate(self, run: Run, sweep: bool, zero_shot: bool) -> None:
+        """Start or resume a run, evaluate it and store its result."""
+        folder = self.folder(run)
+        checkpoint = folder / "checkpoints" / "checkpoint_last.pt"
+        trained = self.train(run)
+        diverged = trained.pop("outcome") == "diverged"
+        result = self.describe(run) | trained
+        before = self.results.get(run) or {}
+        if before.get("training") == result["training"]:  # the stored result is from this training
+            result = before | result
+        if diverged:
+            result |= {"evaluation": {"valid": {"loss": None}}, "routing": {}}
+        else:
+            drop_optimizer(checkpoint)
+            if not is_done(result, "evaluation" if sweep else EVALUATED):
+                result |= self.evaluate(checkpoint, sweep)
+        self.results.add(run, result)
+        if zero_shot and not diverged:
+            self.results.add(run, result | {"zero_shot": self.zero_shot(checkpoint)})
+        if sweep:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            if not diverged:  # a row may need this run with its model
+                (folder / "trained.json").unlink()
+
+    def train(self, run: Run) -> dict[str, Any]:
+        """Train a run to its end, unless it is there already.
+
+        Returns:
+            ``outcome``, ``trained`` or ``diverged``, and the ``versions`` and ``machine`` of the
+            training, from which those of a later evaluation may differ.
+        """
+        folder = self.folder(run)
+        started, trained = folder / "started.json", folder / "trained.json"
+        last = folder / "checkpoints" / "checkpoint_last.pt"
+        if trained.exists():
+            found = json.loads(trained.read_text())
+            if found["outcome"] == "diverged" or last.exists():
+                return found
+        outcome = "trained"
+        # fairseq would add an update to a finished run.
+        ended = updates_of(last) >= run.updates
+        if not ended or not started.exists():  # the code may change before the run ends
+            write(started, {"versions": versions(), "machine": machine(*self.device())})
+        if not ended:
+            outcome = self.call_training(run, folder, last)
+        if outcome == "trained" and (updates := updates_of(last)) != run.updates:
+            raise UsageError(f"{last}: is after {updates} updates, not {run.updates}")
+        found = {"outcome": outcome, **json.loads(started.read_text())}
+        write(trained, found)
+        return found
+
+    def call_training(self, run: Run, folder: Path, last: Path) -> str:
+        """Run fairseq-train and return the outcome; see :meth:`train`."""
+        arguments = train_arguments(
+            run, self.scale, self.launcher, self.scale.data, str(last.parent), str(PLUGIN)
+        )
+        command = [*python("fairseq_cli.train"), *arguments]
+        if self.launcher.command:
+            launched = [os.path.expandvars(word) for word in shlex.split(self.launcher.command)]
+            command = [*launched, "-m", "fairseq_cli.train", *arguments]
+        log = folder / "train.log"
+        # A run that begins anew has a log of its own.
+        with log.open("a" if last.exists() else "w", encoding="utf-8") as out:
+            start = out.tell()
+            code = self.call(command, folder, stdout=out, stderr=subprocess.STDOUT)
+        if not code:
+            return "trained"
+        lines = log.read_bytes()[start:].decode("utf-8", errors="replace").splitlines()
+        errors = [line for line in lines if "FloatingPointError" in line]
+        # Workers that disagree are a fault of the software, not of the model.
+        if not errors or any("inconsistent between workers" in line for line in errors):
+            raise UsageError(f"{log}: training failed: {last_words(lines)}")
+        return "diverged"
+
+    def evaluate(self, checkpoint: Path, sweep: bool) -> dict[str, Any]:
+        """Measure perplexity in and out of domain, and the routing on the validation split."""
+        sets = {"valid": f"{self.scale.data}:valid"}
+        if not sweep:
+            sets["test"] = f"{self.scale.data}:test"
+            sets |= {domain.name: f"{domain}:test" for domain in domains_of(self.scale)}
+        routing = [] if sweep else ["--routing", sets["valid"]]
+        context = self.scale.tokens_per_sample
+        flags = ["--tokens-per-sample", str(context), "--max-tokens", str(max(8192, context))]
+        flags += ["--num-workers", "0"]  # for many small sets, starting a worker each takes longer
+        found = self.tool("evaluate", checkpoint, *sets.values(), *routing, *flags, *self.device())
+        evaluation = {name: found["sets"][path] for name, path in sets.items()}
+        return {"evaluation": evaluation, **({} if sweep else {"routing": found["routing"]})}
+
+    def zero_shot(self, checkpoint: Path) -> dict[str, Any]:
+        """Measure accuracy on the zero-shot tasks."""
+        flags = ["--data", self.scale.data, "--requests", self.scale.requests]
+        flags += shlex.split(self.scale.encoder)
+        return self.tool("zero-shot", checkpoint, *flags, *self.device())
+
+    def device(self) -> list[str]:
+        """Return the flags that choose the device of the evaluation."""
+        return ["--cpu"] if "--cpu" in shlex.split(self.scale.flags) else []
+
+    def tool(self, name: str, checkpoint: Path, *flags: str) -> dict[str, Any]:
+        """Run a subcommand of ``fairseq-sffn`` and return its JSON."""
+        folder = checkpoint.parents[1]
+        out, errors = folder / f"{name}.json", folder / f"{name}.log"
+        command = [*python("fairseq_sffn"), name, str(checkpoint), *flags, "--json"]
+        with out.open("w") as stdout, errors.open("w") as stderr:
+            code = self.call(command, folder, stdout=stdout, stderr=stderr)
+        if code:
+            lines = errors.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+            raise UsageError(f"{errors}: fairseq-sffn {name} failed: {lines[-1]}")
+        return last_json(out.read_text())
+
+    def describe(self, run: Run) -> dict[str, Any]:
+        """Return the settings of a run, its command and its training curve."""
+        arguments = train_arguments(
+            run, self.scale, self.launcher, self.scale.data, "CHECKPOINTS", PLUGIN.name
+        )
+        launched = " ".join(self.launcher.command.split())  # variables are not expanded
+        program = f"{launched} -m fairseq_cli.train" if launched else "fairseq-train"
+        return {
+            **run.settings(self.scale),
+            "data": self.data,
+            "command": f"{program} {shlex.join(arguments)}",
+            "training": curve(self.folder(run) / "train.log"),
+        }
+
+
+def updates_of(checkpoint: Path) -> int:
+    """Return the updates before a checkpoint; 0 where there is none."""
+    if not checkpoint.exists():
+        return 0
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # PyTorch raises many kinds
+        reason = last_words(str(error).splitlines())
+        raise UsageError(f"{checkpoint}: cannot be read: {reason}") from error
+    return state["optimizer_history"][-1]["num_updates"]
+
+
+def drop_optimizer(checkpoint: Path) -> None:
+    """Remove the optimizer state and all other checkpoints. A sharded checkpoint is not changed."""
+    for path in checkpoint.parent.glob("checkpoint*.pt"):
+        if path != checkpoint:
+            path.unlink()
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if "last_optimizer_state" in state:
+        state["last_optimizer_state"] = None
+        checkpoint_utils.torch_persistent_save(state, str(checkpoint))

@@ -1,0 +1,90 @@
+"""What a study asks for."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from experiments.files import Launcher, Row, Scale
+from experiments.plan import Run, sweep_runs, train_arguments
+from tests.examples.experiments import made
+
+RUN = Run("avgk", "--sffn-block-size 64", 1, 0.001, 40, 8)
+CHANGES: dict[str, Any] = {
+    **{"model": "switch", "flags": "--sffn-block-size 16", "seed": 2, "lr": 0.002},
+    **{"updates": 41, "batch_size": 16},
+}
+OF_SCALE: dict[str, Any] = {
+    **{"size": "gpt3_medium", "tokens_per_sample": 32, "warmup_share": 0.2},
+    "flags": "--dropout 0.1 --cpu",
+}
+
+
+def test_every_setting_changes_the_key() -> None:
+    assert set(CHANGES) == {f.name for f in fields(Run)}
+    keys = [RUN.key(made.scale())]
+    keys += [replace(RUN, **{name: value}).key(made.scale()) for name, value in CHANGES.items()]
+    keys += [RUN.key(made.scale(**{name: value})) for name, value in OF_SCALE.items()]
+    assert len(set(keys)) == 1 + len(CHANGES) + len(OF_SCALE)
+
+
+def test_nothing_else_changes_the_key() -> None:
+    others: dict[str, Any] = {
+        **{"name": "other", "data": "x", "domains": "x", "updates": 7, "batch_size": 3},
+        **{"dictionary": 7, "ffn_embed_dim": 3, "learning_rates": (9.0,), "sweep_share": 0.5},
+        **{"tokens_per_second": 3.0, "encoder": "x", "requests": "x", "save_interval": 3},
+        **{"relative_time": {"avgk": 2.0}, "launchers": {"a": Launcher("b", 2)}},
+    }
+    assert set(others) | set(OF_SCALE) == {f.name for f in fields(Scale)}
+    for name, value in others.items():
+        assert RUN.key(made.scale(**{name: value})) == RUN.key(made.scale()), name
+
+
+def test_a_sweep_is_its_models_unless_a_row_wants_its_own() -> None:
+    scale = made.scale()
+    row = Row("a", "avgk", "--sffn-block-size 16")
+    runs = sweep_runs(row, scale)
+    assert [(c.lr, c.flags, c.seed, c.updates) for c in runs] == [
+        (0.001, "", 1, 13),
+        (0.002, "", 1, 13),
+    ]
+    assert sweep_runs(replace(row, length=4.0, batch=2.0, seeds=(5,)), scale) == runs
+    assert {c.flags for c in sweep_runs(replace(row, sweep=True), scale)} == {row.flags}
+    for nothing in (replace(row, lr=0.1), replace(row, seeds=())):
+        assert sweep_runs(nothing, scale) == []
+    assert sweep_runs(row, made.scale(learning_rates=(0.1,))) == []
+
+
+def test_architectures_and_intervals() -> None:
+    def value(flag: str, **changes: Any) -> str:
+        words = train_arguments(RUN, made.scale(**changes), Launcher(), "data", "saved", "plugin")
+        return words[words.index(flag) + 1]
+
+    assert value("--arch") == "transformer_lm_avgk_tiny"
+    assert value("--arch", size="") == "transformer_lm_avgk"
+    assert value("--save-interval-updates") == "10"
+    assert value("--save-interval-updates", save_interval=3) == "3"
+    assert value("--validate-interval-updates", save_interval=3) == "3"
+
+
+def test_processes_are_as_many_as_the_launcher_says() -> None:
+    """fairseq-train would start one for each GPU."""
+    name = "--distributed-world-size"
+    for launcher, count in ((Launcher(), "1"), (Launcher(processes=2), "2")):
+        words = train_arguments(RUN, made.scale(), launcher, "data", "saved", "plugin")
+        assert words[words.index(name) + 1] == count
+    words = train_arguments(RUN, made.scale(), Launcher("torchrun", 2), "data", "saved", "plugin")
+    assert name not in words
+
+
+def test_arguments_share_out_the_batch() -> None:
+    launcher = Launcher("torchrun", processes=2, update_freq=2)
+    words = train_arguments(RUN, made.scale(), launcher, "data", "saved", "plugin")
+    for flag, value in (
+        *(("--batch-size", "2"), ("--update-freq", "2"), ("--max-update", "40")),
+        *(("--arch", "transformer_lm_avgk_tiny"), ("--seed", "1"), ("--warmup-updates", "4")),
+        ("--sffn-block-size", "64"),
+    ):
+        assert words[words.index(flag) + 1] == value
+    with pytest.raises(SystemExit, match="batch_size 8: is not divided by 3 processes"):
+        train_arguments(RUN, made.scale(), Launcher("", 3), "data", "saved", "plugin")

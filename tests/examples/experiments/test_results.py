@@ -1,0 +1,181 @@
+"""Results of trainings, and the logs that they are read from."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments.files import Row
+from experiments.plan import row_runs, sweep_runs
+from experiments.results import EVALUATED, Results, curve, missing, write
+from fairseq_sffn.tools.training_log import log_records
+from tests.examples.experiments import made
+
+ROW = Row("a", "avgk", "--sffn-block-size 16")
+
+
+def line(kind: str, **values: object) -> str:
+    prefix = "valid_" if kind == "valid" else ""
+    record = {"epoch": 1, **{prefix + name: str(value) for name, value in values.items()}}
+    return f"2026-01-01 | INFO | {kind} | {json.dumps(record)}"
+
+
+def test_a_log_that_was_resumed(tmp_path: Path) -> None:
+    log = tmp_path / "train.log"
+    before = [
+        line("train_inner", num_updates=10, loss=5, wps=100, wpb=50, load_max=3),
+        "2026-01-01 | INFO | fairseq.trainer | {not a record}",
+        line("valid", num_updates=10, loss=5.5, load_max=4),
+        line("train_inner", num_updates=20, loss=4, wps=1, wpb=50),
+        line("train_inner", num_updates=30, loss=3, wps=1, wpb=50),
+        '2026-01-01 | INFO | train_inner | {"num_up',
+        '2026-01-01 | INFO | train_inner | {"num_up2026-01-01 | INFO | fairseq | {"a": 1}',
+    ]
+    after = [
+        "2026-01-01 | INFO | train_i"
+        + line("train_inner", num_updates=20, loss=4.25, wps=25, wpb=50),
+        line("train", num_updates=20, loss=99),
+        line("train_inner", num_updates=30, loss="nan", wps=50, wpb=50),
+        line("valid", num_updates=30, loss=3.5),
+    ]
+    log.write_text("\n".join([*before, *after]))
+    assert [(kind, r["num_updates"]) for kind, r in log_records(log)] == [
+        *(("train_inner", 10), ("valid", 10), ("train_inner", 20), ("train_inner", 30)),
+        ("valid", 30),
+    ]
+    found = curve(log)
+    assert [r["loss"] for r in found["train"][:2]] == [5, 4.25]  # the second time
+    assert found["train"][2]["loss"] != found["train"][2]["loss"]
+    assert found["train"][0] == {"update": 10, "loss": 5, "load_max": 3}
+    assert found["valid"] == [
+        {"update": 10, "loss": 5.5, "load_max": 4},
+        {"update": 30, "loss": 3.5},
+    ]
+    # The update after a validation is left out: fairseq counts the time of both.
+    assert found["tokens_per_second"] == pytest.approx(100 / (0.5 + 1), abs=0.1)
+
+
+def test_the_learning_rate_with_the_lowest_validation_loss(tmp_path: Path) -> None:
+    rates = (0.1, 0.2, 0.3, 0.4)
+    results = made.empty(tmp_path, learning_rates=rates)
+    assert results.learning_rate(ROW) is None
+    losses = (None, 3.0, 2.5, float("nan"))
+    for run, loss in zip(sweep_runs(ROW, results.scale), losses, strict=True):
+        assert results.learning_rate(ROW) is None  # not before the last
+        results.add(run, made.swept(loss))
+    assert results.learning_rate(ROW) == 0.3
+    assert results.learning_rate(replace(ROW, flags="--sffn-block-size 64")) == 0.3
+    assert results.learning_rate(replace(ROW, sweep=True)) is None
+    assert results.learning_rate(replace(ROW, lr=7.0)) == 7.0
+    assert Results(results.folder, results.scale).learning_rate(ROW) == 0.3
+
+
+def test_a_result_of_a_sweep_is_not_that_of_a_row(tmp_path: Path) -> None:
+    """A row may ask for a training that the sweep has done, but not evaluated."""
+    results = made.empty(tmp_path, sweep_share=1.0)
+    row = replace(ROW, flags="")
+    made.fill(results, [row], lambda row, run: None)
+    runs = row_runs(row, results.scale, 0.002)
+    assert results.get(runs[0]) is not None
+    assert missing(runs, results, EVALUATED) == runs
+    results.add(runs[0], made.result(50.0))
+    assert missing(runs, results, EVALUATED) == []
+    assert results.learning_rate(row) == 0.002  # of 0.5 and 3.0 bits
+
+
+def test_what_is_missing_is_there_once_and_by_seed(tmp_path: Path) -> None:
+    results = made.empty(tmp_path)
+    row = replace(ROW, seeds=(1, 2, 3))
+    runs = row_runs(row, results.scale, 0.002)
+    results.add(runs[1], made.result(50.0))
+    assert missing([*runs[::-1], *runs], results) == [runs[0], runs[2]]
+    assert missing(runs, results, "zero_shot") == runs
+    results.add(runs[0], made.diverged())
+    assert missing(runs, results, "zero_shot") == runs[1:]  # it diverged
+
+
+def test_results_of_two_texts_are_refused(tmp_path: Path) -> None:
+    results = made.empty(tmp_path)
+    write(results.folder / "a.json", made.result(1.0) | {"data": "one"})
+    write(results.folder / "b.json", made.result(1.0) | {"data": "two"})
+    with pytest.raises(SystemExit, match="results of the text two, and this is one"):
+        Results(results.folder, results.scale, "one")
+    with pytest.raises(SystemExit, match="several texts: one, two"):
+        Results(results.folder, results.scale)
+    (results.folder / "c.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"c\.json: is no result"):
+        Results(results.folder, results.scale, "one")
+
+
+def changed(path: str, *value: object) -> str:
+    """A result with something else, or nothing, in the place of what is at a path."""
+    result = made.result(50.0, blocks=4)
+    result["zero_shot"] = {"tasks": []}
+    *names, last = path.split(".")
+    inside = result
+    for name in names:
+        inside = inside[name]
+    del inside[last]
+    inside.update(zip([last], value, strict=False))
+    return json.dumps(result)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ('{"data": "abc", "routing": {}}', "machine: Field required"),
+        ("[1]", r" \[1\]: Input should be an object"),
+        (changed("data", ["a"]), r"data \['a'\]: Input should be a valid string"),
+        (changed("evaluation"), "evaluation: Field required"),
+        (changed("evaluation.valid.loss"), r"evaluation\.valid\.loss: Field required"),
+        (
+            changed("evaluation.valid.loss", "1"),
+            r"evaluation\.valid\.loss '1': Input should be a valid number",
+        ),
+        (changed("evaluation.test"), r"evaluation\.test: Field required"),
+        (changed("evaluation.law", {}), r"evaluation\.law\.perplexity: Field required"),
+        (
+            changed("evaluation.law", {"perplexity": None}),
+            r"evaluation\.law\.perplexity None: Input should be a valid number",
+        ),
+        (changed("machine", 2), "machine 2: Input should be a valid string"),
+        (changed("versions.fairseq_sffn"), r"versions\.fairseq_sffn: Field required"),
+        (changed("training.train", [{}]), r"training\.train\[0\]\.update: Field required"),
+        (changed("training.train", {}), r"training\.train {}: Input should be a valid array"),
+        (
+            changed("training.train", [{"update": 1, "loss": "x"}]),
+            r"training\.train\[0\]\.loss 'x': Input should be a valid number",
+        ),
+        (changed("training.tokens_per_second"), r"training\.tokens_per_second: Field required"),
+        (changed("routing", []), r"routing \[\]: Input should be an object"),
+        (changed("routing.3.counts"), r"routing\.3\.counts: Field required"),
+        (
+            changed("routing.3.blocks", [1]),
+            r"routing\.3\.blocks\[0\] 1: Input should be a valid array",
+        ),
+        (
+            changed("routing.3.counts", [1.5]),
+            r"routing\.3\.counts\[0\] 1\.5: Input should be a valid integer",
+        ),
+        (changed("zero_shot", {}), r"zero_shot\.tasks: Field required"),
+        (
+            changed("zero_shot.tasks", [{"task": "piqa"}]),
+            r"zero_shot\.tasks\[0\]\.documents: Field required",
+        ),
+    ],
+)
+def test_a_file_that_is_no_result(text: str, error: str, tmp_path: Path) -> None:
+    results = made.empty(tmp_path)
+    results.folder.mkdir()
+    (results.folder / "a.json").write_text(text)
+    with pytest.raises(SystemExit, match=rf"a\.json: is no result: {error}$") as stopped:
+        Results(results.folder, results.scale)
+    assert "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("result", [made.result(50.0, 4), made.diverged(), made.swept(None)])
+def test_what_a_training_leaves_is_a_result(result: object, tmp_path: Path) -> None:
+    results = made.empty(tmp_path)
+    write(results.folder / "a.json", result)
+    assert Results(results.folder, results.scale).by_key == {"a": result}

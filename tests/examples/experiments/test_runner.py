@@ -1,0 +1,125 @@
+"""What the runner makes of processes and files."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments import runner
+from experiments.data import fingerprint
+from experiments.files import Launcher
+from experiments.processes import last_json
+from experiments.runner import Runner
+from experiments.training import drop_optimizer
+from tests.examples.experiments import made
+
+
+def test_json_after_other_lines() -> None:
+    found = {"tasks": [{"a": 1}, {"b": {"c": 2}}]}
+    for text in (json.dumps(found), json.dumps(found, indent=2)):
+        assert last_json(f"a library was here\n{text}\n") == found
+
+
+def test_only_the_last_model_is_kept(tmp_path: Path) -> None:
+    last = tmp_path / "checkpoint_last.pt"
+    state = {"model": {"w": torch.ones(2)}, "last_optimizer_state": {"m": torch.ones(9)}}
+    for name in ("checkpoint_best.pt", "checkpoint_1_5.pt", last.name):
+        torch.save(state, tmp_path / name)
+    drop_optimizer(last)
+    assert [path.name for path in tmp_path.glob("*")] == [last.name]
+    kept = torch.load(last, weights_only=True)
+    assert kept["last_optimizer_state"] is None and kept["model"]["w"].tolist() == [1, 1]
+
+
+def test_the_fingerprint_is_of_all_texts(tmp_path: Path) -> None:
+    paths = [tmp_path / "bin" / f"{split}.bin" for split in ("train", "valid", "test")]
+    paths += [tmp_path / "domains" / name / "test.bin" for name in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("text")
+        path.with_suffix(".idx").touch()
+    dictionaries = [path.parent / "dict.txt" for path in paths[2:]]
+    for path in dictionaries:
+        path.write_text("word 3\n")
+    folders = {"data": str(tmp_path / "bin"), "domains": str(tmp_path / "domains")}
+    scale = made.scale(**folders, dictionary=5)  # fairseq has four more
+    seen = {fingerprint(scale)}
+    for path in paths:
+        path.write_text("another")
+        seen.add(fingerprint(scale))
+    assert len(seen) == 1 + len(paths)
+    with pytest.raises(SystemExit, match=r"dictionary 6 of scale made: .*dict\.txt has 5 types"):
+        fingerprint(made.scale(**folders, dictionary=6))
+    dictionaries[-1].write_text("drow 3\n")
+    with pytest.raises(SystemExit, match=r"b/dict\.txt: is another dictionary than .*bin/dict"):
+        fingerprint(scale)
+    dictionaries[-1].unlink()
+    with pytest.raises(SystemExit, match=r"b/dict\.txt: is missing"):
+        fingerprint(scale)
+    paths[-1].with_suffix(".idx").unlink()
+    with pytest.raises(SystemExit, match=r"b/test\.idx: is missing"):
+        fingerprint(scale)
+    paths[-1].unlink()
+    with pytest.raises(SystemExit, match=r"b/test\.bin: is missing"):
+        fingerprint(scale)
+    paths[-1].parent.rmdir()
+    (tmp_path / "domains" / "a").rename(tmp_path / "domains" / "valid")
+    with pytest.raises(SystemExit, match="domains/valid: valid is the name of a set in domain"):
+        fingerprint(scale)
+    with pytest.raises(SystemExit, match="none: there is no such folder"):
+        fingerprint(made.scale(**{**folders, "domains": str(tmp_path / "none")}))
+
+
+@pytest.mark.parametrize(("context", "tokens"), [(16, "8192"), (10000, "10000")])
+def test_batches_of_evaluation_hold_a_whole_context(
+    context: int, tokens: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tool(self: Runner, name: str, checkpoint: Path, *flags: str) -> dict[str, Any]:
+        assert (name, flags[flags.index("--max-tokens") + 1]) == ("evaluate", tokens)
+        return {"sets": {"data:valid": {"loss": 1.0}}}
+
+    monkeypatch.setattr(Runner, "tool", tool)
+    found = a_runner(tmp_path, tokens_per_sample=context).evaluate(tmp_path, sweep=True)
+    assert found == {"evaluation": {"valid": {"loss": 1.0}}}
+
+
+@pytest.mark.parametrize(("jobs", "threads"), [(1, "7"), (2, "3"), (9, "1")])
+def test_trainings_share_the_cores(
+    jobs: int, threads: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "cores", lambda: 7)
+    out = tmp_path / "out"
+    made_ = a_runner(tmp_path, jobs)
+    with (tmp_path / "lock").open("w") as lock, out.open("w") as stdout:
+        made_.locks[tmp_path] = lock.fileno()
+        code = made_.call(["sh", "-c", "echo $OMP_NUM_THREADS"], tmp_path, stdout=stdout)
+    assert (code, out.read_text()) == (0, f"{threads}\n")
+
+
+def a_runner(folder: Path, jobs: int = 1, **changes: Any) -> Runner:
+    results = made.empty(folder, domains="", **changes)
+    return Runner(results.scale, Launcher(), results, folder, "abc", jobs)
+
+
+def test_signals_are_passed_on_until_trainings_have_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that gets a second one ends at once."""
+    runner_, left = a_runner(tmp_path), [KeyboardInterrupt, KeyboardInterrupt]
+
+    def wait(*_: object) -> None:
+        if left:
+            raise left.pop()
+
+    class Child:
+        pid = 12345
+
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(runner, "wait", wait)
+    monkeypatch.setattr(runner.os, "killpg", lambda *call: sent.append(call))
+    runner_.children.add(Child())  # type: ignore[arg-type]
+    runner_.wait_for_saving([])
+    assert sent == [(12345, signal.SIGTERM)] * 2
