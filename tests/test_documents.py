@@ -41,7 +41,7 @@ FORBIDDEN = (
     r"\bcompat\.py\b",
     r"(?<![\w/])parallel/",
     r"fairseq-sffn (run|report)\b",
-    r"\bnative_bags\b",
+    r"\bnative_bags\b|(?<!embedding )\bbags of\b",
     # Sentences that nobody could read, and figures that nobody can take again.
     r"earlier version",
     r"what differences in parameters",

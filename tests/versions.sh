@@ -20,7 +20,7 @@ TABLE="
 TESTS=(
     # Engines, selectors, models, optimizers.
     tests/memory/test_*.py tests/memory/selectors
-    tests/memory/compute/test_{engines,plan,products,sorted_pairs,tiles,tiled_products,triton_kernels}.py
+    tests/memory/compute/test_{chunks,engines,grouped_mm,sorted_assignments,tiles,tiled_products,triton_kernels}.py
     tests/models tests/optim tests/criterions tests/tasks
     # Checkpoints, commands, and what fairseq needs.
     tests/checkpoints/test_{callers,reading,writing}.py tests/patches/test_compat.py

@@ -29,7 +29,7 @@ SIZES = ((4096, 128), (64, 128), (64, 16), (24, 32), (16, 128))
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 WIDTH = 1024
-KERNELS = ("gathered", "scattered", "scattered by pair", "table")
+KERNELS = ("gathered", "scattered", "scattered by assignment", "table")
 
 
 def compiled(
@@ -48,7 +48,9 @@ def compiled(
     constants = getattr(tiled_triton, f"{name}_constants")(sizes, SHARED_BYTES[capability])
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     constants |= {"HAS_BIAS": True} if name == "gathered" else {}
-    constants |= {"BY_PAIR": kernel == "scattered by pair"} if name == "scattered" else {}
+    constants |= (
+        {"BY_ASSIGNMENT": kernel == "scattered by assignment"} if name == "scattered" else {}
+    )
     number = DTYPES[str(dtype).removeprefix("torch.")]
     kinds = dict.fromkeys(("order", "starts", "tiles"), "*i32")
     kinds |= dict.fromkeys(

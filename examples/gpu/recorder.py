@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fairseq_sffn.memory.selectors import base
+from fairseq_sffn.memory.selectors import base_layer
 
 HERE = Path(__file__).parent
 PRELOADED = "FAIRSEQ_SFFN_FAKE_CUDA"
@@ -134,7 +134,7 @@ def leave(status: int) -> NoReturn:
 def fake_cuda() -> Iterator[None]:
     """Makes tensors fake, those of CUDA too."""
     real = {name: getattr(torch.cuda, name) for name in FAKED}
-    balanced_assignment = base.balanced_assignment
+    balanced_assignment = base_layer.balanced_assignment
     tensor, shape_as_tensor = torch.tensor, torch.onnx.operators.shape_as_tensor
 
     def fake_tensor(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
@@ -152,7 +152,7 @@ def fake_cuda() -> Iterator[None]:
             torch.cuda.set_rng_state = lambda *args: None
             torch.tensor = fake_tensor
             # On the host.
-            base.balanced_assignment = lambda scores, **_: scores.new_zeros(
+            base_layer.balanced_assignment = lambda scores, **_: scores.new_zeros(
                 len(scores), dtype=torch.int64
             )
             torch.onnx.operators.shape_as_tensor = lambda x: list(x.shape)
@@ -160,7 +160,7 @@ def fake_cuda() -> Iterator[None]:
     finally:
         for name, function in real.items():
             setattr(torch.cuda, name, function)
-        base.balanced_assignment = balanced_assignment
+        base_layer.balanced_assignment = balanced_assignment
         torch.tensor, torch.onnx.operators.shape_as_tensor = tensor, shape_as_tensor
 
 

@@ -41,7 +41,7 @@ from ..checkpoints.structure import PART, check_structure
 from ..compat import replace_once
 from ..errors import UsageError
 from ..memory import SparseMemory
-from ..memory.sparse_memory import SHARDED, can_be_shared_out
+from ..memory.sparse_memory import SHARDED, can_be_sharded
 from ..models.process_groups import process_groups
 from .gradients import expert_parallel_of
 from .launch import flattens_parameters
@@ -98,7 +98,7 @@ def part_of(trainer: Trainer) -> Part:
     sharded = tuple(
         f"{prefix}.{name}"
         for prefix, module in model.named_modules()
-        if isinstance(module, SparseMemory) and can_be_shared_out(module.config.selector_class)
+        if isinstance(module, SparseMemory) and can_be_sharded(module.config.selector_class)
         for name in SHARDED
         if getattr(module, name) is not None
     )

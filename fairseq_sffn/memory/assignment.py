@@ -1,8 +1,8 @@
 """Balanced assignment of tokens to blocks, on the host.
 
-Each of its some hundred rounds depends on the numbers of the round before, so that an accelerator
-and the host would wait for each other as often. One core of an AMD EPYC takes 20 to 34 ms for 8,192
-tokens and 16 blocks, and 44 to 63 ms for 64 blocks, where skewed scores take longer
+Each of its hundreds of rounds depends on the numbers of the previous round. On an accelerator, the
+host would wait in each round. One core of an AMD EPYC takes 20 to 34 ms for 8,192 tokens and 16
+blocks, and 44 to 63 ms for 64 blocks. Skewed scores take longer
 (``examples/benchmark/assignment.py``).
 """
 
@@ -17,39 +17,41 @@ from torch import Tensor
 Array = np.ndarray[Any, Any]
 
 TOLERANCE = 0.01
-"""How far the mean score of an assignment may be below the best, in standard deviations."""
+"""Maximum loss of the mean score against the best assignment, in standard deviations of scores."""
 
 SCALING = 8.0
-"""By how much the bidding increment shrinks from one phase of the auction to the next."""
+"""Factor by which the bidding increment shrinks from one phase of the auction to the next."""
 
 ROUNDS = 40
-"""Rounds of bidding in a phase. Tokens that are alike outbid each other by an increment at a time,
-for long; those left over are inserted one by one."""
+"""Maximum number of bidding rounds in a phase. Similar tokens outbid each other by one increment
+per round; the tokens that remain are inserted one by one."""
 
 
 @torch.no_grad()
 def balanced_assignment(
     scores_NB: Tensor, tolerance: float = TOLERANCE, valid_N: Tensor | None = None
 ) -> Tensor:
-    """Give each token one block, such that loads differ by at most one and scores sum to the most.
+    """Assign each token one block: the highest total score with loads that differ by at most one.
 
-    An auction with epsilon scaling (Bertsekas and Castanon 1989, "The auction algorithm for the
-    transportation problem"): tokens without a block bid, all at once, for the block that is worth
-    most to them at today's prices, up to where the next best would be worth as much; a block keeps
-    its highest bids, and its lowest one is its price. With N = q * B + r, blocks have q + 1 places,
-    of which B - r blocks leave one free: free places bid too, and a block takes one at most. What
-    still waits after some rounds is inserted by shortest augmenting paths, block by block. Of
-    equal bids the oldest wins.
+    The algorithm is an auction with epsilon scaling (Bertsekas and Castanon 1989, "The auction
+    algorithm for the transportation problem"). In each round, all tokens without a block bid for
+    the block with the highest score minus price. A token bids the price at which its second best
+    block would be worth the same. A block keeps its highest bids; the lowest of them is its price.
+    Of equal bids the oldest wins.
+
+    With N = q * B + r, each block has q + 1 places, and B - r blocks leave one place free. Free
+    places bid too, and a block takes at most one. Tokens and free places that still wait after
+    some rounds are inserted by shortest augmenting paths.
 
     Args:
-        scores_NB: how well each block fits each token, on the CPU. What is not finite counts as 0.
-        tolerance: the scores of the result sum to at least the best assignment's, less
-            N * tolerance * (standard deviation of the scores).
-        valid_N: bool, ``False`` at tokens that are left out and get block 0; ``None``: all take
-            part.
+        scores_NB: score of each block for each token, on the CPU. Scores that are not finite count
+            as 0.
+        tolerance: the total score is at least the best assignment's, less N * tolerance * (standard
+            deviation of the scores).
+        valid_N: bool, ``False`` for tokens that are left out and get block 0; ``None``: none are.
 
     Returns:
-        (N,) int64 block of each token.
+        (N,) int64, the block of each token.
     """
     if valid_N is not None:
         blocks_of_all_N = torch.zeros(len(valid_N), dtype=torch.int64)
@@ -58,7 +60,7 @@ def balanced_assignment(
     num_tokens, num_blocks = scores_NB.shape
     scores_NB = scores_NB.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     if scores_NB.numel():
-        # Squares of scores of any scale then neither overflow nor vanish.
+        # Scaled to 1, so that squares of scores neither overflow nor vanish.
         scores_NB = scores_NB / scores_NB.abs().max().clamp(min=torch.finfo(torch.double).tiny)
     spread = scores_NB.std(correction=0) if scores_NB.numel() else scores_NB.new_zeros(())
     if num_blocks < 2 or spread == 0:  # nothing to choose
@@ -79,16 +81,20 @@ def balanced_assignment(
 def _auction(
     scores_NB: Array, prices_B: Array, free: int, increment: float
 ) -> tuple[Array, Array, Array]:
-    """One phase: the block of each token, B for those that wait; whether each block takes a free
-    place; and the prices at which none of them gains more than ``increment`` by moving."""
+    """Run one phase of the auction.
+
+    Returns:
+        (N,) the block of each token, B for tokens that wait; (B,) whether each block takes a free
+        place; and (B,) the prices, at which no token gains more than ``increment`` by moving.
+    """
     num_tokens, num_blocks = scores_NB.shape
     places = (num_tokens + free) // num_blocks
     waiting_n = np.arange(num_tokens)
-    # Tokens that have a place, and their bids: by block, best bids first. NumPy compares complex
-    # numbers by their real parts, here blocks, then by their imaginary parts, here negative bids.
+    # The H tokens with a place, and their bids, sorted by block, best bids first. NumPy compares
+    # complex numbers by real part, here the block, then by imaginary part, here minus the bid.
     tokens_H, bids_H = np.empty(0, np.int64), np.empty(0, np.complex128)
     loads_B = np.zeros(num_blocks, np.int64)
-    free_bids_B = np.full(num_blocks, -np.inf)  # what a free place bids in each block
+    free_bids_B = np.full(num_blocks, -np.inf)  # bid of a free place in each block
     for _ in range(ROUNDS):
         waiting_free = free - np.isfinite(free_bids_B).sum()
         if not len(waiting_n) and not waiting_free:
@@ -97,20 +103,21 @@ def _auction(
             bids_n = _bids(scores_NB[waiting_n], prices_B, increment)
             order_n = bids_n.argsort(kind="stable")
             bids_n = bids_n[order_n]
-            # Into their places, in place of a sort of all: few bid but in the first rounds.
+            # Inserted, not sorted with all others: after the first rounds few tokens bid.
             places_n = bids_H.searchsorted(bids_n, side="right") + np.arange(len(bids_n))
             bids_H = _inserted(bids_H, bids_n, places_n)
             tokens_H = _inserted(tokens_H, waiting_n[order_n], places_n)
             loads_B += np.bincount(bids_n.real.astype(np.int64), minlength=num_blocks)
         if waiting_free:
-            # They are alike: together they bid for the cheapest places, up to the next one's price.
+            # Free places are all alike: together they bid for the cheapest blocks, up to the price
+            # of the next one.
             costs_B = torch.from_numpy(np.maximum(prices_B, free_bids_B))
             cheapest = costs_B.topk(int(waiting_free) + 1, largest=False)
             free_bids_B[cheapest.indices[:-1].numpy()] = cheapest.values[-1] + increment
 
         ends_B = loads_B.cumsum()
         starts_B = ends_B - loads_B
-        # The bid that a free place must beat is the one on the last place.
+        # A free place must beat the bid on the last place.
         last_B = np.minimum(starts_B + places - 1, len(bids_H) - 1)
         last_bids_B = np.where(loads_B >= places, -bids_H.imag[last_B], -np.inf)
         free_bids_B[free_bids_B <= last_bids_B] = -np.inf
@@ -121,7 +128,7 @@ def _auction(
         lowest_bids_B = np.where(room_B > 0, -bids_H.imag[lowest_B], np.inf)
         lowest_bids_B = np.minimum(lowest_bids_B, np.where(taken_B, free_bids_B, np.inf))
         prices_B = np.where(loads_B >= room_B, lowest_bids_B, prices_B)
-        # Whoever finds no place waits.
+        # Tokens without a place wait.
         over_B = np.maximum(loads_B - room_B, 0)
         out_n = np.arange(over_B.sum()) + np.repeat(ends_B - over_B.cumsum(), over_B)
         waiting_n = np.sort(tokens_H[out_n])
@@ -136,7 +143,7 @@ def _auction(
 
 
 def _bids(scores_nB: Array, prices_B: Array, increment: float) -> Array:
-    """Each token's bid for the block that is worth most to it: (n,), block - bid * i."""
+    """Compute each token's bid for its best block: (n,), the complex number block - bid * i."""
     worth_nB = scores_nB - prices_B
     tokens_n, block_n = np.arange(len(worth_nB)), worth_nB.argmax(axis=1)
     best_n = worth_nB[tokens_n, block_n]
@@ -147,7 +154,7 @@ def _bids(scores_nB: Array, prices_B: Array, increment: float) -> Array:
 
 
 def _inserted(values_H: Array, new_n: Array, places_n: Array) -> Array:
-    """The values with new ones among them, which get the given places in the result."""
+    """Insert new values, which get the given places in the result."""
     result = np.empty(len(values_H) + len(new_n), values_H.dtype)
     is_old = np.ones(len(result), bool)
     is_old[places_n] = False
@@ -158,12 +165,12 @@ def _inserted(values_H: Array, new_n: Array, places_n: Array) -> Array:
 def _insert_waiting(
     scores_NB: Tensor, free: int, prices_B: Tensor, blocks_N: Tensor, takes_free_B: Tensor
 ) -> Tensor:
-    """Complete what :func:`_auction` returned.
+    """Insert the tokens and free places that wait after :func:`_auction`.
 
-    Each token or free place that waits enters a block; if that is full, one leaves it for another
-    block, and so on to a block with room, such that the scores lose the least: the successive
-    shortest path algorithm, in which moves cost what they lose at the prices. That no move gains
-    more than the auction's increment stays true, and with it the bound.
+    Each enters a block. If the block is full, a token leaves it for another block, and so on up to
+    a block with room. The chosen path loses the least score: the successive shortest path
+    algorithm, where a move costs its loss at the current prices. No move gains more than the
+    auction's increment afterwards either, so that the bound of the tolerance holds.
     """
     num_tokens, num_blocks = scores_NB.shape
     places = (num_tokens + free) // num_blocks
@@ -188,8 +195,10 @@ def _insert_waiting(
         else:
             distances_B = prices_B.where(~takes_free_B, torch.inf)
             distances_B = distances_B - distances_B.min()
-        before_B = torch.full((num_blocks,), -1, device=blocks_N.device)  # on the way
-        while True:  # Bellman and Ford
+        before_B = torch.full(
+            (num_blocks,), -1, device=blocks_N.device
+        )  # previous block on the path
+        while True:  # Bellman-Ford
             shortest = (distances_B.unsqueeze(1) + costs_BB).min(dim=0)
             shorter_B = shortest.values < distances_B
             if not shorter_B.any():

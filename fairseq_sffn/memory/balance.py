@@ -1,4 +1,4 @@
-"""Losses that keep the blocks evenly used."""
+"""The losses of routing: load balance, and the size of the scores."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ Total = Callable[[Tensor], Tensor]
 
 
 def assignment_counts(blocks_NA: Tensor, num_blocks: int, counted: Tensor | None) -> Tensor:
-    """How many of the ``counted`` (token, block) assignments each block got: (B,) int64.
+    """Count the assignments of each block.
 
-    ``counted`` is bool and broadcasts to (N, A); ``None`` counts all.
+    Args:
+        blocks_NA: selected blocks.
+        num_blocks: B.
+        counted: bool, broadcasts to (N, A); ``None`` counts all.
+
+    Returns:
+        (B,) int64.
     """
     if counted is None:
         ones_NA = blocks_NA.new_ones(blocks_NA.shape)
@@ -28,23 +34,29 @@ def assignment_counts(blocks_NA: Tensor, num_blocks: int, counted: Tensor | None
 def balance_loss(
     scores: Scores, counts_B: Tensor, valid_N: Tensor | None, total: Total | None = None
 ) -> Tensor:
-    """B * sum_i (mean softmax score of block i) * (share of the assignments to block i).
+    """Compute B * sum_i (mean softmax score of block i) * (share of the assignments to block i).
 
-    Fedus et al. 2021, eq. 4. It is 1.0 at perfect balance and B when one block takes everything,
-    whatever the number of blocks. It is computed of all tokens of a micro-batch, for each layer.
+    Fedus et al. 2021 (arXiv 2101.03961), eq. 4. It is 1.0 at perfect balance and B if one block has
+    all assignments. It covers all tokens of a micro-batch, for each layer.
 
-    Tutel's and the fairseq MoE branch's are the same. fairscale's is this over B^2. transformers'
-    Mixtral's of one layer is this times the number of active blocks. No factor converts others:
-    transformers' Mixtral pools the tokens of several layers; transformers' Switch, st-moe-pytorch
-    and mixture-of-experts compute the loss of each sequence and average these, and Switch pools
-    the layers of a sequence too.
+    Tutel and the fairseq MoE branch compute the same. fairscale's loss is this divided by B^2. The
+    Mixtral loss of transformers, for one layer, is this times the number of active blocks. No
+    factor converts other losses: transformers' Mixtral pools the tokens of several layers;
+    transformers' Switch, st-moe-pytorch and mixture-of-experts average the losses of sequences,
+    and Switch also pools the layers of a sequence.
 
     Args:
-        total: adds up a vector over the ranks whose tokens count together; gradients reach all.
+        scores: of all blocks.
+        counts_B: assignments of each block.
+        valid_N: bool, ``False`` at padding; ``None``: no padding.
+        total: sums a vector over the ranks that share tokens; gradients reach all of them.
+
+    Returns:
+        () loss.
     """
     probs_B = scores.mean_probs(valid_N)
     if total is not None:
-        # One vector for all, in a dtype that keeps counts exact.
+        # One collective for all, in a dtype that keeps counts exact.
         tokens = _tokens(scores, valid_N).double()
         sums = total(torch.cat([probs_B.double() * tokens, tokens, counts_B.double()]))
         num_blocks = len(counts_B)
@@ -55,10 +67,15 @@ def balance_loss(
 
 
 def z_loss(scores: Scores, valid_N: Tensor | None, total: Total | None = None) -> Tensor:
-    """Mean squared log-partition of the scores, to keep them small (Zoph et al. 2022, eq. 5).
+    """Compute the mean squared log-partition of the scores, which keeps them small.
+
+    Zoph et al. 2022 (arXiv 2202.08906), eq. 5.
 
     Args:
-        total: as in :func:`balance_loss`.
+        scores, valid_N, total: see :func:`balance_loss`.
+
+    Returns:
+        () loss.
     """
     mean = mean_over_tokens(scores.log_partition().square(), valid_N).mean()
     if total is not None:
@@ -69,8 +86,8 @@ def z_loss(scores: Scores, valid_N: Tensor | None, total: Total | None = None) -
 
 
 def _tokens(scores: Scores, valid_N: Tensor | None) -> Tensor:
-    """How many tokens count: (1,)."""
+    """Return the number of tokens that count: (1,)."""
     if valid_N is None:
-        # No `torch.tensor`, whose copy from the host waits for the device.
+        # Not `torch.tensor`, whose copy from the host waits for the device.
         return torch.full((1,), scores.num_tokens, device=scores.device)
     return valid_N.sum().unsqueeze(0)

@@ -1,4 +1,4 @@
-"""Sizes and choices of one sparse neural memory."""
+"""The configuration of a sparse neural memory."""
 
 from __future__ import annotations
 
@@ -24,13 +24,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 TYPE_REASONS = {bool: "neither True nor False", int: "not a whole number", float: "not a number"}
-"""Type of a selector's option -> what another value is."""
+"""Type of a selector's option -> the reason to refuse a value of another type."""
 
 
 class ConfigError(ValueError):
-    """A field of :class:`MemoryConfig` (or of a selector's options) that cannot be honoured.
+    """A field of :class:`MemoryConfig` or of a selector's options is not supported.
 
-    Attributes: ``field`` (its name), ``value`` and ``reason``; the message is the three in a line.
+    The message has field, value and reason in one line.
+
+    Attributes:
+        field: name of the field.
+        value: its value.
+        reason: why it is refused.
     """
 
     def __init__(self, field: str, value: object, reason: str):
@@ -40,34 +45,36 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """Everything that defines a :class:`~fairseq_sffn.memory.SparseMemory`.
+    """The configuration of a :class:`~fairseq_sffn.memory.SparseMemory`.
 
-    The memory has ``num_cells`` key-value pairs in ``num_cells / block_size`` blocks, of which a
-    token uses ``active_blocks`` (Liu et al. 2023, arXiv 2305.13999).
+    The memory has ``num_cells`` key-value pairs in ``num_cells / block_size`` blocks. A token uses
+    ``active_blocks`` of them (Liu et al. 2023, arXiv 2305.13999).
 
     Args:
         embed_dim: model width d.
         num_cells: rows d_m of the key and value tables.
         block_size: cells g per block; divides ``num_cells``.
-        active_blocks: blocks b that a token uses; at most ``num_blocks``.
-        selector: name of a selector with its default options, or the selector's own options,
+        active_blocks: blocks b per token; at most ``num_blocks``.
+        selector: name of a selector, for its default options, or an instance of its ``Config``,
             such as ``HashLayer.Config(table="balanced")``.
         gate: weight of a selected block: ``none``, ``softmax``, ``renormalized`` or ``sigmoid``
-            (see :mod:`.gate`); ``None`` takes the selector's own default.
+            (see :mod:`.gate`); ``None`` takes the selector's default.
         activation: ``relu``, ``gelu``, ``silu``, ``tanh``, or any elementwise function of a tensor.
-        bias: whether keys have a bias per cell and the output one bias per feature.
-        vocab_size: number of token ids, for selectors that look at token ids.
-        token_counts: how often each token id occurs in the training data, for balanced tables.
+        bias: whether keys have a bias per cell, and the output a bias per feature.
+        vocab_size: number of token ids, for selectors that read token ids.
+        token_counts: number of occurrences of each token id in the training data, for balanced
+            hash tables.
         activation_dropout: probability of dropping an activation f(x . k + c) in training.
-        capacity_factor: in training a block takes at most this many times its fair share of the
-            (token, block) assignments, the rest are dropped; 0 drops nothing.
+        capacity_factor: in training, a block takes at most this many times its fair share of the
+            (token, block) assignments, and the rest is dropped; 0 drops nothing.
         eval_capacity_factor: the same in evaluation.
-        init_scale: multiplies the initial tables. They are uniform in +-1/sqrt(d) (keys and key
-            bias) and +-1/sqrt(k) (values and value bias), k the active cells: the initialisation
-            of a dense FFN with k hidden units, whatever ``num_cells``.
-        value_lr_scale: Adam's steps on the value table are this many times as large: the table is
-            stored divided by it (Lample et al. 2019 give the values a learning rate of their own).
-        engine: how selected blocks are multiplied (see :mod:`.compute`); ``None`` chooses by size.
+        init_scale: factor of the initial tables. They are uniform in +-1/sqrt(d) (keys and key
+            bias) and +-1/sqrt(k) (values and value bias), where k is ``active_cells``: the
+            initialization of a dense FFN with k hidden units, for any ``num_cells``.
+        value_lr_scale: factor of Adam's steps on the value table, which is stored divided by it.
+            Lample et al. 2019 (arXiv 1907.05242) use a separate learning rate for the values.
+        engine: name of the engine that computes the selected blocks (see :mod:`.compute`);
+            ``None`` chooses by size.
 
     Raises:
         ConfigError: a field is out of range or contradicts another one.
@@ -163,7 +170,7 @@ class MemoryConfig:
 
     @property
     def active_cells(self) -> int:
-        """Cells k that a token uses."""
+        """Cells k that a token uses: A * G."""
         return self.active_blocks * self.block_size
 
     @property
@@ -184,7 +191,7 @@ class MemoryConfig:
 
     @property
     def context_tokens(self) -> int:
-        """How many trailing token ids the selector looks at."""
+        """Number of trailing token ids that the selector reads."""
         return self.selector_class.context_tokens(self)
 
     @property
@@ -192,7 +199,7 @@ class MemoryConfig:
         return ACTIVATIONS[self.activation] if isinstance(self.activation, str) else self.activation
 
     def num_params(self) -> int:
-        """Trained parameters of the memory, its selector's included."""
+        """Return the number of trained parameters, including the selector's."""
         tables = 2 if self.selector_class.key_table == "full" else 1
         params = tables * self.num_cells * self.embed_dim
         if self.bias:
@@ -200,7 +207,7 @@ class MemoryConfig:
         return params + self.selector_class.num_params(self)
 
     def active_params(self) -> int:
-        """Parameters that one token touches, its selector's included."""
+        """Return the number of parameters that one token uses, including the selector's."""
         inactive = self.num_cells - self.active_cells
         params = self.num_params() - inactive * self.embed_dim
         if self.selector_class.key_table == "full" and not self.selector_class.scores_every_key:
@@ -208,14 +215,15 @@ class MemoryConfig:
         return params
 
     def flops_per_token(self) -> int:
-        """Forward FLOPs of a token, a multiply-add counted as 2: selection and the active cells.
+        """Return the forward FLOPs of a token: selection and active cells.
 
-        Forming Avg-K's mean keys is a cost per update, not per token, and is left out.
+        A multiply-add counts as 2. Avg-K's mean keys are left out: their cost is per pass, not per
+        token.
         """
         tables = 2 if self.selector_class.key_table == "full" else 1
         active = 2 * tables * self.active_cells * self.embed_dim
         return self.selection_flops_per_token() + active
 
     def selection_flops_per_token(self) -> int:
-        """The share of :meth:`flops_per_token` that choosing the blocks takes."""
+        """Return the part of :meth:`flops_per_token` that selects the blocks."""
         return self.selector_class.flops_per_token(self)

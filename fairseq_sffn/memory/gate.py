@@ -1,4 +1,4 @@
-"""What weight a selected block gets."""
+"""Gates: the weight of a selected block, from the scores."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from .scores import Scores
 
 
 def softmax(scores: Scores, blocks_NA: Tensor) -> Tensor:
-    """Probability of the block among all blocks (Fedus et al. 2021, eqs. 1 and 2)."""
+    """Return the probability of each block among all blocks (Fedus et al. 2021, eqs. 1 and 2)."""
     return scores.log_probs(blocks_NA).exp()
 
 
 def renormalized(scores: Scores, blocks_NA: Tensor) -> Tensor:
-    """Probability of the block among the selected ones (Lepikhin et al. 2020, algorithm 1)."""
+    """Return its probability among the selected blocks (Lepikhin et al. 2020, algorithm 1)."""
     return torch.softmax(scores.of(blocks_NA), dim=-1)
 
 
 def sigmoid(scores: Scores, blocks_NA: Tensor) -> Tensor:
-    """Each block by itself: the logistic function of its score (Lewis et al. 2021)."""
+    """Return the logistic function of each block's score (Lewis et al. 2021)."""
     return torch.sigmoid(scores.of(blocks_NA))
 
 
@@ -31,4 +31,4 @@ GATES: dict[str, Callable[[Scores, Tensor], Tensor] | None] = {
     "renormalized": renormalized,
     "sigmoid": sigmoid,
 }
-"""Gate name -> function of scores and blocks (N, A) that gives weights (N, A)."""
+"""Gate name -> function from scores and blocks (N, A) to weights (N, A)."""

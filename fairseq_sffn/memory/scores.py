@@ -1,8 +1,6 @@
-"""How well each block fits each token."""
+"""Scores of blocks: one logit for each token and block."""
 
 from __future__ import annotations
-
-import functools
 
 import numpy as np
 import torch
@@ -10,12 +8,12 @@ from torch import Tensor
 
 NUMPY_DTYPES = (torch.float32, torch.float64)
 PARTITIONED_BLOCKS, PARTITIONED_SCORES, PARTITIONED_ACTIVE = 128, 2**14, 8
-"""From so many blocks, scores and active blocks on, NumPy's partial sorts are faster than ``topk``
-on a CPU."""
+"""Numbers of blocks, scores and active blocks from which on NumPy's partial sort is faster than
+``topk`` on a CPU."""
 
 
 class Scores:
-    """One logit for each token and block.
+    """One logit for each token and block, and the softmax over blocks.
 
     Args:
         logits: (N, B), higher is better.
@@ -24,46 +22,49 @@ class Scores:
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
         self.num_tokens, self.device = len(logits), logits.device
+        self._probs: Tensor | None = None
 
     def top(self, active_blocks: int) -> Tensor:
-        """The blocks with the highest scores, best first: (N, A) int64."""
+        """Return the blocks with the highest scores, best first: (N, A) int64."""
         return top_blocks(self.logits, active_blocks)
 
     def of(self, blocks_NA: Tensor) -> Tensor:
-        """Scores of the given blocks: (N, A)."""
+        """Return the scores of the given blocks: (N, A)."""
         return self.logits.gather(1, blocks_NA)
 
     def log_probs(self, blocks_NA: Tensor) -> Tensor:
-        """Log-probability of the given blocks among all blocks: (N, A)."""
+        """Return the log-probability of the given blocks among all blocks: (N, A)."""
         return self.of(blocks_NA) - self.log_partition()
 
     def log_partition(self) -> Tensor:
-        """Log of the summed exponentials of a token's scores: (N, 1)."""
-        # By the best block's probability, which is never small; to sum exponentials again would
-        # cost as much as the softmax.
+        """Return the log of the summed exponentials of a token's scores: (N, 1)."""
+        # From the best block's probability, which is never small. Summing the exponentials again
+        # would cost as much as the softmax.
         best_N1 = self.logits.argmax(dim=-1, keepdim=True)
         return _at_least_fp32(self.logits.gather(1, best_N1)) - self.probs.gather(1, best_N1).log()
 
     def mean_probs(self, valid_N: Tensor | None) -> Tensor:
-        """Probability of each block, averaged over the valid tokens: (B,)."""
+        """Return the probability of each block, averaged over the valid tokens: (B,)."""
         return mean_over_tokens(self.probs, valid_N)
 
-    @functools.cached_property
+    @property
     def probs(self) -> Tensor:
-        """Probability of each block: (N, B). Gate and losses share it."""
-        return torch.softmax(_at_least_fp32(self.logits), dim=-1)
+        """Probability of each block: (N, B), computed once for gate and losses."""
+        if self._probs is None:
+            self._probs = torch.softmax(_at_least_fp32(self.logits), dim=-1)
+        return self._probs
 
 
 class ProductScores(Scores):
-    """The score of block (l, r) is the sum of a score of l and a score of r (Lample et al. 2019,
-    arXiv 1907.05242, section 3.2); of the L * R scores only the best are ever formed.
+    """Scores that are sums of two parts, one for each half of the block number.
 
-    Block number l * R + r; each of H heads scores all blocks. A token's ``A`` blocks are the best
-    of each head, then the second best of each, and so on.
+    The score of block l * R + r is left[l] + right[r] (Lample et al. 2019, arXiv 1907.05242,
+    section 3.2). Only the best of the L * R scores are formed. Each of H heads scores all blocks.
+    A token's blocks are the best of each head, then the second best of each head, and so on.
 
     Args:
-        left: (N, H, L).
-        right: (N, H, R).
+        left: (N, H, L) scores of the first half.
+        right: (N, H, R) scores of the second half.
     """
 
     def __init__(self, left: Tensor, right: Tensor) -> None:
@@ -78,8 +79,8 @@ class ProductScores(Scores):
         ranks_l, ranks_r = candidate_ranks(left.shape[1], right.shape[1], each, self.device)
         sums = left.index_select(1, ranks_l).add_(right.index_select(1, ranks_r))
         best = top_blocks(sums, each)
-        pairs = lefts.gather(1, ranks_l[best]) * right_size + rights.gather(1, ranks_r[best])
-        return pairs.unflatten(0, (-1, heads)).transpose(1, 2).flatten(1)
+        blocks = lefts.gather(1, ranks_l[best]) * right_size + rights.gather(1, ranks_r[best])
+        return blocks.unflatten(0, (-1, heads)).transpose(1, 2).flatten(1)
 
     def of(self, blocks_NA: Tensor) -> Tensor:
         blocks_NaH = self._by_rank(blocks_NA)
@@ -96,15 +97,15 @@ class ProductScores(Scores):
         return values_NA.unflatten(1, (-1, self.left.shape[1]))
 
     def log_partition(self) -> Tensor:
-        """As of a dense score, for each head: (N, H)."""
+        """Return the log of the summed exponentials of the scores of each head: (N, H)."""
         left, right = _at_least_fp32(self.left), _at_least_fp32(self.right)
         return torch.logsumexp(left, dim=-1) + torch.logsumexp(right, dim=-1)
 
     def mean_probs(self, valid_N: Tensor | None) -> Tensor:
-        """As of a dense score, averaged over the heads too."""
+        """Return the probability of each block, averaged over heads and valid tokens: (B,)."""
         left = torch.softmax(_at_least_fp32(self.left), dim=-1)
         right = torch.softmax(_at_least_fp32(self.right), dim=-1)
-        # Weights that sum to 1 over tokens and heads, 0 at padding.
+        # The weights sum to 1 over tokens and heads, and are 0 at padding.
         weights_N = left.new_ones(len(left)) if valid_N is None else valid_N.to(left.dtype)
         weights_N = weights_N / (left.shape[1] * weights_N.sum().clamp(min=1))
         left = left * weights_N[:, None, None]
@@ -115,23 +116,25 @@ class ProductScores(Scores):
 def candidate_ranks(
     left_size: int, right_size: int, count: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Ranks of the pairs that can be among the ``count`` best sums of two sorted lists.
+    """Find the ranks whose sum can be among the ``count`` best sums of two sorted lists.
 
-    The pair of ranks (l, r) has at least (l + 1) * (r + 1) - 1 better pairs, so it is a candidate
-    where (l + 1) * (r + 1) <= count.
+    At least (l + 1) * (r + 1) - 1 sums are better than the sum of ranks l and r. The two ranks are
+    a candidate if (l + 1) * (r + 1) <= count.
 
     Args:
         left_size: length of the first list.
         right_size: length of the second list.
+        count: number of best sums.
+        device: device of the result.
 
     Returns:
-        Ranks in the first and in the second list, ordered by the first, then by the second: (C,)
-        int64 each.
+        Ranks in the first list and in the second list, ordered by the first, then by the second:
+        (candidates,) int64 each.
     """
     ranks_L = torch.arange(left_size, device=device)
     each_L = torch.full_like(ranks_L, count).div(ranks_L + 1, rounding_mode="floor")
     each_L = each_L.clamp(max=right_size)
-    # The total is known to the host: to find the pairs by `nonzero` would wait for the device.
+    # The host computes the total: finding the candidates by `nonzero` would wait for the device.
     total = sum(min(count // (rank + 1), right_size) for rank in range(left_size))
     ranks_l = ranks_L.repeat_interleave(each_L, output_size=total)
     starts_L = each_L.cumsum(0) - each_L
@@ -139,14 +142,17 @@ def candidate_ranks(
 
 
 def _best(half_NHX: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The highest scores of a half, or all of them, and their indices, best first: (N * H, X')."""
+    """Return the highest scores of a half and their indices, best first: (N * H, X) each."""
     flat = half_NHX.detach().flatten(0, 1)
     indices = top_blocks(flat, min(count, flat.shape[1]))
     return flat.gather(1, indices), indices
 
 
 def top_blocks(scores_NB: Tensor, active_blocks: int) -> Tensor:
-    """The blocks with the highest scores, best first: (N, A) int64. Which of equal ones is open."""
+    """Return the blocks with the highest scores, best first: (N, A) int64.
+
+    The order of equal scores is undefined.
+    """
     scores_NB = scores_NB.detach()
     if (
         scores_NB.device.type != "cpu"
@@ -156,7 +162,7 @@ def top_blocks(scores_NB: Tensor, active_blocks: int) -> Tensor:
         or active_blocks < PARTITIONED_ACTIVE
     ):
         return scores_NB.topk(active_blocks, dim=-1).indices
-    # Sorts that compare many scores at once, several times faster than PyTorch's.
+    # NumPy's sorts use vector instructions and are several times faster than PyTorch's.
     if active_blocks == scores_NB.shape[1]:
         return torch.from_numpy(scores_NB.numpy().argsort(axis=1)).flip(1)
     parted = np.argpartition(scores_NB.numpy(), -active_blocks, axis=1)
@@ -166,7 +172,7 @@ def top_blocks(scores_NB: Tensor, active_blocks: int) -> Tensor:
 
 
 def mean_over_tokens(values_NX: Tensor, valid_N: Tensor | None) -> Tensor:
-    """Mean over the tokens that are no padding: (X,); zeros where there are none."""
+    """Average over the valid tokens: (X,); zeros if there are none."""
     if valid_N is None:
         return values_NX.sum(dim=0) / max(len(values_NX), 1)
     weights_N = valid_N.to(values_NX.dtype) / valid_N.sum().clamp(min=1)

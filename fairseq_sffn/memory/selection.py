@@ -1,4 +1,4 @@
-"""What a selector is and what it returns."""
+"""The interface of selectors: their input, their result, and the registry."""
 
 from __future__ import annotations
 
@@ -23,23 +23,22 @@ if TYPE_CHECKING:
 
 
 class SelectorInput(NamedTuple):
-    """What a selector may look at.
+    """The input of a selector.
 
     Attributes:
         x: (N, D) hidden states.
-        keys: (C, D) the memory's key table, where ``Selector.key_table`` is ``full``.
-        key_bias: (C,) likewise, unless the memory has no bias.
-        token_ids: (N, context_tokens) trailing token ids, the current one last, where the selector
-            looks at any.
+        keys: (C, D) the memory's key table if ``Selector.key_table`` is ``full``, else ``None``.
+        key_bias: (C,) the bias of the keys, or ``None``.
+        token_ids: (N, T) trailing token ids, the current one last, if the selector reads any.
         valid: (N,) bool, ``False`` at padding; ``None``: no padding.
-        needs_scores: whether gate or losses read the scores of the selection.
-        gather: where the blocks are shared out to several ranks, and ``keys`` are this rank's, puts
-            what each rank has of its own blocks together, in their order; gradients go back.
-        gather_tokens: where several ranks' tokens are one micro-batch, what each rank has of its
-            own, one after the other, and which is this rank's; without gradients. The host waits
-            for the device, to learn how many rows each rank has.
-        stack_over_tokens: likewise for a tensor that has the same shape on each rank: stacks those
-            of all ranks, (...) -> (ranks, ...), without gradients and without waiting.
+        needs_scores: whether the gate or the losses read the scores of the selection.
+        gather: concatenates what each rank computes of its own blocks, in their order, with
+            gradients. Where blocks are sharded, ``keys`` and ``key_bias`` are this rank's.
+        gather_tokens: concatenates the rows of the ranks that share a micro-batch, and says which
+            are this rank's; no gradients. The host waits for the device, to learn the number of
+            rows of each rank.
+        stack_over_tokens: stacks tensors of the same shape on each of these ranks,
+            (...) -> (ranks, ...); no gradients, no waiting.
     """
 
     x: Tensor
@@ -54,21 +53,21 @@ class SelectorInput(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """The blocks that each token uses, and what the selector already knows about them.
+    """The blocks of each token, and what the selector already computed of them.
 
     Attributes:
         blocks: (N, A) int64, the selected blocks of each token.
-        scores: what each block was chosen by, higher is better, as logits; ``None`` where a
-            selector does not score blocks, or nothing needs them. Gates and the balance loss read
-            them.
-        weights: (N, A) gate values, or ``None`` where every selected block counts fully.
-        kept: (N, A) bool, ``False`` where the block is not used after all; ``None``: all are. What
-            a selector leaves out is no assignment; what a full block drops is counted as dropped.
-        pre_activations: (N, A, G) x . k + c of the selected cells, from a selector that had to
-            compute them anyway; they are not computed again.
-        coefficients: (N, A) what multiplies the values, from a selector with its own keys and
-            blocks of one cell; keys and activation are passed by.
-        num_kept: how many pairs are kept, where that is known without asking the device.
+        scores: logits of all blocks, higher is better; ``None`` if the selector does not score
+            blocks or nothing needs the scores. Gates and losses read them.
+        weights: (N, A) gate values; ``None``: all 1.
+        kept: (N, A) bool, ``False`` for assignments that are not used; ``None``: all are. An
+            assignment that a selector leaves out does not count as an assignment; one that a full
+            block drops counts as dropped.
+        pre_activations: (N, A, G) x . k + c of the selected cells, from a selector that computes
+            them anyway; they are not computed again.
+        coefficients: (N, A) factors of the values, from a selector with its own keys and blocks of
+            one cell; they replace keys and activation.
+        num_kept: number of kept assignments, if the host knows it.
     """
 
     blocks: Tensor
@@ -79,23 +78,38 @@ class Selection(NamedTuple):
     coefficients: Tensor | None = None
     num_kept: int | None = None
 
+    def counted(self, valid_N: Tensor | None) -> Tensor | None:
+        """Return which assignments count in usage, losses and capacity.
+
+        Args:
+            valid_N: bool, ``False`` at padding; ``None``: no padding.
+
+        Returns:
+            bool, broadcasts to (N, A); ``None``: all count.
+        """
+        if valid_N is None:
+            return self.kept
+        return valid_N.unsqueeze(1) if self.kept is None else self.kept & valid_N.unsqueeze(1)
+
 
 @dataclass(frozen=True)
 class SelectorConfig:
-    """Options of a selector. Each field is also a command-line flag, so it has a plain type
-    (``int``, ``float``, ``bool`` or ``Literal`` strings, or one of these or ``None``), a default,
-    and metadata ``help``."""
+    """Options of a selector.
+
+    Each field is also a command-line flag. It therefore has a plain type (``int``, ``float``,
+    ``bool`` or ``Literal`` strings, or one of these or ``None``), a default, and metadata ``help``.
+    """
 
     selector_class: ClassVar[type[Selector]]
 
     @classmethod
     def choices(cls) -> dict[str, tuple[str, ...]]:
-        """The values of each option that has a ``Literal`` type."""
+        """Return the allowed values of each option with a ``Literal`` type."""
         hints = get_type_hints(cls).items()
         return {name: get_args(kind) for name, kind in hints if get_origin(kind) is Literal}
 
     def plain_types(self) -> dict[str, type]:
-        """The type of each option that is a number or a switch, unless it is left ``None``."""
+        """Return the type of each option that is a number or a switch and is not ``None``."""
         result: dict[str, type] = {}
         for name, kind in get_type_hints(type(self)).items():
             kinds = get_args(kind) or (kind,)
@@ -106,38 +120,38 @@ class SelectorConfig:
 
 
 class Selector(nn.Module):
-    """Chooses ``active_blocks`` of ``num_blocks`` blocks for each token.
+    """Selects ``active_blocks`` of ``num_blocks`` blocks for each token.
 
-    A new method is a subclass in ``selectors/`` with a ``name``; it is registered by being
-    defined. What a method needs beyond :meth:`forward` it declares in class attributes.
+    A method is a subclass with a ``name``, in a file of its own in ``selectors/``. Defining the
+    class registers it. Class attributes declare what the method needs beyond :meth:`forward`.
 
     Args:
-        config: the memory's sizes; ``config.selector_options`` are the selector's own options.
+        config: the memory's sizes; ``config.selector_options`` has the selector's own options.
     """
 
     registry: ClassVar[dict[str, type[Selector]]] = {}
     Config: ClassVar[type[SelectorConfig]] = SelectorConfig
 
     name: ClassVar[str]
-    """Name in ``MemoryConfig.selector`` and ``--sffn-selector``."""
+    """The name in ``MemoryConfig.selector`` and ``--sffn-selector``."""
     flag_prefix: ClassVar[str]
     """Options become flags ``--{flag_prefix}-{field}``; by default the name, with dashes."""
     key_table: ClassVar[Literal["full", "own", "none"]] = "full"
-    """``full``: uses the memory's key table. ``own``: has keys of its own and returns
-    ``coefficients`` or ``pre_activations``. ``none``: returns ``coefficients`` without keys."""
+    """``full``: the selector uses the memory's key table. ``own``: it has its own keys and returns
+    ``coefficients`` or ``pre_activations``. ``none``: it returns ``coefficients`` without keys."""
     scores_every_key: ClassVar[bool] = False
-    """Whether every row of the key table takes part in selecting, so that none is inactive."""
+    """Whether selection reads every row of the key table, so that no key is inactive."""
     scores_blocks: ClassVar[bool] = True
-    """Whether :meth:`forward` returns scores; gates and balance loss need them."""
+    """Whether :meth:`forward` returns scores, which gates and the balance loss need."""
     default_gate: ClassVar[str] = "none"
     default_balance_weight: ClassVar[float] = 0.0
-    """Weight of the balance loss where nothing is asked for."""
+    """Default weight of the balance loss."""
     balanced_choices: ClassVar[int | None] = None
-    """How many of a token's choices, best first, the balance loss counts; ``None``: all."""
+    """Number of a token's choices, best first, that the balance loss counts; ``None``: all."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "name" not in cls.__dict__:  # an abstract helper between Selector and its methods
+        if "name" not in cls.__dict__:  # an abstract class between Selector and its methods
             return
         if "flag_prefix" not in cls.__dict__:
             cls.flag_prefix = cls.name.replace("_", "-")
@@ -152,33 +166,33 @@ class Selector(nn.Module):
 
     @classmethod
     def default_block_size(cls, ffn_embed_dim: int) -> int:
-        """Cells per block where nothing is asked for, in place of a dense FFN of this width."""
+        """Return the default number of cells per block, in place of a dense FFN of this width."""
         return ffn_embed_dim
 
     @classmethod
     def context_tokens(cls, config: MemoryConfig) -> int:
-        """How many trailing token ids it looks at, the current one included."""
+        """Return the number of trailing token ids that it reads, the current one included."""
         return 0
 
     @classmethod
     def validate(cls, config: MemoryConfig) -> None:
-        """Raises ConfigError where the method cannot honour the sizes or its options."""
+        """Raise ConfigError if the method does not support the sizes or its options."""
 
     @classmethod
     def num_params(cls, config: MemoryConfig) -> int:
-        """Trained parameters of the selector itself."""
+        """Return the number of trained parameters of the selector itself."""
         return 0
 
     @classmethod
     def flops_per_token(cls, config: MemoryConfig) -> int:
-        """Forward FLOPs to choose the blocks of a token, beyond those of the active cells."""
+        """Return the forward FLOPs to select the blocks of a token, beyond the active cells."""
         return 0
 
     @classmethod
     def flops_per_step(cls, config: MemoryConfig) -> int:
-        """Forward FLOPs of a pass that do not depend on how many tokens it has."""
+        """Return the forward FLOPs of a pass that do not depend on the number of tokens."""
         return 0
 
     def forward(self, inputs: SelectorInput) -> Selection:
-        """Select blocks."""
+        """Select the blocks of each token."""
         raise NotImplementedError

@@ -1,5 +1,8 @@
-"""Routing statistics: counts that add up over layers' calls, micro-batches and workers, and the
-ratios that follow from the sums."""
+"""Routing statistics.
+
+They are counts, which add up over calls, micro-batches and ranks. The functions compute ratios from
+the sums.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .selection import Selection
+
 
 class Usage(NamedTuple):
-    """What one pass sent where.
+    """The assignments of one pass.
 
     Attributes:
-        counts: (B,) int64 assignments per block, padding excluded, before any were dropped.
-        dropped: () int64 assignments that found their block full.
-        importance: (B,) absolute weights or coefficients, summed over each block's assignments; the
-            counts again where a method has neither.
-        sent: () int64 bytes that this rank sent to others for it, gradients and what activation
-            checkpointing sends again included.
+        counts: (B,) int64 assignments per block, padding excluded, before capacity drops any.
+        dropped: () int64 assignments dropped by the capacity.
+        importance: (B,) sum of the absolute weights or coefficients of each block's assignments;
+            the counts where a method has neither.
+        sent: () int64 bytes that this rank sends to others, including gradients and the repeated
+            forward pass of activation checkpointing.
     """
 
     counts: Tensor
@@ -27,37 +32,55 @@ class Usage(NamedTuple):
     sent: Tensor
 
 
+def block_importance(selection: Selection, counts_B: Tensor, counted: Tensor | None) -> Tensor:
+    """Compute ``Usage.importance``: (B,).
+
+    Args:
+        selection, counted: see :meth:`.selection.Selection.counted`.
+        counts_B: ``Usage.counts``.
+    """
+    importance_B = counts_B.float()
+    factors = [t for t in (selection.weights, selection.coefficients) if t is not None]
+    if not factors:
+        return importance_B
+    importance_NA = torch.stack(factors).detach().float().prod(dim=0).abs()
+    importance_NA = importance_NA if counted is None else importance_NA * counted
+    return importance_B.zero_().scatter_add_(0, selection.blocks.flatten(), importance_NA.flatten())
+
+
 def load_entropy(counts_B: Tensor) -> float:
-    """Entropy of the load over its maximum log B: 1 when even, 0 when one block takes all."""
+    """Return the entropy of the load over its maximum log B: 1 if even, 0 if one block has all."""
+    if len(counts_B) < 2:
+        return 1.0
     shares_B = counts_B.double() / counts_B.sum().clamp(min=1)
     entropy = torch.special.entr(shares_B).sum()
-    return (
-        float(entropy / torch.log(torch.tensor(float(len(counts_B))))) if len(counts_B) > 1 else 1.0
-    )
+    return float(entropy / torch.log(torch.tensor(float(len(counts_B)))))
 
 
 def load_max(counts_B: Tensor) -> float:
-    """Load of the most loaded block over the mean load: 1 when even."""
+    """Return the maximum load over the mean load: 1 if even."""
     return float(counts_B.max() / counts_B.double().mean().clamp(min=1e-9))
 
 
 def unused_blocks(counts_B: Tensor) -> int:
-    """How many blocks no token used."""
+    """Return the number of blocks that no token used."""
     return int((counts_B == 0).sum())
 
 
 def memory_usage(counts_B: Tensor) -> float:
-    """Share of the blocks that some token used (Lample et al. 2019)."""
+    """Return the share of blocks that some token used (Lample et al. 2019, arXiv 1907.05242)."""
     return 1 - unused_blocks(counts_B) / len(counts_B)
 
 
 def load_kl(importance_B: Tensor) -> float:
-    """Kullback-Leibler divergence of the weighed load from the uniform distribution, in nats: 0
-    when even, log B when one block takes all (Lample et al. 2019, arXiv 1907.05242)."""
+    """Return the Kullback-Leibler divergence of the weighted load from the uniform distribution.
+
+    In nats: 0 if even, log B if one block has all (Lample et al. 2019, arXiv 1907.05242).
+    """
     shares_B = importance_B.double() / importance_B.double().sum().clamp(min=1e-30)
     return float(torch.xlogy(shares_B, shares_B * len(importance_B)).sum())
 
 
 def dropped_share(counts_B: Tensor, dropped: Tensor) -> float:
-    """Share of the assignments that were dropped."""
+    """Return the share of assignments that were dropped."""
     return float(dropped / counts_B.sum().clamp(min=1))

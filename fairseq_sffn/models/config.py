@@ -185,9 +185,10 @@ class SparseOptions(FairseqDataclass):
         default=None,
         metadata={
             "help": "for debugging: how blocks are computed, with the same results. 'loop': one "
-            "matrix product per block; 'grouped': PyTorch's grouped_mm; 'bags': embedding bags of "
-            "table rows; 'masked': products with the whole table; 'tiled': tiles of assignments, "
-            "as on GPUs; 'native_loop' and 'native_bags': C++ kernels (default: by the sizes)"
+            "matrix product per block; 'grouped': PyTorch's grouped_mm; 'embedding_bag': embedding "
+            "bags of table rows; 'masked': products with the whole table; 'tiled': tiles of "
+            "assignments, as on GPUs; 'native_loop' and 'native_embedding_bag': C++ kernels "
+            "(default: by the sizes)"
         },
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..memory import MemoryConfig, SparseMemory
 from ..memory.compute import ENGINES, choose_engine
-from ..memory.compute.engines import Bags
+from ..memory.compute.engines import EmbeddingBag
 from ..memory.compute.tiles import tile_rows
 from ..memory.selectors.avgk import AvgK
 from ..memory.selectors.learned_gate import LearnedGate
@@ -141,7 +141,7 @@ def memory_bytes(memory: SparseMemory, tokens: int, shards: int, dtype: torch.dt
         if config.engine
         else choose_engine("cuda", dtype, tokens, config.active_blocks, shape)
     )
-    bags = isinstance(engine, Bags)
+    bags = isinstance(engine, EmbeddingBag)
     kept = 0
     if shards == 1 or scores_are_kept(config):
         kept += tokens * width * size  # x, which blocks here multiply, or a selector does

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 
 from ..memory import MemoryConfig
-from ..memory.exchange import INDEX_BYTES, SIZES_BYTES
+from ..memory.dispatch import INDEX_BYTES, SIZES_BYTES
 from ..memory.selectors.avgk import AvgK
 
 

@@ -44,7 +44,7 @@ def token_ids_are_checked_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("checkpoint_activations", [False, True])
 @pytest.mark.parametrize("method", SPARSE)
 def test_a_model_and_its_loss(method, checkpoint_activations):
-    options = dict(checkpoint_activations=checkpoint_activations, sffn_engine="bags")
+    options = dict(checkpoint_activations=checkpoint_activations, sffn_engine="embedding_bag")
     model, batch = small_lm(method, sffn_freq=1, **options), sample(5, 3)
     losses = {} if method in ("rand_hash", "hash_layer") else dict(balance_loss_weight=0.1)
     with Synchronisations(*LEFT_OUT) as places:
@@ -56,7 +56,7 @@ def test_a_model_and_its_loss(method, checkpoint_activations):
 
 
 def test_decoding_a_token():
-    model = small_lm("avgk", sffn_engine="bags").eval()
+    model = small_lm("avgk", sffn_engine="embedding_bag").eval()
     tokens = random_tokens(2, 4)
     with torch.no_grad(), Synchronisations(*LEFT_OUT) as places:
         for length in (1, 2, 3):

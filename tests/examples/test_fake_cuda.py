@@ -22,7 +22,7 @@ FAULTS = {
     ),
     "sizes are read": (
         "engines.ENGINES['tiled'] = engines.ENGINES['loop']",
-        "gives a tensor on the host at fairseq_sffn/memory/compute/plan.py",
+        "gives a tensor on the host at fairseq_sffn/memory/compute/chunks.py",
     ),
     "a number is read": (
         "scores.top_blocks = lambda s, k: (bool(s.sum() > 0), top(s, k))[1]",

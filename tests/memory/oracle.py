@@ -26,8 +26,8 @@ from fairseq_sffn.memory.selectors.pkm import PKM
 from fairseq_sffn.memory.selectors.vanilla_m import VanillaM
 
 NATIVE = pytest.mark.skipif(kernels.load() is None, reason="no C++ compiler here")
-NATIVE_ENGINES = ("native_loop", "native_bags")
-CPU_ENGINES = ["loop", "bags", "masked", "tiled"]
+NATIVE_ENGINES = ("native_loop", "native_embedding_bag")
+CPU_ENGINES = ["loop", "embedding_bag", "masked", "tiled"]
 CPU_ENGINES += [pytest.param(name, marks=NATIVE) for name in NATIVE_ENGINES]
 """Those that compute in fp64."""
 

@@ -67,14 +67,14 @@ def assigns(memory: SparseMemory) -> bool:
 @pytest.mark.parametrize(("case", "gate"), CASE_GATES)
 def test_selectors_gates_losses_and_capacity(case, gate, training, padded, capacity):
     factors = dict(capacity_factor=capacity, eval_capacity_factor=capacity)
-    memory = build(case, gate=gate, engine="bags", **factors).train(training)
+    memory = build(case, gate=gate, engine="embedding_bag", **factors).train(training)
     places = waits(memory, padded)
     assert operations(places) == ["cpu"] * assigns(memory), places
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_without_losses_and_gradients(case):
-    memory = build(case, engine="bags").eval()
+    memory = build(case, engine="embedding_bag").eval()
     with torch.no_grad():
         assert not waits(memory, losses=False, backward=False)
 
@@ -82,7 +82,7 @@ def test_without_losses_and_gradients(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
 def test_autocast(case, dtype):
-    memory = build(case, torch.float32, engine="bags")
+    memory = build(case, torch.float32, engine="embedding_bag")
     x, token_ids = tokens(3, 7, dtype=torch.float32)
     with (
         Synchronisations(*LEFT_OUT) as places,
@@ -94,7 +94,7 @@ def test_autocast(case, dtype):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_running_state(padded):
-    assert not waits(build("avgk-g4", selector=STATEFUL, engine="bags"), padded)
+    assert not waits(build("avgk-g4", selector=STATEFUL, engine="embedding_bag"), padded)
 
 
 # Several processes
@@ -109,7 +109,7 @@ SHARDABLE += ["rand_hash", "hash_layer", "pkm_ffn"]
 @pytest.mark.parametrize("case", SHARDABLE)
 def test_expert_parallel_waits_once(case, gate, capacity, world):
     groups = ProcessGroups(blocks=world)
-    memory = build(case, groups=groups, gate=gate, capacity_factor=capacity, engine="bags")
+    memory = build(case, groups=groups, gate=gate, capacity_factor=capacity, engine="embedding_bag")
     places = waits(memory, padded=True)
     assert operations(places) == ["cpu"] * assigns(memory) + ["tolist"], places
 
@@ -117,19 +117,23 @@ def test_expert_parallel_waits_once(case, gate, capacity, world):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_that_are_one_micro_batch(case, padded, world):
-    memory = build(case, groups=ProcessGroups(tokens=world), engine="bags")
+    memory = build(case, groups=ProcessGroups(tokens=world), engine="embedding_bag")
     places = waits(memory, padded)
     assert operations(places) == ["cpu"] * assigns(memory), places
 
 
 def test_running_state_of_all_processes(world):
-    memory = build("avgk-g4", selector=STATEFUL, groups=ProcessGroups(tokens=world), engine="bags")
+    memory = build(
+        "avgk-g4", selector=STATEFUL, groups=ProcessGroups(tokens=world), engine="embedding_bag"
+    )
     assert not waits(memory, padded=True)
 
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_base_of_all_processes_waits_twice(padded, world):
     selector = BASELayer.Config(scope="world")
-    memory = build("base", selector=selector, groups=ProcessGroups(tokens=world), engine="bags")
+    memory = build(
+        "base", selector=selector, groups=ProcessGroups(tokens=world), engine="embedding_bag"
+    )
     places = waits(memory, padded)
     assert operations(places) == ["cpu", "tolist"], places

@@ -74,7 +74,7 @@ def lm(name: str, **options: Any) -> Any:
         sizes["sffn_block_size"] = 16
     if name != "dense":
         cells = name in ("vanilla_m", "lorkm") or name.startswith("pkm")
-        sizes["sffn_engine"] = "bags" if cells else "tiled"
+        sizes["sffn_engine"] = "embedding_bag" if cells else "tiled"
     config = lm_config(f"transformer_lm_{name}_tiny", LENGTH, **{**sizes, **options})
     return build(config, TYPES).float()
 

@@ -116,7 +116,9 @@ def special_cases() -> Iterator[Case]:
         for name in ("vanilla_m", "lorkm", "pkm_ffn"):
             yield Case(name, 1, dtype, padded=False, losses=False)
         yield from (Case("avgk", 16, dtype, padded=False, tokens=n) for n in (0, 1, 5))
-        yield from (Case("avgk", 16, dtype, engine=name) for name in ("tiled", "masked", "bags"))
+        yield from (
+            Case("avgk", 16, dtype, engine=name) for name in ("tiled", "masked", "embedding_bag")
+        )
         yield Case("avgk", 1, dtype, engine="tiled")
         yield from (Case("avgk", 64, dtype, engine=name) for name in ("grouped", "loop"))
 
@@ -156,7 +158,7 @@ def check_case(case: Case, device: str) -> Row:
     inputs = inputs.to(device, dtype)
     out, got = forward_backward(memory, inputs, autocast)
     blocks_NA = out.selection.blocks.cpu()
-    twin = twin_of(memory, "cpu", "bags" if case.block_size == 1 else "loop")
+    twin = twin_of(memory, "cpu", "embedding_bag" if case.block_size == 1 else "loop")
     exact = inputs.to("cpu", torch.float64)
     with forced(blocks_NA) as lost:
         exact_out, want = forward_backward(twin, exact)
@@ -264,7 +266,7 @@ def paper_size(setting: Setting) -> Iterator[Row]:
         of_few = Inputs(exact.x_ND[few], exact.token_ids_N[few], None, exact.cotangent_ND[few])
         of_few.losses = False
         with forced(blocks_NA[few].cpu()):
-            twin = twin_of(memory, "cpu", "bags")
+            twin = twin_of(memory, "cpu", "embedding_bag")
             _, on_cpu = forward_backward(twin, of_few.to("cpu", torch.float64))
         names = ("output", "gradient of x")
         by_name = errors(

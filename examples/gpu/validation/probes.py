@@ -10,7 +10,7 @@ import torch
 from recorder import WAITS_OF
 
 from fairseq_sffn.memory import Selector
-from fairseq_sffn.memory.compute.products import MOST_GROUPS
+from fairseq_sffn.memory.compute.grouped_mm import MOST_GROUPS
 from fairseq_sffn.memory.compute.tiled_products import implementation
 from fairseq_sffn.memory.renamed import grouped_mm
 

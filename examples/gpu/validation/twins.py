@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fairseq_sffn.memory import MemoryOutput, SparseMemory
 from fairseq_sffn.memory.scores import ProductScores, Scores
-from fairseq_sffn.memory.selectors import base, vanilla_m
+from fairseq_sffn.memory.selectors import base_layer, vanilla_m
 
 FLOOR = 1e-3
 """A tensor's error is taken relative to its largest number, or to this share of the largest of all
@@ -118,7 +118,7 @@ def forced(blocks_NA: Tensor) -> Iterator[list[float]]:
         mock.patch.object(Scores, "top", top),
         mock.patch.object(ProductScores, "top", top),
         mock.patch.object(vanilla_m, "top_blocks", top_blocks),
-        mock.patch.object(base, "balanced_assignment", lambda *_, **__: blocks_NA.squeeze(1)),
+        mock.patch.object(base_layer, "balanced_assignment", lambda *_, **__: blocks_NA.squeeze(1)),
     ):
         yield losses
 

@@ -1,4 +1,4 @@
-"""Ways to compute the selected blocks, and which one runs."""
+"""The engines that compute the selected blocks, and the choice of the one that runs."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ import torch
 from torch import Tensor
 
 from ..selection import Selection
-from .bag_kernels import BAGS, BagKernels, RowOrder, pays_to_mask
-from .bags import dot_rows, sum_rows
-from .plan import make_plan
-from .products import PRODUCTS, Products
-from .sorted_pairs import combine, score
+from .chunks import chunk_assignments
+from .embedding_bag import dot_rows, sum_rows
+from .embedding_bag_kernels import EMBEDDING_BAGS, EmbeddingBagKernels, RowOrder, pays_to_mask
+from .grouped_mm import GROUPED_MMS, GroupedMM
+from .sorted_assignments import pre_activations, sum_values
 from .tiled_products import gathered_products, scattered_products
 from .tiles import make_tiles, tile_rows
 
 
 class Tables(NamedTuple):
-    """A memory's tables in one dtype: keys (B, G, D) and key bias (B, G), or ``None`` where there
-    are none, and values (B, G, D)."""
+    """The tables of a memory in one dtype.
+
+    Attributes:
+        keys: (B, G, D), or ``None`` where the selector has its own keys or needs none.
+        key_bias: (B, G), or ``None``.
+        values: (B, G, D).
+    """
 
     keys: Tensor | None
     key_bias: Tensor | None
@@ -34,7 +39,7 @@ class Engine(Protocol):
     def supports(
         self, device_type: str, dtype: torch.dtype, table_shape: tuple[int, int, int]
     ) -> bool:
-        """Whether the engine can compute tables (B, G, D) of this kind."""
+        """Return whether the engine can compute with tables of this dtype and shape (B, G, D)."""
 
     def compute(
         self,
@@ -44,24 +49,30 @@ class Engine(Protocol):
         activation: Callable[[Tensor], Tensor],
         dropout: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """The memory's output without its bias: (N, D), in the dtype of the tables and x.
+        """Compute the output of the memory without its bias.
 
         Args:
+            x_ND: hidden states, in the dtype of the tables.
+            tables: keys, key bias and values.
+            selection: the blocks of each token.
             activation: f, elementwise.
-            dropout: applied to what f gives, elementwise.
+            dropout: applied to the result of f, elementwise.
+
+        Returns:
+            (N, D) in the dtype of the tables.
         """
 
 
 @dataclass(frozen=True)
-class SortedPairs:
-    """(token, block) pairs sorted by block, and multiplied block by block."""
+class SortedAssignments:
+    """Sorts the assignments by block and multiplies block by block."""
 
-    products: Products
+    mm: GroupedMM
 
     def supports(
         self, device_type: str, dtype: torch.dtype, table_shape: tuple[int, int, int]
     ) -> bool:
-        return self.products.supports(device_type, dtype, table_shape)
+        return self.mm.supports(device_type, dtype, table_shape)
 
     def compute(
         self,
@@ -71,27 +82,30 @@ class SortedPairs:
         activation: Callable[[Tensor], Tensor],
         dropout: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        order_P, plan = make_plan(
-            selection.blocks, len(tables.values), CACHED_PAIRS, selection.kept
+        order_P, assignments = chunk_assignments(
+            selection.blocks, len(tables.values), CACHED_ASSIGNMENTS, selection.kept
         )
-        if selection.coefficients is not None:
-            hidden_PG = selection.coefficients.flatten()[order_P].unsqueeze(1)
-        elif selection.pre_activations is not None:
-            hidden_PG = activation(selection.pre_activations.flatten(0, 1)[order_P])
-        else:
+
+        def in_order(values_NA: Tensor) -> Tensor:
+            return values_NA.flatten(0, 1)[order_P]
+
+        def pre_activations_PG() -> Tensor:
             assert tables.keys is not None
-            pre_PG = score(x_ND, tables.keys, tables.key_bias, plan, self.products)
-            hidden_PG = activation(pre_PG)
+            return pre_activations(x_ND, tables.keys, tables.key_bias, assignments, self.mm)
+
+        hidden_PG = _hidden(selection, activation, in_order, pre_activations_PG)
         hidden_PG = dropout(hidden_PG).to(x_ND.dtype)
         weights_P = None
         if selection.weights is not None:
-            weights_P = selection.weights.flatten()[order_P].to(x_ND.dtype)
-        return combine(hidden_PG, weights_P, tables.values, plan, len(x_ND), self.products)
+            weights_P = in_order(selection.weights).to(x_ND.dtype)
+        return sum_values(hidden_PG, weights_P, tables.values, assignments, len(x_ND), self.mm)
 
 
 class Tiled:
-    """Pairs sorted by block and multiplied tile by tile, without asking the device for anything:
-    for accelerators."""
+    """Sorts the assignments by block and multiplies tile by tile, without a read from the device.
+
+    It is the engine for accelerators.
+    """
 
     def supports(
         self, device_type: str, dtype: torch.dtype, table_shape: tuple[int, int, int]
@@ -112,19 +126,17 @@ class Tiled:
         tiles = make_tiles(blocks_NA, num_blocks, selection.kept, rows, num_kept)
 
         def in_order(values_NA: Tensor) -> Tensor:
-            if selection.kept is not None:  # what is dropped may not be finite
+            if selection.kept is not None:  # the values of dropped assignments may be infinite
                 dropped_NA = ~selection.kept
                 dropped_NA = dropped_NA.view(dropped_NA.shape + (1,) * (values_NA.ndim - 2))
                 values_NA = values_NA.masked_fill(dropped_NA, 0.0)
             return values_NA.flatten(0, 1).index_select(0, tiles.order_P)
 
-        if selection.coefficients is not None:
-            hidden_PG = in_order(selection.coefficients).unsqueeze(1)
-        elif selection.pre_activations is not None:
-            hidden_PG = activation(in_order(selection.pre_activations))
-        else:
+        def pre_activations_PG() -> Tensor:
             assert tables.keys is not None
-            hidden_PG = activation(gathered_products(x_ND, tables.keys, tables.key_bias, tiles))
+            return gathered_products(x_ND, tables.keys, tables.key_bias, tiles)
+
+        hidden_PG = _hidden(selection, activation, in_order, pre_activations_PG)
         hidden_PG = dropout(hidden_PG).to(x_ND.dtype)
         if selection.weights is not None:
             hidden_PG = hidden_PG * in_order(selection.weights).to(x_ND.dtype).unsqueeze(1)
@@ -132,11 +144,13 @@ class Tiled:
 
 
 @dataclass(frozen=True)
-class Bags:
-    """Each token sums a bag of table rows, without sorting or gathering: for blocks of one cell,
-    and for a few tokens, which then touch their own rows only."""
+class EmbeddingBag:
+    """Sums table rows for each token, without sorting or gathering.
 
-    kernels: BagKernels
+    It is for blocks of one cell, and for few tokens, which then read only their own rows.
+    """
+
+    kernels: EmbeddingBagKernels
 
     def supports(
         self, device_type: str, dtype: torch.dtype, table_shape: tuple[int, int, int]
@@ -152,16 +166,16 @@ class Bags:
         dropout: Callable[[Tensor], Tensor],
     ) -> Tensor:
         blocks_NA, order = selection.blocks, RowOrder()
-        if selection.coefficients is not None:
-            hidden_NK = selection.coefficients
-        elif selection.pre_activations is not None:
-            hidden_NK = activation(selection.pre_activations.flatten(1))
-        else:
+
+        def in_order(values_NAG: Tensor) -> Tensor:
+            return values_NAG.flatten(1)
+
+        def pre_activations_NK() -> Tensor:
             assert tables.keys is not None
             keys_BGD, bias_BG = tables.keys, tables.key_bias
-            hidden_NK = activation(
-                dot_rows(x_ND, keys_BGD, bias_BG, blocks_NA, order, self.kernels)
-            )
+            return dot_rows(x_ND, keys_BGD, bias_BG, blocks_NA, order, self.kernels)
+
+        hidden_NK = _hidden(selection, activation, in_order, pre_activations_NK)
         hidden_NK = dropout(hidden_NK).to(x_ND.dtype)
         if selection.weights is not None or selection.kept is not None:
             hidden_NAG = hidden_NK.unflatten(1, (-1, tables.values.shape[1]))
@@ -173,22 +187,43 @@ class Bags:
         return sum_rows(hidden_NK, tables.values, blocks_NA, order, self.kernels)
 
 
+def _hidden(
+    selection: Selection,
+    activation: Callable[[Tensor], Tensor],
+    in_order: Callable[[Tensor], Tensor],
+    pre_activations: Callable[[], Tensor],
+) -> Tensor:
+    """Return the hidden activations, in the order and shape of the engine.
+
+    Args:
+        selection: may know coefficients or pre-activations.
+        activation: f, elementwise.
+        in_order: brings (N, A, G) into the order and shape of the engine.
+        pre_activations: computes the pre-activations where the selection does not know them.
+    """
+    if selection.coefficients is not None:
+        return in_order(selection.coefficients.unsqueeze(2))
+    if selection.pre_activations is not None:
+        return activation(in_order(selection.pre_activations))
+    return activation(pre_activations())
+
+
 ENGINES: dict[str, Engine] = {
-    **{name: SortedPairs(products) for name, products in PRODUCTS.items()},
-    **{name: Bags(kernels) for name, kernels in BAGS.items()},
+    **{name: SortedAssignments(mm) for name, mm in GROUPED_MMS.items()},
+    **{name: EmbeddingBag(kernels) for name, kernels in EMBEDDING_BAGS.items()},
     "tiled": Tiled(),
 }
 
 NATIVE = tuple(name for name in ENGINES if name.startswith("native_"))
-"""Those that need the C++ kernels: on a CPU, in fp32 or fp64, if they can be compiled."""
+"""Engines that need the C++ kernels: on a CPU, in fp32 or fp64, if these can be compiled."""
 
-CACHED_PAIRS = 4096
-"""Pairs whose gathered rows fit a processor's cache, as measured; larger temporaries cost page
-faults that outweigh the products."""
+CACHED_ASSIGNMENTS = 4096
+"""Number of assignments whose gathered rows fit in a processor's cache (measured). Page faults of
+larger temporaries cost more than the matrix products."""
 
-BAGGED_ELEMENTS = 2**16
-"""Up to so many products of numbers a block, on a CPU, calling a matrix product costs more than it
-saves, as measured."""
+EMBEDDING_BAG_ELEMENTS = 2**16
+"""Up to this many multiplications per block, a matrix product on a CPU costs more than it saves
+(measured)."""
 
 SMALL_BLOCK = 8
 """Blocks of fewer cells fill a small part of a matrix unit's tile."""
@@ -201,20 +236,22 @@ def choose_engine(
     active_blocks: int,
     table_shape: tuple[int, int, int],
 ) -> Engine:
-    """The engine that is fastest for these sizes among those that support them.
+    """Return the fastest engine for these sizes among those that support them.
 
     Args:
-        active_blocks: of each token.
+        device_type: ``cpu`` or an accelerator.
+        dtype: of the tables.
+        num_tokens: N.
+        active_blocks: A.
         table_shape: (B, G, D).
     """
     num_blocks, block_size, width = table_shape
-    num_pairs = num_tokens * active_blocks
     if device_type != "cpu":
         if block_size < SMALL_BLOCK and pays_to_mask(num_tokens, active_blocks, num_blocks):
             return ENGINES["masked"]
-        return ENGINES["bags" if block_size == 1 else "tiled"]
-    each = num_pairs / num_blocks
-    few = each <= 1 or each * block_size * width <= BAGGED_ELEMENTS
-    name = "bags" if block_size == 1 or few else "loop"
+        return ENGINES["embedding_bag" if block_size == 1 else "tiled"]
+    load = num_tokens * active_blocks / num_blocks
+    few = load <= 1 or load * block_size * width <= EMBEDDING_BAG_ELEMENTS
+    name = "embedding_bag" if block_size == 1 or few else "loop"
     native = ENGINES[f"native_{name}"]
     return native if native.supports(device_type, dtype, table_shape) else ENGINES[name]

@@ -1,8 +1,9 @@
-// What stock PyTorch is slow at on a CPU, in fp32 and fp64: many small matrix products side by
-// side, and sums over table rows that pass by rows of no weight.
+// CPU kernels in fp32 and fp64 for operations that are slow in stock PyTorch: many small matrix
+// products in parallel, and sums over table rows that skip rows of weight 0.
 //
-// Shapes as in the Python modules: N tokens, A active blocks of each, P sorted (token, block)
-// pairs, B blocks of G cells, width D. kernels.py compiles this file.
+// Shapes as in the Python modules: N tokens, A active blocks per token, P assignments sorted by
+// block, B blocks, G cells per block, D width. kernels.py compiles this one file, so that a
+// first use includes PyTorch's headers once.
 
 #include <algorithm>
 #include <optional>
@@ -23,14 +24,14 @@ namespace {
 using at::Tensor;
 using std::int64_t;
 
-// Fewer multiplications than this are not worth another thread.
+// Fewer multiplications than this do not repay another thread.
 constexpr int64_t kThreadWork = 1 << 15;
-// Rows that are fetched ahead, since the next block is anywhere in memory.
+// Number of rows to prefetch: the next block may be anywhere in memory.
 constexpr int64_t kRowsAhead = 8;
 constexpr int64_t kCacheLine = 64;
-// Rows that are read many times, so many bytes at a time: they stay in a core's cache.
+// Bytes of rows that are read repeatedly, so that they stay in a core's cache.
 constexpr int64_t kTile = 1 << 18;
-// Rows to add up that are worth another look at where they go.
+// Minimum number of rows per sum and tile.
 constexpr int64_t kRowsOfSum = 16;
 
 template <typename T>
@@ -39,7 +40,7 @@ void fetch(const T* row, int64_t width) {
   for (int64_t d = 0; d < width; d += step) __builtin_prefetch(row + d);
 }
 
-// out[i] = x . row(i), for rows that may be anywhere.
+// out[i] = x . row(i), for rows anywhere in memory.
 template <typename T, typename Row>
 void dot_rows(const T* __restrict x, const Row& row, int64_t count, int64_t width, T* out) {
   int64_t i = 0;
@@ -67,9 +68,9 @@ void dot_rows(const T* __restrict x, const Row& row, int64_t count, int64_t widt
   }
 }
 
-// Rows to add up, each times its weight; rows of weight 0 are left out.
+// A weighted sum of rows, which skips rows of weight 0.
 template <typename T>
-class Bag {
+class WeightedSum {
  public:
   void clear() { rows_.clear(), weights_.clear(); }
 
@@ -77,7 +78,7 @@ class Bag {
     if (weight != 0) rows_.push_back(row), weights_.push_back(weight);
   }
 
-  // Adds the sum's columns from begin to end.
+  // Adds the columns from begin to end to out.
   void add_to(T* __restrict out, int64_t begin, int64_t end) const {
     const int64_t count = rows_.size();
     int64_t i = 0;
@@ -104,8 +105,8 @@ class Bag {
   std::vector<T> weights_;
 };
 
-void check_blocks(const int64_t* blocks, int64_t pairs, int64_t num_blocks) {
-  for (int64_t p = 0; p < pairs; ++p)
+void check_blocks(const int64_t* blocks, int64_t assignments, int64_t num_blocks) {
+  for (int64_t p = 0; p < assignments; ++p)
     TORCH_CHECK_INDEX(
         0 <= blocks[p] && blocks[p] < num_blocks, "block ", blocks[p], " of ", num_blocks);
 }
@@ -128,7 +129,7 @@ Tensor dots(
     const int64_t grain = std::max<int64_t>(1, kThreadWork / std::max<int64_t>(1, width));
     at::parallel_for(0, out.numel(), grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end;) {
-        const int64_t pair = i / cells, token = pair / active;
+        const int64_t assignment = i / cells, token = assignment / active;
         const auto with_rows = [&](const auto& row, int64_t count) {
           const auto at = [=](int64_t j) { return rows + row(j) * width; };
           dot_rows(xs + token * width, at, count, width, to + i);
@@ -136,12 +137,13 @@ Tensor dots(
             for (int64_t j = 0; j < count; ++j) to[i + j] += biases[row(j)];
           i += count;
         };
-        if (cells == 1) {  // those of all of a token's blocks, which are anywhere
+        if (cells == 1) {  // the rows of all blocks of a token, anywhere in memory
           const auto row = [=](int64_t j) { return block[i + j]; };
           with_rows(row, std::min(end, (token + 1) * active) - i);
         } else {
-          const int64_t first = block[pair] * cells + i % cells;
-          with_rows([=](int64_t j) { return first + j; }, std::min(end, (pair + 1) * cells) - i);
+          const int64_t first = block[assignment] * cells + i % cells;
+          const int64_t last = std::min(end, (assignment + 1) * cells);
+          with_rows([=](int64_t j) { return first + j; }, last - i);
         }
       }
     });
@@ -162,34 +164,34 @@ Tensor sums(const Tensor& weights, const Tensor& table, const Tensor& blocks) {
     const auto* factors = weights_c->const_data_ptr<scalar_t>();
     const auto* rows = table_c->const_data_ptr<scalar_t>();
     auto* to = out.mutable_data_ptr<scalar_t>();
-    // A few tokens are cut into columns as well, so that every thread has some.
+    // With few tokens the columns are divided too, so that every thread has work.
     const int64_t threads = at::get_num_threads();
     const int64_t parts =
         tokens < threads ? std::clamp<int64_t>(active * cells * width / kThreadWork, 1, threads) : 1;
     const int64_t part = (width + parts - 1) / parts;
     at::parallel_for(0, tokens * parts, 1, [&](int64_t begin, int64_t end) {
-      Bag<scalar_t> bag;
+      WeightedSum<scalar_t> sum;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t n = i / parts, column = i % parts * part;
-        bag.clear();
+        sum.clear();
         for (int64_t a = 0; a < active; ++a) {
           const auto* first = rows + block[n * active + a] * cells * width;
           const auto* factor = factors + (n * active + a) * cells;
-          for (int64_t g = 0; g < cells; ++g) bag.add(first + g * width, factor[g]);
+          for (int64_t g = 0; g < cells; ++g) sum.add(first + g * width, factor[g]);
         }
-        bag.add_to(to + n * width, std::min(column, width), std::min(column + part, width));
+        sum.add_to(to + n * width, std::min(column, width), std::min(column + part, width));
       }
     });
   });
   return out;
 }
 
-// (N, A * G), (N, D) -> (B, G, D): for each cell the sum of weight * x over the pairs of its block.
-// order and tokens (P): index n * A + a and token n of the pairs sorted by block; starts (B): where
-// each block's begin. All three are contiguous.
+// (N, A * G), (N, D) -> (B, G, D): the sum of weight * x over the assignments of each cell's block.
+// order and tokens (P): index n * A + a and token n of the assignments sorted by block; starts (B):
+// the start of each block's assignments. All three are contiguous.
 //
-// A block's pairs are those of one token after the other, so that all blocks go through the tokens
-// together, a tile of them at a time.
+// The assignments of a block are ordered by token, so that all blocks pass through the tokens
+// together, one tile of tokens at a time.
 Tensor table_sums(
     const Tensor& weights,
     const Tensor& x,
@@ -197,14 +199,15 @@ Tensor table_sums(
     const Tensor& tokens,
     const Tensor& starts,
     int64_t cells) {
-  const int64_t num_blocks = starts.numel(), pairs = order.numel(), width = x.size(1);
+  const int64_t num_blocks = starts.numel(), assignments = order.numel();
+  const int64_t width = x.size(1);
   Tensor out = at::zeros({num_blocks, cells, width}, x.options());
   const int64_t bytes = x.numel() * x.element_size();
-  const int64_t most = pairs / std::max<int64_t>(1, num_blocks * kRowsOfSum);
+  const int64_t most = assignments / std::max<int64_t>(1, num_blocks * kRowsOfSum);
   const int64_t tiles = std::clamp<int64_t>(bytes / kTile, 1, std::max<int64_t>(1, most));
   const int64_t tile = (x.size(0) + tiles - 1) / tiles;
   const auto weights_c = weights.expect_contiguous(), x_c = x.expect_contiguous();
-  const int64_t* pair = order.const_data_ptr<int64_t>();
+  const int64_t* index = order.const_data_ptr<int64_t>();
   const int64_t* token = tokens.const_data_ptr<int64_t>();
   const int64_t* start = starts.const_data_ptr<int64_t>();
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "table_sums", [&] {
@@ -213,18 +216,18 @@ Tensor table_sums(
     auto* to = out.mutable_data_ptr<scalar_t>();
     const int64_t grain = std::max<int64_t>(1, kThreadWork / std::max<int64_t>(1, width));
     at::parallel_for(0, num_blocks * cells, grain, [&](int64_t begin, int64_t end) {
-      Bag<scalar_t> bag;
-      std::vector<int64_t> next(end - begin);  // pair of each cell
+      WeightedSum<scalar_t> sum;
+      std::vector<int64_t> next(end - begin);  // assignment of each cell
       for (int64_t i = begin; i < end; ++i) next[i - begin] = start[i / cells];
       for (int64_t t = 0; t < tiles; ++t) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t b = i / cells, g = i % cells;
-          const int64_t stop = b + 1 < num_blocks ? start[b + 1] : pairs;
+          const int64_t stop = b + 1 < num_blocks ? start[b + 1] : assignments;
           int64_t& p = next[i - begin];
-          bag.clear();
+          sum.clear();
           for (; p < stop && (t + 1 == tiles || token[p] < (t + 1) * tile); ++p)
-            bag.add(xs + token[p] * width, factors[pair[p] * cells + g]);
-          bag.add_to(to + i * width, 0, width);
+            sum.add(xs + token[p] * width, factors[index[p] * cells + g]);
+          sum.add_to(to + i * width, 0, width);
         }
       }
     });
@@ -232,8 +235,8 @@ Tensor table_sums(
   return out;
 }
 
-// out[tokens[p]] += rows[p]. Threads share the columns, so the order of additions is always the
-// same.
+// out[tokens[p]] += rows[p]. The threads divide the columns, so that the order of additions does
+// not depend on the number of threads.
 template <typename T>
 void add_columns(T* out, const int32_t* tokens, const T* rows, int64_t count, int64_t width) {
   at::parallel_for(0, width, kCacheLine, [&](int64_t begin, int64_t end) {
@@ -255,9 +258,9 @@ void add_rows(Tensor out, const Tensor& tokens, const Tensor& rows) {
   });
 }
 
-// Each row (P, X) times the matrix (B, X, Y) of its block, plus the block's bias (B, Y). ends (B):
-// the end of each block's rows. Every thread takes equally many rows.
-void rows_by_matrices(
+// Multiplies each row (P, X) by the matrix (B, X, Y) of its block and adds the block's bias (B, Y).
+// ends (B): the end of each block's rows. The threads divide the rows evenly.
+void grouped_mm(
     const Tensor& rows,
     const Tensor& matrices,
     const Tensor& ends,
@@ -267,7 +270,7 @@ void rows_by_matrices(
   const int64_t work = std::max<int64_t>(1, matrices.size(1) * matrices.size(2));
   const int64_t grain = std::max<int64_t>(1, kThreadWork / work);
   at::parallel_for(0, rows.size(0), grain, [&](int64_t begin, int64_t end) {
-    at::AutoDispatchBelowADInplaceOrView without_autograd;  // each thread has its own mode
+    at::AutoDispatchBelowADInplaceOrView without_autograd;  // the mode is per thread
     int64_t b = std::upper_bound(end_of, end_of + ends.numel(), begin) - end_of;
     for (int64_t p = begin; p < end; ++b) {
       const int64_t count = std::min<int64_t>(end, end_of[b]) - p;
@@ -283,13 +286,13 @@ void rows_by_matrices(
   });
 }
 
-// For each block the product of its left (P, X) rows, transposed, and its right (P, Y) ones, into
-// out (B, X, Y); added to the first where the rows continue a block.
-void rows_by_rows(
+// Multiplies the transposed left rows (P, X) of each block by its right rows (P, Y), into out
+// (B, X, Y). If the rows continue a block, the first product is added to what is there.
+void grouped_mm_transposed(
     const Tensor& left, const Tensor& right, const Tensor& ends, Tensor out, bool continues) {
   const int32_t* end_of = ends.const_data_ptr<int32_t>();
   const int64_t num_blocks = out.size(0), height = out.size(1);
-  // Tall products are cut, so that threads have equally much to do even if one block has most rows.
+  // Tall products are divided, so that threads have equal work even if one block has most rows.
   constexpr int64_t kLeast = 64;
   const int64_t parts = std::clamp<int64_t>(height / kLeast, 1, at::get_num_threads());
   const int64_t part = (height + parts - 1) / parts;
@@ -322,10 +325,10 @@ TORCH_LIBRARY(fairseq_sffn, m) {
       " -> Tensor");
   m.def("add_rows(Tensor(a!) out, Tensor tokens, Tensor rows) -> ()");
   m.def(
-      "rows_by_matrices(Tensor rows, Tensor matrices, Tensor ends, Tensor(a!) out, Tensor? bias)"
+      "grouped_mm(Tensor rows, Tensor matrices, Tensor ends, Tensor(a!) out, Tensor? bias)"
       " -> ()");
   m.def(
-      "rows_by_rows(Tensor left, Tensor right, Tensor ends, Tensor(a!) out, bool continues) -> ()");
+      "grouped_mm_transposed(Tensor left, Tensor right, Tensor ends, Tensor(a!) out, bool continues) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(fairseq_sffn, CPU, m) {
@@ -333,6 +336,6 @@ TORCH_LIBRARY_IMPL(fairseq_sffn, CPU, m) {
   m.impl("sums", sums);
   m.impl("table_sums", table_sums);
   m.impl("add_rows", add_rows);
-  m.impl("rows_by_matrices", rows_by_matrices);
-  m.impl("rows_by_rows", rows_by_rows);
+  m.impl("grouped_mm", grouped_mm);
+  m.impl("grouped_mm_transposed", grouped_mm_transposed);
 }

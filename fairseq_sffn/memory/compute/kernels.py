@@ -1,7 +1,7 @@
-"""Finds the kernels of ``kernels.cpp``: compiled once for this processor, then kept.
+"""Compiles and loads the C++ kernels of ``kernels.cpp``.
 
-A C++ compiler is all they need, at the first use. Without one, everything is computed by stock
-PyTorch.
+The first use on a processor compiles them into the cache folder, which needs a C++ compiler.
+Without one, stock PyTorch computes everything.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ SWITCH, FOLDER = "FAIRSEQ_SFFN_KERNELS", "XDG_CACHE_HOME"
 
 @functools.cache
 def load() -> Any:
-    """The kernels, as ``torch.ops`` gives them; ``None`` where there are none.
+    """Load the kernels, after compiling them if needed.
 
-    ``FAIRSEQ_SFFN_KERNELS=off`` does without.
+    Returns:
+        The namespace of ``torch.ops`` with the kernels. ``None`` if they cannot be compiled, or if
+        the environment has ``FAIRSEQ_SFFN_KERNELS=off``.
     """
     if sys.platform != "linux" or not wanted():
         return None
@@ -41,7 +43,7 @@ def load() -> Any:
         library = _library()
         try:
             torch.ops.load_library(library)
-        except OSError:  # made for another system, or damaged
+        except OSError:  # compiled for another system, or damaged
             torch.ops.load_library(_library(anew=True))
         return torch.ops.fairseq_sffn if hasattr(torch.ops.fairseq_sffn, "dots") else None
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
@@ -50,31 +52,30 @@ def load() -> Any:
 
 
 def wanted() -> bool:
-    """Whether kernels are to compute what they can, rather than stock PyTorch."""
+    """Return whether the environment allows kernels in place of stock PyTorch."""
     return os.environ.get(SWITCH, "").lower() not in ("off", "0")
 
 
 def supported(dtype: torch.dtype) -> bool:
-    """Whether there are kernels for tables of this dtype."""
+    """Return whether the kernels can be loaded and compute tables of this dtype."""
     return dtype in DTYPES and load() is not None
 
 
 def _reason(error: Exception) -> str:
-    """The line that says most."""
+    """Return the most informative line of an error."""
     said = getattr(error, "stderr", None) or b""
     lines = said.decode(errors="replace").strip().splitlines() or str(error).splitlines() or [""]
     return next((line for line in lines if "error" in line.lower()), lines[-1]).strip()
 
 
 def _library(anew: bool = False) -> Path:
-    """The compiled file.
+    """Return the path of the compiled file, after compiling it if needed.
 
     Args:
-        anew: compile it even if it is there.
+        anew: compile even if the file exists.
 
     Raises:
-        OSError, subprocess.SubprocessError: it is not there and cannot be made, or is not to be
-            trusted.
+        OSError, subprocess.SubprocessError: the file cannot be compiled, or others can write it.
     """
     asked = os.environ.get(FOLDER, "")
     folder = Path(asked if os.path.isabs(asked) else Path.home() / ".cache") / "fairseq_sffn"
@@ -84,7 +85,7 @@ def _library(anew: bool = False) -> Path:
         if shutil.which(compiler[0]) is None:
             raise FileNotFoundError("no C++ compiler found (c++, or what CXX names)")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Of several workers one compiles; the lock goes with the process that holds it.
+        # One of several workers compiles. The lock is released when its process ends.
         with open(folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not library.exists() or anew:
@@ -95,10 +96,10 @@ def _library(anew: bool = False) -> Path:
 
 
 def _compiler() -> list[str]:
-    """The command that ``CXX`` names, or ``c++``.
+    """Return the compiler command: ``CXX``, or ``c++``.
 
     Raises:
-        OSError: a quote in it is not closed.
+        OSError: ``CXX`` has an unclosed quote.
     """
     command = os.environ.get("CXX") or "c++"
     try:
@@ -108,7 +109,7 @@ def _compiler() -> list[str]:
 
 
 def _check_owner(library: Path) -> None:
-    """Code that others could have written is not loaded."""
+    """Raise PermissionError if other users could have written the file."""
     for path in (library, library.parent):
         status = path.stat()
         if status.st_uid not in (os.getuid(), 0) or status.st_mode & 0o022:
@@ -129,7 +130,10 @@ def _compile(compiler: list[str], library: Path) -> None:
 
 
 def _fingerprint() -> str:
-    """Of whatever the compiled file depends on: folders may be shared by different machines."""
+    """Hash everything that the compiled file depends on.
+
+    Machines with different processors may share the cache folder.
+    """
     processor = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
     kind = [line for line in processor if line.startswith(("model name", "flags", "Features"))]
     parts = (SOURCE.read_text(), *FLAGS, torch.__version__)

@@ -1,16 +1,17 @@
-"""Products of rows with the tables of their blocks, tile by tile, as operators of PyTorch.
+"""Products of rows with the tables of their blocks, tile by tile, as PyTorch operators.
 
-There are three, and the gradients of each are the others:
+There are three operators. The gradients of each are computed by the other two:
 
-- ``gathered_products``: the rows of the pairs' tokens times the table of the pair's block;
-- ``scattered_products``: a row for each pair times the table of its block, added up by token;
-- ``table_products``: for each block the sum of outer products of its pairs' rows and tokens' rows.
+- ``gathered_products``: the row of each assignment's token times the table of its block;
+- ``scattered_products``: a row of each assignment times the table of its block, summed by token;
+- ``table_products``: the sum over each block's assignments of the outer product of the
+  assignment's row and its token's row.
 
-They have implementations for fake tensors and formulas of their FLOPs, so that ``torch.compile``,
-export and FLOP counters see them. On CUDA devices the kernels of :mod:`.tiled_triton` compute
-them, where Triton is installed, and elsewhere :mod:`.tiled_torch`. Sums are in fp32 at least.
+They support fake tensors and FLOP counters, and hence ``torch.compile`` and export. On CUDA devices
+:mod:`.tiled_triton` computes them if Triton is installed; elsewhere :mod:`.tiled_torch` does. Sums
+are in fp32 at least.
 
-All take tables (B, G, D) and the tensors and numbers of :class:`.tiles.Tiles`.
+All take tables (B, G, D) and the fields of :class:`.tiles.Tiles`.
 """
 
 from __future__ import annotations
@@ -31,24 +32,40 @@ from .tiles import Tiles
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_CAPABILITY = (8, 0)
-"""From this compute capability on, matrix units have every type that the kernels are for."""
+"""Minimum compute capability: its matrix units have all dtypes of the kernels."""
 
 
 def gathered_products(
     x_ND: Tensor, table_BGD: Tensor, bias_BG: Tensor | None, tiles: Tiles
 ) -> Tensor:
-    """x . row + bias, for the rows of each sorted pair's block: (P, G); 0 for pairs of no block."""
+    """Compute x . row + bias for the cells of each sorted assignment: (P, G).
+
+    Dropped assignments have zeros.
+
+    Args:
+        x_ND: rows of the tokens.
+        table_BGD, bias_BG: the table, and the bias of its rows.
+        tiles: the sorted assignments.
+    """
     return _gathered_products(x_ND, table_BGD, bias_BG, *tiles)
 
 
 def scattered_products(rows_PG: Tensor, table_BGD: Tensor, num_tokens: int, tiles: Tiles) -> Tensor:
-    """Sum over a token's pairs of row @ table of the block: (N, D). Pairs of no block are left
-    out."""
+    """Sum row @ table of the block over the assignments of each token: (N, D).
+
+    Dropped assignments are left out.
+
+    Args:
+        rows_PG: a row of each sorted assignment.
+        table_BGD: the table.
+        num_tokens: N.
+        tiles: the sorted assignments.
+    """
     return _scattered_products(rows_PG, table_BGD, num_tokens, *tiles)
 
 
 def implementation(device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The module that computes on this device in this dtype."""
+    """Return the module that computes on this device in this dtype."""
     if (
         device.type != "cuda"
         or dtype not in TRITON_DTYPES
@@ -63,8 +80,10 @@ def implementation(device: torch.device, dtype: torch.dtype) -> ModuleType:
 
 @contextmanager
 def _computing_on(rows: Tensor) -> Iterator[ModuleType]:
-    """What computes with these rows, on their device, which need not be the current one, and in
-    their dtype, whatever autocast would take."""
+    """Yield the module that computes with these rows, on their device and in their dtype.
+
+    Their device need not be the current one; autocast is disabled.
+    """
     with torch.cuda.device_of(rows), torch.autocast(rows.device.type, enabled=False):
         yield implementation(rows.device, rows.dtype)
 
@@ -119,7 +138,7 @@ def _table_products(
     active: int,
     rows: int,
 ) -> tuple[Tensor, Tensor]:
-    """For each block the sum over its pairs of row^T @ x (B, G, D), and of the rows (B, G)."""
+    """Sum row^T @ x (B, G, D) and the rows (B, G) over the assignments of each block."""
     tiles = Tiles(order_P, starts_S, tiles_2T, active, rows)
     with _computing_on(x_ND) as module:
         return module.table_products(rows_PG.contiguous(), x_ND.contiguous(), tiles)
@@ -147,7 +166,7 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Each operator has two factors first, and what tiles consist of last."""
+    """Save what the backward pass needs: the two factors and the fields of the tiles."""
     *tensors, active, rows = inputs[-5:]
     ctx.save_for_backward(*inputs[:2], *tensors)
     ctx.numbers = active, rows
@@ -188,7 +207,7 @@ _scattered_products.register_autograd(_scattered_backward, setup_context=_keep)
 _table_products.register_autograd(_table_backward, setup_context=_keep)
 
 
-# Of as many pairs as there is room for: how many were dropped is known to the device alone.
+# FLOPs include dropped assignments: only the device knows their number.
 @register_flop_formula(torch.ops.fairseq_sffn.gathered_products)
 def _gathered_flops(
     x_ND: Any, table_BGD: Any, bias_BG: Any, order_P: Any, *_: Any, **__: Any

@@ -1,5 +1,7 @@
-"""The operators of :mod:`.tiled_products` by PyTorch's batched matrix products: on any device, in
-any dtype, a few launches whatever the number of blocks."""
+"""The operators of :mod:`.tiled_products` in batched matrix products of PyTorch.
+
+They run on any device and in any dtype, with few launches for any number of blocks.
+"""
 
 from __future__ import annotations
 
@@ -12,47 +14,49 @@ from torch import Tensor
 from .tiles import Tiles
 
 ELEMENTS_AT_ONCE = 2**27
-"""About how many numbers the tables and rows of the tiles that are multiplied at once have."""
+"""Approximate number of elements in the tables and rows of the tiles of one batch."""
 
 
 class _Batch(NamedTuple):
-    """Some tiles, M rows each.
+    """Tiles that are multiplied together, M rows each.
 
     Attributes:
-        blocks_T: block of each, any where it has none.
-        rows_TM: which sorted pairs; P where there is none.
-        tokens_TM: their tokens; any where there is none.
-        none_TM1: where there is none.
+        blocks_T: block of each tile; arbitrary for unused tiles.
+        rows_TM: sorted assignment of each row; P for empty rows.
+        tokens_TM: token of each row; arbitrary for empty rows.
+        empty_TM1: ``True`` for rows without an assignment.
     """
 
     blocks_T: Tensor
     rows_TM: Tensor
     tokens_TM: Tensor
-    none_TM1: Tensor
+    empty_TM1: Tensor
 
 
 def gathered_products(
     x_ND: Tensor, table_BGD: Tensor, bias_BG: Tensor | None, tiles: Tiles
 ) -> Tensor:
-    """See :func:`.tiled_products.gathered_products`."""
-    num_pairs, block_size = len(tiles.order_P), table_BGD.shape[1]
-    out_PG = x_ND.new_zeros(num_pairs + 1, block_size)
+    """Implement :func:`.tiled_products.gathered_products`."""
+    num_assignments, block_size = len(tiles.order_P), table_BGD.shape[1]
+    out_PG = x_ND.new_zeros(num_assignments + 1, block_size)
     for batch in _batches(tiles, table_BGD.shape):
         table_TGD = table_BGD.index_select(0, batch.blocks_T)
         rows_TMD, columns_TDG = x_ND[batch.tokens_TM], table_TGD.transpose(1, 2)
         if bias_BG is None:
             products_TMG = rows_TMD @ columns_TDG
         else:
-            # Not added to the product, which half precision has rounded by then.
+            # Added before the product is rounded to half precision.
             bias_T1G = bias_BG.index_select(0, batch.blocks_T).unsqueeze(1)
             products_TMG = torch.baddbmm(bias_T1G, rows_TMD, columns_TDG)
-        # What is no pair goes to a row of its own, at the end.
+        # Empty rows are written to an extra row at the end.
         out_PG[batch.rows_TM.flatten()] = products_TMG.flatten(0, 1)
-    return out_PG.resize_(num_pairs, block_size)  # no view, which activations could not change
+    return out_PG.resize_(
+        num_assignments, block_size
+    )  # not a view, which in-place activations could not change
 
 
 def scattered_products(rows_PG: Tensor, table_BGD: Tensor, num_tokens: int, tiles: Tiles) -> Tensor:
-    """See :func:`.tiled_products.scattered_products`."""
+    """Implement :func:`.tiled_products.scattered_products`."""
     wide = torch.promote_types(rows_PG.dtype, torch.float32)
     out_ND = rows_PG.new_zeros(num_tokens, table_BGD.shape[2], dtype=wide)
     for batch in _batches(tiles, table_BGD.shape):
@@ -62,15 +66,15 @@ def scattered_products(rows_PG: Tensor, table_BGD: Tensor, num_tokens: int, tile
 
 
 def table_products(rows_PG: Tensor, x_ND: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
-    """See :func:`.tiled_products._table_products`."""
+    """Implement :func:`.tiled_products._table_products`."""
     wide = torch.promote_types(x_ND.dtype, torch.float32)
     shape = tiles.num_blocks, rows_PG.shape[1], x_ND.shape[1]
     table_BGD = x_ND.new_zeros(shape, dtype=wide)
     sums_BG = x_ND.new_zeros(shape[:2], dtype=wide)
     for batch in _batches(tiles, shape):
         rows_TMG = _rows(rows_PG, batch)
-        # A number that is not finite would reach other blocks even times zero.
-        x_TMD = x_ND[batch.tokens_TM].masked_fill(batch.none_TM1, 0.0)
+        # An infinity times zero would reach other blocks as NaN.
+        x_TMD = x_ND[batch.tokens_TM].masked_fill(batch.empty_TM1, 0.0)
         products_TGD = rows_TMG.transpose(1, 2) @ x_TMD
         table_BGD.index_add_(0, batch.blocks_T, products_TGD.to(wide))
         sums_BG.index_add_(0, batch.blocks_T, rows_TMG.sum(dim=1, dtype=wide))
@@ -78,14 +82,14 @@ def table_products(rows_PG: Tensor, x_ND: Tensor, tiles: Tiles) -> tuple[Tensor,
 
 
 def _rows(rows_PG: Tensor, batch: _Batch) -> Tensor:
-    """Rows of the pairs, zeros where there is none: (T, M, G)."""
+    """Return the rows of the assignments, with zeros for empty rows: (T, M, G)."""
     last = max(len(rows_PG) - 1, 0)
-    return rows_PG[batch.rows_TM.clamp(max=last)].masked_fill(batch.none_TM1, 0.0)
+    return rows_PG[batch.rows_TM.clamp(max=last)].masked_fill(batch.empty_TM1, 0.0)
 
 
 def _batches(tiles: Tiles, table_shape: torch.Size | tuple[int, ...]) -> Iterator[_Batch]:
     num_blocks, block_size, width = table_shape
-    num_pairs, device = len(tiles.order_P), tiles.order_P.device
+    num_assignments, device = len(tiles.order_P), tiles.order_P.device
     within_M = torch.arange(tiles.rows, device=device)
     each = (block_size + tiles.rows) * width + tiles.rows * block_size
     for tiles_2T in tiles.tiles_2T.split(max(1, ELEMENTS_AT_ONCE // each), dim=1):
@@ -94,8 +98,8 @@ def _batches(tiles: Tiles, table_shape: torch.Size | tuple[int, ...]) -> Iterato
         block_T = torch.where(real_T, block_T, 0)
         end_T = torch.where(real_T, tiles.starts_S.index_select(0, block_T + 1), 0)
         rows_TM = first_T.unsqueeze(1) + within_M
-        none_TM = rows_TM >= end_T.unsqueeze(1)
-        pairs_TM = tiles.order_P[rows_TM.clamp(max=num_pairs - 1)]
-        tokens_TM = pairs_TM.div(tiles.active, rounding_mode="floor")
-        rows_TM = rows_TM.masked_fill(none_TM, num_pairs)
-        yield _Batch(block_T, rows_TM, tokens_TM, none_TM.unsqueeze(2))
+        empty_TM = rows_TM >= end_T.unsqueeze(1)
+        assignments_TM = tiles.order_P[rows_TM.clamp(max=num_assignments - 1)]
+        tokens_TM = assignments_TM.div(tiles.active, rounding_mode="floor")
+        rows_TM = rows_TM.masked_fill(empty_TM, num_assignments)
+        yield _Batch(block_T, rows_TM, tokens_TM, empty_TM.unsqueeze(2))

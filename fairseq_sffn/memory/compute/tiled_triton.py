@@ -1,4 +1,4 @@
-"""The operators of :mod:`.tiled_products` by :mod:`.triton_kernels`, on CUDA devices."""
+"""The operators of :mod:`.tiled_products` in the kernels of :mod:`.triton_kernels`, for CUDA."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from .tiles import Tiles
 from .triton_kernels import gathered_kernel, scattered_kernel, table_kernel
 
 MOST_OUTPUTS, DEPTH_BYTES, MOST_STAGES = 128, 128, 4
-"""Rows and columns of what a program computes, bytes of a row that it multiplies at a time, and
-such steps that it has in memory at once: at most."""
+"""Maximum number of rows and of columns that a program computes, of bytes of a row in one step, and
+of pipelined steps."""
 
 SCATTERED_ELEMENTS = 2**28
-"""The most numbers of pairs that are held at once where sums are to be reproducible."""
+"""Maximum number of elements of the assignments' results that are held for deterministic sums."""
 
 
 class Sizes(NamedTuple):
-    """What a kernel is compiled for.
+    """The sizes that a kernel is compiled for.
 
     Attributes:
-        rows: of a tile.
+        rows: rows of a tile.
         block_size, width: G and D of the tables.
-        dtype: of all but sums.
+        dtype: of all tensors but sums.
     """
 
     rows: int
@@ -35,21 +35,22 @@ class Sizes(NamedTuple):
 
 
 def gathered_constants(sizes: Sizes, shared_bytes: int) -> dict[str, Any]:
-    """The compile-time constants and options of ``gathered_kernel``.
+    """Return the compile-time constants and options of ``gathered_kernel``.
 
     Args:
-        shared_bytes: shared memory that a program may have.
+        sizes: tile and table.
+        shared_bytes: shared memory available to a program.
     """
     return _constants(sizes, sizes.rows, sizes.block_size, sizes.width, shared_bytes)
 
 
 def scattered_constants(sizes: Sizes, shared_bytes: int) -> dict[str, Any]:
-    """As :func:`gathered_constants`, of ``scattered_kernel``."""
+    """Return the compile-time constants and options of ``scattered_kernel``."""
     return _constants(sizes, sizes.rows, sizes.width, sizes.block_size, shared_bytes)
 
 
 def table_constants(sizes: Sizes, shared_bytes: int) -> dict[str, Any]:
-    """As :func:`gathered_constants`, of ``table_kernel``."""
+    """Return the compile-time constants and options of ``table_kernel``."""
     cells = _at_most(MOST_OUTPUTS, sizes.block_size)
     return _constants(sizes, cells, sizes.width, sizes.rows, shared_bytes)
 
@@ -57,11 +58,11 @@ def table_constants(sizes: Sizes, shared_bytes: int) -> dict[str, Any]:
 def _constants(
     sizes: Sizes, rows: int, columns: int, depth: int, shared_bytes: int
 ) -> dict[str, Any]:
-    """How to cut products of ``rows`` x ``depth`` and ``depth`` x ``columns`` matrices."""
+    """Divide a product of ``rows`` x ``depth`` and ``depth`` x ``columns`` matrices."""
     itemsize = sizes.dtype.itemsize
     columns = _at_most(MOST_OUTPUTS, columns)
     depth = _at_most(DEPTH_BYTES // itemsize, depth)
-    stage_bytes = (rows + columns) * depth * itemsize  # a part of both matrices
+    stage_bytes = (rows + columns) * depth * itemsize  # a step of both matrices
     tf32 = sizes.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
         "D": sizes.width,
@@ -76,14 +77,14 @@ def _constants(
 
 
 def _at_most(most: int, size: int) -> int:
-    """The power of two that covers ``size``, within what matrix units take."""
+    """Return the power of two that covers ``size``, between 16 and ``most``."""
     return max(16, min(most, triton.next_power_of_2(size)))
 
 
 def gathered_products(
     x_ND: Tensor, table_BGD: Tensor, bias_BG: Tensor | None, tiles: Tiles
 ) -> Tensor:
-    """See :func:`.tiled_products.gathered_products`."""
+    """Implement :func:`.tiled_products.gathered_products`."""
     num_blocks, block_size, _ = table_BGD.shape
     out_PG = x_ND.new_empty(len(tiles.order_P), block_size)
     constants = gathered_constants(_sizes(table_BGD, tiles), _shared_bytes(x_ND.device))
@@ -106,24 +107,26 @@ def gathered_products(
 
 
 def scattered_products(rows_PG: Tensor, table_BGD: Tensor, num_tokens: int, tiles: Tiles) -> Tensor:
-    """See :func:`.tiled_products.scattered_products`.
+    """Implement :func:`.tiled_products.scattered_products`.
 
-    Sums are by atomic additions, in no order; or, with ``torch.use_deterministic_algorithms``, by
-    token from what each pair gives.
+    Atomic additions sum in no fixed order. With ``torch.use_deterministic_algorithms`` the results
+    of the assignments are stored and then summed by token.
     """
     width = table_BGD.shape[2]
     if not torch.are_deterministic_algorithms_enabled():
         out_ND = rows_PG.new_zeros(num_tokens, width, dtype=torch.float32)
-        _scatter(rows_PG, table_BGD, tiles, out_ND, 0, by_pair=False)
+        _scatter(rows_PG, table_BGD, tiles, out_ND, 0, by_assignment=False)
         return out_ND.to(rows_PG.dtype)
-    num_pairs = num_tokens * tiles.active
-    columns = max(16, SCATTERED_ELEMENTS // max(num_pairs, 1) // 16 * 16)
+    num_assignments = num_tokens * tiles.active
+    columns = max(16, SCATTERED_ELEMENTS // max(num_assignments, 1) // 16 * 16)
     out_ND = rows_PG.new_empty(num_tokens, width)
     for part_nD in out_ND.split(columns, dim=1):
-        # Pairs of no block are not written.
-        by_pair = rows_PG.new_zeros(num_pairs, part_nD.shape[1], dtype=torch.float32)
-        _scatter(rows_PG, table_BGD, tiles, by_pair, part_nD.storage_offset(), by_pair=True)
-        part_nD.copy_(by_pair.unflatten(0, (num_tokens, tiles.active)).sum(dim=1))
+        # Zeros: the kernel does not write dropped assignments.
+        by_assignment = rows_PG.new_zeros(num_assignments, part_nD.shape[1], dtype=torch.float32)
+        _scatter(
+            rows_PG, table_BGD, tiles, by_assignment, part_nD.storage_offset(), by_assignment=True
+        )
+        part_nD.copy_(by_assignment.unflatten(0, (num_tokens, tiles.active)).sum(dim=1))
     return out_ND
 
 
@@ -133,7 +136,7 @@ def _scatter(
     tiles: Tiles,
     out: Tensor,
     first_column: int,
-    by_pair: bool,
+    by_assignment: bool,
 ) -> None:
     constants = scattered_constants(_sizes(table_BGD, tiles), _shared_bytes(out.device))
     num_tiles, out_width = tiles.tiles_2T.shape[1], out.shape[1]
@@ -149,13 +152,13 @@ def _scatter(
         tiles.active,
         first_column,
         out_width,
-        BY_PAIR=by_pair,
+        BY_ASSIGNMENT=by_assignment,
         **constants,
     )
 
 
 def table_products(rows_PG: Tensor, x_ND: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
-    """See :func:`.tiled_products._table_products`."""
+    """Implement :func:`.tiled_products._table_products`."""
     num_blocks, block_size, width = tiles.num_blocks, rows_PG.shape[1], x_ND.shape[1]
     table_BGD = x_ND.new_empty(num_blocks, block_size, width)
     sums_BG = x_ND.new_empty(num_blocks, block_size)
@@ -180,6 +183,6 @@ def _sizes(table_BGD: Tensor, tiles: Tiles) -> Sizes:
 
 
 def _shared_bytes(device: torch.device) -> int:
-    """Shared memory that a program on this device may have."""
+    """Return the shared memory available to a program on this device."""
     properties: Any = torch.cuda.get_device_properties(device)
     return int(properties.shared_memory_per_block_optin)

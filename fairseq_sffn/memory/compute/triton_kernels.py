@@ -1,11 +1,12 @@
-"""Products of rows with the tables of their blocks, as kernels in Triton.
+"""Products of rows with the tables of their blocks, as Triton kernels.
 
-Gathering and scattering are part of the products, so that no rows of pairs, (P, D), are formed
-(as in ScatterMoE, Tan et al. 2024, arXiv 2403.08245). Products add up in fp32. The tensors are
-those of :class:`.tiles.Tiles`; x, tables and rows are contiguous.
+The kernels gather and scatter the tokens' rows themselves, so that the rows of the assignments,
+(P, D), are never formed (as in ScatterMoE, Tan et al. 2024, arXiv 2403.08245). Products accumulate
+in fp32. The index tensors are those of :class:`.tiles.Tiles`; x, tables and rows are contiguous.
 """
 
-# Triton compiles this source: what is annotated is a compile-time constant to it.
+# Triton compiles this source. An annotated parameter is a compile-time constant; the others must
+# not be annotated.
 # mypy: disable-error-code="no-untyped-def"
 
 import triton
@@ -32,7 +33,7 @@ def gathered_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """out[p] = x[token of p] @ table[block of p]^T + bias[block of p], of one tile."""
+    """Compute out[p] = x[token of p] @ table[block of p]^T + bias[block of p] for one tile."""
     parts: tl.constexpr = (G + COLUMNS - 1) // COLUMNS
     tile = tl.program_id(0) // parts
     block = tl.load(tiles + tile)
@@ -83,14 +84,17 @@ def scattered_kernel(
     out_width,
     D: tl.constexpr,
     G: tl.constexpr,
-    BY_PAIR: tl.constexpr,
+    BY_ASSIGNMENT: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """out[token of p] += rows_in[p] @ table[block of p], of one tile; or, BY_PAIR, out[pair] = the
-    same, of ``out_width`` columns from ``first_column`` on."""
+    """Compute out[token of p] += rows_in[p] @ table[block of p] for one tile.
+
+    With BY_ASSIGNMENT, the product is written to out[assignment of p]. In both cases ``out`` has
+    ``out_width`` columns of the table, starting at ``first_column``.
+    """
     parts = tl.cdiv(out_width, COLUMNS)
     tile = tl.program_id(0) // parts
     block = tl.load(tiles + tile)
@@ -117,12 +121,12 @@ def scattered_kernel(
             other=0.0,
         )
         total = tl.dot(left, right, total, input_precision=PRECISION)
-    pairs = tl.load(order + rows, mask=has_row, other=0).to(tl.int64)
+    assignments = tl.load(order + rows, mask=has_row, other=0).to(tl.int64)
     mask = has_row[:, None] & has_col[None, :]
-    if BY_PAIR:
-        tl.store(out + pairs[:, None] * out_width + out_cols[None, :], total, mask=mask)
+    if BY_ASSIGNMENT:
+        tl.store(out + assignments[:, None] * out_width + out_cols[None, :], total, mask=mask)
     else:
-        outs = out + (pairs // active)[:, None] * D + cols[None, :]
+        outs = out + (assignments // active)[:, None] * D + cols[None, :]
         tl.atomic_add(outs, total, mask=mask, sem="relaxed")
 
 
@@ -142,8 +146,11 @@ def table_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """out[b] = sum of rows_in[p]^T @ x[token of p], and sums[b] = sum of rows_in[p], over the pairs
-    p of block b: ROWS of its cells and COLUMNS of the width, DEPTH pairs at a time."""
+    """Compute out[b] = sum of rows_in[p]^T @ x[token of p] and sums[b] = sum of rows_in[p].
+
+    The sums are over the assignments p of block b, DEPTH at a time. A program computes ROWS cells
+    and COLUMNS columns.
+    """
     wide: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     high: tl.constexpr = (G + ROWS - 1) // ROWS
     program = tl.program_id(0)
@@ -155,17 +162,17 @@ def table_kernel(
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     total_rows = tl.zeros((ROWS,), tl.float32)
     for first in range(tl.load(starts + block), end, DEPTH):
-        pairs = first + tl.arange(0, DEPTH)
-        has_pair = pairs < end
-        tokens = (tl.load(order + pairs, mask=has_pair, other=0) // active).to(tl.int64)
+        within = first + tl.arange(0, DEPTH)
+        has_assignment = within < end
+        tokens = (tl.load(order + within, mask=has_assignment, other=0) // active).to(tl.int64)
         left = tl.load(
-            rows_in + pairs.to(tl.int64)[None, :] * G + cells[:, None],
-            mask=has_pair[None, :] & has_cell[:, None],
+            rows_in + within.to(tl.int64)[None, :] * G + cells[:, None],
+            mask=has_assignment[None, :] & has_cell[:, None],
             other=0.0,
         )
         right = tl.load(
             x + tokens[:, None] * D + cols[None, :],
-            mask=has_pair[:, None] & has_col[None, :],
+            mask=has_assignment[:, None] & has_col[None, :],
             other=0.0,
         )
         total = tl.dot(left, right, total, input_precision=PRECISION)

@@ -1,4 +1,4 @@
-"""One file per way to select blocks. A file put here is found by itself."""
+"""The selectors, one file each. Every file in this folder is imported, and thereby registered."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""Avg-K: the blocks whose mean key fits best."""
+"""Avg-K: selects blocks by their mean key."""
 
 from __future__ import annotations
 
@@ -25,20 +25,19 @@ EMA_DECAY = 0.99
 class AvgK(Selector):
     """Top-b blocks by x . mean(K_i) + mean(c_i), the mean pre-activation of block i.
 
-    It adds no parameters: a block is scored by the keys it has (Liu et al. 2023, arXiv
-    2305.13999). The mean keys are formed once per forward pass in training, and kept
-    between passes in evaluation.
+    Liu et al. 2023 (arXiv 2305.13999). It has no parameters of its own. The mean keys are computed
+    in each forward pass in training, and cached between passes in evaluation.
 
-    With ``balance_rate``, blocks are kept evenly used without a loss (Wang et al. 2024, arXiv
-    2408.15664), by biases that move with the load; scores, gates and losses do not have them.
+    With ``balance_rate``, biases of the blocks follow the load and balance it without a loss (Wang
+    et al. 2024, arXiv 2408.15664). The biases affect the selection, not scores, gates and losses.
 
-    With ``center``, hidden states are scored less their running mean: what all tokens have in
-    common tells nothing about which block fits which of them.
+    With ``center``, the running mean of the hidden states is subtracted before scoring. The part
+    that all tokens have in common then favours no block.
 
     Attributes:
-        balance_bias: (B,) what is added to the scores for selection; only with ``balance_rate``.
-        hidden_totals: (D + 1,) the sum of the hidden states of past training tokens, and their
-            number, both fading with age; only with ``center``.
+        balance_bias: (B,) added to the scores for selection; only with ``balance_rate``.
+        hidden_totals: (D + 1,) exponentially decayed sum of the hidden states of past training
+            tokens, and of their number; only with ``center``.
     """
 
     name = "avgk"
@@ -80,7 +79,7 @@ class AvgK(Selector):
         self.hidden_totals: Tensor | None
         totals = torch.zeros(config.embed_dim + 1) if config.selector_options.center else None
         self.register_buffer("hidden_totals", totals)
-        # The tables that the mean keys are of, with their versions, and the mean keys.
+        # The tables with their versions, and their mean keys.
         self._cache: tuple[State, tuple[Tensor, Tensor | None]] | None = None
 
     @classmethod
@@ -99,13 +98,13 @@ class AvgK(Selector):
 
     @classmethod
     def flops_per_step(cls, config: MemoryConfig) -> int:
-        """To form the mean keys: an addition for each number in the key table."""
+        """Return the FLOPs of the mean keys: one addition per element of the key table."""
         return config.num_cells * config.embed_dim
 
     def forward(self, inputs: SelectorInput) -> Selection:
         assert inputs.keys is not None
         keys_BD, bias_B = self.mean_keys(inputs.keys, inputs.key_bias, inputs.gather)
-        # With activation checkpointing the pass with gradients is the second, and selects alike.
+        # With activation checkpointing only the second pass has gradients. Both select alike.
         learns = self.training and torch.is_grad_enabled()
         x_ND = inputs.x
         if self.hidden_totals is not None:
@@ -122,24 +121,24 @@ class AvgK(Selector):
         return Selection(blocks_NA, scores)
 
     def hidden_mean(self) -> Tensor:
-        """Mean hidden state of past training tokens: (D,), zero before there are any."""
+        """Return the mean hidden state of past training tokens: (D,), zero before the first."""
         assert self.hidden_totals is not None
         sum_D, number_1 = self.hidden_totals.split([len(self.hidden_totals) - 1, 1])
         return sum_D / number_1.clamp(min=1)
 
     def update_hidden_mean(self, inputs: SelectorInput) -> None:
-        """Takes in a micro-batch, all ranks' tokens together."""
+        """Update the running mean by the tokens of a micro-batch, over all ranks."""
         assert self.hidden_totals is not None
         x_ND = inputs.x.detach().to(self.hidden_totals.dtype)
         valid_N = x_ND.new_ones(len(x_ND)) if inputs.valid is None else inputs.valid.to(x_ND.dtype)
-        # No matrix product, which autocast would have in half precision.
+        # Not a matrix product, which autocast would compute in half precision.
         sum_D = x_ND.masked_fill(~valid_N.bool().unsqueeze(1), 0.0).sum(dim=0)
         totals = torch.cat([sum_D, valid_N.sum().unsqueeze(0)])
         totals = inputs.stack_over_tokens(totals).sum(dim=0)
         _keep_finite(self.hidden_totals, EMA_DECAY * self.hidden_totals + totals, totals)
 
     def balance(self, logits_NB: Tensor, blocks_NA: Tensor, inputs: SelectorInput) -> None:
-        """Moves the biases by the load of a micro-batch, of all ranks' tokens together."""
+        """Update the biases by the load of a micro-batch, over all ranks."""
         assert self.balance_bias is not None
         num_tokens, num_blocks = logits_NB.shape
         valid_N = inputs.valid
@@ -161,9 +160,10 @@ class AvgK(Selector):
         key_bias_C: Tensor | None,
         gather: Callable[[Tensor], Tensor] = lambda part: part,
     ) -> tuple[Tensor, Tensor | None]:
-        """Mean key (B, D) and mean key bias (B,) of each block.
+        """Return the mean key (B, D) and the mean key bias (B,) of each block.
 
         Args:
+            keys_CD, key_bias_C: the key table and its bias.
             gather: see :class:`SelectorInput`.
         """
 
@@ -177,15 +177,15 @@ class AvgK(Selector):
             self._cache = None
             return form()
         tables = [table for table in (keys_CD, key_bias_C) if table is not None]
-        if any(table.is_inference() for table in tables):  # they do not track changes
+        if any(table.is_inference() for table in tables):  # they have no version
             return form()
         state = [(table, table._version) for table in tables]
         if self._cache is None or not _same(self._cache[0], state):
             self._cache = state, form()
         return self._cache[1]
 
-    # The version counter of a tensor does not tell all changes, since optimizers write through
-    # `.data`; but they come with one of these.
+    # The version of a tensor misses writes through `.data`, as by optimizers. A call of one of
+    # these methods comes between such a write and evaluation.
     def train(self, mode: bool = True) -> AvgK:
         self._cache = None
         return super().train(mode)
@@ -194,7 +194,7 @@ class AvgK(Selector):
         self._cache = None
         before = dict(self.named_buffers())
         super()._apply(*args, **kwargs)
-        # In half precision small steps would be lost, and large sums infinite.
+        # Half precision would lose small steps and overflow on large sums.
         for name, buffer in self.named_buffers():
             wide = torch.promote_types(buffer.dtype, torch.float32)
             if buffer.dtype != wide:
@@ -210,8 +210,15 @@ class AvgK(Selector):
 
 
 def _keep_finite(state: Tensor, after: Tensor, seen: Tensor) -> None:
-    """Gives a state its next value, unless what was seen overflows: fairseq skips the update of
-    such a micro-batch, and no later one would mend the state."""
+    """Assign the next value to a state, unless the micro-batch overflowed.
+
+    fairseq skips the update of such a micro-batch. The state would never recover from it.
+
+    Args:
+        state: assigned in place.
+        after: its next value.
+        seen: sums over the micro-batch, not finite after an overflow.
+    """
     state.copy_(torch.where(seen.isfinite().all(), after.to(state.dtype), state))
 
 

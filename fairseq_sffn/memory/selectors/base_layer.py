@@ -1,4 +1,4 @@
-"""BASE: balanced assignment of tokens to experts."""
+"""BASE layer: balanced assignment of tokens to experts."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from .learned_gate import LearnedGate
 
 
 class BASELayer(LearnedGate):
-    """In training, the assignment of tokens to blocks that has the highest total score among those
-    that load all blocks alike; in evaluation, each token's best block (Lewis et al. 2021, arXiv
-    2103.16716). A block's output is weighed by the logistic function of its score.
+    """Balanced assignment in training, each token's best block in evaluation.
 
-    The training assignment sees all tokens of the micro-batch: which block a token gets depends on
-    the others, on later ones too. Evaluation is causal. Padding is left out of the balance, and
-    goes to its best block.
+    Lewis et al. 2021 (arXiv 2103.16716). In training, all blocks get the same number of tokens, and
+    the total score is the highest under this constraint. The output of a block is multiplied by
+    the logistic function of its score.
 
-    In several processes each assigns its own tokens, as in fairseq's BASE layer, or all assign the
-    tokens of all, each the same way.
+    In training, the block of a token depends on all tokens of the micro-batch, including later
+    ones. Evaluation is causal. Padding is left out of the balance and goes to its best block.
 
-    The assignment is computed on the host, whatever the device: each of its hundreds of steps
-    depends on the numbers of the one before. In training the host waits for an accelerator once a
-    layer, to copy the scores, and with scope ``world`` once more, to learn how many tokens each
-    process has. The accelerator is idle meanwhile.
+    In several processes, each process assigns its own tokens, as in fairseq's BASE layer, or every
+    process assigns the tokens of all processes (option ``scope``).
+
+    The host computes the assignment: each of its hundreds of steps depends on the numbers of the
+    previous step. In training, the host waits for an accelerator once per layer, to copy the
+    scores, and with scope ``world`` once more, to learn the number of tokens of each process. The
+    accelerator is idle meanwhile.
     """
 
     name = "base"
@@ -61,14 +62,14 @@ class BASELayer(LearnedGate):
         assert selection.scores is not None
         scores_NB = selection.scores.logits.detach()
         valid_N = scores_NB.new_ones(len(scores_NB)) if inputs.valid is None else inputs.valid
-        # Scores and padding in one tensor, so that the host waits for one copy.
+        # One tensor with scores and padding, so that the host waits for one copy.
         rows = torch.cat([scores_NB, valid_N.to(scores_NB.dtype).unsqueeze(1)], dim=1)
         own = slice(0, len(rows))
         if self.scope == "world":
             rows, own = inputs.gather_tokens(rows)
         rows = rows.cpu()
         blocks = balanced_assignment(rows[:, :-1], valid_N=rows[:, -1] > 0)
-        # The way back needs no wait: the copy is staged before the call returns.
+        # The copy back does not wait: it is staged before the call returns.
         blocks_N1 = blocks[own].to(scores_NB.device, non_blocking=True).unsqueeze(1)
         if inputs.valid is not None:
             blocks_N1 = blocks_N1.where(inputs.valid.unsqueeze(1), selection.blocks)

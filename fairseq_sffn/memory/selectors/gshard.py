@@ -1,4 +1,4 @@
-"""GShard: a learned gate and two experts."""
+"""GShard: a learned gate with two experts."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from .learned_gate import LearnedGate
 
 
 class GShard(LearnedGate):
-    """Top-b blocks of a learned linear gate, by default two of half the FFN's width, times their
-    probabilities renormalised to sum to 1 (Lepikhin et al. 2020, arXiv 2006.16668, algorithm 1).
+    """Top-b blocks of a learned linear gate, by default two of half the FFN's width.
 
-    With a capacity factor, a block keeps its weight where the token's other block is full.
-    fairscale's ``Top2Gate`` renormalises over the blocks that are left: the weight becomes 1.
+    The outputs are multiplied by the blocks' probabilities, renormalized to sum to 1 (Lepikhin et
+    al. 2020, arXiv 2006.16668, algorithm 1). The balance loss counts first choices only.
 
-    The balance loss counts first choices only. The paper's experts are as wide as the FFN, so that
-    a token uses two FFNs: ``transformer_lm_gshard_8d``.
+    With a capacity factor, a block keeps its weight if the token's other block is full. fairscale's
+    ``Top2Gate`` renormalizes over the remaining blocks, so that the weight becomes 1.
+
+    The experts of the paper are as wide as the FFN, so that a token uses two FFNs: see
+    ``transformer_lm_gshard_8d``.
     """
 
     name = "gshard"
@@ -63,5 +65,7 @@ class GShard(LearnedGate):
         assert selection.scores is not None
         with torch.no_grad():
             weights_NA = selection.scores.of(selection.blocks).softmax(dim=-1)
-            kept_NA = 2 * weights_NA > torch.rand_like(weights_NA)  # always true of the first
+            kept_NA = 2 * weights_NA > torch.rand_like(
+                weights_NA
+            )  # always true for the first choice
         return selection._replace(kept=kept_NA)

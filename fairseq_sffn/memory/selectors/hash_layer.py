@@ -1,4 +1,4 @@
-"""Hash layers: the token id alone decides."""
+"""Hash layer: selects a block by token id."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..selection import Selection, Selector, SelectorConfig, SelectorInput
 
 
 class HashLayer(Selector):
-    """Each token id, or pair of an id and the one before, belongs to one block, by a fixed table
-    (Roller et al. 2021, arXiv 2106.04426, section 3).
+    """One block for each token id, or for each bigram of token ids, by a fixed table.
 
-    The table is a buffer, so that it is stored with the model: token ids keep their block.
+    Roller et al. 2021 (arXiv 2106.04426, section 3). The table is a buffer: checkpoints store it,
+    so that token ids keep their block.
     """
 
     name = "hash_layer"
@@ -70,17 +70,20 @@ class HashLayer(Selector):
         check_token_ids(inputs.token_ids, self.table.shape[-1])
         if self.table.ndim == 1:
             return Selection(self.table[inputs.token_ids])
-        # Tabulation hashing: any three bigrams go to independent, uniform blocks, without a table
-        # of all bigrams (Carter and Wegman 1979).
+        # Tabulation hashing: any three bigrams get independent, uniform blocks, without a table of
+        # all bigrams (Carter and Wegman 1979).
         before_N, current_N = inputs.token_ids.unbind(dim=1)
         blocks_N = (self.table[0, before_N] + self.table[1, current_N]) % self.num_blocks
         return Selection(blocks_N.unsqueeze(1))
 
 
 def check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
-    """Raises ConfigError where a token id is not in the vocabulary."""
-    # An accelerator checks indices by itself, and asking it would stall it.
-    if token_ids.device.type == "cpu" and token_ids.numel():
+    """Raise ConfigError if a token id is outside the vocabulary."""
+    # Accelerators and compiled graphs check indices themselves. Reading a number would make the
+    # host wait, or break the graph.
+    if torch.compiler.is_compiling() or token_ids.device.type != "cpu":
+        return
+    if token_ids.numel():
         low, high = token_ids.aminmax()
         if low < 0 or high >= vocab_size:
             bad = int(low if low < 0 else high)
@@ -88,13 +91,15 @@ def check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
 
 
 def balanced_table(counts: Sequence[int], num_blocks: int) -> Tensor:
-    """Spread token ids so that the blocks get about equally many tokens of the training data.
+    """Distribute token ids so that the blocks get similar numbers of training tokens.
 
-    Greedy: the most frequent id goes to the block with the least so far (Roller et al. 2021,
-    section 3.1, balanced assignment). Ids that never occur go to the block with the fewest ids.
+    Greedy: in the order of their frequency, ids go to the block with the lowest load so far (Roller
+    et al. 2021, section 3.1, balanced assignment). Ids that never occur go to the block with the
+    fewest ids.
 
     Args:
-        counts: (V,) how often each token id occurs.
+        counts: (V,) occurrences of each token id.
+        num_blocks: B.
 
     Returns:
         (V,) int64, the block of each token id.

@@ -1,4 +1,4 @@
-"""What selectors with a learned gate share."""
+"""The base class of selectors with a learned gate."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ..selection import Selection, Selector, SelectorInput
 
 
 class LearnedGate(Selector):
-    """Top-b blocks of a learned linear map.
+    """Top-b blocks by a learned linear map.
 
-    It is computed in fp32 whatever the model's dtype (Fedus et al. 2021, arXiv 2101.03961,
+    Scores are computed in fp32, for any dtype of the model (Fedus et al. 2021, arXiv 2101.03961,
     section 2.4, selective precision).
     """
 

@@ -1,4 +1,4 @@
-"""LoRKM: every cell is scored, by keys of low rank."""
+"""LoRKM: VanillaM with a low-rank key table."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from .vanilla_m import VanillaM
 
 
 class LoRKM(VanillaM):
-    """VanillaM with a key table that is a product of two of rank r, K = D U, in place of a full one
-    (Liu et al. 2023, arXiv 2305.13999)."""
+    """VanillaM with a key table of rank r, K = D U (Liu et al. 2023, arXiv 2305.13999)."""
 
     name = "lorkm"
     key_table = "own"
@@ -30,7 +29,7 @@ class LoRKM(VanillaM):
         rank = self._rank(config)
         self.down = nn.Linear(config.embed_dim, rank, bias=False)
         self.up = nn.Linear(rank, config.num_cells, bias=config.bias)
-        # U keeps the variance of x; D then gives pre-activations that of a full table's.
+        # U keeps the variance of x. With D, pre-activations have the variance of a full table's.
         bounds = {self.down.weight: (3 / config.embed_dim) ** 0.5}
         bounds[self.up.weight] = config.init_scale * rank**-0.5
         if config.bias:

@@ -1,4 +1,4 @@
-"""PKM: product keys whose scores are the coefficients."""
+"""PKM: product keys whose scores are the coefficients of the values."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from .product_keys import ProductKeys
 
 
 class PKM(ProductKeys):
-    """Each head takes the cells with its highest product-key scores, and sums their values by the
-    scores (Lample et al. 2019, arXiv 1907.05242). Cells that several heads take count several
-    times."""
+    """Product-key memory (Lample et al. 2019, arXiv 1907.05242).
+
+    Each head selects the cells with its highest product-key scores, and sums their values weighted
+    by the scores. A cell that several heads select counts several times.
+    """
 
     name = "pkm"
     key_table = "own"

@@ -1,4 +1,4 @@
-"""PKM-FFN: product keys choose cells of a full key table."""
+"""PKM-FFN: product keys select cells of a full key table."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from .product_keys import ProductKeys
 
 
 class PKMFFN(ProductKeys):
-    """The cells with the highest product-key scores, computed from keys of their own: product keys
-    are the gate alone (Liu et al. 2023, arXiv 2305.13999).
+    """The cells with the highest product-key scores, computed from the full key table.
 
-    By default the logistic function of its score weighs a cell: without a weight the query network
-    would get no gradient, and a softmax over thousands of cells would leave next to nothing.
+    Product keys are the gate only (Liu et al. 2023, arXiv 2305.13999). By default the weight of a
+    cell is the logistic function of its score. Without a weight the query network would get no
+    gradient, and a softmax over thousands of cells gives weights near 0.
     """
 
     name = "pkm_ffn"

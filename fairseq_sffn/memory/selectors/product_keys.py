@@ -1,4 +1,4 @@
-"""What selectors by product keys share."""
+"""The base class of selectors by product keys."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from ..selection import Selector, SelectorConfig
 
 
 class ProductKeys(Selector):
-    """A query network, and two sets of sub-keys for the two halves of a query: the score of cell
-    (l, r) is q1 . left_l + q2 . right_r (Lample et al. 2019, arXiv 1907.05242, section 3).
+    """A query network, and two sets of sub-keys, one for each half of a query.
 
-    The paper normalises queries by batch norm, which lets a token see the later ones and the
-    padding of its batch, and differs in evaluation. Layer norm over each head's query spreads
-    queries over the cells as well, and is the token's own.
+    The score of cell (l, r) is q1 . left_l + q2 . right_r (Lample et al. 2019, arXiv 1907.05242,
+    section 3). The number of cells need not be a square: the sizes of the two sets are its two
+    factors closest to the square root.
 
-    Cells need not be a square number: the two sets are as even as a product allows.
+    The paper normalizes queries by batch norm, under which a token depends on later tokens and on
+    padding, and which differs in evaluation. Layer norm over each head's query also spreads the
+    queries over the cells, and depends on the token alone.
     """
 
     @dataclass(frozen=True)
@@ -87,13 +88,17 @@ class ProductKeys(Selector):
 
     @classmethod
     def flops_per_token(cls, config: MemoryConfig) -> int:
-        """Of the query and the sub-keys; adding up the candidates' halves is not counted."""
+        """Return the FLOPs of query and sub-keys; the sums of candidates' halves do not count."""
         heads, query_dim = cls._heads(config), cls._query_dim(config)
         query = 2 * config.embed_dim * heads * query_dim
         return query + heads * query_dim * sum(sub_key_counts(config.num_cells))
 
     def scores(self, x_ND: Tensor) -> ProductScores:
-        """Scores of all cells, by each head."""
+        """Return the scores of all cells by each head.
+
+        Args:
+            x_ND: hidden states.
+        """
         query_NHq = self.norm(self.query(x_ND).unflatten(1, (len(self.left), -1)))
         left_NHq, right_NHq = query_NHq.chunk(2, dim=2)
         return ProductScores(
@@ -103,6 +108,6 @@ class ProductKeys(Selector):
 
 
 def sub_key_counts(num_cells: int) -> tuple[int, int]:
-    """The two factors of ``num_cells`` that are closest to its square root, the smaller first."""
+    """Return the two factors of ``num_cells`` closest to its square root, the smaller first."""
     left = next(n for n in range(math.isqrt(num_cells), 0, -1) if num_cells % n == 0)
     return left, num_cells // left

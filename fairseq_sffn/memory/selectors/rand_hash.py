@@ -1,4 +1,4 @@
-"""RandHash: each token id owns random blocks."""
+"""RandHash: random, fixed blocks for each token id."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from .hash_layer import check_token_ids
 
 
 class RandHash(Selector):
-    """Each token id uses b distinct blocks, drawn at random once (Liu et al. 2023, arXiv
-    2305.13999).
+    """b distinct random blocks for each token id (Liu et al. 2023, arXiv 2305.13999).
 
-    The table is a buffer, so that it is stored with the model: token ids keep their blocks. It has
-    b entries of 2 or 4 bytes for each token id.
+    The table is a buffer: checkpoints store it, so that token ids keep their blocks. It has b
+    entries of 2 or 4 bytes for each token id.
     """
 
     name = "rand_hash"
@@ -44,10 +43,10 @@ class RandHash(Selector):
 
 
 def random_blocks(vocab_size: int, num_blocks: int, active_blocks: int) -> Tensor:
-    """For each token id, distinct blocks: (V, A) int16, or int32 where there are many blocks."""
+    """Draw distinct blocks for each token id: (V, A) int16, or int32 for more than 2^15 blocks."""
     dtype = torch.int16 if num_blocks <= 2**15 else torch.int32
     table_VA = torch.empty(vocab_size, active_blocks, dtype=dtype)
-    # A few rows at a time: drawing without replacement sorts all blocks.
+    # A few rows at a time, since each row takes a random number for every block.
     for rows in table_VA.split(max(1, 2**22 // num_blocks)):
         rows.copy_(torch.rand(len(rows), num_blocks).topk(active_blocks).indices)
     return table_VA

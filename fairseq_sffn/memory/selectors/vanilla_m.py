@@ -1,4 +1,4 @@
-"""VanillaM: every cell is scored."""
+"""VanillaM: scores every cell."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..compute.bag_kernels import RowOrder, choose_bags
-from ..compute.bags import dot_rows
+from ..compute.embedding_bag import dot_rows
+from ..compute.embedding_bag_kernels import RowOrder, choose_embedding_bag
 from ..config import MemoryConfig
 from ..scores import Scores, top_blocks
 from ..selection import Selection, Selector, SelectorConfig, SelectorInput
@@ -22,20 +22,22 @@ AGGREGATES: dict[str, Callable[[Tensor], Tensor]] = {
     "max": lambda pre_NBG: pre_NBG.amax(dim=2),
     "min": lambda pre_NBG: pre_NBG.amin(dim=2),
 }
-"""Name -> score (N, B) of the blocks whose cells have pre-activations (N, B, G)."""
+"""Name -> function from pre-activations (N, B, G) to scores of blocks (N, B)."""
 
 SCORED_AT_ONCE = 2**21
-"""Pre-activations that are formed at once where their selected ones alone are kept: as many as stay
-in a processor's cache."""
+"""Number of pre-activations formed at a time, if only the selected ones are kept: as many as fit in a
+processor's cache."""
 
 SCORED_AT_ONCE_ON_ACCELERATORS = 2**28
-"""The same where each product is to be large, and its result a bounded part of the memory."""
+"""The same on accelerators: large matrix products with a bounded amount of memory."""
 
 
 class VanillaM(Selector):
-    """Top-b blocks by an aggregate of their own pre-activations x . k + c, all of which are
-    computed (Liu et al. 2023, arXiv 2305.13999). With blocks of one cell, the default,
-    the cells with the highest pre-activations."""
+    """Top-b blocks by an aggregate of their pre-activations x . k + c, all of which are computed.
+
+    Liu et al. 2023 (arXiv 2305.13999). With blocks of one cell, the default, it selects the cells
+    with the highest pre-activations.
+    """
 
     name = "vanilla_m"
     scores_every_key = True
@@ -74,14 +76,15 @@ class VanillaM(Selector):
         return Selection(blocks_NA, scores, pre_activations=_of_blocks(pre_NBG, blocks_NA))
 
     def factors(self, inputs: SelectorInput) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x, keys and key bias whose products are the pre-activations x . k + c: (N, D), (C, D) and
-        (C,)."""
+        """Return x (N, D), keys (C, D) and key bias (C,) of the pre-activations x . k + c."""
         assert inputs.keys is not None
         return inputs.x, inputs.keys, inputs.key_bias
 
     def _select(self, x_ND: Tensor, keys_CD: Tensor, bias_C: Tensor | None) -> Selection:
-        """As with scores, but these are dropped a few tokens at a time, and gradients flow through
-        the selected cells alone, not through a zero for each of the others."""
+        """Select without keeping the scores, a few tokens at a time.
+
+        Gradients flow through the selected cells only, not through zeros for all others.
+        """
         if torch.is_autocast_enabled(x_ND.device.type):
             dtype = torch.get_autocast_dtype(x_ND.device.type)
             x_ND, keys_CD = x_ND.to(dtype), keys_CD.to(dtype)
@@ -99,24 +102,24 @@ class VanillaM(Selector):
         keys_BGD = keys_CD.unflatten(0, (-1, self.block_size))
         bias_BG = None if bias_C is None else bias_C.unflatten(0, (-1, self.block_size))
         sizes = len(x_ND), self.active_blocks, len(keys_BGD)
-        bags = choose_bags(x_ND.device.type, x_ND.dtype, *sizes)
-        pre_NK = dot_rows(x_ND, keys_BGD, bias_BG, blocks_NA, RowOrder(), bags, known_NK)
+        kernels = choose_embedding_bag(x_ND.device.type, x_ND.dtype, *sizes)
+        pre_NK = dot_rows(x_ND, keys_BGD, bias_BG, blocks_NA, RowOrder(), kernels, known_NK)
         pre_NAG = pre_NK.view(*blocks_NA.shape, self.block_size)
         return Selection(blocks_NA, pre_activations=pre_NAG)
 
 
 def scores_are_cells(block_size: int, aggregate: str) -> bool:
-    """Whether the score of a block is the pre-activation of its one cell."""
+    """Return whether the score of a block is the pre-activation of its one cell."""
     return block_size == 1 and aggregate != "avg_abs"
 
 
 def aggregated(pre_NBG: Tensor, aggregate: str) -> Tensor:
-    """Score of each block, of the pre-activations of its cells: (N, B)."""
-    if scores_are_cells(pre_NBG.shape[2], aggregate):  # saves a copy of what may be large
+    """Return the score of each block from the pre-activations of its cells: (N, B)."""
+    if scores_are_cells(pre_NBG.shape[2], aggregate):  # saves a copy of a large tensor
         return pre_NBG.squeeze(2)
     return AGGREGATES[aggregate](pre_NBG)
 
 
 def _of_blocks(pre_NBG: Tensor, blocks_NA: Tensor) -> Tensor:
-    """Pre-activations of the given blocks: (N, A, G)."""
+    """Return the pre-activations of the given blocks: (N, A, G)."""
     return pre_NBG.gather(1, blocks_NA.unsqueeze(2).expand(-1, -1, pre_NBG.shape[2]))

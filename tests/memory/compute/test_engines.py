@@ -7,57 +7,57 @@ import torch.utils.checkpoint
 from torch import nn
 
 from fairseq_sffn.memory import ConfigError, MemoryConfig, Selection, SparseMemory
-from fairseq_sffn.memory.compute import bag_kernels, engines, kernels, tiled_torch, tiles
+from fairseq_sffn.memory.compute import embedding_bag_kernels, engines, kernels, tiled_torch, tiles
 from tests.memory.oracle import CASES, CPU_ENGINES, NATIVE, assert_matches, build, grads_of, tokens
 
 
-def cut(monkeypatch, pairs: int) -> None:
-    """Pieces of so few pairs or tokens that blocks are split over several."""
-    monkeypatch.setattr(engines, "CACHED_PAIRS", pairs)
-    monkeypatch.setattr(tiles, "TILE_ROWS", (pairs,))
-    monkeypatch.setattr(tiled_torch, "ELEMENTS_AT_ONCE", 100 * pairs)
-    monkeypatch.setattr(bag_kernels, "MASKED_ELEMENTS", 30 * pairs)
+def cut(monkeypatch, size: int) -> None:
+    """Limit chunks, tiles and batches, so that blocks are divided."""
+    monkeypatch.setattr(engines, "CACHED_ASSIGNMENTS", size)
+    monkeypatch.setattr(tiles, "TILE_ROWS", (size,))
+    monkeypatch.setattr(tiled_torch, "ELEMENTS_AT_ONCE", 100 * size)
+    monkeypatch.setattr(embedding_bag_kernels, "MASKED_ELEMENTS", 30 * size)
 
 
 CUT = [
-    *((engine, pairs) for engine in ("loop", "masked", "tiled") for pairs in (1, 5, 7, 4096)),
-    *(pytest.param("native_loop", pairs, marks=NATIVE) for pairs in (1, 5, 7, 4096)),
-    ("bags", 4096),
-    pytest.param("native_bags", 4096, marks=NATIVE),
+    *((engine, size) for engine in ("loop", "masked", "tiled") for size in (1, 5, 7, 4096)),
+    *(pytest.param("native_loop", size, marks=NATIVE) for size in (1, 5, 7, 4096)),
+    ("embedding_bag", 4096),
+    pytest.param("native_embedding_bag", 4096, marks=NATIVE),
 ]
-"""Engines, and of how many pairs the pieces are, where there are any."""
+"""Engines, and the size of their chunks, tiles or batches."""
 
 
-@pytest.mark.parametrize(("engine", "pairs"), CUT)
+@pytest.mark.parametrize(("engine", "size"), CUT)
 @pytest.mark.parametrize("losses", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_loops(case, losses, engine, pairs, monkeypatch):
-    cut(monkeypatch, pairs)
+def test_equals_the_loops(case, losses, engine, size, monkeypatch):
+    cut(monkeypatch, size)
     gate = "none" if case == "hash_layer" else "sigmoid"
     memory = build(case, engine=engine, gate=gate, capacity_factor=1.5)
     assert_matches(memory, *tokens(8), losses=losses)
 
 
-@pytest.mark.parametrize("cached_pairs", [1, 5, 4096])
+@pytest.mark.parametrize("chunk_size", [1, 5, 4096])
 @pytest.mark.parametrize("gate", ["none", "sigmoid"])
 @pytest.mark.parametrize("case", ["avgk-g4", "avgk-g16", "switch-top2"])
-def test_grouped_equals_loop_in_fp32(case, gate, cached_pairs, monkeypatch):
+def test_grouped_equals_loop_in_fp32(case, gate, chunk_size, monkeypatch):
     loop = build(case, torch.float32, engine="loop", gate=gate)
     grouped = build(case, torch.float32, engine="grouped", gate=gate)
     grouped.load_state_dict(loop.state_dict())
     x, token_ids = tokens(24, dtype=torch.float32)
     cotangent = torch.randn(24, 8)
     _, wanted = grads_of(loop, x, token_ids, cotangent)
-    cut(monkeypatch, cached_pairs)
+    cut(monkeypatch, chunk_size)
     _, got = grads_of(grouped, x, token_ids, cotangent)
     assert got.keys() == wanted.keys()
     for name in wanted:
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("cached_pairs", [5, 4096])
-def test_grouped_in_bf16_is_near_fp32(cached_pairs, monkeypatch):
-    cut(monkeypatch, cached_pairs)
+@pytest.mark.parametrize("chunk_size", [5, 4096])
+def test_grouped_in_bf16_is_near_fp32(chunk_size, monkeypatch):
+    cut(monkeypatch, chunk_size)
     # The token ids choose, so that rounding does not choose other blocks.
     narrow = build("hash_layer", torch.bfloat16, engine="grouped")
     wide = build("hash_layer", torch.float32, engine="grouped")
@@ -72,10 +72,10 @@ def test_grouped_in_bf16_is_near_fp32(cached_pairs, monkeypatch):
         assert error <= 0.03 * wanted[name].abs().max(), name
 
 
-@pytest.mark.parametrize("cached_pairs", [1, 5, 4096])
+@pytest.mark.parametrize("chunk_size", [1, 5, 4096])
 @pytest.mark.parametrize("engine", ["grouped", *CPU_ENGINES])
-def test_engines_agree_where_one_block_takes_most(engine, cached_pairs, monkeypatch):
-    """A block of more pairs than a chunk, blocks without any, first and last."""
+def test_engines_agree_where_one_block_takes_most(engine, chunk_size, monkeypatch):
+    """A block of more assignments than a chunk, blocks without any, first and last."""
     blocks_NA = torch.tensor([[3, 1]] * 9 + [[3, 6]] * 4 + [[5, 3]])
     x_ND, cotangent_ND = torch.randn(2, 14, 8)
     tables = [torch.randn(8, 4, 8), torch.randn(8, 4), torch.randn(8, 4, 8)]
@@ -90,7 +90,7 @@ def test_engines_agree_where_one_block_takes_most(engine, cached_pairs, monkeypa
         return out, *torch.autograd.grad(out, inputs, cotangent_ND)
 
     wanted = outcome("loop")
-    cut(monkeypatch, cached_pairs)
+    cut(monkeypatch, chunk_size)
     for got, again, want in zip(outcome(engine), outcome("loop"), wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(again, want, rtol=1e-5, atol=1e-5)
@@ -101,9 +101,9 @@ def test_engines_agree_where_one_block_takes_most(engine, cached_pairs, monkeypa
     [
         ("cpu", torch.float32, 2048, 1, (16, 1024, 256), "loop"),
         ("cpu", torch.float64, 2048, 64, (1024, 16, 256), "loop"),
-        ("cpu", torch.float32, 2048, 1024, (16384, 1, 256), "bags"),
-        ("cpu", torch.float32, 1, 16, (256, 64, 256), "bags"),
-        ("cpu", torch.float32, 1, 1, (16, 1024, 256), "bags"),
+        ("cpu", torch.float32, 2048, 1024, (16384, 1, 256), "embedding_bag"),
+        ("cpu", torch.float32, 1, 16, (256, 64, 256), "embedding_bag"),
+        ("cpu", torch.float32, 1, 1, (16, 1024, 256), "embedding_bag"),
         ("cpu", torch.float32, 17, 1, (16, 1024, 256), "loop"),
         ("cpu", torch.bfloat16, 2048, 1, (16, 1024, 256), "loop"),
         *(
@@ -116,8 +116,8 @@ def test_engines_agree_where_one_block_takes_most(engine, cached_pairs, monkeypa
                 (1, 64, (1024, 64, 1024), "tiled"),  # a token
                 (8192, 1024, (16384, 4, 1024), "masked"),
                 (8192, 4096, (65536, 1, 1024), "masked"),
-                (8192, 128, (65536, 1, 1024), "bags"),  # PKM
-                (1, 4096, (65536, 1, 1024), "bags"),
+                (8192, 128, (65536, 1, 1024), "embedding_bag"),  # PKM
+                (1, 4096, (65536, 1, 1024), "embedding_bag"),
             )
         ),
     ],
@@ -140,8 +140,8 @@ def test_choice_by_size(
 def test_without_a_compiler(case, losses, monkeypatch):
     monkeypatch.setattr(kernels, "load", lambda: None)
     assert_matches(build(case, capacity_factor=1.5), *tokens(8), losses=losses)
-    with pytest.raises(ConfigError, match="engine native_bags: "):
-        build(case, engine="native_bags")
+    with pytest.raises(ConfigError, match="engine native_embedding_bag: "):
+        build(case, engine="native_embedding_bag")
 
 
 @pytest.mark.parametrize("losses", [True, False])
@@ -192,7 +192,7 @@ def test_half_precision_rounds_a_sum_of_blocks_once(engine):
         assert errors[0] < 2 * errors[1]
 
 
-@pytest.mark.parametrize("engine", ["grouped", "loop", "bags", "masked", "tiled"])
+@pytest.mark.parametrize("engine", ["grouped", "loop", "embedding_bag", "masked", "tiled"])
 def test_half_precision_sums_up_the_gradient_of_the_key_bias(engine):
     """Thousands of addends, of which bfloat16 would lose most, one added after the other."""
     memory = build("avgk-g16", torch.float32, engine=engine)
@@ -234,7 +234,7 @@ def test_what_is_dropped_counts_nothing_even_where_it_overflows(engine):
 
 @pytest.mark.parametrize("known", ["pre_activations", "coefficients", "weights"])
 def test_on_an_accelerator_what_is_dropped_has_no_gradient_even_where_it_overflows(known):
-    """There dropped pairs are among the sorted ones, and zero times infinity would be no number."""
+    """Dropped assignments are among the sorted ones, and zero times infinity is NaN."""
     size = 1 if known == "coefficients" else 3
     blocks_NA = torch.tensor([[0, 1], [1, 0], [0, 1]])
     kept_NA = torch.tensor([[True, False], [True, True], [False, True]])
@@ -257,8 +257,8 @@ def test_on_an_accelerator_what_is_dropped_has_no_gradient_even_where_it_overflo
 
 @pytest.mark.parametrize("losses", [True, False])
 @pytest.mark.parametrize("case", ["avgk-g1", "vanilla_m-g1"])
-def test_checkpointing_may_drop_the_index_of_bags(case, losses):
-    memory = build(case, engine="bags")
+def test_checkpointing_may_drop_the_index_of_embedding_bags(case, losses):
+    memory = build(case, engine="embedding_bag")
     x, token_ids = tokens(8)
     x.requires_grad_()
 

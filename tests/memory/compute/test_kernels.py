@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fairseq_sffn.memory.compute import kernels
-from fairseq_sffn.memory.compute.bag_kernels import RowOrder
+from fairseq_sffn.memory.compute.embedding_bag_kernels import RowOrder
 from tests.memory.oracle import NATIVE
 
 pytestmark = pytest.mark.usefixtures("quick_start")
@@ -20,7 +20,7 @@ REPORT = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stdout)
 from fairseq_sffn.memory.compute import kernels
-from fairseq_sffn.memory.compute.bag_kernels import RowOrder
+from fairseq_sffn.memory.compute.embedding_bag_kernels import RowOrder
 print("kernels:", kernels.load() is not None, kernels.load() is not None)
 """
 
@@ -136,7 +136,7 @@ def test_a_block_that_is_not_there(block):
 
 
 @NATIVE
-def test_rows_of_no_weight_are_passed_by():
+def test_rows_of_weight_zero_are_skipped():
     table_BGD = torch.full((2, 3, 4), torch.nan)
     table_BGD[1, 1] = 2.0
     weights_NK = torch.tensor([[0.0, 0.0, 0.0, 0.0, 3.0, 0.0]])
@@ -149,7 +149,7 @@ def test_rows_of_no_weight_are_passed_by():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("width", [1, 7, 64, 700])
 @pytest.mark.parametrize("cells", [1, 5, 100])
-def test_bags_of_any_layout(cells, width, dtype, threads):
+def test_embedding_bags_of_any_layout(cells, width, dtype, threads):
     """Widths and counts that are no multiple of a vector, transposed operands, a few tokens."""
     blocks_NA = torch.tensor([[2, 0], [3, 3], [0, 1]]).t().contiguous().t()
     x_ND = torch.randn(width, 3, dtype=dtype).t()
@@ -184,8 +184,8 @@ def test_products_that_threads_share(threads):
     torch.set_num_threads(threads)
     try:
         ops = kernels.load()
-        ops.rows_by_matrices(rows_PX, matrices_BXY, ends_B, out_PY, bias_BY)
-        ops.rows_by_rows(rows_PX, right_PY, ends_B, out_BXY, False)
+        ops.grouped_mm(rows_PX, matrices_BXY, ends_B, out_PY, bias_BY)
+        ops.grouped_mm_transposed(rows_PX, right_PY, ends_B, out_BXY, False)
         ops.add_rows(sums_ND, tokens_P, right_PY)
     finally:
         torch.set_num_threads(1)

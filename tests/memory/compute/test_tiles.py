@@ -9,14 +9,16 @@ def assert_right(blocks_NA, num_blocks, kept_NA, rows, known=False):
     num_kept = int(kept_NA.sum()) if known else None
     made = make_tiles(blocks_NA, num_blocks, kept_NA, rows, num_kept)
     num_tokens, active = blocks_NA.shape
-    pairs = [
+    assignments = [
         (num_blocks if kept_NA is not None and not kept_NA[n, a] else int(blocks_NA[n, a]), n, a)
         for n in range(num_tokens)
         for a in range(active)
     ]
-    pairs = sorted(pairs)[:num_kept]
-    assert made.order_P.tolist() == [n * active + a for _, n, a in pairs]
-    starts = [sum(pair[0] < block for pair in pairs) for block in range(num_blocks + 2)]
+    assignments = sorted(assignments)[:num_kept]
+    assert made.order_P.tolist() == [n * active + a for _, n, a in assignments]
+    starts = [
+        sum(assignment[0] < block for assignment in assignments) for block in range(num_blocks + 2)
+    ]
     assert made.starts_S.tolist() == starts
     want = [
         (block, first)
@@ -26,7 +28,7 @@ def assert_right(blocks_NA, num_blocks, kept_NA, rows, known=False):
     got = list(zip(*made.tiles_2T.tolist(), strict=True))
     assert got[: len(want)] == want
     assert all(block == num_blocks + 1 for block, _ in got[len(want) :])
-    assert len(got) <= len(pairs) // rows + num_blocks + 1
+    assert len(got) <= len(assignments) // rows + num_blocks + 1
     assert made.num_blocks == num_blocks and made.active == max(active, 1) and made.rows == rows
     for tensor in (made.order_P, made.starts_S, made.tiles_2T):
         assert tensor.dtype == torch.int32
@@ -35,7 +37,7 @@ def assert_right(blocks_NA, num_blocks, kept_NA, rows, known=False):
 @pytest.mark.parametrize("rows", [1, 3, 8, 16, 100])
 @pytest.mark.parametrize("num_blocks", [1, 2, 7, 50])
 @pytest.mark.parametrize("share", [None, 0.0, 0.5, 1.0])
-def test_tiles_cover_each_pair_once(share, num_blocks, rows):
+def test_tiles_cover_each_assignment_once(share, num_blocks, rows):
     active = min(num_blocks, 3)
     blocks_NA = torch.stack([torch.randperm(num_blocks)[:active] for _ in range(11)])
     kept_NA = None if share is None else torch.rand(11, active) < share
@@ -70,6 +72,11 @@ def test_very_many_blocks(num_blocks):
 
 
 def test_an_even_load_fills_a_tile():
-    for num_pairs, num_blocks, rows in [(8192, 16, 128), (640, 10, 64), (64, 1024, 16), (0, 4, 16)]:
-        assert tile_rows(num_pairs, num_blocks) == rows
+    for num_assignments, num_blocks, rows in [
+        (8192, 16, 128),
+        (640, 10, 64),
+        (64, 1024, 16),
+        (0, 4, 16),
+    ]:
+        assert tile_rows(num_assignments, num_blocks) == rows
         assert rows in tiles.TILE_ROWS

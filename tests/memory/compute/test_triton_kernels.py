@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fairseq_sffn.memory.compute import tiled_products
-from tests.memory.compute import pair_loops
+from tests.memory.compute import loops
 from tests.memory.oracle import build, grads_of, tokens
 
 pytestmark = pytest.mark.skipif(
@@ -68,7 +68,7 @@ def assert_near(got, want, dtype, what=""):
     ("case", "block_size", "width", "rows"),
     [
         ("even", 16, 32, 16),
-        *((case, 20, 24, 16) for case in pair_loops.CASES if case != "even"),
+        *((case, 20, 24, 16) for case in loops.CASES if case != "even"),
         ("uneven", 1, 7, 16),  # less than a matrix unit takes
         ("uneven", 200, 150, 16),  # more than a program computes
         ("one block has half of all", 70, 140, 32),
@@ -78,34 +78,35 @@ def assert_near(got, want, dtype, what=""):
 def test_kernels_compute_what_loops_do(
     case, block_size, width, rows, drops, dtype, triton_products
 ):
-    sizes = pair_loops.CASES[case]
-    pairs = pair_loops.make_pairs(**sizes, drops=drops, rows=rows)
-    num_tokens, num_blocks, num_pairs = sizes["tokens"], sizes["blocks"], len(pairs.tiles.order_P)
+    sizes = loops.CASES[case]
+    assigned = loops.make_assignments(**sizes, drops=drops, rows=rows)
+    num_tokens, num_blocks = sizes["tokens"], sizes["blocks"]
+    num_assignments = len(assigned.tiles.order_P)
     x_ND, table_BGD, bias_BG, rows_PG = (
         torch.randn(shape).to(dtype)
         for shape in (
             (num_tokens, width),
             (num_blocks, block_size, width),
             (num_blocks, block_size),
-            (num_pairs, block_size),
+            (num_assignments, block_size),
         )
     )
     wide = [t.double() for t in (x_ND, table_BGD, bias_BG, rows_PG)]
     here = [t.to(DEVICE) for t in (x_ND, table_BGD, bias_BG, rows_PG)]
     x_ND, table_BGD, bias_BG, rows_PG = here
-    tiles = pairs.tiles._replace(
-        **{name: getattr(pairs.tiles, name).to(DEVICE) for name in pairs.tiles._fields[:3]}
+    tiles = assigned.tiles._replace(
+        **{name: getattr(assigned.tiles, name).to(DEVICE) for name in assigned.tiles._fields[:3]}
     )
     for bias in (bias_BG, None):
         got = triton_products.gathered_products(x_ND, table_BGD, bias, tiles)
         wide_bias = None if bias is None else wide[2]
-        want = pair_loops.gathered(*wide[:2], wide_bias, pairs)
+        want = loops.gathered(*wide[:2], wide_bias, assigned)
         assert_near(got.cpu(), want, dtype, "gathered")
     got = triton_products.scattered_products(rows_PG, table_BGD, num_tokens, tiles)
-    want = pair_loops.scattered(wide[3], wide[1], num_tokens, pairs)
+    want = loops.scattered(wide[3], wide[1], num_tokens, assigned)
     assert_near(got.cpu(), want, dtype, "scattered")
     got = triton_products.table_products(rows_PG, x_ND, tiles)
-    want = pair_loops.table(wide[3], wide[0], num_blocks, pairs)
+    want = loops.table(wide[3], wide[0], num_blocks, assigned)
     for name, ours, theirs in zip(("table", "sums"), got, want, strict=True):
         assert_near(ours.cpu(), theirs, dtype, name)
 
@@ -117,12 +118,12 @@ def test_reproducible_sums(case, at_once, drops, triton_products, monkeypatch):
     """Bit for bit, whatever order the programs come in, and with the same result: 20 columns of the
     width at a time, or all."""
     monkeypatch.setattr(triton_products, "SCATTERED_ELEMENTS", at_once)
-    sizes = pair_loops.CASES[case]
-    pairs = pair_loops.make_pairs(**sizes, drops=drops)
-    rows_PG = torch.randn(len(pairs.tiles.order_P), 12)
+    sizes = loops.CASES[case]
+    assigned = loops.make_assignments(**sizes, drops=drops)
+    rows_PG = torch.randn(len(assigned.tiles.order_P), 12)
     table_BGD = torch.randn(sizes["blocks"], 12, 50)
-    want = pair_loops.scattered(rows_PG.double(), table_BGD.double(), sizes["tokens"], pairs)
-    backwards = pairs.tiles._replace(tiles_2T=pairs.tiles.tiles_2T.flip(1).contiguous())
+    want = loops.scattered(rows_PG.double(), table_BGD.double(), sizes["tokens"], assigned)
+    backwards = assigned.tiles._replace(tiles_2T=assigned.tiles.tiles_2T.flip(1).contiguous())
     torch.use_deterministic_algorithms(True)
     try:
         first, second = (
@@ -134,7 +135,7 @@ def test_reproducible_sums(case, at_once, drops, triton_products, monkeypatch):
                     **{name: getattr(tiles, name).to(DEVICE) for name in tiles._fields[:3]}
                 ),
             ).cpu()
-            for tiles in (pairs.tiles, backwards)
+            for tiles in (assigned.tiles, backwards)
         )
     finally:
         torch.use_deterministic_algorithms(False)
@@ -157,19 +158,19 @@ def test_sizes_of_a_batch_are_no_constants_of_the_kernels(triton_products):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_with_its_token(bad, triton_products):
-    """Also of the token whose rows are read where a tile has no pair."""
-    pairs = pair_loops.make_pairs(**pair_loops.CASES["uneven"])
+    """Also of the token whose rows are read where a tile has no assignment."""
+    assigned = loops.make_assignments(**loops.CASES["uneven"])
     x_ND, table_BGD, rows_PG = torch.randn(37, 8), torch.randn(7, 5, 8), torch.randn(111, 5)
     x_ND[0] = bad
-    tiles = pairs.tiles._replace(
-        **{name: getattr(pairs.tiles, name).to(DEVICE) for name in pairs.tiles._fields[:3]}
+    tiles = assigned.tiles._replace(
+        **{name: getattr(assigned.tiles, name).to(DEVICE) for name in assigned.tiles._fields[:3]}
     )
     here = [t.to(DEVICE) for t in (x_ND, table_BGD, rows_PG)]
     gathered_PG = triton_products.gathered_products(*here[:2], None, tiles).cpu()
-    assert torch.equal(gathered_PG.isfinite().all(dim=1), pairs.tiles.order_P >= 3)
+    assert torch.equal(gathered_PG.isfinite().all(dim=1), assigned.tiles.order_P >= 3)
     grad_BGD, _ = triton_products.table_products(here[2], here[0], tiles)
     finite = {block for block in range(7) if grad_BGD[block].isfinite().all()}
-    assert finite == set(range(7)) - set(pairs.blocks_NA[0].tolist())
+    assert finite == set(range(7)) - set(assigned.blocks_NA[0].tolist())
 
 
 @pytest.mark.parametrize("losses", [True, False])

@@ -1,4 +1,4 @@
-"""Ways to multiply rows with the matrices of their blocks."""
+"""Matrix products of groups of rows, one group for each block, in three implementations."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor
 
 from ..renamed import grouped_mm
 from . import kernels
-from .plan import Chunk
+from .chunks import Chunk
 
 MOST_GROUPS = 1023
-"""``grouped_mm`` refuses more groups on a CUDA device."""
+"""Maximum number of groups that PyTorch's ``grouped_mm`` accepts on a CUDA device."""
 
 
-class Products(Protocol):
-    """Matrix products of the pairs of a chunk, block by block."""
+class GroupedMM(Protocol):
+    """Multiplies the rows of a chunk's assignments, block by block."""
 
     def supports(
         self, device_type: str, dtype: torch.dtype, table_shape: tuple[int, int, int]
     ) -> bool:
-        """Whether tables (B, G, D) of this kind can be multiplied."""
+        """Return whether tables of this dtype and shape (B, G, D) can be multiplied."""
 
-    def rows_by_matrices(
+    def grouped_mm(
         self,
         rows_PX: Tensor,
         matrices_BXY: Tensor,
@@ -31,43 +31,52 @@ class Products(Protocol):
         out_PY: Tensor,
         bias_BY: Tensor | None = None,
     ) -> None:
-        """Each row times the matrix of its block, plus the bias of its block.
+        """Multiply each row by the matrix of its block and add the bias of its block.
 
         Args:
-            rows_PX: the rows of the chunk.
-            matrices_BXY, bias_BY: of all blocks.
-            out_PY: takes the result.
+            rows_PX: rows of the chunk's assignments.
+            matrices_BXY: matrices of all blocks.
+            chunk: which assignments belong to which block.
+            out_PY: receives the result.
+            bias_BY: biases of all blocks.
         """
 
-    def rows_by_rows(
+    def grouped_mm_transposed(
         self, left_PX: Tensor, right_PY: Tensor, chunk: Chunk, out_BXY: Tensor
     ) -> None:
-        """Sum over each block of the outer products of its rows.
+        """Multiply the transposed left rows of each block by its right rows.
 
         Args:
-            out_BXY: takes the result, of all blocks, which is added where the chunk continues a
-                block. Blocks without rows are zeroed if they are within the chunk's.
+            left_PX: left rows of the chunk's assignments.
+            right_PY: right rows of the chunk's assignments.
+            chunk: which assignments belong to which block.
+            out_BXY: receives the products of all blocks. If the chunk continues a block, the
+                product of this block is added to what is there. Blocks of the chunk without rows
+                receive zeros.
         """
 
     def add_rows(self, out_ND: Tensor, tokens_P: Tensor, rows_PD: Tensor) -> None:
-        """Adds each row to that of its token.
+        """Add each row to the row of its token.
 
         Args:
-            out_ND: takes the sums.
-            tokens_P: int32.
+            out_ND: receives the sums.
+            tokens_P: int32 token of each row.
+            rows_PD: rows to add.
         """
 
 
-class Loop:
-    """One ``torch.mm`` a block, straight into place: any dtype and shape. On a CPU nothing is
-    allocated, which is faster than a call for all blocks."""
+class LoopMM:
+    """One ``torch.mm`` for each block, written in place: any dtype and shape.
+
+    On a CPU this is faster than one call for all blocks, because nothing is allocated.
+    """
 
     def supports(
         self, device_type: str, dtype: torch.dtype, table_shape: tuple[int, int, int]
     ) -> bool:
         return True
 
-    def rows_by_matrices(
+    def grouped_mm(
         self,
         rows_PX: Tensor,
         matrices_BXY: Tensor,
@@ -89,7 +98,7 @@ class Loop:
                 if size:
                     torch.addmm(bias, rows, matrix, out=out)
 
-    def rows_by_rows(
+    def grouped_mm_transposed(
         self, left_PX: Tensor, right_PY: Tensor, chunk: Chunk, out_BXY: Tensor
     ) -> None:
         lefts = left_PX.t().split(chunk.sizes, dim=1)
@@ -98,13 +107,13 @@ class Loop:
             outs[0].addmm_(lefts[0], rights[0])
         start = int(chunk.continues)
         for left, right, out in zip(lefts[start:], rights[start:], outs[start:], strict=True):
-            torch.mm(left, right, out=out)  # of no rows: zeros
+            torch.mm(left, right, out=out)  # zeros if the block has no rows
 
     def add_rows(self, out_ND: Tensor, tokens_P: Tensor, rows_PD: Tensor) -> None:
         out_ND.index_add_(0, tokens_P, rows_PD)
 
 
-class Grouped:
+class TorchGroupedMM:
     """``torch.nn.functional.grouped_mm``: one call for all blocks of a chunk."""
 
     def supports(
@@ -115,11 +124,11 @@ class Grouped:
         num_blocks, block_size, width = table_shape
         if device_type != "cpu" and num_blocks > MOST_GROUPS:
             return False
-        # grouped_mm wants every row of its operands to start at a multiple of 16 bytes.
+        # PyTorch requires every row of the operands to start at a multiple of 16 bytes.
         aligned = 16 // dtype.itemsize
         return width % aligned == 0 and block_size % aligned == 0
 
-    def rows_by_matrices(
+    def grouped_mm(
         self,
         rows_PX: Tensor,
         matrices_BXY: Tensor,
@@ -134,7 +143,7 @@ class Grouped:
             block_P = torch.searchsorted(ends, rows_P, right=True)
             out_PY += bias_BY[chunk.blocks].index_select(0, block_P)
 
-    def rows_by_rows(
+    def grouped_mm_transposed(
         self, left_PX: Tensor, right_PY: Tensor, chunk: Chunk, out_BXY: Tensor
     ) -> None:
         products_BXY = grouped_mm(left_PX.t(), right_PY, offs=chunk.ends.to(left_PX.device))
@@ -146,15 +155,15 @@ class Grouped:
         out_ND.index_add_(0, tokens_P, rows_PD)
 
 
-class Native:
-    """The kernels of :mod:`.kernels`: the products of a chunk side by side on a CPU's threads."""
+class NativeMM:
+    """The C++ kernels of :mod:`.kernels`: a CPU's threads multiply the blocks of a chunk."""
 
     def supports(
         self, device_type: str, dtype: torch.dtype, table_shape: tuple[int, int, int]
     ) -> bool:
         return device_type == "cpu" and kernels.supported(dtype)
 
-    def rows_by_matrices(
+    def grouped_mm(
         self,
         rows_PX: Tensor,
         matrices_BXY: Tensor,
@@ -163,14 +172,12 @@ class Native:
         bias_BY: Tensor | None = None,
     ) -> None:
         bias_BY = None if bias_BY is None else bias_BY[chunk.blocks]
-        kernels.load().rows_by_matrices(
-            rows_PX, matrices_BXY[chunk.blocks], chunk.ends, out_PY, bias_BY
-        )
+        kernels.load().grouped_mm(rows_PX, matrices_BXY[chunk.blocks], chunk.ends, out_PY, bias_BY)
 
-    def rows_by_rows(
+    def grouped_mm_transposed(
         self, left_PX: Tensor, right_PY: Tensor, chunk: Chunk, out_BXY: Tensor
     ) -> None:
-        kernels.load().rows_by_rows(
+        kernels.load().grouped_mm_transposed(
             left_PX, right_PY, chunk.ends, out_BXY[chunk.blocks], chunk.continues
         )
 
@@ -178,8 +185,8 @@ class Native:
         kernels.load().add_rows(out_ND, tokens_P, rows_PD)
 
 
-PRODUCTS: dict[str, Products] = {
-    "grouped": Grouped(),
-    "loop": Loop(),
-    "native_loop": Native(),
+GROUPED_MMS: dict[str, GroupedMM] = {
+    "grouped": TorchGroupedMM(),
+    "loop": LoopMM(),
+    "native_loop": NativeMM(),
 }

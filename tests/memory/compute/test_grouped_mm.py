@@ -3,8 +3,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fairseq_sffn.memory.compute import products
-from fairseq_sffn.memory.compute.plan import Chunk
+from fairseq_sffn.memory.compute.chunks import Chunk
+from fairseq_sffn.memory.compute.grouped_mm import GROUPED_MMS
 from tests.memory.oracle import NATIVE
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16)
@@ -20,7 +20,7 @@ ABLE = [
 @pytest.mark.parametrize(("name", "dtype"), ABLE)
 @pytest.mark.parametrize("ends", [[4, 4, 9], [1, 1, 9], [9, 9, 9], [3, 6, 9]])
 def test_products_of_each_block(name, ends, bias, continues, dtype):
-    engine = products.PRODUCTS[name]
+    mm = GROUPED_MMS[name]
     rows_PX = torch.randn(9, 16, dtype=dtype)
     right_PY = torch.randn(9, 8, dtype=dtype)
     matrices_BXY = torch.randn(5, 16, 8, dtype=dtype)
@@ -44,10 +44,10 @@ def test_products_of_each_block(name, ends, bias, continues, dtype):
     transposed_BXY = matrices_BXY.transpose(1, 2).contiguous().transpose(1, 2)
     for given_BXY in (matrices_BXY, transposed_BXY):
         got_PY = torch.full_like(wanted_PY, torch.nan)
-        engine.rows_by_matrices(rows_PX, given_BXY, chunk, got_PY, bias_BY)
+        mm.grouped_mm(rows_PX, given_BXY, chunk, got_PY, bias_BY)
         torch.testing.assert_close(got_PY, wanted_PY, **options)
     got_BXY = before_BXY.clone()
-    engine.rows_by_rows(rows_PX, right_PY, chunk, got_BXY)
+    mm.grouped_mm_transposed(rows_PX, right_PY, chunk, got_BXY)
     torch.testing.assert_close(got_BXY, wanted_BXY, **options)
 
 
@@ -68,7 +68,7 @@ def test_products_of_each_block(name, ends, bias, continues, dtype):
     ],
 )
 def test_what_grouped_supports(device, dtype, table_shape, able):
-    assert products.PRODUCTS["grouped"].supports(device, dtype, table_shape) == able
+    assert GROUPED_MMS["grouped"].supports(device, dtype, table_shape) == able
 
 
 @pytest.mark.parametrize(("name", "dtype"), ABLE)
@@ -78,5 +78,5 @@ def test_rows_are_added(name, dtype):
     got_ND, wanted_ND = torch.ones(2, 6, 70, dtype=dtype)
     for token, row in zip(tokens_P, rows_PD, strict=True):
         wanted_ND[token] += row
-    products.PRODUCTS[name].add_rows(got_ND, tokens_P, rows_PD)
+    GROUPED_MMS[name].add_rows(got_ND, tokens_P, rows_PD)
     torch.testing.assert_close(got_ND, wanted_ND)

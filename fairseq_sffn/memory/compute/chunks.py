@@ -1,4 +1,4 @@
-"""The order in which (token, block) pairs are computed."""
+"""Assignments sorted by block and cut into chunks of bounded size, for CPUs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive pairs that are multiplied at once, and the consecutive blocks they belong to.
+    """Consecutive sorted assignments that are multiplied together, and the blocks they use.
 
     Attributes:
-        pairs: slice of the sorted pairs.
+        assignments: slice of the sorted assignments.
         blocks: slice of the blocks.
-        ends: (blocks in the chunk,) int32, for each block the end of its pairs, counted from the
+        ends: (blocks in the chunk,) int32, the end of each block's assignments, relative to the
             start of the chunk.
-        sizes: how many pairs each block has in the chunk.
-        continues: whether the first block has pairs in the chunk before, too.
+        sizes: number of assignments of each block in the chunk.
+        continues: whether the previous chunk also has assignments of the first block.
     """
 
-    pairs: slice
+    assignments: slice
     blocks: slice
     ends: Tensor
     sizes: list[int]
@@ -30,13 +30,13 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Pairs sorted by block: as much of it as backward needs.
+class ChunkedAssignments:
+    """Assignments sorted by block, as far as the backward pass needs them.
 
     Attributes:
-        tokens: (P,) int32 token n of each sorted pair.
-        ends: (B,) int32, for each block the end of its pairs.
-        chunks: cover all pairs in order.
+        tokens: (P,) int32, the token n of each sorted assignment.
+        ends: (B,) int32, the end of each block's assignments.
+        chunks: cover all assignments in order.
     """
 
     tokens: Tensor
@@ -45,25 +45,27 @@ class Plan:
 
     @property
     def blocks(self) -> Tensor:
-        """(P,) int32 block of each sorted pair."""
+        """(P,) int32, the block of each sorted assignment."""
         all_blocks = torch.arange(len(self.ends), device=self.ends.device, dtype=torch.int32)
         loads = self.ends.diff(prepend=self.ends.new_zeros(1))
         return all_blocks.repeat_interleave(loads, output_size=len(self.tokens))
 
 
-def make_plan(
-    blocks_NA: Tensor, num_blocks: int, chunk_pairs: int, kept_NA: Tensor | None = None
-) -> tuple[Tensor, Plan]:
-    """Sort pairs by block and cut them into chunks, whose sizes are read from the device.
+def chunk_assignments(
+    blocks_NA: Tensor, num_blocks: int, chunk_size: int, kept_NA: Tensor | None = None
+) -> tuple[Tensor, ChunkedAssignments]:
+    """Sort the assignments by block and cut them into chunks.
+
+    The host reads the chunk sizes from the device, and waits for it.
 
     Args:
         blocks_NA: selected blocks.
         num_blocks: B.
-        chunk_pairs: the most pairs in a chunk.
-        kept_NA: pairs to leave out are ``False``.
+        chunk_size: maximum number of assignments in a chunk.
+        kept_NA: bool; assignments with ``False`` are left out.
 
     Returns:
-        (P,) index n * A + a of each sorted pair, and the plan.
+        (P,) the index n * A + a of each sorted assignment, and the chunks.
     """
     sorted_P, order_P = sort_blocks(blocks_NA.flatten(), num_blocks)
     if kept_NA is not None:
@@ -72,23 +74,28 @@ def make_plan(
     all_blocks = torch.arange(num_blocks, device=sorted_P.device, dtype=sorted_P.dtype)
     ends_B = torch.searchsorted(sorted_P, all_blocks, right=True).int()
     tokens_P = order_P.int().div(max(blocks_NA.shape[1], 1), rounding_mode="floor")
-    return order_P, Plan(tokens_P, ends_B, _chunks(ends_B, len(order_P), chunk_pairs))
+    chunks = _chunks(ends_B, len(order_P), chunk_size)
+    return order_P, ChunkedAssignments(tokens_P, ends_B, chunks)
 
 
 def sort_blocks(blocks_P: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """The block numbers in order, in a narrow dtype, and where each of them was: (P,) both."""
-    # 16-bit keys sort several times faster than 64-bit ones.
+    """Sort block numbers, stably.
+
+    Returns:
+        (P,) the sorted numbers in a narrow dtype, and (P,) their previous positions.
+    """
+    # 16-bit keys sort several times faster than 64-bit keys.
     narrow = torch.int16 if num_blocks < 2**15 else torch.int32
     return blocks_P.to(narrow).sort(stable=True)
 
 
-def _chunks(ends_B: Tensor, num_pairs: int, chunk_pairs: int) -> list[Chunk]:
-    if num_pairs == 0:
+def _chunks(ends_B: Tensor, num_assignments: int, chunk_size: int) -> list[Chunk]:
+    if num_assignments == 0:
         return []
-    starts = torch.arange(0, num_pairs, chunk_pairs)
-    stops = (starts + chunk_pairs).clamp(max=num_pairs)
+    starts = torch.arange(0, num_assignments, chunk_size)
+    stops = (starts + chunk_size).clamp(max=num_assignments)
     ends_B = ends_B.cpu()
-    # A block that is longer than a chunk spreads over several: its first and last pairs differ.
+    # A block with more assignments than a chunk holds spreads over several chunks.
     firsts = torch.searchsorted(ends_B, starts.int(), right=True)
     lasts = torch.searchsorted(ends_B, stops.int())
     chunks: list[Chunk] = []

@@ -1,4 +1,4 @@
-"""Sums and products of the rows of a table that each token uses."""
+"""Sums of table rows and dot products with them, in three implementations."""
 
 from __future__ import annotations
 
@@ -10,22 +10,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
-from .plan import sort_blocks
+from .chunks import sort_blocks
 
 _SUM = 0
-"""The number of ``mode="sum"`` in PyTorch's kernels."""
+"""Code of ``mode="sum"`` in PyTorch's embedding bag kernels."""
 
 
 class RowOrder:
-    """Pairs in the order of the blocks, or cells, that they use; the gradients of keys and values
-    share it."""
+    """Assignments sorted by block or by cell. The gradients of keys and values share the result."""
 
     def __init__(self) -> None:
         self._order: tuple[Tensor, Tensor, Tensor] | None = None
 
     def of(self, index_NA: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Positions in the flattened index, by what it names (P,), the token of each (P,), and
-        where the pairs of each of the ``num_rows`` start."""
+        """Sort the assignments by the row that they use; the first call computes the result.
+
+        Args:
+            index_NA: block or cell numbers below ``num_rows``.
+            num_rows: number of blocks or cells.
+
+        Returns:
+            (P,) the index n * A + a of each sorted assignment, (P,) its token n, and (num_rows,)
+            the start of each row's assignments.
+        """
         if self._order is None:
             sorted_P, order_P = sort_blocks(index_NA.flatten(), num_rows)
             rows_C = torch.arange(num_rows, device=sorted_P.device, dtype=sorted_P.dtype)
@@ -34,30 +41,31 @@ class RowOrder:
         return self._order
 
 
-class BagKernels(Protocol):
-    """Sums and products of the rows of a table (B, G, D) that tokens use. K = A * G."""
+class EmbeddingBagKernels(Protocol):
+    """Implementation of sums and dot products over the K = A * G table rows that a token uses."""
 
     def supports(self, device_type: str, dtype: torch.dtype) -> bool:
-        """Whether numbers of this kind can be added up."""
+        """Return whether the implementation computes in this dtype on this device."""
 
     def dots(
         self, x_ND: Tensor, table_BGD: Tensor, bias_BG: Tensor | None, blocks_NA: Tensor
     ) -> Tensor:
-        """x . row + bias for each row of a token's blocks: (N * K,), no view."""
+        """Compute x . row + bias for the rows of each token's blocks: (N * K,), not a view."""
 
     def sums(self, weights_NK: Tensor, table_BGD: Tensor, blocks_NA: Tensor) -> Tensor:
-        """The rows of a token's blocks, each times its weight, added up: (N, D)."""
+        """Sum weight * row over the rows of each token's blocks: (N, D)."""
 
     def table_sums(
         self, weights_NK: Tensor, x_ND: Tensor, blocks_NA: Tensor, order: RowOrder, num_blocks: int
     ) -> Tensor:
-        """For each row the sum of weight * x over the tokens that use it: (B, G, D)."""
+        """Sum weight * x over the tokens that use each row: (B, G, D)."""
 
 
-class TorchBags:
-    """By ``embedding_bag``: on any device, in any dtype.
+class TorchEmbeddingBag:
+    """PyTorch's ``embedding_bag``, on any device and in any dtype.
 
-    (PyTorch's own gradient of it adds one pair at a time, several times slower on a CPU.)
+    Its gradients are computed here. PyTorch's own gradient adds one row at a time, which is
+    several times slower on a CPU.
     """
 
     def supports(self, device_type: str, dtype: torch.dtype) -> bool:
@@ -66,8 +74,8 @@ class TorchBags:
     def dots(
         self, x_ND: Tensor, table_BGD: Tensor, bias_BG: Tensor | None, blocks_NA: Tensor
     ) -> Tensor:
-        # They are the gradients of the weights of a bag. PyTorch's kernel for them has no public
-        # name, and to ask autograd for it costs the bag as well and fails in inference mode.
+        # The dot products are the gradients of an embedding bag's weights. PyTorch's kernel for
+        # them is private. Autograd would compute the bag too, and fails in inference mode.
         cells_NK = cells_of(blocks_NA, table_BGD.shape[1])
         num_tokens, active = cells_NK.shape
         tokens_N = torch.arange(num_tokens, device=x_ND.device)
@@ -102,9 +110,8 @@ class TorchBags:
         return sums_CD.unflatten(0, (num_blocks, block_size))
 
 
-class NativeBags:
-    """By the kernels of :mod:`.kernels`, which pass by rows without weight, such as those that
-    relu has silenced."""
+class NativeEmbeddingBag:
+    """The C++ kernels of :mod:`.kernels`, which skip rows of weight 0, such as those after relu."""
 
     def supports(self, device_type: str, dtype: torch.dtype) -> bool:
         return device_type == "cpu" and kernels.supported(dtype)
@@ -125,9 +132,11 @@ class NativeBags:
         return table_sums(weights_NK, x_ND, *order.of(blocks_NA, num_blocks), block_size)
 
 
-class MaskedBags:
-    """By products with the whole table, of which a token's part is read, or which is multiplied by
-    zeros elsewhere: on an accelerator faster than gathering a large part of the rows one by one."""
+class MaskedMatmul:
+    """Matrix products with the whole table, masked to the cells that each token uses.
+
+    On an accelerator this is faster than gathering a large part of the rows one by one.
+    """
 
     def supports(self, device_type: str, dtype: torch.dtype) -> bool:
         return True
@@ -163,57 +172,59 @@ class MaskedBags:
 
 
 def _tokens_at_once(num_cells: int) -> int:
+    """Number of tokens whose products with the whole table are formed together."""
     return max(1, MASKED_ELEMENTS // num_cells)
 
 
 def _masked(
     weights_NK: Tensor, blocks_NA: Tensor, num_blocks: int, block_size: int
 ) -> Iterator[Tensor]:
-    """Weights of all cells, zero where a token does not use them, some tokens at a time: (n, C)."""
+    """Yield the weights of all cells, (n, C), for some tokens at a time; unused cells have 0."""
     num_cells = num_blocks * block_size
     each = _tokens_at_once(num_cells)
     cells_NK = cells_of(blocks_NA, block_size)
     for weights_nK, cells_nK in zip(weights_NK.split(each), cells_NK.split(each), strict=True):
         masked = weights_nK.new_zeros(len(weights_nK) * num_cells)
         first_n1 = torch.arange(len(weights_nK), device=masked.device).unsqueeze(1) * num_cells
-        # In one dimension PyTorch can add up reproducibly.
+        # PyTorch adds deterministically only in one dimension.
         masked.scatter_add_(0, (first_n1 + cells_nK).flatten(), weights_nK.flatten())
         yield masked.view(-1, num_cells)
 
 
-BAGS: dict[str, BagKernels] = {
-    "bags": TorchBags(),
-    "native_bags": NativeBags(),
-    "masked": MaskedBags(),
+EMBEDDING_BAGS: dict[str, EmbeddingBagKernels] = {
+    "embedding_bag": TorchEmbeddingBag(),
+    "native_embedding_bag": NativeEmbeddingBag(),
+    "masked": MaskedMatmul(),
 }
 
 MASKED_ELEMENTS = 2**28
-"""About how many numbers a product with the whole table has at a time."""
+"""Approximate number of elements of a product with the whole table that is formed at a time."""
 
 MASKED_SHARE = 64
-"""A product with the whole table takes a GPU less time than gathering one row in so many, by
-arithmetic for an H100: some 170 FLOPs a byte, less what gathers lose to a stream."""
+"""If a token uses at least 1 row in this many, a product with the whole table takes a GPU less
+time than gathering the rows. Computed for an H100: about 170 FLOPs per byte, less the bandwidth
+that gathers lose against a stream."""
 
 
 def pays_to_mask(num_tokens: int, active_blocks: int, num_blocks: int) -> bool:
-    """Whether products with the whole table are faster on an accelerator than gathered rows."""
+    """Return whether an accelerator multiplies the whole table faster than it gathers rows."""
     is_large_part = active_blocks * MASKED_SHARE >= num_blocks
     return is_large_part and num_tokens * active_blocks >= num_blocks
 
 
-def choose_bags(
+def choose_embedding_bag(
     device_type: str, dtype: torch.dtype, num_tokens: int, active_blocks: int, num_blocks: int
-) -> BagKernels:
-    """The fastest kernels for this device, dtype and these sizes."""
+) -> EmbeddingBagKernels:
+    """Return the fastest implementation for this device, dtype and these sizes."""
     if device_type != "cpu":
         masks = pays_to_mask(num_tokens, active_blocks, num_blocks)
-        return BAGS["masked" if masks else "bags"]
-    native = BAGS["native_bags"]
-    return native if native.supports(device_type, dtype) else BAGS["bags"]
+        return EMBEDDING_BAGS["masked" if masks else "embedding_bag"]
+    native = EMBEDDING_BAGS["native_embedding_bag"]
+    return native if native.supports(device_type, dtype) else EMBEDDING_BAGS["embedding_bag"]
 
 
 def cells_of(blocks_NA: Tensor, block_size: int) -> Tensor:
-    """The cells of the given blocks, block by block: (N, A * G)."""
+    """Return the cells of the given blocks, block by block: (N, A * G)."""
     if block_size == 1:
         return blocks_NA
     within_G = torch.arange(block_size, device=blocks_NA.device)
