@@ -1,4 +1,4 @@
-"""The README's examples do what it says."""
+"""The examples and tables of README.md and of the framework's README do what they say."""
 
 import os
 import re
@@ -16,15 +16,27 @@ from tests import commands
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+FRAMEWORK = (ROOT / "fairseq_sffn" / "memory" / "README.md").read_text()
+TOOLS = (ROOT / "fairseq_sffn" / "tools" / "README.md").read_text()
 COSTS = re.compile(
     r"^\| `(\w+)` \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([+-][\d.]+%) \|$", re.M
 )
 """A row of the table of costs."""
 
 
+def python_blocks(document: str, containing: str) -> list[str]:
+    """Return the Python blocks of a document that contain a text."""
+    blocks = re.findall(r"```python\n(.*?)```", document, flags=re.DOTALL)
+    return [block for block in blocks if containing in block]
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 220
+
+
 def test_added_selection_method_trains(tmp_path: Path, data_bin: Path) -> None:
-    selector, row, _ = BLOCKS
+    (selector,) = python_blocks(FRAMEWORK, "class CosineK(")
+    (row,) = python_blocks(FRAMEWORK, 'Method("cosine_k"')
     package = shutil.copytree(ROOT / "fairseq_sffn", tmp_path / "fairseq_sffn")
     (package / "memory" / "selectors" / "cosine_k.py").write_text(selector)
     table = package / "models" / "transformer_lm.py"
@@ -56,12 +68,13 @@ def test_added_selection_method_trains(tmp_path: Path, data_bin: Path) -> None:
 
 
 def test_memory_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    exec(BLOCKS[2], {})
+    (example,) = python_blocks(README, "SparseMemory(")
+    exec(example, {})
     assert "torch.Size([8, 128, 256]) torch.Size([1024, 16])" in capsys.readouterr().out
 
 
 def cost_row(method: str) -> tuple[str, ...]:
-    """A row of README's table of costs, as ``fairseq-sffn cost`` has it."""
+    """Return a row of the table of costs, as ``fairseq-sffn cost`` has it."""
     model = build_language_model(f"transformer_lm_{method}_gpt3_medium", 51200, 2048, [])
     cost = cost_figures(model, context=2048, tokens=60e9)
     return (
@@ -76,4 +89,9 @@ def cost_row(method: str) -> tuple[str, ...]:
 
 def test_the_costs_are_what_the_command_gives() -> None:
     methods = ["dense", *(method.name for method in METHODS if method.selector)]
-    assert COSTS.findall(README) == [cost_row(method) for method in methods]
+    assert COSTS.findall(TOOLS) == [cost_row(method) for method in methods]
+
+
+def test_readme_lists_every_model() -> None:
+    rows = re.findall(r"^\| `transformer_lm_(\w+)` \|", README, re.M)
+    assert sorted(rows) == sorted(["dense", *(method.name for method in METHODS)])

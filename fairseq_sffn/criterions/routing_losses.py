@@ -86,15 +86,18 @@ class RoutingLossConfig(FairseqDataclass):
     balance_loss_weight: Optional[float] = field(
         default=None,
         metadata={
-            "help": "weight of the load-balancing loss, which is 1.0 per layer at perfect balance "
-            "(default: the selector's own, 0.01 for switch and gshard, else 0)"
+            "help": "weight of the balance loss, which is 1.0 per layer at perfect balance "
+            "(default: the selector's own: 0.01 for switch and gshard, else 0)"
         },
     )
     balance_loss_reduce: ChoiceEnum(["sum", "mean"]) = field(  # type: ignore[valid-type]
-        default="sum", metadata={"help": "over the sparse layers"}
+        default="sum", metadata={"help": "how the balance losses of the sparse layers are combined"}
     )
     z_loss_weight: float = field(
-        default=0.0, metadata={"help": "weight of the mean squared log-partition of the scores"}
+        default=0.0,
+        metadata={
+            "help": "weight of the router z-loss, the mean squared log-sum-exp of the scores"
+        },
     )
     log_format: Optional[LOG_FORMAT_CHOICES] = II("common.log_format")
     tensorboard_logdir: Optional[str] = II("common.tensorboard_logdir")

@@ -116,11 +116,20 @@ class SparseOptions(FairseqDataclass):
     """Options of the sparse layers; ``None``: the selector's own default."""
 
     sffn_selector: Optional[ChoiceEnum(sorted(Selector.registry))] = field(  # type: ignore[valid-type]
-        default=None, metadata={"help": "how the blocks of a token are selected"}
+        default=None,
+        metadata={
+            "help": "selection method; required by transformer_lm_sffn and transformer_sffn, fixed "
+            "by all other models"
+        },
     )
     sffn_gate: Optional[ChoiceEnum(list(GATES))] = field(  # type: ignore[valid-type]
         default=None,
-        metadata={"help": "weight of a selected block (default: the selector's own)"},
+        metadata={
+            "help": "weight of a selected block: 'none' (1), 'softmax' (its probability among all "
+            "blocks), 'renormalized' (its probability among the selected blocks) or 'sigmoid' of "
+            "its score. With 'none', only the balance loss trains a learned router or query "
+            "network, so its weight must be above 0 (default: the selector's own)"
+        },
     )
     sffn_expansion: int = field(
         default=16,
@@ -133,48 +142,54 @@ class SparseOptions(FairseqDataclass):
     sffn_active_blocks: Optional[int] = field(
         default=None,
         metadata={
-            "help": "blocks that a token uses (default: FFN width / block size, so that a sparse "
-            "layer costs what a dense one costs)"
+            "help": "blocks that each token uses; by default, a sparse layer costs as much as a "
+            "dense one (default: FFN width / block size)"
         },
     )
     sffn_freq: int = field(
-        default=2, metadata={"help": "layer i is sparse if (i + 1) is a multiple of this"}
+        default=2, metadata={"help": "layer i (from 0) is sparse if (i + 1) is a multiple of this"}
     )
     sffn_capacity_factor: float = field(
         default=0.0,
         metadata={
-            "help": "in training, a block takes at most this many times its fair share of tokens "
-            "and drops the rest (default: 0, nothing is dropped)"
+            "help": "in training, a block takes at most this many times its even share of the "
+            "tokens and drops the rest; 0 drops nothing"
         },
     )
     sffn_eval_capacity_factor: float = field(
-        default=0.0, metadata={"help": "the same in evaluation (default: 0, nothing is dropped)"}
+        default=0.0, metadata={"help": "the capacity factor in evaluation; 0 drops nothing"}
     )
     sffn_init_scale: float = field(
         default=1.0,
         metadata={
-            "help": "multiplies the initial tables, which are scaled as a dense FFN of the active "
-            "size: by the fan-in of the active cells, not of all cells"
+            "help": "factor of the initial tables, which are scaled like a dense FFN of the "
+            "active size: by the fan-in of the active cells, not of all cells"
         },
     )
     sffn_value_lr_scale: float = field(
         default=1.0,
         metadata={
-            "help": "the learning rate of the value tables, in multiples of the others' (with an "
-            "optimizer that is blind to the scale of gradients, such as adam)"
+            "help": "learning rate of the value tables, in multiples of the learning rate; needs "
+            "an optimizer that ignores the scale of gradients, such as Adam"
         },
     )
     sffn_expert_parallel: int = field(
         default=1,
         metadata={
             "help": "processes over which the blocks of each sparse layer are sharded (expert "
-            "parallelism); must divide the number of processes (default: 1, every process has all "
-            "blocks)"
+            "parallelism); must divide the number of processes and the number of blocks; with 1, "
+            "every process has all blocks"
         },
     )
     sffn_engine: Optional[ChoiceEnum(list(ENGINES))] = field(  # type: ignore[valid-type]
         default=None,
-        metadata={"help": "for debugging: force how blocks are multiplied (same results)"},
+        metadata={
+            "help": "for debugging: how blocks are computed, with the same results. 'loop': one "
+            "matrix product per block; 'grouped': PyTorch's grouped_mm; 'embedding_bag': embedding "
+            "bags of table rows; 'masked': products with the whole table; 'tiled': tiles of "
+            "assignments, as on GPUs; 'native_loop' and 'native_embedding_bag': C++ kernels "
+            "(default: by the sizes)"
+        },
     )
 
 

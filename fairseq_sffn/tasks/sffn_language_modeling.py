@@ -27,14 +27,15 @@ class SFFNLanguageModelingConfig(LanguageModelingConfig):
     hash_counts: ChoiceEnum(["dictionary", "train"]) = field(  # type: ignore[valid-type]
         default="dictionary",
         metadata={
-            "help": "where balanced hash tables take the counts of the tokens from: dict.txt (in "
-            "which fairseq does not count </s>), or the split that --train-subset names"
+            "help": "source of the token counts of balanced hash tables: 'dictionary', dict.txt, "
+            "in which fairseq does not count </s>; or 'train', the split that --train-subset "
+            "names, for an exact balance"
         },
     )
     eval_capacity_factor: Optional[float] = field(
         default=None,
         metadata={
-            "help": "when a trained model is loaded: replaces its --sffn-eval-capacity-factor"
+            "help": "replaces the --sffn-eval-capacity-factor of a trained model that is loaded"
         },
     )
     # Without help: the flag is fairseq's.

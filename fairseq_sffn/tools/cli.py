@@ -12,12 +12,13 @@ import logging
 import warnings
 from collections.abc import Sequence
 
-from . import average, cost, evaluate, patches, plan, reshard, zero_shot
+from . import average, cost, evaluate, flags, patches, plan, reshard, zero_shot
 
 COMMANDS = {
     "average": average,
     "cost": cost,
     "evaluate": evaluate,
+    "flags": flags,
     "patches": patches,
     "plan": plan,
     "reshard": reshard,

@@ -18,7 +18,7 @@ from experiments.plan import row_runs
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "examples" / "paper"
 TABLES = sorted(path.stem for path in PAPER.glob("*.toml"))
-DOCUMENTS = (ROOT / "README.md", PAPER / "README.md")
+DOCUMENTS = (PAPER / "README.md",)
 
 
 @pytest.fixture

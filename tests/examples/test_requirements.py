@@ -112,10 +112,10 @@ def test_the_ranges_are_those_that_were_run() -> None:
     assert f"2.{minors[0]}" == OLDEST_PYTORCH
 
 
-def test_the_readme_has_the_table_of_versions() -> None:
+def test_the_support_page_has_the_table_of_versions() -> None:
     rows = re.findall(
         r"^ *\| 20\d\d-\d\d-\d\d \| (3\.\d+)\.\d+ \| (\d+\.\d+)\.",
-        (ROOT / "README.md").read_text(),
+        (ROOT / ".github" / "SUPPORT.md").read_text(),
         re.M,
     )
     assert rows == table_of_versions()

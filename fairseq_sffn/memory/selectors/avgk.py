@@ -54,16 +54,17 @@ class AvgK(Selector):
         center: bool = field(
             default=False,
             metadata={
-                "help": "score hidden states less their running mean over training tokens, so that "
-                "what all of them have in common favours no block"
+                "help": "subtract the running mean of the training tokens' hidden states before "
+                "scoring, so that their common part favours no block"
             },
         )
         balance_rate: float = field(
             default=0.0,
             metadata={
-                "help": "balances the load without a loss: each block has a bias, for selection "
-                "alone, that grows by so many standard deviations of the scores in each "
-                "micro-batch that uses it less than the mean, and shrinks where more; 0: none"
+                "help": "loss-free balancing (Wang et al. 2024, arXiv 2408.15664): after each "
+                "micro-batch, the bias of a block, used for selection alone, moves by this many "
+                "standard deviations of the scores: up if its load is below the mean, down if "
+                "above; 0 turns it off"
             },
         )
 

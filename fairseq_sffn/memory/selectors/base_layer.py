@@ -40,8 +40,9 @@ class BASELayer(LearnedGate):
         scope: Literal["process", "world"] = field(
             default="process",
             metadata={
-                "help": "whose tokens load all blocks alike: those of each 'process', or of all of "
-                "them together ('world'), which every process assigns: time grows with their number"
+                "help": "tokens that are assigned together, with equal load: those of one "
+                "'process', as in fairseq's BASE layer, or of all processes ('world'; its time "
+                "grows with the number of processes)"
             },
         )
 

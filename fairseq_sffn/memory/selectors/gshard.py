@@ -35,8 +35,9 @@ class GShard(LearnedGate):
         second_expert: Literal["all", "sampled"] = field(
             default="all",
             metadata={
-                "help": "'all': every token uses its second block; 'sampled': in training, with "
-                "probability min(1, 2 * its weight), as in the paper (needs two active blocks)"
+                "help": "'all': every token uses its second block; 'sampled': in training, a token "
+                "uses it with probability min(1, 2 * its weight), as in the paper; needs two "
+                "active blocks"
             },
         )
 

@@ -30,9 +30,9 @@ class HashLayer(Selector):
         table: Literal["random", "balanced", "bigram"] = field(
             default="random",
             metadata={
-                "help": "how token ids are spread over the blocks: 'random', 'balanced' by how "
-                "often each occurs (by the counts in the dictionary), or 'bigram', at random by "
-                "the id and the one before"
+                "help": "table from token id to block: 'random'; 'balanced', which balances the "
+                "load by the token counts of --hash-counts; or 'bigram', random by the id and "
+                "the id before it"
             },
         )
 

@@ -34,7 +34,10 @@ class ProductKeys(Selector):
         )
         query_norm: Literal["layer", "none"] = field(
             default="layer",
-            metadata={"help": "normalisation of each query: layer norm over its features, or none"},
+            metadata={
+                "help": "normalisation of each query: layer norm over its features, or none; the "
+                "batch norm of Lample et al. 2019 would let a token see later tokens and padding"
+            },
         )
 
     def __init__(self, config: MemoryConfig) -> None:

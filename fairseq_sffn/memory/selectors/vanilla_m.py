@@ -47,8 +47,8 @@ class VanillaM(Selector):
         aggregate: Literal["avg", "avg_abs", "max", "min"] = field(
             default="avg",
             metadata={
-                "help": "a block's score: of its cells' pre-activations the mean, mean absolute "
-                "value, the maximum or the minimum"
+                "help": "score of a block: the mean, the mean absolute value, the maximum or the "
+                "minimum of its cells' pre-activations"
             },
         )
 
