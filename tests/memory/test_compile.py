@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.memory.oracle import build, close, tokens
+from tests.memory.cases import build, close, tokens
 
 
 def assert_compiles(memory):

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fairseq_sffn.memory.compute import tiled_products
+from tests.memory.cases import build, grads_of, tokens
 from tests.memory.compute import loops
-from tests.memory.oracle import build, grads_of, tokens
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
