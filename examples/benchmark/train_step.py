@@ -16,12 +16,12 @@ import torch
 from fairseq import options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.logging import metrics
-from fairseq.trainer import Trainer
 from omegaconf import DictConfig
 from timing import CPU, Place, Work, arguments, compare, place_of, run_part
 
 import fairseq_sffn  # noqa: F401  (registers the models)
 from fairseq_sffn.models.transformer_lm import METHODS
+from fairseq_sffn.patches.trainer import SFFNTrainer
 
 VOCABULARY = 4000
 CONTEXT, SENTENCES = 128, 32  # 4096 tokens an update
@@ -89,11 +89,11 @@ def random_batch(context: int, sentences: int, vocabulary: int = VOCABULARY) -> 
     }
 
 
-def build_trainer(config: DictConfig) -> Trainer:
+def build_trainer(config: DictConfig) -> SFFNTrainer:
     """As fairseq-train does, before the first update."""
     task = tasks.setup_task(config.task)
     model, criterion = task.build_model(config.model), task.build_criterion(config.criterion)
-    trainer = Trainer(config, task, model, criterion)
+    trainer = SFFNTrainer(config, task, model, criterion)
     trainer.begin_epoch(1)
     return trainer
 

@@ -79,16 +79,19 @@ def save_together(trainer: Trainer, save_dir: Path, save: Callable[[], Any]) -> 
                 raise UsageError(1)
             write_part(trainer, Path(folder))
         return saved
+    saved, problem = None, None
     try:
         saved = save()
     except PartNotWritten:  # which every rank knows
         raise
     except UsageError as error:
-        say(str(error))
-        tell(FAILED)
-        raise UsageError(1) from error
+        problem = error
     finally:
         remove_unnamed(save_dir)
+    if problem is not None:
+        say(str(problem))
+        tell(FAILED)
+        raise UsageError(1) from problem
     tell(None)
     return saved
 

@@ -12,14 +12,18 @@ from fairseq import options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models import MODEL_REGISTRY
-from fairseq.trainer import Trainer
 from fairseq_cli import eval_lm, generate, interactive, train, validate
 from omegaconf import OmegaConf
 
 from fairseq_sffn.errors import UsageError
+<<<<<<< HEAD:tests/options/test_configuration.py
 from fairseq_sffn.expert_parallel import launch, settings
 from fairseq_sffn.options import configuration
 from fairseq_sffn.options.configuration import as_configuration, writable
+=======
+from fairseq_sffn.expert_parallel import launch
+from fairseq_sffn.patches.trainer import SFFNTrainer
+>>>>>>> v4-trainer:tests/patches/test_configuration.py
 from tests import commands
 
 SMALL_STOCK = (*commands.SMALL, "--share-decoder-input-output-embed")
@@ -89,7 +93,7 @@ def test_commands_take_namespaces(
 def test_the_trainer_takes_a_namespace(data_bin: Path, tmp_path: Path, arch: str) -> None:
     args = training_namespace(data_bin, tmp_path, arch)
     task = tasks.setup_task(args)
-    trainer = Trainer(args, task, task.build_model(args), task.build_criterion(args))
+    trainer = SFFNTrainer(args, task, task.build_model(args), task.build_criterion(args))
     assert OmegaConf.is_config(trainer.cfg)
     task.load_dataset("train")
     batches = trainer.get_train_iterator(epoch=1).next_epoch_itr()
@@ -135,7 +139,7 @@ def test_what_a_namespace_asks_for_is_checked(
     task = tasks.setup_task(args)
     model, criterion = task.build_model(args), task.build_criterion(args)
     with pytest.raises(UsageError, match=message):
-        Trainer(args, task, model, criterion)
+        SFFNTrainer(args, task, model, criterion)
 
 
 def test_the_evaluation_of_a_namespace_is_checked(
@@ -265,3 +269,13 @@ def test_what_is_no_namespace_stays() -> None:
     assert as_configuration(config) is config
     with writable(argparse.Namespace()) as options:
         assert options is None
+<<<<<<< HEAD:tests/options/test_configuration.py
+=======
+
+
+def test_repairs_are_applied_once_more_without_effect() -> None:
+    before = SFFNTrainer.__init__, train.main, eval_lm.main
+    for repairs in (compat, launch, configuration):
+        repairs.apply()
+    assert (SFFNTrainer.__init__, train.main, eval_lm.main) == before
+>>>>>>> v4-trainer:tests/patches/test_configuration.py
