@@ -16,14 +16,10 @@ from fairseq_cli import eval_lm, generate, interactive, train, validate
 from omegaconf import OmegaConf
 
 from fairseq_sffn.errors import UsageError
-<<<<<<< HEAD:tests/options/test_configuration.py
 from fairseq_sffn.expert_parallel import launch, settings
 from fairseq_sffn.options import configuration
 from fairseq_sffn.options.configuration import as_configuration, writable
-=======
-from fairseq_sffn.expert_parallel import launch
 from fairseq_sffn.patches.trainer import SFFNTrainer
->>>>>>> v4-trainer:tests/patches/test_configuration.py
 from tests import commands
 
 SMALL_STOCK = (*commands.SMALL, "--share-decoder-input-output-embed")
@@ -269,13 +265,3 @@ def test_what_is_no_namespace_stays() -> None:
     assert as_configuration(config) is config
     with writable(argparse.Namespace()) as options:
         assert options is None
-<<<<<<< HEAD:tests/options/test_configuration.py
-=======
-
-
-def test_repairs_are_applied_once_more_without_effect() -> None:
-    before = SFFNTrainer.__init__, train.main, eval_lm.main
-    for repairs in (compat, launch, configuration):
-        repairs.apply()
-    assert (SFFNTrainer.__init__, train.main, eval_lm.main) == before
->>>>>>> v4-trainer:tests/patches/test_configuration.py
