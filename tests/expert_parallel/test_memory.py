@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.expert_parallel import launch
-from tests.memory.oracle import CASES, UNSCORED
+from tests.memory.cases import CASES, UNSCORED
 
 pytestmark = pytest.mark.usefixtures("quick_start")
 WHOLE = {

@@ -3,7 +3,7 @@ import torch
 
 from fairseq_sffn.memory import assignment
 from fairseq_sffn.memory.assignment import balanced_assignment
-from tests.memory.oracle import assert_balanced
+from tests.memory.oracle_methods import assert_balanced
 
 SCORES = {
     "normal": torch.randn,

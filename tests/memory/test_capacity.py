@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fairseq_sffn.memory.capacity import keep_within_capacity
+from tests.memory.cases import build, close, tokens
 
 
 def keep(blocks, num_blocks, factor, valid=None):
@@ -80,3 +81,29 @@ def test_later_tokens_never_displace_earlier_ones(num_earlier):
 
 def test_a_huge_factor_drops_nothing():
     assert keep([[0]] * 8, 4, 1e19) == [[1]] * 8
+
+
+def test_dropped_tokens_get_only_the_output_bias():
+    memory, (x, _) = build("switch-top1", capacity_factor=1.0), tokens(1)
+    out = memory(x.repeat(8, 1))  # 8 tokens to one of 4 blocks with room for 2
+    assert out.usage.dropped == 6
+    assert out.usage.counts.max() == 8
+    assert (out.output[:2] != memory.value_bias).any()
+    assert torch.equal(out.output[2:], memory.value_bias.expand(6, -1))
+    without = build("switch-top1", capacity_factor=1.0, bias=False)(x.repeat(8, 1))
+    assert (without.output[2:] == 0).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_each_mode_has_its_own_capacity(training):
+    factors = dict(capacity_factor=1.0, eval_capacity_factor=2.0)
+    memory = build("switch-top1", **factors).train(training)
+    out = memory(tokens(1)[0].repeat(8, 1))
+    assert out.usage.dropped == (6 if training else 4)
+
+
+def test_evaluation_is_dropless_by_default():
+    memory = build("switch-top1", capacity_factor=1.0).eval()
+    out = memory(tokens(1)[0].repeat(8, 1))
+    assert out.usage.dropped == 0
+    close(out.output, out.output[:1].expand(8, -1), tolerance=1e-12)

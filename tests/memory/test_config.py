@@ -14,7 +14,7 @@ from fairseq_sffn.memory.selectors.pkm import PKM
 from fairseq_sffn.memory.selectors.pkm_ffn import PKMFFN
 from fairseq_sffn.memory.selectors.switch import Switch
 from fairseq_sffn.memory.selectors.vanilla_m import VanillaM
-from tests.memory.oracle import CASES, build
+from tests.memory.cases import CASES, build
 
 SIZES = dict(embed_dim=8, num_cells=64, block_size=4, active_blocks=4)
 HASH = dict(selector="hash_layer", active_blocks=1, vocab_size=10)

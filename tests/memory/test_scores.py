@@ -7,7 +7,8 @@ from fairseq_sffn.memory import scores as scores_module
 from fairseq_sffn.memory.balance import balance_loss, z_loss
 from fairseq_sffn.memory.gate import GATES
 from fairseq_sffn.memory.scores import ProductScores, Scores, candidate_ranks, top_blocks
-from tests.memory.oracle import assert_matches, build, tokens
+from tests.memory.cases import build, tokens
+from tests.memory.oracle import assert_matches
 
 DOUBLE = torch.float64
 SIZES = [(1, 1, 1), (1, 7, 3), (7, 1, 7), (2, 3, 6), (3, 4, 5), (4, 9, 20), (16, 16, 16), (5, 8, 1)]

@@ -8,7 +8,7 @@ from torch import nn
 
 from fairseq_sffn.memory import MemoryConfig, Selection, Selector, SelectorConfig, SparseMemory
 from fairseq_sffn.memory.scores import Scores
-from tests.memory.oracle import CPU_ENGINES, build, close, tokens
+from tests.memory.cases import CPU_ENGINES, build, close, tokens
 
 
 @pytest.fixture(autouse=True)

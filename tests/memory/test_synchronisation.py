@@ -17,7 +17,7 @@ from fairseq_sffn.memory import MemoryOutput, ProcessGroups, SparseMemory
 from fairseq_sffn.memory.selectors import hash_layer, rand_hash
 from fairseq_sffn.memory.selectors.avgk import AvgK
 from fairseq_sffn.memory.selectors.base_layer import BASELayer
-from tests.memory.oracle import CASE_GATES, CASES, build, tokens
+from tests.memory.cases import CASE_GATES, CASES, build, tokens
 from tests.synchronisations import Synchronisations, operations
 
 LEFT_OUT = ("memory/compute/", "memory/assignment.py")

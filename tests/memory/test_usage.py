@@ -11,7 +11,7 @@ from fairseq_sffn.memory.usage import (
     memory_usage,
     unused_blocks,
 )
-from tests.memory.oracle import build, close, tokens
+from tests.memory.cases import build, close, tokens
 
 EVEN, ONE_TAKES_ALL = torch.tensor([5, 5, 5, 5]), torch.tensor([0, 20, 0, 0])
 NOTHING, ONE_BLOCK = torch.zeros(4, dtype=torch.int64), torch.tensor([7])

@@ -238,6 +238,8 @@ def choose_engine(
 ) -> Engine:
     """Return the fastest engine for these sizes among those that support them.
 
+    ``torch.compile`` can trace ``tiled`` and ``masked`` only, so that it gets one of these.
+
     Args:
         device_type: ``cpu`` or an accelerator.
         dtype: of the tables.
@@ -246,10 +248,12 @@ def choose_engine(
         table_shape: (B, G, D).
     """
     num_blocks, block_size, width = table_shape
-    if device_type != "cpu":
-        if block_size < SMALL_BLOCK and pays_to_mask(num_tokens, active_blocks, num_blocks):
+    on_cpu, compiling = device_type == "cpu", torch.compiler.is_compiling()
+    if not on_cpu or compiling:
+        small = block_size < SMALL_BLOCK and not on_cpu
+        if small and pays_to_mask(num_tokens, active_blocks, num_blocks):
             return ENGINES["masked"]
-        return ENGINES["embedding_bag" if block_size == 1 else "tiled"]
+        return ENGINES["embedding_bag" if block_size == 1 and not compiling else "tiled"]
     load = num_tokens * active_blocks / num_blocks
     few = load <= 1 or load * block_size * width <= EMBEDDING_BAG_ELEMENTS
     name = "embedding_bag" if block_size == 1 or few else "loop"

@@ -25,8 +25,8 @@ AGGREGATES: dict[str, Callable[[Tensor], Tensor]] = {
 """Name -> function from pre-activations (N, B, G) to scores of blocks (N, B)."""
 
 SCORED_AT_ONCE = 2**21
-"""Number of pre-activations formed at a time, if only the selected ones are kept: as many as fit in a
-processor's cache."""
+"""Number of pre-activations formed at a time, if only the selected ones are kept: as many as fit in
+a processor's cache."""
 
 SCORED_AT_ONCE_ON_ACCELERATORS = 2**28
 """The same on accelerators: large matrix products with a bounded amount of memory."""

@@ -8,7 +8,8 @@ from torch import nn
 
 from fairseq_sffn.memory import ConfigError, MemoryConfig, Selection, SparseMemory
 from fairseq_sffn.memory.compute import embedding_bag_kernels, engines, kernels, tiled_torch, tiles
-from tests.memory.oracle import CASES, CPU_ENGINES, NATIVE, assert_matches, build, grads_of, tokens
+from tests.memory.cases import CASES, CPU_ENGINES, NATIVE, build, grads_of, tokens
+from tests.memory.oracle import assert_matches
 
 
 def cut(monkeypatch, size: int) -> None:

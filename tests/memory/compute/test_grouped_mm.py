@@ -5,7 +5,7 @@ import torch
 
 from fairseq_sffn.memory.compute.chunks import Chunk
 from fairseq_sffn.memory.compute.grouped_mm import GROUPED_MMS
-from tests.memory.oracle import NATIVE
+from tests.memory.cases import NATIVE
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16)
 ABLE = [

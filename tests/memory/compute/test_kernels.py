@@ -12,7 +12,7 @@ import torch
 
 from fairseq_sffn.memory.compute import kernels
 from fairseq_sffn.memory.compute.embedding_bag_kernels import RowOrder
-from tests.memory.oracle import NATIVE
+from tests.memory.cases import NATIVE
 
 pytestmark = pytest.mark.usefixtures("quick_start")
 ROOT = Path(__file__).parents[3]

@@ -6,7 +6,7 @@ import torch
 from fairseq_sffn.memory.compute.chunks import chunk_assignments
 from fairseq_sffn.memory.compute.grouped_mm import GROUPED_MMS
 from fairseq_sffn.memory.compute.sorted_assignments import pre_activations, sum_values
-from tests.memory.oracle import NATIVE
+from tests.memory.cases import NATIVE
 
 
 @pytest.mark.parametrize("reduce", ["sum", "columns"])

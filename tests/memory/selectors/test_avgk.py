@@ -5,7 +5,8 @@ import torch
 
 from fairseq_sffn.memory import ConfigError
 from fairseq_sffn.memory.selectors.avgk import AvgK
-from tests.memory.oracle import assert_matches, build, close, tokens
+from tests.memory.cases import build, close, tokens
+from tests.memory.oracle import assert_matches
 
 
 def right_scores(memory, x):

@@ -3,7 +3,8 @@ import torch
 
 from fairseq_sffn.memory.selectors.base_layer import BASELayer
 from fairseq_sffn.memory.selectors.switch import Switch
-from tests.memory.oracle import assert_balanced, build, close, tokens
+from tests.memory.cases import build, close, tokens
+from tests.memory.oracle_methods import assert_balanced
 
 
 def scores_of(memory, x):

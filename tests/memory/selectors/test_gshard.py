@@ -3,7 +3,7 @@ import torch
 
 from fairseq_sffn.memory import SelectorInput
 from fairseq_sffn.memory.selectors.gshard import GShard
-from tests.memory.oracle import build, close, tokens
+from tests.memory.cases import build, close, tokens
 
 SAMPLED = GShard.Config(second_expert="sampled")
 

@@ -3,7 +3,7 @@ import torch
 
 from fairseq_sffn.memory import ConfigError, SelectorInput
 from fairseq_sffn.memory.selectors.hash_layer import HashLayer, balanced_table
-from tests.memory.oracle import VOCAB_SIZE, build, close, tokens
+from tests.memory.cases import VOCAB_SIZE, build, close, tokens
 
 BALANCED = HashLayer.Config(table="balanced")
 

@@ -6,7 +6,7 @@ from torch import nn
 from fairseq_sffn.memory.selectors.pkm import PKM
 from fairseq_sffn.memory.selectors.pkm_ffn import PKMFFN
 from fairseq_sffn.memory.selectors.product_keys import sub_key_counts
-from tests.memory.oracle import build, close, tokens
+from tests.memory.cases import build, close, tokens
 
 
 def dense_scores(memory, x_ND):

@@ -5,7 +5,7 @@ import torch
 
 from fairseq_sffn.memory import ConfigError
 from fairseq_sffn.memory.selectors.rand_hash import RandHash, random_blocks
-from tests.memory.oracle import CPU_ENGINES, VOCAB_SIZE, build, close, tokens
+from tests.memory.cases import CPU_ENGINES, VOCAB_SIZE, build, close, tokens
 
 
 @pytest.mark.parametrize(

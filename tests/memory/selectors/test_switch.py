@@ -3,7 +3,7 @@ import torch
 
 from fairseq_sffn.memory import SelectorInput
 from fairseq_sffn.memory.selectors.switch import Switch
-from tests.memory.oracle import build, close, tokens
+from tests.memory.cases import build, close, tokens
 
 
 def test_scores_are_those_of_the_router():

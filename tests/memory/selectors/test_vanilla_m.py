@@ -4,7 +4,7 @@ import torch
 from fairseq_sffn.memory.selectors.avgk import AvgK
 from fairseq_sffn.memory.selectors.lorkm import LoRKM
 from fairseq_sffn.memory.selectors.vanilla_m import VanillaM, aggregated
-from tests.memory.oracle import build, close, tokens
+from tests.memory.cases import build, close, tokens
 
 
 def assert_same_memory(memory, other, x, token_ids=None):

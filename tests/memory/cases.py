@@ -1,0 +1,102 @@
+"""The memories that the tests build, and their inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fairseq_sffn.memory import MemoryConfig, MemoryOutput, ProcessGroups, SparseMemory
+from fairseq_sffn.memory.compute import kernels
+from fairseq_sffn.memory.selectors.gshard import GShard
+from fairseq_sffn.memory.selectors.hash_layer import HashLayer
+from fairseq_sffn.memory.selectors.lorkm import LoRKM
+from fairseq_sffn.memory.selectors.pkm import PKM
+from fairseq_sffn.memory.selectors.vanilla_m import VanillaM
+
+NATIVE = pytest.mark.skipif(kernels.load() is None, reason="no C++ compiler here")
+NATIVE_ENGINES = ("native_loop", "native_embedding_bag")
+CPU_ENGINES = ["loop", "embedding_bag", "masked", "tiled"]
+CPU_ENGINES += [pytest.param(name, marks=NATIVE) for name in NATIVE_ENGINES]
+"""Those that compute in fp64."""
+
+BIGRAM = HashLayer.Config(table="bigram")
+SAMPLED = GShard.Config(second_expert="sampled")
+UNNORMED = PKM.Config(heads=2, coefficients="activation", query_norm="none", query_dim=6)
+CASES = {
+    "avgk-g1": dict(selector="avgk", num_cells=32, block_size=1, active_blocks=8),
+    "avgk-g3": dict(selector="avgk", num_cells=24, block_size=3, active_blocks=4),
+    "avgk-g4": dict(selector="avgk", num_cells=32, block_size=4, active_blocks=4),
+    "avgk-g16": dict(selector="avgk", num_cells=64, block_size=16, active_blocks=2),
+    "avgk-whole": dict(selector="avgk", num_cells=64, block_size=64, active_blocks=1),
+    "vanilla_m-g1": dict(selector="vanilla_m", num_cells=24, block_size=1, active_blocks=6),
+    **{
+        f"vanilla_m-{aggregate}": dict(
+            selector=VanillaM.Config(aggregate), num_cells=24, block_size=4, active_blocks=2
+        )
+        for aggregate in ("avg", "avg_abs", "max", "min")
+    },
+    "lorkm-g1": dict(selector=LoRKM.Config(rank=3), num_cells=24, block_size=1, active_blocks=6),
+    "lorkm-g4": dict(
+        selector=LoRKM.Config("max", rank=3), num_cells=24, block_size=4, active_blocks=2
+    ),
+    "pkm": dict(selector=PKM.Config(heads=2), num_cells=12, block_size=1, active_blocks=6),
+    "pkm-activation": dict(selector=UNNORMED, num_cells=12, block_size=1, active_blocks=6),
+    "pkm-prime": dict(selector=PKM.Config(heads=1), num_cells=7, block_size=1, active_blocks=3),
+    "pkm_ffn": dict(selector="pkm_ffn", num_cells=24, block_size=1, active_blocks=5),
+    "rand_hash": dict(selector="rand_hash", num_cells=24, block_size=3, active_blocks=3),
+    "hash_layer": dict(selector="hash_layer", num_cells=32, block_size=8, active_blocks=1),
+    "hash_layer-bigram": dict(selector=BIGRAM, num_cells=32, block_size=8, active_blocks=1),
+    "switch-top1": dict(selector="switch", num_cells=32, block_size=8, active_blocks=1),
+    "switch-top2": dict(selector="switch", num_cells=32, block_size=8, active_blocks=2),
+    "gshard": dict(selector="gshard", num_cells=16, block_size=4, active_blocks=2),
+    "gshard-top3": dict(selector="gshard", num_cells=16, block_size=4, active_blocks=3),
+    "gshard-sampled": dict(selector=SAMPLED, num_cells=16, block_size=4, active_blocks=2),
+    "base": dict(selector="base", num_cells=16, block_size=4, active_blocks=1),
+}
+GATES = ["none", "softmax", "renormalized", "sigmoid"]
+UNSCORED = ["rand_hash", "hash_layer", "hash_layer-bigram"]
+CASE_GATES = [(case, gate) for case in CASES for gate in GATES if case not in UNSCORED]
+CASE_GATES += [(case, "none") for case in UNSCORED]
+VOCAB_SIZE = 10
+
+
+def build(
+    case: str = "avgk-g4",
+    dtype: torch.dtype = torch.float64,
+    groups: ProcessGroups | None = None,
+    **changes,
+) -> SparseMemory:
+    """A memory of one of the cases, without a gate where it has no scores. Scores and gates differ
+    clearly: init_scale is 2, and norms are not those they start as."""
+    sizes = dict(embed_dim=8, vocab_size=VOCAB_SIZE, init_scale=2.0)
+    if case in UNSCORED:
+        changes.pop("gate", None)
+    memory = SparseMemory(MemoryConfig(**{**sizes, **CASES[case], **changes}), groups)
+    for module in memory.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return memory.to(dtype)
+
+
+def tokens(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Hidden states (*shape, 8), and the last two token ids at each of them (*shape, 2)."""
+    return torch.randn(*shape, 8, dtype=dtype), torch.randint(VOCAB_SIZE, (*shape, 2))
+
+
+def grads_of(
+    memory: SparseMemory, x: Tensor, token_ids: Tensor | None, cotangent: Tensor, losses=True
+) -> tuple[MemoryOutput, dict[str, Tensor]]:
+    """What a memory returns, and its output and all gradients by name."""
+    x = x.clone().requires_grad_()
+    out = memory(x, token_ids, losses=losses)
+    (out.output * cotangent).sum().backward()
+    grads = {name: p.grad for name, p in memory.named_parameters() if p.grad is not None}
+    return out, {"output": out.output, "x": x.grad, **grads}
+
+
+def close(actual: Tensor, expected: Tensor, what: str = "", tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(
+        actual, expected, rtol=0, atol=tolerance, msg=lambda text: f"{what}\n{text}"
+    )

@@ -1,0 +1,278 @@
+"""How each method selects, in plain loops over tokens, blocks and cells.
+
+A method is one function in ``CHOOSE``. It says which blocks a token uses and what their cells
+contribute.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_sffn.memory import MemoryConfig, Selection, SparseMemory
+from fairseq_sffn.memory.assignment import TOLERANCE
+
+
+class Inputs(NamedTuple):
+    """What a method chooses by. ``made`` is what the memory selected, for a method whose best
+    choice is not unique; ``rng`` the state before that, for one that draws lots."""
+
+    memory: SparseMemory
+    x_ND: Tensor
+    ids_NT: Tensor | None
+    valid: list[int]
+    made: Selection
+    rng: Tensor
+
+
+class Choice(NamedTuple):
+    """``hidden(n, a, cell)`` is what multiplies the value of a cell of the a-th block of token n;
+    ``scores[n][h][i]`` is what head h gives block i; ``kept`` is all by default."""
+
+    blocks: list[list[int]]
+    hidden: Callable[[int, int, int], Tensor]
+    scores: list[list[list[Tensor]]] | None = None
+    kept: list[list[bool]] | None = None
+    coefficients: list[list[Tensor]] | None = None
+
+
+def choose_avgk(inputs: Inputs) -> Choice:
+    pre, scored = _pre_activations(inputs), inputs
+    if inputs.memory.selector.hidden_totals is not None:
+        *sums, number = inputs.memory.selector.hidden_totals.tolist()
+        x_ND = inputs.x_ND - torch.tensor([total / number for total in sums])
+        scored = inputs._replace(x_ND=x_ND)
+    choice = _best_by_cells(scored, _pre_activations(scored), lambda z: sum(z) / len(z))
+    return choice._replace(hidden=_hidden(inputs, pre))
+
+
+def choose_vanilla_m(inputs: Inputs) -> Choice:
+    return _best_by_cells(inputs, _pre_activations(inputs), _aggregate(inputs))
+
+
+def choose_lorkm(inputs: Inputs) -> Choice:
+    selector, x_ND = inputs.memory.selector, inputs.x_ND
+
+    @cache
+    def down(n: int) -> list[Tensor]:
+        return [(row * x_ND[n]).sum() for row in selector.down.weight]
+
+    @cache
+    def pre(n: int, cell: int) -> Tensor:
+        total = selector.up.bias[cell] if selector.up.bias is not None else 0
+        for r, feature in enumerate(down(n)):
+            total = total + selector.up.weight[cell, r] * feature
+        return total
+
+    return _best_by_cells(inputs, pre, _aggregate(inputs))
+
+
+def choose_pkm(inputs: Inputs) -> Choice:
+    config = inputs.memory.config
+    blocks, scores = _best_products(inputs)
+    num_heads = len(scores[0])
+
+    def selected(n: int, a: int) -> Tensor:
+        return scores[n][a % num_heads][blocks[n][a]]
+
+    if config.selector_options.coefficients == "activation":
+        return Choice(blocks, lambda n, a, cell: _activation(config, selected(n, a)), scores)
+    coefficients = []
+    for n in range(len(blocks)):
+        exps = [torch.exp(selected(n, a)) for a in range(config.active_blocks)]
+        heads = [exps[a % num_heads :: num_heads] for a in range(config.active_blocks)]
+        coefficients.append([e / sum(head) for e, head in zip(exps, heads, strict=True)])
+    return Choice(blocks, lambda n, a, cell: coefficients[n][a], scores, coefficients=coefficients)
+
+
+def choose_pkm_ffn(inputs: Inputs) -> Choice:
+    blocks, scores = _best_products(inputs)
+    return Choice(blocks, _hidden(inputs, _pre_activations(inputs)), scores)
+
+
+def choose_rand_hash(inputs: Inputs) -> Choice:
+    table = inputs.memory.selector.table.tolist()
+    blocks = [table[current] for _, current in inputs.ids_NT.tolist()]
+    return Choice(blocks, _hidden(inputs, _pre_activations(inputs)))
+
+
+def choose_hash_layer(inputs: Inputs) -> Choice:
+    table, config = inputs.memory.selector.table.tolist(), inputs.memory.config
+    if config.selector_options.table == "bigram":
+        blocks = [
+            [(table[0][before] + table[1][current]) % config.num_blocks]
+            for before, current in inputs.ids_NT.tolist()
+        ]
+    else:
+        blocks = [[table[current]] for _, current in inputs.ids_NT.tolist()]
+    return Choice(blocks, _hidden(inputs, _pre_activations(inputs)))
+
+
+def choose_switch(inputs: Inputs) -> Choice:
+    router, config = inputs.memory.selector.router, inputs.memory.config
+    scores = [[[(x_D * row_D).sum() for row_D in router]] for x_D in inputs.x_ND]
+    blocks = [_best(row[0], config.active_blocks) for row in scores]
+    return Choice(blocks, _hidden(inputs, _pre_activations(inputs)), scores)
+
+
+def choose_gshard(inputs: Inputs) -> Choice:
+    choice = choose_switch(inputs)
+    if not inputs.memory.training:
+        return choice
+    if inputs.memory.config.selector_options.second_expert == "all":
+        return choice
+    with torch.random.fork_rng():
+        torch.set_rng_state(inputs.rng)
+        draws = torch.rand(len(choice.blocks), 2, dtype=inputs.x_ND.dtype)
+    kept = []
+    for (first, second), (row,), draw_A in zip(choice.blocks, choice.scores, draws, strict=True):
+        weight = 1 / (1 + torch.exp(row[first] - row[second]))
+        kept.append([True, bool(draw_A[1] < 2 * weight)])
+    return choice._replace(kept=kept)
+
+
+def choose_base(inputs: Inputs) -> Choice:
+    choice = choose_switch(inputs)
+    if not inputs.memory.training:
+        return choice
+    blocks, made = list(choice.blocks), inputs.made.blocks.tolist()
+    for n in inputs.valid:
+        blocks[n] = made[n]
+    if inputs.valid:
+        scores_NB = torch.tensor([[float(s) for s in choice.scores[n][0]] for n in inputs.valid])
+        assert_balanced(torch.tensor(blocks)[inputs.valid, 0], scores_NB)
+    return choice._replace(blocks=blocks)
+
+
+CHOOSE: dict[str, Callable[[Inputs], Choice]] = {
+    "avgk": choose_avgk,
+    "vanilla_m": choose_vanilla_m,
+    "lorkm": choose_lorkm,
+    "pkm": choose_pkm,
+    "pkm_ffn": choose_pkm_ffn,
+    "rand_hash": choose_rand_hash,
+    "hash_layer": choose_hash_layer,
+    "switch": choose_switch,
+    "gshard": choose_gshard,
+    "base": choose_base,
+}
+
+
+def _best(scores: list[Tensor], active: int) -> list[int]:
+    return sorted(range(len(scores)), key=lambda i: -scores[i])[:active]
+
+
+def _best_by_cells(
+    inputs: Inputs,
+    pre: Callable[[int, int], Tensor],
+    aggregate: Callable[[list[Tensor]], Tensor],
+) -> Choice:
+    config = inputs.memory.config
+    scores = [
+        [[aggregate([pre(n, cell) for cell in cells(config, i)]) for i in range(config.num_blocks)]]
+        for n in range(len(inputs.x_ND))
+    ]
+    blocks = [_best(row[0], config.active_blocks) for row in scores]
+    return Choice(blocks, _hidden(inputs, pre), scores)
+
+
+def _best_products(inputs: Inputs) -> tuple[list[list[int]], list[list[list[Tensor]]]]:
+    """Blocks and scores by product keys, from all products."""
+    selector, active = inputs.memory.selector, inputs.memory.config.active_blocks
+    num_heads, _, half = selector.left.shape
+    blocks, scores = [], []
+    for x_D in inputs.x_ND:
+        features = [(row * x_D).sum() for row in selector.query.weight]
+        features = [f + b for f, b in zip(features, selector.query.bias, strict=True)]
+        scores.append([])
+        for h in range(num_heads):
+            query = _norm(selector.norm, features[2 * half * h : 2 * half * (h + 1)])
+            lefts = [_dot(query[:half], key) for key in selector.left[h]]
+            rights = [_dot(query[half:], key) for key in selector.right[h]]
+            scores[-1].append([left + right for left in lefts for right in rights])
+        of_heads = [_best(head, active // num_heads) for head in scores[-1]]
+        blocks.append([block for rank in zip(*of_heads, strict=True) for block in rank])
+    return blocks, scores
+
+
+def _norm(norm: nn.Module, features: list[Tensor]) -> list[Tensor]:
+    if isinstance(norm, nn.Identity):
+        return features
+    mean = sum(features) / len(features)
+    variance = sum((f - mean) ** 2 for f in features) / len(features)
+    return [
+        (f - mean) / torch.sqrt(variance + norm.eps) * norm.weight[i] + norm.bias[i]
+        for i, f in enumerate(features)
+    ]
+
+
+def _dot(left: list[Tensor], right: Tensor) -> Tensor:
+    return sum(a * b for a, b in zip(left, right, strict=True))
+
+
+def _aggregate(inputs: Inputs) -> Callable[[list[Tensor]], Tensor]:
+    return {
+        "avg": lambda values: sum(values) / len(values),
+        "avg_abs": lambda values: sum(v if v > 0 else -v for v in values) / len(values),
+        "max": lambda values: max(values, key=float),
+        "min": lambda values: min(values, key=float),
+    }[inputs.memory.config.selector_options.aggregate]
+
+
+def cells(config: MemoryConfig, block: int) -> range:
+    return range(block * config.block_size, (block + 1) * config.block_size)
+
+
+def _pre_activations(inputs: Inputs) -> Callable[[int, int], Tensor]:
+    memory, x_ND = inputs.memory, inputs.x_ND
+
+    @cache
+    def pre(n: int, cell: int) -> Tensor:
+        product = (x_ND[n] * memory.keys[cell]).sum()
+        return product if memory.key_bias is None else product + memory.key_bias[cell]
+
+    return pre
+
+
+def _hidden(inputs: Inputs, pre: Callable[[int, int], Tensor]) -> Callable[[int, int, int], Tensor]:
+    return lambda n, a, cell: _activation(inputs.memory.config, pre(n, cell))
+
+
+def _activation(config: MemoryConfig, z: Tensor) -> Tensor:
+    if config.activation == "relu":
+        return z if z > 0 else z * 0
+    return z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+
+
+def assert_balanced(blocks_N: Tensor, scores_NB: Tensor) -> None:
+    """Loads differ by at most one, and the scores sum to what ``balanced_assignment`` promises."""
+    num_tokens, num_blocks = scores_NB.shape
+    scores_NB = scores_NB.double()
+    assert blocks_N.shape == (num_tokens,) and blocks_N.dtype == torch.int64
+    loads_B = torch.bincount(blocks_N, minlength=num_blocks)
+    assert len(loads_B) == num_blocks and loads_B.max() - loads_B.min() <= 1
+    got = float(scores_NB.gather(1, blocks_N.unsqueeze(1)).sum())
+    spread = float(scores_NB.std(correction=0))
+    wanted = best_balanced_sum(scores_NB)
+    rounding = 1e-9 * num_tokens * float(scores_NB.abs().max())
+    assert got <= wanted + rounding
+    assert got >= wanted - num_tokens * TOLERANCE * spread - rounding
+
+
+def best_balanced_sum(scores_NB: Tensor) -> float:
+    """The highest sum of scores of an assignment whose loads differ by at most one, by scipy: each
+    block has places that must be taken, worth a bonus, and one that may stay empty."""
+    from scipy.optimize import linear_sum_assignment
+
+    num_tokens, num_blocks = scores_NB.shape
+    must_NP = scores_NB.repeat_interleave(num_tokens // num_blocks, dim=1)
+    bonus = 2 * num_tokens * float(scores_NB.max() - scores_NB.min()) + 1
+    places_NP = torch.cat([must_NP + bonus, scores_NB], dim=1)
+    tokens, places = linear_sum_assignment(places_NP.numpy(), maximize=True)
+    scores_NP = torch.cat([must_NP, scores_NB], dim=1)
+    return float(scores_NP[tokens, places].sum())
