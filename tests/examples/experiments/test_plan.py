@@ -1,4 +1,4 @@
-"""What a study asks for."""
+"""The runs that tables ask for."""
 
 from dataclasses import fields, replace
 from typing import Any

@@ -12,7 +12,7 @@ from experiments.processes import versions
 def test_the_version_is_that_of_the_plugin_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Results that are added beside it, as a study does, make no other version."""
+    """Results that are added beside the plugin do not change its version."""
     plugin, beside = tmp_path / "plugin" / "code.py", tmp_path / "results.json"
     plugin.parent.mkdir()
     monkeypatch.setattr(processes, "PLUGIN", plugin.parent)

@@ -129,8 +129,8 @@ def models_built_once() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study: tables, scale, results."""
-    folder = tmp_path_factory.mktemp("study")
+    """A folder with tables, a scale and results."""
+    folder = tmp_path_factory.mktemp("paper")
     (folder / "scales").mkdir()
     (folder / "scales" / "small.toml").write_text(SCALE)
     for name, text in TABLES.items():
@@ -208,21 +208,21 @@ def test_learning_rates(printed: str, folder: Path, tmp_path: Path) -> None:
     assert "after 13 updates" in rates(printed)  # a third of 40
     assert "At an end of the tested range: dense, Avg-K, Switch." in rates(printed)
 
-    shutil.copytree(folder, tmp_path / "study")
-    study = tmp_path / "study"
-    scale = load_scale(study / "scales" / "small.toml")
-    results = Results(study / "results" / "small", scale)
+    shutil.copytree(folder, tmp_path / "copy")
+    copy = tmp_path / "copy"
+    scale = load_scale(copy / "scales" / "small.toml")
+    results = Results(copy / "results" / "small", scale)
     for model, number in {"dense": 0, "avgk": 1}.items():
         gone, diverged = sweep_runs(Row(model, model), scale)[:: 1 if number else -1]
         results.path(gone).unlink()
         results.add(diverged, made.swept(None))
-    text = rates(report(study, "--no-figures"))
+    text = rates(report(copy, "--no-figures"))
     assert cells(text, "dense") == ["diverged", ""]
     assert cells(text, "Avg-K") == ["", "diverged"]
     assert "At an end of the tested range: Switch." in text
     for run in sweep_runs(Row("dense", "dense"), scale):
         results.add(run, made.swept(None))
-    text = report(study, "--no-figures")
+    text = report(copy, "--no-figures")
     assert cells(rates(text), "dense") == ["diverged", "diverged"]
     assert "At an end of the tested range: Switch." in rates(text)
     assert cells(section(text, "Main"), "dense")[2:4] == ["", ""]  # no rate, no training
@@ -337,7 +337,7 @@ def test_figures_are_drawn_alike_each_time(folder: Path, printed: str) -> None:
 
 
 def test_other_results_have_other_figures(folder: Path, printed: str, tmp_path: Path) -> None:
-    """As those of another text: the study's own stay as they are."""
+    """The figures of the default results stay as they are."""
     others = tmp_path / "others"
     shutil.copytree(folder / "results" / "small", others)
     figures = {path: path.read_bytes() for path in (folder / "figures" / "small").iterdir()}
@@ -509,7 +509,7 @@ def test_without_matplotlib(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_diverged_training_is_said_and_not_averaged(folder: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(folder, tmp_path / "study")
+    other = shutil.copytree(folder, tmp_path / "copy")
     for name in TABLES:
         if name != "main":
             (other / f"{name}.toml").unlink()
@@ -541,7 +541,7 @@ def test_wrong_tables(old: str, new: str, error: str, folder: Path, tmp_path: Pa
 
 
 def test_versions_of_the_code_are_counted_by_table(folder: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(folder, tmp_path / "study")
+    other = shutil.copytree(folder, tmp_path / "copy")
     assert "versions of the code" not in report(other, "--no-figures")
 
     def with_version(row: Row, run: Run) -> Any:
@@ -615,8 +615,8 @@ def test_parts_without_rows_are_not_printed(folder: Path, tmp_path: Path) -> Non
 
 
 def test_zero_shot_of_several_seeds(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder, tmp_path / "study")
-    table = tmp_path / "study" / "zero.toml"
+    shutil.copytree(folder, tmp_path / "copy")
+    table = tmp_path / "copy" / "zero.toml"
     assert "The first seed of each row." not in section(report(table.parent), "Zero")
     table.write_text("seeds = [1, 2]\n" + table.read_text())
     assert "The first seed of each row." in section(report(table.parent), "Zero")
@@ -624,18 +624,18 @@ def test_zero_shot_of_several_seeds(folder: Path, tmp_path: Path) -> None:
 
 def test_times(folder: Path, tmp_path: Path) -> None:
     """Of each table and of all, whatever they have in common."""
-    study = tmp_path / "study"
-    shutil.copytree(folder, study)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
 
     def slow(row: Row, run: Run) -> Any:
         found = some_missing(row, run)
         return found and found | {"training": {**found["training"], "tokens_per_second": 0.1}}
 
-    shutil.rmtree(study / "results")
-    write_results(study, slow)
+    shutil.rmtree(copy / "results")
+    write_results(copy, slow)
     page = tmp_path / "page.md"
     page.write_text("<!-- report: times -->\n<!-- end -->\n")
-    report(study, "--write", str(page), "--no-figures")
+    report(copy, "--write", str(page), "--no-figures")
     text = page.read_text()
     # Each training is of 40 updates of 8 times 16 tokens; those of sweeps took no time.
     hour = 40 * 8 * 16 / 0.1 / 3600
