@@ -143,7 +143,7 @@ class RoutingLosses(FairseqCriterion):
         # In training a loss without a weight would only take time. Validation logs it.
         wanted = not model.training or any(self.weights(selector).values())
         net_input = {**sample["net_input"], "routing_losses": wanted}
-        sample = {**sample, "net_input": net_input}  # of this call
+        sample = {**sample, "net_input": net_input}  # a copy, in which compute_loss puts routing
         loss, sample_size, logging_output = super().forward(model, sample, reduce)
         routing = sample["routing"]
         loss = loss + self.extra_loss(selector, routing) * sample_size

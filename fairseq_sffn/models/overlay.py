@@ -1,4 +1,4 @@
-"""A module of which one call sees other attributes.
+"""One call of a module's method with other attributes.
 
 fairseq's encoders and decoders give their layers hidden states and masks, and its layers give their
 feed-forward network hidden states alone. Both find what they call as an attribute of ``self``. The
@@ -10,12 +10,12 @@ Why this is right:
 
 - No module keeps anything of a pass. Passes of one model may interleave, also in threads; an
   exception leaves nothing behind; models are copied and pickled at any time.
-- Activation checkpointing and FSDP wrap the layer as a whole. All that it needs comes in as
-  arguments, all that it finds goes out as tensors, so that losses have gradients through the second
-  run, and only the first run's counts are used.
-- LayerDrop skips a layer inside fairseq's loop, and the layer keeps its empty routing.
-- Autograd sees function arguments and results, as in any model: several passes before a backward
-  (``--update-freq``) and autocast need no care.
+- Activation checkpointing and FSDP wrap a layer as a whole. All that it needs comes in as
+  arguments and all that it finds goes out as tensors. Losses have gradients through the second run
+  of a checkpointed layer, and only the counts of its first run are used.
+- LayerDrop skips a layer inside fairseq's loop. The layer then keeps its empty routing.
+- Several passes before a backward (``--update-freq``) have a routing each.
+- The dtype of autocast is an argument too, since a checkpointed layer runs again without autocast.
 """
 
 from typing import Any

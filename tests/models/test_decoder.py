@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from fairseq_sffn.errors import UsageError
 from fairseq_sffn.memory import MemoryConfig, MemoryOutput, Selection, Selector, SparseMemory
+from fairseq_sffn.models import stack
 from fairseq_sffn.models.decoder import SparseTransformerDecoder
 from fairseq_sffn.models.layer import SparseDecoderLayer
 from fairseq_sffn.models.stack import trailing_tokens
@@ -422,6 +424,36 @@ def test_gradients_of_passes_before_one_backward_add_up(checkpoint_activations):
         loss.backward()
     for ours, theirs in zip(model.parameters(), expected, strict=True):
         close(ours.grad, theirs)
+
+
+class Wrapper(nn.Module):
+    """Around a layer, as fairscale's FSDP is, which needs a GPU."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(*args, **kwargs)
+
+
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+def test_wrapped_layers_are_routed(checkpoint_activations, monkeypatch):
+    options = dict(sffn_freq=1, checkpoint_activations=checkpoint_activations)
+    model, batch = small_lm("switch", **options), random_tokens(2, 8)
+    monkeypatch.setattr(stack, "fsdp_wrap", lambda layer, min_num_params: Wrapper(layer))
+    wrapped = small_lm("switch", **options)
+    state = model.state_dict()
+    names = {re.sub(r"(layers\.\d+)", r"\1.layer", name): name for name in state}
+    wrapped.load_state_dict({new: state[old] for new, old in names.items()})
+    for each in (model, wrapped):
+        output, extra = each(batch, routing_losses=True)
+        losses = sum(layer.balance_loss + layer.z_loss for layer in extra["routing"].values())
+        (output.square().sum() + losses).backward()
+        assert list(extra["routing"]) == ["layer0", "layer1"]
+        assert all(layer.counts.sum() == 16 for layer in extra["routing"].values())
+    for ours, theirs in zip(wrapped.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
 
 
 @pytest.mark.parametrize("method", ["dense", "switch"])

@@ -20,7 +20,6 @@ from fairseq_cli import generate as generate_command
 from fairseq_cli import train as train_command
 
 from fairseq_sffn import compat
-from fairseq_sffn.errors import UsageError
 from tests import commands
 
 REPAIRED = [
@@ -59,26 +58,6 @@ def test_numpy_compat(monkeypatch: pytest.MonkeyPatch) -> None:
         sentences()
     compat.restore_numpy_compat()
     assert len(sentences()) == 2
-
-
-# Precision.
-
-
-@pytest.mark.parametrize("flag", ["fp16", "bf16", "amp"])
-def test_half_precision_needs_a_gpu(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    common = SimpleNamespace(cpu=True, fp16=False, bf16=False, amp=False)
-    flags = ("fp16", "bf16", "amp")
-    compat.check_precision(common, flags)
-    setattr(common, flag, True)
-    with pytest.raises(UsageError, match=f"--{flag}: needs a GPU"):
-        compat.check_precision(common, flags)
-    compat.check_precision(common, tuple(other for other in flags if other != flag))
-    common.cpu = False
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UsageError, match=f"--{flag}: needs a GPU"):
-        compat.check_precision(common, flags)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    compat.check_precision(common, flags)
 
 
 # Evaluation.
