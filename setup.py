@@ -11,7 +11,10 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     packages=find_packages(include=["fairseq_sffn", "fairseq_sffn.*"]),
-    package_data={"fairseq_sffn.memory.compute": ["kernels.cpp"]},
+    package_data={
+        "fairseq_sffn.memory": ["README.md"],
+        "fairseq_sffn.memory.compute": ["kernels.cpp"],
+    },
     python_requires=">=3.11,<3.13",
     install_requires=[
         "ve-fairseq>=0.12.3",

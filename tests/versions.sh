@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the project as README.md says beside several versions of Python and PyTorch, and runs the
+# Installs the project as .github/SUPPORT.md says beside several versions of Python and PyTorch, and runs the
 # fast tests with each: some ten minutes a pair on two cores, and up to 6 GB of disk.
 #
 #   bash tests/versions.sh                        all pairs of the table

@@ -309,16 +309,16 @@ def bytes_of(name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor])
     size = sum(tensor.numel() * tensor.element_size() for tensor in [*inputs, *outputs])
     if name not in OWN_KERNELS:
         return size
-    # The rows of tokens are read, or added to, once for each pair.
-    pairs = max(
+    # The rows of tokens are read, or added to, once for each assignment.
+    assignments = max(
         len(tensor) for tensor in inputs if tensor.dtype == torch.int32 and tensor.dim() == 1
     )
     if name == "scattered_products":
         tokens, width = outputs[0].shape
-        sums = 4 * width * (pairs + 2 * tokens)  # zeroed, added to, rounded
+        sums = 4 * width * (assignments + 2 * tokens)  # zeroed, added to, rounded
         return size + sums
     rows = inputs[0] if name == "gathered_products" else inputs[1]
-    return size + (pairs - len(rows)) * rows.shape[1] * rows.element_size()
+    return size + (assignments - len(rows)) * rows.shape[1] * rows.element_size()
 
 
 def _tensors(nested: Any) -> list[torch.Tensor]:

@@ -6,8 +6,8 @@ Counted over CUDA tensors without numbers (see ``fake_cuda.py``), on any machine
 backward of a layer with 8,192 tokens, width 1,024 and 65,536 cells of which each token uses 4,096,
 in bf16, selection included. Bytes are those of all kernels, each operand once. The floor is x, the
 output and their gradients, the tables and theirs, and hidden activations twice, each once; and for
-each pair of a token and a block a row that is gathered twice and one that is added twice. Says
-nothing about time.
+each assignment (token, block) a row that is gathered twice and one that is added twice. Times are
+not measured.
 """
 
 import argparse
@@ -30,11 +30,12 @@ def floor_bytes(block_size: int) -> int:
     """The least that a layer moves that gathers rows."""
     sizes, itemsize = fake_cuda.SIZES["paper"], 2
     tokens, width, active = sizes["tokens"], sizes["embed_dim"], sizes["ffn_embed_dim"]
-    cells, pairs = fake_cuda.EXPANSION * active, tokens * max(1, active // block_size)
+    cells = fake_cuda.EXPANSION * active
+    assignments = tokens * max(1, active // block_size)
     outside = 4 * tokens * width
     tables = 4 * cells * width
     hidden = 2 * 2 * tokens * active
-    gathered = 4 * pairs * width
+    gathered = 4 * assignments * width
     return itemsize * (outside + tables + hidden + gathered)
 
 

@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fairseq_sffn.memory import MemoryOutput, Selection, SparseMemory
 from tests.memory.cases import close
-from tests.memory.oracle_methods import CHOOSE, Inputs, _cells
+from tests.memory.oracle_methods import CHOOSE, Inputs, cells
 
 
+@dataclass
 class Expected:
     output: Tensor
     blocks: list[list[int]]
@@ -84,7 +85,7 @@ def lookup(
     for n in all_tokens:
         row = torch.zeros_like(x_ND[n])
         for a in range(active):
-            for cell in _cells(config, blocks[n][a]) if kept[n][a] else ():
+            for cell in cells(config, blocks[n][a]) if kept[n][a] else ():
                 term = choice.hidden(n, a, cell) * memory.values[cell]
                 row = row + (term if weights is None else weights[n][a] * term)
         rows.append(row if memory.value_bias is None else row + memory.value_bias)

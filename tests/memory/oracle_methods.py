@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -42,7 +41,6 @@ class Choice(NamedTuple):
     coefficients: list[list[Tensor]] | None = None
 
 
-@dataclass
 def choose_avgk(inputs: Inputs) -> Choice:
     pre, scored = _pre_activations(inputs), inputs
     if inputs.memory.selector.hidden_totals is not None:
@@ -176,12 +174,7 @@ def _best_by_cells(
 ) -> Choice:
     config = inputs.memory.config
     scores = [
-        [
-            [
-                aggregate([pre(n, cell) for cell in _cells(config, i)])
-                for i in range(config.num_blocks)
-            ]
-        ]
+        [[aggregate([pre(n, cell) for cell in cells(config, i)]) for i in range(config.num_blocks)]]
         for n in range(len(inputs.x_ND))
     ]
     blocks = [_best(row[0], config.active_blocks) for row in scores]
@@ -231,7 +224,7 @@ def _aggregate(inputs: Inputs) -> Callable[[list[Tensor]], Tensor]:
     }[inputs.memory.config.selector_options.aggregate]
 
 
-def _cells(config: MemoryConfig, block: int) -> range:
+def cells(config: MemoryConfig, block: int) -> range:
     return range(block * config.block_size, (block + 1) * config.block_size)
 
 

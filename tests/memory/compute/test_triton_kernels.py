@@ -15,10 +15,13 @@ from fairseq_sffn.memory.compute import tiled_products
 from tests.memory.cases import build, grads_of, tokens
 from tests.memory.compute import loops
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="no package triton: its kernels are not tested",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None,
+        reason="no package triton: its kernels are not tested",
+    ),
+]
 ROOT = Path(__file__).parents[3]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
