@@ -113,7 +113,7 @@ def put_parts(
     else:
         own = {"model": {}, "optimizer": {}}
     state["model"] |= own["model"]
-    if optimizer and "state" in optimizer:  # not of several optimizers, which are not shared out
+    if optimizer and "state" in optimizer:  # not of several optimizers, which are not sharded
         names = saved.get("parameters") or part.parameters or []
         optimizer["state"] |= {names.index(name): of for name, of in own["optimizer"].items()}
         _reorder(optimizer, names, part.parameters)
@@ -139,7 +139,7 @@ def cut_part(state: dict[str, Any], path: Path, part: Part) -> dict[str, Any]:
         if len(optimizer["param_groups"][0]["params"]) != len(names):
             raise UsageError(
                 f"checkpoint {path}: its optimizer's state is in one piece (--fp16 without "
-                "--fp16-no-flatten-grads) and cannot be shared out; add --reset-optimizer"
+                "--fp16-no-flatten-grads) and cannot be sharded; add --reset-optimizer"
             )
         for name, table in tables.items():
             if (of := optimizer["state"].get(names.index(name))) is not None:

@@ -109,7 +109,7 @@ def write(state: dict[str, Any], source: Path, output: Path, shards: int) -> Non
 def check_shards(state: dict[str, Any], shards: int) -> None:
     """Raises UsageError where the layers' blocks cannot be in so many parts."""
     if not state[KEY]["sharded"]:
-        raise UsageError(f"--shards {shards}: this model has no blocks that can be shared out")
+        raise UsageError(f"--shards {shards}: this model has no blocks that can be sharded")
     for name in state[KEY]["sharded"]:
         size = int(state["model"][name.rpartition(".")[0] + ".block_size"])
         blocks = len(state["model"][name]) // size

@@ -62,7 +62,7 @@ def uninterrupted(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> A
 
 @pytest.fixture(scope="module")
 def in_four(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The losses of four processes that share blocks out, after two updates, and where they
+    """The losses of four processes that shard the blocks, after two updates, and where they
     saved."""
     save_dir = tmp_path_factory.mktemp("in_four") / "saved"
     return train(data_bin, save_dir, 4, 4, 2), save_dir

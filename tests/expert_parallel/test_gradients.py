@@ -1,4 +1,4 @@
-"""What becomes of the gradients of blocks that are shared out, in one process."""
+"""What becomes of the gradients of blocks that are sharded, in one process."""
 
 import pytest
 import torch

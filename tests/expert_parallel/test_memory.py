@@ -14,7 +14,7 @@ WHOLE = {
     **{case: "has keys of its own" for case in CASES if case.startswith(("lorkm", "pkm"))},
     "pkm_ffn": None,
 }
-"""Why a method's blocks cannot be shared out."""
+"""Why a method's blocks cannot be sharded."""
 CASES_HERE = [
     *(case for case in CASES if case != "gshard-sampled"),
     "avgk-balanced",

@@ -1,5 +1,5 @@
 """Several processes train as one does with all their sentences: 2 and 4 of them, gloo, every model,
-blocks shared out over 1, 2 and 4."""
+blocks sharded over 1, 2 and 4."""
 
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def test_evaluated_by_one_process(model, world, together, data_bin):
 
 
 def test_several_batches_an_update(alone, together):
-    """Two processes that share blocks out, two batches of each an update; at the end of an epoch
+    """Two processes that shard the blocks, two batches of each an update; at the end of an epoch
     one has a batch of one sentence, and the other none."""
     want, (got, _) = alone["avgk"], together["2-several"]
     assert list(got) == list(want)
