@@ -121,7 +121,7 @@ def test_what_a_layer_moves_is_counted(tmp_path):
     for row in rows[:-1]:
         assert 1 <= row["bytes"] / row["floor"] < 3
     assert rows[-1]["bytes"] < rows[-1]["floor"] / 5
-    # By hand: x, output, their gradients; tables, theirs; hidden activations; four rows per assignment.
+    # x, output, their gradients; tables, theirs; hidden activations; four rows per assignment.
     assert rows[2]["floor"] == 2 * (
         4 * 8192 * 1024 + 4 * 65536 * 1024 + 4 * 8192 * 4096 + 4 * 8192 * 64 * 1024
     )
