@@ -72,8 +72,8 @@ def validate_and_save(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> tuple[list[float | None], bool]:
         call = signature.bind(*args, **kwargs).arguments
-        interruption = getattr(call["trainer"], "interruption", None)
-        if interruption is None:
+        trainer = call["trainer"]
+        if not isinstance(trainer, SFFNTrainer) or (interruption := trainer.interruption) is None:
             return original(*args, **kwargs)
         interruption.saved, interruption.val_loss = False, None
         if interruption.agree():

@@ -4,6 +4,7 @@ GradScaler too.)"""
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,9 @@ from fairseq import optim
 from omegaconf import OmegaConf
 
 from fairseq_sffn.optim.amp_optimizer import AMPOptimizer
+from fairseq_sffn.patches import trainer
 from fairseq_sffn.patches.trainer_steps import StepTrainer
+from tests import commands
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.0},
@@ -104,3 +107,25 @@ def test_validation_computes_as_training_does(amp: bool) -> None:
     with pytest.raises(Seen):
         WithoutModel().valid_step({})
     assert seen == [amp]
+
+
+@pytest.mark.parametrize("clip_norm", ["0.0", "1.0"])
+def test_a_training_unscales_once(
+    clip_norm: str, data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU computes in full precision, so that only the scale differs."""
+    monkeypatch.setattr(trainer, "check_precision", lambda common, flags: None)
+    flags = ("--optimizer", "sgd", "--lr", "1.0", "--clip-norm", clip_norm, "--max-update", "4")
+    flags = (*flags, "--dropout", "0", "--disable-validation", "--no-save")
+    amp = ("--amp", "--fp16-init-scale", str(SCALE))
+    mixed, plain = (
+        [
+            float(record["loss"])
+            for record in commands.records(
+                commands.train(data_bin, tmp_path, "dense", *flags, *more)
+            )
+        ]
+        for more in (amp, ())
+    )
+    assert mixed == pytest.approx(plain, rel=1e-3)
+    assert len(plain) == 4 and plain[3] < plain[0] - 0.5
