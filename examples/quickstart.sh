@@ -28,7 +28,8 @@ END
 SEED=1
 RUNS=runs/quickstart
 DATA=$RUNS/data/bin
-CODE=$(find fairseq_sffn -name '*.py' -o -name '*.cpp' | sort | xargs cat examples/requirements.txt | sha256sum)
+CODE="$(python -W ignore -c "from fairseq_sffn import fingerprint; print(fingerprint.code_fingerprint())")"
+CODE+=" $(sha256sum examples/requirements.txt)"
 
 # fresh DIRECTORY SETTINGS: empties the directory unless it was made with the same settings.
 fresh() {

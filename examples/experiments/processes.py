@@ -17,6 +17,7 @@ import fairseq
 import torch
 
 import fairseq_sffn
+from fairseq_sffn.fingerprint import code_fingerprint
 
 PLUGIN = Path(fairseq_sffn.__file__).parent
 
@@ -45,7 +46,10 @@ def last_json(text: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the software; the plugin's is the last commit that changed it."""
+    """Return the versions of the software.
+
+    The plugin's is the last commit that changed it; ``code`` is the fingerprint of what trains.
+    """
 
     def git(*words: str) -> str:
         if not shutil.which("git"):
@@ -61,6 +65,7 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "fairseq": fairseq.__version__,
         "fairseq_sffn": commit,
+        "code": code_fingerprint(),
     }
 
 
