@@ -16,23 +16,20 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 HERE = Path(__file__).parent
 LONGEST = (
-    *(
-        "expert_parallel/test_training.py",
-        "examples/test_fake_cuda.py",
-        "integration/test_command_line.py",
-    ),
-    *(
-        "integration/test_resume.py",
-        "integration/test_translation.py",
-        "examples/experiments/test_run_command.py",
-    ),
-    *("memory/compute/test_triton_kernels.py", "examples/test_paper_tables.py"),
-    *(
-        "expert_parallel/test_faults.py",
-        "expert_parallel/test_signals.py",
-        "integration/test_wrong_input.py",
-    ),
-    *("integration/test_interruptions.py", "memory/compute/test_engines.py"),
+    "expert_parallel/test_training.py",
+    "integration/test_command_line.py",
+    "examples/experiments/test_run_command.py",
+    "integration/test_resume.py",
+    "integration/test_interruptions.py",
+    "expert_parallel/test_signals.py",
+    "integration/test_wrong_input.py",
+    "memory/compute/test_triton_kernels.py",
+    "integration/test_translation.py",
+    "examples/test_paper_tables.py",
+    "expert_parallel/test_faults.py",
+    "memory/compute/test_engines.py",
+    "optim/test_half_precision.py",
+    "examples/test_fake_cuda.py",
 )
 """Files that take more than 40 seconds of a processor. They come first: where several workers take
 files one by one, a long one at the end would be waited for."""
@@ -53,7 +50,7 @@ OverridesParser.parse_rule = lambda self, text, rule: copy.copy(parsed(text, rul
 # Before a test imports the framework alone. Triton has its variable by now.
 import fairseq_sffn.plugin  # noqa: E402, F401
 
-MARKERS = {
+FOLDERS = {
     "integration": "integration",
     "examples": "integration",
     "expert_parallel": "distributed",
@@ -66,7 +63,7 @@ STARTERS = {"data_bin", "quick_start"}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         folder = item.path.relative_to(HERE).parts[0]
-        if marker := MARKERS.get(folder):
+        if marker := FOLDERS.get(folder):
             item.add_marker(marker)
         if STARTERS & set(getattr(item, "fixturenames", ())):
             item.add_marker("integration")
