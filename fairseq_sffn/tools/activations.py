@@ -148,7 +148,9 @@ def selection_bytes(memory: SparseMemory, tokens: int, dtype: torch.dtype) -> in
 
 
 def memory_bytes(memory: SparseMemory, tokens: int, shards: int, dtype: torch.dtype) -> int:
-    """Return the bytes that a sparse layer keeps with even routing, without layer norm and selector.
+    """Return the bytes that a sparse layer keeps with even routing.
+
+    Layer norm and selector do not count.
 
     Args:
         memory: the sparse layer, not sharded.

@@ -194,8 +194,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--context",
         type=int,
         default=1024,
-        help="tokens that a token attends to, and positions of the model, as --tokens-per-sample in "
-        "training (default: 1024)",
+        help="tokens that a token attends to, and positions of the model, as --tokens-per-sample "
+        "in training (default: 1024)",
     )
     parser.add_argument(
         "--tokens", type=float, help="tokens to train on, such as 60e9, for the FLOPs of training"

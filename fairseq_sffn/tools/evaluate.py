@@ -111,8 +111,8 @@ def perplexity(cfg: Any) -> dict[str, float]:
     """Return the results of ``fairseq-eval-lm``.
 
     Returns:
-        ``loss`` in bits per token, ``perplexity``, and the numbers of scored tokens (``tokens``) and
-        of other tokens (``left_out_tokens``).
+        ``loss`` in bits per token, ``perplexity``, and the numbers of scored tokens (``tokens``)
+        and of other tokens (``left_out_tokens``).
     """
     logging.disable(logging.INFO)
     try:

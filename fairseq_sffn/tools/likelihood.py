@@ -41,9 +41,9 @@ class Encoder:
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], int]:
         """Return the token ids of context and continuation together.
 
-        The joined text may have other tokens than its two pieces. If the context alone has n tokens,
-        the continuation has all tokens after the first n, and at least one. White space and line
-        breaks at the end of the context belong to the continuation, because encoders mark the
+        The joined text may have other tokens than its two pieces. If the context alone has n
+        tokens, the continuation has all tokens after the first n, and at least one. White space and
+        line breaks at the end of the context belong to the continuation, because encoders mark the
         beginnings of words. lm-evaluation-harness splits in the same way (``_encode_pair``), but
         stops if the continuation has no token.
 
@@ -164,7 +164,7 @@ class Scorer:
 
         Args:
             requests: results of :meth:`Encoder.encode_pair`.
-            progress: called after each batch with the number of finished windows and of all windows.
+            progress: called after each batch with the numbers of finished and of all windows.
         """
         cut = [
             (i, window)

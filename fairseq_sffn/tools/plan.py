@@ -31,9 +31,9 @@ PRECISIONS = {
     "fp16": (torch.float16, 16),
     "memory_efficient_fp16": (torch.float16, 8),
 }
-"""Precision -> dtype of parameters, gradients and hidden states, and bytes of optimizer state for each
-parameter. The state is Adam's two moments in fp32. ``bf16`` and ``fp16`` also have fp32 copies of
-parameter and gradient."""
+"""Precision -> dtype of parameters, gradients and hidden states, and bytes of optimizer state for
+each parameter. The state is Adam's two moments in fp32. ``bf16`` and ``fp16`` also have fp32 copies
+of parameter and gradient."""
 
 LEFT_OUT = (
     "Not counted: temporary buffers, such as logits, gradients of activations and copies that "

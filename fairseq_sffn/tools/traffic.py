@@ -1,6 +1,7 @@
 """Bytes that a rank sends in an update on one micro-batch.
 
-A rank sends tokens to the blocks of sparse layers and back, and gradients. No assignment is dropped.
+A rank sends tokens to the blocks of sparse layers and back, and gradients. No assignment is
+dropped.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The score of a choice is the log-likelihood of its continuation, given its context. ``accuracy`` is
 the share of documents whose right choice has the highest score; the first of equal scores counts.
-For ``accuracy_norm``, scores are divided by the number of characters of the choice. They are ``acc``
-and ``acc_norm`` of lm-evaluation-harness.
+For ``accuracy_norm``, scores are divided by the number of characters of the choice. The two are
+``acc`` and ``acc_norm`` of lm-evaluation-harness.
 
 WinoGrande's choices are contexts with the same continuation, "partial evaluation" (Trinh and Le
 2018, arXiv 1806.02847). A document of LAMBADA is right if every token of its last word is the most
@@ -94,8 +94,8 @@ def read_documents(folder: Path, task: str) -> list[Document]:
 def draw(documents: list[Document], task: str, count: int, seed: int) -> list[Document]:
     """Draw documents at random, and return them in their order.
 
-    The draw depends only on the seed, the task and the documents' numbers. A smaller draw is part of
-    a larger one.
+    The draw depends only on the seed, the task and the documents' numbers. A smaller draw is part
+    of a larger one.
 
     Args:
         documents: all documents.
