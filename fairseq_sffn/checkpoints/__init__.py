@@ -1,4 +1,6 @@
-"""Reading and writing checkpoint files. This package does not change fairseq; :mod:`..patches` does.
+"""Reading and writing checkpoint files.
+
+This package does not change fairseq; :mod:`..patches` does.
 
 - :mod:`.reading`: reads a file without running its content, and detects damage.
 - :mod:`.integrity`: checksums of files, fingerprints of tensors.

@@ -138,8 +138,8 @@ def fingerprints(model: Mapping[str, Any], in_parts: bool) -> dict[str, str]:
 
     Returns:
         ``integers``: fingerprint of the integer and boolean buffers, which a program that averages
-        checkpoints would destroy. With ``in_parts`` also ``fingerprint``: that of all tensors, which
-        must not change without the other files.
+        checkpoints would destroy. With ``in_parts`` also ``fingerprint``: fingerprint of all
+        tensors, which must not change without the other files.
     """
     result = {"integers": fingerprint(model, is_not_averaged)}
     return result | ({"fingerprint": fingerprint(model)} if in_parts else {})

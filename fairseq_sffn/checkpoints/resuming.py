@@ -135,9 +135,9 @@ def agreed(value: Any) -> Any:
 def candidates(save_dir: Path) -> list[Path]:
     """Return the checkpoints of a folder in the order in which to try them.
 
-    ``checkpoint_last.pt`` is first, except after checkpoints that have more updates and were written
-    later. Users go back by copying an older checkpoint over ``checkpoint_last.pt``; the copy is then
-    the latest file. The other checkpoints follow by their number of updates.
+    ``checkpoint_last.pt`` is first, except after checkpoints that have more updates and were
+    written later. Users go back by copying an older checkpoint over ``checkpoint_last.pt``; the
+    copy is then the latest file. The other checkpoints follow by their number of updates.
     """
     updates: dict[Path, int] = {}
     for path in save_dir.glob("*.pt") if save_dir.is_dir() else ():

@@ -51,7 +51,8 @@ def take_parts(state: dict[str, Any], part: Part) -> dict[str, Any]:
     """Remove the sharded parameters and their optimizer state from a checkpoint, in place.
 
     Returns:
-        ``model``: name -> parameter; ``optimizer``: name -> optimizer state. Tensors are on the CPU.
+        ``model``: name -> parameter; ``optimizer``: name -> optimizer state. All tensors are on the
+        CPU.
     """
     model = {name: state["model"].pop(name).cpu() for name in part.sharded}
     taken: dict[str, Any] = {"model": model, "optimizer": {}}

@@ -97,7 +97,8 @@ def flattens_parameters(common: Any) -> bool:
 def check_layerdrop(model: Any) -> None:
     """Refuse LayerDrop.
 
-    Each process would drop different layers, and wait for the others in layers that exchange tokens.
+    Each process would drop different layers, and wait for the others in layers that exchange
+    tokens.
 
     Raises:
         UsageError: LayerDrop is on.

@@ -41,7 +41,7 @@ def check_splits(cfg: Any, *options: str) -> None:
             raise UsageError(f"data {folder}: there is no such folder")
     for option in options:
         for split in cfg.dataset[option].split(","):
-            # Each epoch may read a training split from another folder. Other splits are in the first.
+            # Each epoch may read another folder for training. Other splits are in the first.
             for folder in folders if option == "train_subset" else folders[:1]:
                 if not split or not has_split(folder, split):
                     names = f"{flag(option)} {shown(cfg.dataset[option])}"
