@@ -44,7 +44,7 @@ LEFT_OUT = (
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is trained.
+    """Settings of a training.
 
     Attributes:
         world_size: ranks.
