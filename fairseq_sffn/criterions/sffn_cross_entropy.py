@@ -32,6 +32,11 @@ class AdaptiveCrossEntropy(CrossEntropyCriterion):
     def compute_loss(
         self, model: Any, net_output: Any, sample: Any, reduce: bool = True
     ) -> tuple[Tensor, Tensor]:
+        """Return the loss twice, as fairseq does.
+
+        Raises:
+            UsageError: the DDP backend does not support the adaptive softmax.
+        """
         adaptive_softmax = getattr(getattr(model, "decoder", None), "adaptive_softmax", None)
         if adaptive_softmax is None or not reduce:
             return super().compute_loss(model, net_output, sample, reduce)

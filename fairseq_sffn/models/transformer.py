@@ -29,6 +29,15 @@ class SparseTransformer(PluginModel, TransformerModel):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "SparseTransformer":
+        """Return a model.
+
+        Args:
+            args: the model's options.
+            task: the task, which has the dictionaries.
+
+        Raises:
+            UsageError: an option is not supported, or has a wrong value.
+        """
         args = cls.options(args)
         check_supported(args, ["encoder", "decoder"])
         check_selector(args, cls.selector, "transformer_sffn")

@@ -28,6 +28,15 @@ class DenseTransformerLM(PluginModel, TransformerLanguageModel):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> Any:
+        """Return a model.
+
+        Args:
+            args: the model's options.
+            task: the task, which has the dictionary.
+
+        Raises:
+            UsageError: the embeddings cannot be shared as the options say.
+        """
         args = cls.options(args)
         for name in ("character_embeddings", "adaptive_input"):
             tied = args.share_decoder_input_output_embed and args.adaptive_softmax_cutoff is None
@@ -68,6 +77,15 @@ class SparseTransformerLM(DenseTransformerLM):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "SparseTransformerLM":
+        """Return a model.
+
+        Args:
+            args: the model's options.
+            task: the task, which has the dictionary and may have token counts.
+
+        Raises:
+            UsageError: an option is not supported, or has a wrong value.
+        """
         args = cls.options(args)
         check_supported(args, ["decoder"])
         check_selector(args, cls.selector, "transformer_lm_sffn")

@@ -95,6 +95,15 @@ class SFFNLanguageModelingTask(LanguageModelingTask):
         return counts.tolist()
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> Any:
+        """Return a model.
+
+        Args:
+            args: the model's options.
+            from_checkpoint: whether a checkpoint will be loaded into the model.
+
+        Raises:
+            UsageError: an option of the task does not fit the model.
+        """
         if from_checkpoint:
             # The checkpoint has the hash tables, so no counts are needed.
             self.args.hash_counts = "dictionary"
@@ -115,6 +124,11 @@ class SFFNLanguageModelingTask(LanguageModelingTask):
         return super().build_model(args, from_checkpoint)
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> Any:
+        """Load a split, as fairseq does, and check its first ``CHECKED_TOKENS`` token ids.
+
+        Raises:
+            UsageError: a token id is outside the dictionary.
+        """
         super().load_dataset(split, epoch, combine, **kwargs)
         types = len(self.dictionary)
         for tokens in self._binarised(split, epoch):
