@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 PACKAGES = (*("memory", "models", "criterions", "tasks", "optim", "expert_parallel", "patches"),)
-"""What decides the numbers of a training."""
+"""Packages whose code determines the numbers of a training."""
 
 
 def code_fingerprint(root: Path = Path(__file__).parent) -> str:

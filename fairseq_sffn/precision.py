@@ -1,4 +1,4 @@
-"""Whether a command can compute in half precision."""
+"""Check that a command can compute in half precision."""
 
 from typing import Any
 

@@ -1,12 +1,15 @@
-"""Reading and writing checkpoint files. Nothing here changes fairseq; :mod:`..patches` does.
+"""Reading and writing checkpoint files.
 
-- :mod:`.reading`: the one function that reads a file: nothing in it runs, damage is noticed.
+This package does not change fairseq; :mod:`..patches` does.
+
+- :mod:`.reading`: reads a file without running its content, and detects damage.
 - :mod:`.integrity`: checksums of files, fingerprints of tensors.
-- :mod:`.structure`: what a checkpoint holds.
-- :mod:`.loading`: a checkpoint of any version of fairseq, read by these rules.
-- :mod:`.part_files`: the files of a checkpoint in parts.
-- :mod:`.writing`: whole files or none, in the background too.
-- :mod:`.resuming`: the checkpoint that a training goes on from.
+- :mod:`.structure`: the content of a checkpoint, and the check of it.
+- :mod:`.stored_strings`: rules for the strings in a stored configuration.
+- :mod:`.loading`: reads a checkpoint of any version of fairseq.
+- :mod:`.part_files`: the files of a sharded checkpoint.
+- :mod:`.writing`: writes whole files or none, also in the background.
+- :mod:`.resuming`: chooses the checkpoint from which training resumes.
 
-Which part a process holds is a matter of :mod:`..expert_parallel.parts`.
+:mod:`..expert_parallel.parts` decides which part a process holds.
 """

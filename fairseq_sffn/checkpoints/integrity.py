@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import torch
 
 CHUNK = 2**22
-"""Bytes that are read at a time."""
+"""Number of bytes to read at a time."""
 STORAGE = "/data/"
 """Part of the name of every archive member that holds a tensor's data."""
 
@@ -19,12 +19,12 @@ STORAGE = "/data/"
 def verify_checksums(file: str | BinaryIO, tensors: bool = True) -> None:
     """Compare every member of a PyTorch archive with the CRC-32 that PyTorch stored beside it.
 
-    PyTorch does not do this when it loads. It adds half a second a gigabyte
-    (``examples/benchmark/checksums.py``, one core of an AMD EPYC), the file cached.
+    PyTorch does not do this when it loads. The comparison takes half a second per gigabyte of a
+    cached file (``examples/benchmark/checksums.py``, one core of an AMD EPYC).
 
     Args:
         file: path or open file.
-        tensors: include the tensors' data; without, only the pickle and the small members.
+        tensors: whether to include the tensors' data. The other members are always compared.
 
     Raises:
         zipfile.BadZipFile: a checksum differs, or the archive is not well formed.
@@ -40,14 +40,14 @@ def verify_checksums(file: str | BinaryIO, tensors: bool = True) -> None:
 def fingerprint(
     tensors: Mapping[str, Any], include: Callable[[torch.Tensor], bool] = lambda _: True
 ) -> str:
-    """Return a short hash of names, types, shapes and contents of tensors.
+    """Return a short hash of the names, types, shapes and contents of tensors.
 
-    It tells whether somebody changed them, on purpose or not. It is no signature: whoever means to
-    can make another set of tensors with the same fingerprint.
+    A different hash shows that the tensors were changed. The hash is not a signature: it is easy to
+    make other tensors with the same fingerprint.
 
     Args:
-        tensors: name -> tensor; other values are left out.
-        include: which of the tensors count.
+        tensors: name -> tensor. Other values do not count.
+        include: whether a tensor counts.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -60,6 +60,8 @@ def fingerprint(
 
 
 def is_not_averaged(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds integers or booleans, such as a hash table, of which a mean is
-    meaningless."""
+    """Return whether a tensor holds integers or booleans, such as a hash table.
+
+    The mean of such tensors has no meaning.
+    """
     return not (tensor.is_floating_point() or tensor.is_complex())

@@ -1,4 +1,4 @@
-"""Reading a checkpoint of fairseq: nothing that it holds is evaluated, imported or opened."""
+"""Reading a fairseq checkpoint without evaluating, importing or opening anything that it names."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .reading import SKIP_CHECKSUMS, read_file
 from .structure import check_structure
 
 KEY = "sffn"
-"""Entry of a checkpoint for what the plugin keeps there; see :mod:`.structure`."""
+"""Name of the plugin's own entry in a checkpoint; see :mod:`.structure`."""
 TRUST = "FAIRSEQ_SFFN_TRUST_CHECKPOINT"
 """Environment variable that ``--trust-checkpoint`` sets."""
 OVERRIDE = "trust_checkpoint"
-"""Name of the same switch among the overrides that Python callers give."""
+"""Name of the same switch among the overrides of Python callers."""
 FLAGS = {
     "--trust-checkpoint": (
         TRUST,
@@ -32,19 +32,20 @@ FLAGS = {
     ),
     "--skip-checksums": (
         SKIP_CHECKSUMS,
-        "do not compare checkpoints with their checksums (half a second a gigabyte)",
+        "do not compare checkpoints with their checksums (half a second per gigabyte)",
     ),
 }
-"""Flag of every command that loads a checkpoint -> its environment variable, which the processes
-that fairseq starts inherit, and its help."""
+"""Flag of commands that load a checkpoint -> (environment variable, help text).
+
+Processes that fairseq starts inherit the variable."""
 
 
 def add_flags_to(parser: Any, *variables: str) -> None:
-    """Add the flags to a parser, or to a group of it.
+    """Add the flags of ``FLAGS`` to a parser, or to a group of it.
 
     Args:
-        parser: gets the flags.
-        variables: environment variables of those to add; all, if none is given.
+        parser: the parser or group.
+        variables: environment variables of the flags to add. Without any, all flags are added.
     """
     for name, (variable, text) in FLAGS.items():
         if variable in (variables or (TRUST, SKIP_CHECKSUMS)):
@@ -53,7 +54,7 @@ def add_flags_to(parser: Any, *variables: str) -> None:
 
 
 class SetVariable(argparse.Action):
-    """Sets the environment variable that ``const`` names."""
+    """Sets the environment variable that ``const`` names to 1."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         os.environ[str(self.const)] = "1"
@@ -69,14 +70,14 @@ def is_trusted(overrides: Mapping[str, Any]) -> bool:
 
 
 def read_checkpoint(path: str, *, verify: bool = True, mapped: bool = False) -> dict[str, Any]:
-    """Read a checkpoint of fairseq; of one in several files, the one that names the others.
+    """Read a fairseq checkpoint.
 
     Args:
-        path: the file.
-        verify, mapped: as for :func:`.reading.read_file`.
+        path: the file. For a sharded checkpoint, the file that names the folder of the shards.
+        verify, mapped: see :func:`.reading.read_file`.
 
     Raises:
-        UsageError: it cannot be read, or is not a checkpoint of fairseq.
+        UsageError: the file cannot be read, or is not a fairseq checkpoint.
     """
     state = read_file(path, verify=verify, mapped=mapped)
     check_structure(state, path)
@@ -85,8 +86,14 @@ def read_checkpoint(path: str, *, verify: bool = True, mapped: bool = False) -> 
 
 
 def fresh_copy(path: str, load_on_all_ranks: bool) -> str:
-    """Return where a file lies on this machine; of one that lies elsewhere, a copy made now, as
-    fairseq has it."""
+    """Return the local path of a file, as fairseq does.
+
+    A remote file is copied again, also if there is a copy.
+
+    Args:
+        path: path or URL of the file.
+        load_on_all_ranks: whether all ranks call this function together.
+    """
     local = PathManager.get_local_path(path)
     if local != path and PathManager.path_requires_pathmanager(path):
         if os.path.exists(local):
@@ -98,10 +105,15 @@ def fresh_copy(path: str, load_on_all_ranks: bool) -> str:
 
 
 def upgraded(state: dict[str, Any], path: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint of any version of fairseq as today's, with options that the caller gives.
+    """Convert a checkpoint of any version of fairseq to the current version.
+
+    Args:
+        state: content of the checkpoint.
+        path: the file, for the message.
+        overrides: options of the caller, which replace stored ones.
 
     Raises:
-        UsageError: it is of no version.
+        UsageError: the content belongs to no version of fairseq.
     """
     if state.get("args") is not None:
         vars(state["args"]).update(overrides)
@@ -118,22 +130,28 @@ def upgraded(state: dict[str, Any], path: str, overrides: Mapping[str, Any]) -> 
 
 
 def fingerprints(model: Mapping[str, Any], in_parts: bool) -> dict[str, str]:
-    """Return what is stored of a checkpoint's parameters, so that an edit is noticed.
+    """Return the fingerprints to store in a checkpoint, by which a later change is detected.
 
     Args:
-        model: name -> parameter or buffer, in this file.
-        in_parts: other files have the rest.
+        model: name -> parameter or buffer in this file.
+        in_parts: whether other files hold the rest.
 
     Returns:
-        ``integers`` of the integer and boolean buffers, which a program that averages would ruin;
-        ``fingerprint`` of all, where an edit of this file leaves the other files behind.
+        ``integers``: fingerprint of the integer and boolean buffers, which a program that averages
+        checkpoints would destroy. With ``in_parts`` also ``fingerprint``: fingerprint of all
+        tensors, which must not change without the other files.
     """
     result = {"integers": fingerprint(model, is_not_averaged)}
     return result | ({"fingerprint": fingerprint(model)} if in_parts else {})
 
 
 def check_fingerprints(state: Mapping[str, Any], path: str) -> None:
-    """Raise UsageError where parameters were changed that must not be, or not alone."""
+    """Compare the parameters of a checkpoint with its stored fingerprints.
+
+    Raises:
+        UsageError: integer buffers were changed, or a sharded checkpoint was changed without its
+            shards.
+    """
     saved = state.get(KEY, {})
     advice = "average checkpoints with fairseq-sffn average"
     if "fingerprint" in saved and saved["fingerprint"] != fingerprint(state["model"]):

@@ -1,7 +1,7 @@
-"""The files of a checkpoint in parts: their names, and the check that they belong together.
+"""The files of a sharded checkpoint: their names, and the check that they belong together.
 
 ``checkpoint_X.pt`` is fairseq's file without the sharded parameters and their optimizer state. It
-names a folder beside it that has one file for each part.
+names a folder beside it. The folder has one file for each part.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ RESHARDED = "resharded-"
 
 
 def new_folder(checkpoint: str | Path, name: str) -> Path:
-    """Return a folder beside a checkpoint, under a name that no other folder has."""
+    """Return the path of a new folder beside a checkpoint, with a random suffix."""
     return Path(checkpoint).parent / f"{name}-{secrets.token_hex(4)}"
 
 
 def identity_of_part(folder: str, shard: int, shards: int) -> dict[str, Any]:
-    """Return what a part says of itself, so that no other is taken for it."""
+    """Return the entries that identify a part in its file."""
     return {"folder": folder, "shard": shard, "shards": shards}
 
 
 def part_path(folder: Path, shard: int, shards: int) -> Path:
-    """Return the path of a part."""
+    """Return the path of a part, whose number ``shard`` begins at 0."""
     return folder / f"part{shard + 1}-of-{shards}.pt"
 
 
 def folder_named_by(state: Any) -> str | None:
-    """Return the folder that a checkpoint names; ``None`` where it is in one piece."""
+    """Return the folder that a checkpoint names; ``None``: the checkpoint is not sharded."""
     saved = state.get(KEY) if isinstance(state, dict) else None
     return saved.get("folder") if isinstance(saved, dict) else None
 
@@ -46,11 +46,11 @@ def part_paths(path: Path, saved: dict[str, Any]) -> list[Path]:
     """Return the files of a checkpoint's parts.
 
     Args:
-        path: the checkpoint, or a link to it, which may lie elsewhere than the parts.
-        saved: what the checkpoint says of its parts.
+        path: the checkpoint, or a link to it. The parts lie beside the checkpoint itself.
+        saved: the plugin's entry in the checkpoint.
 
     Raises:
-        DamagedCheckpoint: one is missing.
+        DamagedCheckpoint: a part is missing.
     """
     folder, shards = path.resolve().parent / saved["folder"], saved["shards"]
     paths = [part_path(folder, shard, shards) for shard in range(shards)]
@@ -61,10 +61,16 @@ def part_paths(path: Path, saved: dict[str, Any]) -> list[Path]:
 
 
 def open_parts(path: Path, saved: dict[str, Any]) -> dict[Path, dict[str, Any]]:
-    """Return all parts by path, mapped: only what is used is read.
+    """Open all parts of a checkpoint.
+
+    Args:
+        path, saved: see :func:`part_paths`.
+
+    Returns:
+        Path -> content of the part. Tensors are memory-mapped, so only used data is read.
 
     Raises:
-        UsageError: one is missing, damaged or another's.
+        UsageError: a part is missing or damaged, or belongs to another checkpoint.
     """
     parts = {}
     for shard, part in enumerate(part_paths(path, saved)):
@@ -74,13 +80,16 @@ def open_parts(path: Path, saved: dict[str, Any]) -> dict[Path, dict[str, Any]]:
 
 
 def check_part(part: Any, path: Path, saved: dict[str, Any], shard: int) -> None:
-    """Raise UsageError where a file is not the part whose place it has.
+    """Check that a file is the part that its name says.
 
     Args:
-        part: what the file holds.
+        part: content of the file.
         path: the file.
-        saved: what the checkpoint says of its parts.
-        shard: number of the part.
+        saved: the plugin's entry in the checkpoint.
+        shard: number of the part, from 0.
+
+    Raises:
+        UsageError: the file is another part, or has other parameters than the checkpoint says.
     """
     expected = identity_of_part(saved["folder"], shard, saved["shards"])
     check_structure(part, str(path), PART)

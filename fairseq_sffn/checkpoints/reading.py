@@ -1,4 +1,4 @@
-"""Reads checkpoint files: nothing in them is run, and damage is noticed."""
+"""Reading checkpoint files without running their content, and detecting damage."""
 
 from __future__ import annotations
 
@@ -20,20 +20,24 @@ SKIP_CHECKSUMS = "FAIRSEQ_SFFN_SKIP_CHECKSUMS"
 
 
 class DamagedCheckpoint(UsageError):
-    """A file that is not what its writer wrote, or is not there."""
+    """Raised if a file is missing, damaged or not a checkpoint."""
 
 
 def read_file(path: str | Path, *, verify: bool = True, mapped: bool = False) -> Any:
-    """Read what a file of PyTorch holds, without running anything in it.
+    """Read a file of ``torch.save`` without running anything in it.
 
     Args:
-        path: the file, of today's format or that of PyTorch before 1.6, which has no checksums.
-        verify: compare the tensors' data with their checksums (see :func:`verify_file`).
-        mapped: map tensors instead of reading them; not for files of PyTorch before 1.6.
+        path: the file. Files of PyTorch before 1.6 have another format, without checksums.
+        verify: whether to compare the tensors' data with their checksums (:func:`verify_file`).
+        mapped: whether to map tensors instead of reading them. Files of PyTorch before 1.6 are
+            always read.
+
+    Returns:
+        The content, with tensors on the CPU.
 
     Raises:
         DamagedCheckpoint: the file is missing, truncated, damaged, or not a checkpoint.
-        UsageError: it holds more than tensors and plain containers.
+        UsageError: the file holds more than tensors and plain containers.
     """
     with open_file(path) as file:
         of_today = is_archive(path, file)
@@ -53,15 +57,15 @@ def read_file(path: str | Path, *, verify: bool = True, mapped: bool = False) ->
                 f"checkpoint {path}: refused, it holds more than tensors and plain containers, "
                 "and could run code"
             ) from error
-        except Exception as error:  # whatever PyTorch's reader makes of damaged bytes
+        except Exception as error:  # PyTorch's reader raises many errors on damaged bytes
             raise DamagedCheckpoint(f"checkpoint {path}: damaged, or not a checkpoint") from error
 
 
 def is_archive(path: str | Path, file: BinaryIO) -> bool:
-    """Return whether a file is of today's format.
+    """Return whether a file has the current format, a zip archive.
 
     Raises:
-        DamagedCheckpoint: it is, but its directory is damaged.
+        DamagedCheckpoint: the directory of the archive is damaged.
     """
     try:
         return zipfile.is_zipfile(file)
@@ -70,11 +74,11 @@ def is_archive(path: str | Path, file: BinaryIO) -> bool:
 
 
 def open_file(path: str | Path) -> BinaryIO:
-    """Open a file to read.
+    """Open a file for reading.
 
     Raises:
-        DamagedCheckpoint: it is not there.
-        UsageError: it cannot be read.
+        DamagedCheckpoint: the file does not exist.
+        UsageError: the file cannot be read.
     """
     try:
         return open(path, "rb")
@@ -85,28 +89,31 @@ def open_file(path: str | Path) -> BinaryIO:
 
 
 def verify_file(path: str | Path, file: BinaryIO, tensors: bool = True) -> None:
-    """Compare a file of today's format with its checksums, unless ``--skip-checksums`` says
-    otherwise; what is not tensors' data always is.
+    """Compare a file of the current format with its checksums.
+
+    ``--skip-checksums`` skips the tensors' data, but not the other members.
 
     Args:
         path: the file, for the message.
-        file: the same, open.
-        tensors: include the tensors' data.
+        file: the same file, open.
+        tensors: whether to include the tensors' data.
 
     Raises:
         DamagedCheckpoint: a checksum differs.
     """
     try:
         verify_checksums(file, tensors=tensors and not os.environ.get(SKIP_CHECKSUMS))
-    except Exception as error:  # whatever the archive's reader makes of damaged bytes
+    except Exception as error:  # zipfile raises many errors on damaged bytes
         raise DamagedCheckpoint(
             f"checkpoint {path}: damaged: {error}; --skip-checksums loads damaged tensors"
         ) from error
 
 
 def is_of_old_torch(file: BinaryIO) -> bool:
-    """Return whether a file begins as those of PyTorch before 1.6 do: with a number. Published
-    models are in such files. Nothing in it is run."""
+    """Return whether a file has the format of PyTorch before 1.6, which begins with a magic number.
+
+    Published models have this format. The function runs nothing in the file.
+    """
     begin = pickle.dumps(MAGIC_NUMBER, protocol=2)
     file.seek(0)
     return file.read(len(begin)) == begin

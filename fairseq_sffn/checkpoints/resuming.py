@@ -1,4 +1,4 @@
-"""The checkpoint that a training goes on from: the newest whole one."""
+"""Choice of the checkpoint from which training resumes: the newest whole one."""
 
 from __future__ import annotations
 
@@ -23,20 +23,28 @@ from .reading import DamagedCheckpoint, read_file
 logger = logging.getLogger(__name__)
 
 LAST = "checkpoint_last.pt"
-"""What fairseq goes on from, unless ``--restore-file`` names another."""
+"""Checkpoint from which fairseq resumes, unless ``--restore-file`` names another."""
 SAVED = re.compile(r"checkpoint(_last|_best|\d+|_\d+_\d+|\.best_.+)\.pt")
-"""Names under which fairseq saves."""
+"""Matches the names under which fairseq saves checkpoints."""
 
 
 def is_local(cfg: Any) -> bool:
-    """Return whether checkpoints lie in a folder of a file system."""
+    """Return whether all checkpoints lie in a local file system, not behind a URL."""
     names = (cfg.save_dir, cfg.restore_file, cfg.finetune_from_model)
     return not any(name and PathManager.path_requires_pathmanager(name) for name in names)
 
 
 def check_named(cfg: Any) -> None:
-    """Raise UsageError where ``--restore-file`` names no file, and warn where a training that was
-    interrupted would begin anew."""
+    """Check the checkpoint that ``--restore-file`` names.
+
+    The function warns if an interrupted training would start over from that checkpoint.
+
+    Args:
+        cfg: the option group ``checkpoint``.
+
+    Raises:
+        UsageError: the file does not exist.
+    """
     named = cfg.restore_file
     if not os.path.isfile(named):
         raise UsageError(f"--restore-file {named}: there is no such file")
@@ -49,11 +57,12 @@ def check_named(cfg: Any) -> None:
 
 @contextmanager
 def restoring(cfg: Any, checkpoint: Path | None) -> Iterator[None]:
-    """A context in which fairseq goes on from a checkpoint as if from ``checkpoint_last.pt``.
+    """Return a context in which fairseq resumes from a given file in place of
+    ``checkpoint_last.pt``.
 
     Args:
-        cfg: the group ``checkpoint``.
-        checkpoint: the file; ``None`` where it is ``checkpoint_last.pt``, or there is none.
+        cfg: the option group ``checkpoint``.
+        checkpoint: the file; ``None``: nothing changes.
     """
     if checkpoint is None:
         yield
@@ -69,12 +78,15 @@ def restoring(cfg: Any, checkpoint: Path | None) -> Iterator[None]:
 
 
 def choose_together(save_dir: Path) -> tuple[Path | None, list[Path]]:
-    """Return the newest whole checkpoint of a folder, the same on every rank, and its files.
+    """Return the newest whole checkpoint of a folder and its files, the same on every rank.
 
-    Each rank compares some of the files of a checkpoint with their checksums.
+    All ranks call it together. Each rank compares some of the files with their checksums.
+
+    Returns:
+        The checkpoint, ``None`` if the folder has none, and its files.
 
     Raises:
-        UsageError: checkpoints are there, but none is whole, or one holds something else.
+        UsageError: no checkpoint of the folder is whole, or a file is not a checkpoint.
     """
     damaged: list[str] = []
     for checkpoint in agreed(candidates(save_dir) if rank() == 0 else []):
@@ -96,13 +108,13 @@ def choose_together(save_dir: Path) -> tuple[Path | None, list[Path]]:
 
 
 def reason_of(save_dir: Path) -> str:
-    """Return, in words, why ``checkpoint_last.pt`` is passed over."""
+    """Return in words why ``checkpoint_last.pt`` is not used."""
     there = (save_dir / LAST).exists()
     return f"{LAST} is older" if there else f"there is no {LAST}"
 
 
 def rank() -> int:
-    """Return the number of this process among all."""
+    """Return the rank of this process; 0 for a single process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -112,7 +124,7 @@ def world_size() -> int:
 
 
 def agreed(value: Any) -> Any:
-    """Return what rank 0 has."""
+    """Return the value of rank 0 on every rank."""
     if world_size() == 1:
         return value
     said = [value]
@@ -121,11 +133,11 @@ def agreed(value: Any) -> Any:
 
 
 def candidates(save_dir: Path) -> list[Path]:
-    """Return the checkpoints of a folder to go on from, the first one first.
+    """Return the checkpoints of a folder in the order in which to try them.
 
-    That is ``checkpoint_last.pt``, unless another has made more updates and was written later: a
-    copy of an older checkpoint over ``checkpoint_last.pt``, by which people go back, is later. The
-    others follow by their updates.
+    ``checkpoint_last.pt`` is first, except after checkpoints that have more updates and were
+    written later. Users go back by copying an older checkpoint over ``checkpoint_last.pt``; the
+    copy is then the latest file. The other checkpoints follow by their number of updates.
     """
     updates: dict[Path, int] = {}
     for path in save_dir.glob("*.pt") if save_dir.is_dir() else ():
@@ -144,7 +156,7 @@ def candidates(save_dir: Path) -> list[Path]:
 
 
 def updates_of(path: Path) -> int:
-    """Return the updates that a checkpoint has made; -1 where it cannot be read."""
+    """Return the number of updates of a checkpoint; -1: it cannot be read."""
     try:
         state = read_file(path, verify=False, mapped=True)
         return int(state["optimizer_history"][-1]["num_updates"])
@@ -153,11 +165,13 @@ def updates_of(path: Path) -> int:
 
 
 def check_files(checkpoint: Path) -> tuple[list[Path], str | None]:
-    """Return the files of a checkpoint, and which of them is damaged, in words; ``None``: all are
-    whole. Every rank gets the same.
+    """Check the files of a checkpoint. All ranks call it together, and get the same result.
+
+    Returns:
+        The files, and the damage in words; ``None``: all files are whole.
 
     Raises:
-        UsageError: on every rank, a file holds something else than a checkpoint.
+        UsageError: on every rank, if a file is not a checkpoint.
     """
     files, saved, error = [checkpoint], {}, None
     if rank() == 0:

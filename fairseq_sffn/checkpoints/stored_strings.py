@@ -1,6 +1,6 @@
-"""Rules for the strings in a configuration that a checkpoint holds.
+"""Rules for the strings in the configuration of a checkpoint.
 
-fairseq evaluates some of them as Python, and makes paths and names of others.
+fairseq evaluates some of the strings as Python, and uses others as paths or names.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ TOKENIZERS = ("space", "moses", "nltk")
 
 
 def is_word(value: str) -> bool:
-    """Return whether a string is one or more names, which no function of fairseq evaluates and
-    which lead out of no folder."""
+    """Return whether a string consists of names only.
+
+    No function of fairseq evaluates such a string, and it does not lead out of a folder.
+    """
     return re.fullmatch(r"[\w@.,+: -]{0,200}", value) is not None and ".." not in value
 
 
@@ -29,7 +31,7 @@ def is_literal(value: str, accepts: Callable[[Any], bool]) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value is an integer, or a number with a fraction."""
+    """Return whether a value is an ``int`` or a ``float``, but not a ``bool``."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -46,8 +48,10 @@ def is_filters(value: str) -> bool:
 
 
 def is_numbers(value: str) -> bool:
-    """Return whether a string is numbers, as in ``--adaptive-softmax-cutoff 1000,5000`` and
-    ``--adam-betas "(0.9, 0.98)"``."""
+    """Return whether a string holds numbers only.
+
+    Examples are ``--adaptive-softmax-cutoff 1000,5000`` and ``--adam-betas "(0.9, 0.98)"``.
+    """
 
     def are_numbers(numbers: Any) -> bool:
         return is_number(numbers) or (
@@ -58,8 +62,10 @@ def is_numbers(value: str) -> bool:
 
 
 def is_settings(value: str) -> bool:
-    """Return whether a string is a JSON object of numbers, switches and words, as in
-    ``--eval-bleu-args``."""
+    """Return whether a string is a JSON object of numbers, booleans and words.
+
+    An example is the value of ``--eval-bleu-args``.
+    """
     try:
         settings = json.loads(value)
     except (ValueError, RecursionError):
@@ -90,9 +96,9 @@ STRINGS: dict[str, Callable[[str], bool]] = {
     "encoder_layers_to_keep": is_numbers,
     "decoder_layers_to_keep": is_numbers,
 }
-"""Option with a string -> the rule for what a checkpoint may say there."""
+"""Option that takes a string -> rule for its stored value."""
 
 
 def is_nothing(value: str) -> bool:
-    """Return whether a string is empty: the rule for options that have no other."""
+    """Return whether a string is empty. This is the rule for options without an entry above."""
     return value == ""

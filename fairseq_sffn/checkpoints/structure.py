@@ -1,4 +1,4 @@
-"""What a checkpoint holds: one description, and the check against it."""
+"""Description of the content of a checkpoint, and the check against it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ METERS = {
     for name, kind in vars(meters).items()
     if isinstance(kind, type) and issubclass(kind, meters.Meter)
 }
-"""Classes of fairseq's meters, which it looks up by the name that a checkpoint gives."""
+"""Names of fairseq's meter classes. fairseq looks up a class by the name in the checkpoint."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """A value for which ``accepts`` is true; ``is_a`` says so in words."""
+    """A value for which ``accepts`` is true. ``is_a`` describes it in words."""
 
     is_a: str
     accepts: Callable[[Any], bool]
@@ -31,8 +31,13 @@ class Value:
 
 @dataclass(frozen=True)
 class Record:
-    """A dictionary with named entries, of which some come ``together`` or not at all; others may be
-    there besides."""
+    """A dictionary with named entries. It may have other entries.
+
+    Attributes:
+        required: name -> kind of the entries that must be there.
+        optional: name -> kind of the entries that may be there.
+        together: names of the optional entries that must be there together, or not at all.
+    """
 
     required: Mapping[str, Any] = field(default_factory=dict)
     optional: Mapping[str, Any] = field(default_factory=dict)
@@ -48,7 +53,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Sequence:
-    """A list, or tuple, of at least ``least`` items of one kind."""
+    """A list or tuple of at least ``least`` items of one kind."""
 
     of: Any
     least: int = 0
@@ -56,13 +61,13 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Either:
-    """One of several kinds, of which the last one explains what is wrong."""
+    """A value of one of several kinds. The last kind gives the error message."""
 
     kinds: tuple[Any, ...]
 
 
 def of_type(is_a: str, *types: type) -> Value:
-    """A value of some types, of which ``bool`` is no ``int``."""
+    """Return the kind of values of the given types. A ``bool`` does not count as an ``int``."""
     return Value(
         is_a, lambda v: isinstance(v, types) and not (isinstance(v, bool) and bool not in types)
     )
@@ -85,13 +90,16 @@ DICTIONARY = of_type("a dictionary", dict)
 
 
 def optional(kind: Any) -> Either:
-    """``kind``, or ``None``."""
+    """Return the kind of values that are ``None`` or of ``kind``."""
     return Either((NOTHING, kind))
 
 
 def is_state_of_parameter(entry: tuple[Any, Any]) -> bool:
-    """Return whether an entry of an optimizer's state is a number and what the optimizer keeps of
-    that parameter."""
+    """Return whether an entry of an optimizer's state is well formed.
+
+    Args:
+        entry: number of a parameter, and the optimizer's state of the parameter.
+    """
     number, kept = entry
     return (
         isinstance(number, int)
@@ -170,10 +178,10 @@ CHECKPOINT = Record(
         ),
     },
 )
-"""What fairseq writes, and what the plugin adds under ``sffn``."""
+"""Content of a checkpoint: fairseq's entries, and the plugin's entry ``sffn``."""
 
 AVERAGED = Record({"extra_state": Record({"ema": Table(TENSOR)})})
-"""What a checkpoint holds whose moving average is used."""
+"""Content that a checkpoint needs for the use of its moving average."""
 
 PART = Record(
     {
@@ -184,16 +192,19 @@ PART = Record(
         "shards": SHARDS,
     }
 )
-"""What one file of a checkpoint in parts holds."""
+"""Content of the file of one part."""
 
 
 def check_structure(state: Any, path: str, kind: Record = CHECKPOINT) -> None:
-    """Raise UsageError where something that is read from a file is not what it should hold.
+    """Check the content of a file.
 
     Args:
-        state: what the file holds.
+        state: the content.
         path: the file, for the message.
-        kind: what it should hold.
+        kind: the expected content.
+
+    Raises:
+        UsageError: the content differs. The message names the first difference.
     """
     if problem := find_problem(state, kind):
         what = "a checkpoint of fairseq" if kind is CHECKPOINT else "a part of a checkpoint"
@@ -201,12 +212,12 @@ def check_structure(state: Any, path: str, kind: Record = CHECKPOINT) -> None:
 
 
 def find_problem(value: Any, kind: Any, where: str = "") -> str | None:
-    """Return what is wrong with a value, in words; ``None``: nothing.
+    """Return in words how a value differs from a kind; ``None``: it does not.
 
     Args:
-        value: anything.
-        kind: what it should be.
-        where: the names that lead to it.
+        value: the value.
+        kind: the expected kind.
+        where: path of names to the value, for the message.
     """
     here = where or "it"
     if isinstance(kind, Value):

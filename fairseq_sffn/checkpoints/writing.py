@@ -1,7 +1,7 @@
-"""Writing checkpoint files: a file is written whole, or not at all, and a failure is one line.
+"""Writing checkpoint files: a file is written whole or not at all, and an error is one line.
 
-Every file is written under another name first, which ends in ``.tmp``. Where
-``--write-checkpoints-asynchronously`` asks for it, a thread writes while training goes on.
+Every file is first written under a name that ends in ``.tmp``. With
+``--write-checkpoints-asynchronously``, a thread writes while training goes on.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from omegaconf import open_dict
 from ..errors import UsageError
 
 IN_BACKGROUND = "write_in_background"
-"""Option of the group ``checkpoint`` that :func:`take_over_asynchronous_writing` sets."""
+"""Option in the group ``checkpoint`` that :func:`take_over_asynchronous_writing` sets."""
 LASTING = frozenset(
     (
         *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
         *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     )
 )
-"""Errors that do not go away by themselves."""
+"""Error numbers for which another attempt is pointless."""
 ATTEMPTS, PAUSE = 3, 2.5
 """Number of attempts to write, and seconds between them, as in fairseq."""
 
 
 class Writer:
-    """Writes checkpoints in a thread, one after the other, until one cannot be written."""
+    """Writes checkpoints in a thread, one after another, until a write fails."""
 
     def __init__(self) -> None:
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
@@ -60,19 +60,19 @@ class Writer:
                 self.failure = error
 
     def check(self) -> None:
-        """Raise the error of what could not be written.
+        """Raise the error of a failed write, if there is one.
 
         Raises:
-            UsageError: something could not be written.
+            UsageError: a file could not be written.
         """
         if self.failure is not None:
             raise self.failure
 
     def wait(self) -> None:
-        """Wait until all is written.
+        """Wait until all files are written.
 
         Raises:
-            UsageError: something could not be written.
+            UsageError: a file could not be written.
         """
         wait(self.pending)
         self.pending.clear()
@@ -80,12 +80,12 @@ class Writer:
 
 
 _writer: ContextVar[Writer | None] = ContextVar("writer", default=None)
-"""The thread that writes, while :func:`in_background` is open."""
+"""The writer of the open :func:`in_background` context."""
 
 
 @contextmanager
 def in_background(writer: Writer | None) -> Iterator[None]:
-    """A context in which checkpoints are written by a thread; ``None``: at once."""
+    """Return a context in which a thread writes checkpoints; ``None``: the caller writes them."""
     token = _writer.set(writer)
     try:
         yield
@@ -94,14 +94,14 @@ def in_background(writer: Writer | None) -> Iterator[None]:
 
 
 def take_over_asynchronous_writing(options: Any) -> None:
-    """Turn fairseq's asynchronous writing off, and note that it was asked for.
+    """Turn off fairseq's asynchronous writing, and set ``IN_BACKGROUND`` if it was on.
 
-    fairseq writes asynchronously by iopath. Without that package it ends as if it had trained; with
-    it, it never writes ``checkpoint_last.pt`` or ``checkpoint_best.pt``. It has to be called before
-    fairseq looks for the package.
+    fairseq writes asynchronously with iopath. Without iopath, it ends as if it had trained. With
+    iopath, it never writes ``checkpoint_last.pt`` and ``checkpoint_best.pt``. Call this function
+    before fairseq looks for iopath.
 
     Args:
-        options: the group ``checkpoint``.
+        options: the option group ``checkpoint``.
     """
     if options.write_checkpoints_asynchronously:
         with open_dict(options):
@@ -110,21 +110,21 @@ def take_over_asynchronous_writing(options: Any) -> None:
 
 
 def write_checkpoint(state: dict[str, Any], path: str) -> None:
-    """Write a checkpoint, whole or not at all. NumPy's arrays are written as lists.
+    """Write a checkpoint, whole or not at all. NumPy arrays are written as lists.
 
     Args:
-        state: plain containers, tensors, and NumPy's arrays.
+        state: plain containers, tensors and NumPy arrays.
         path: the file.
 
     Raises:
-        UsageError: it cannot be written; what was there is as it was.
+        UsageError: the file cannot be written. An existing file stays as it was.
     """
     state = without_numpy(state)
     if not PathManager.supports_rename(path):
         checkpoint_utils.torch_persistent_save(state, path)
     elif (writer := _writer.get()) is None:
         write_atomically(functools.partial(save, state), path, size_of(state))
-    else:  # training goes on to change the tensors that it saves
+    else:  # training goes on and changes the tensors
         write = functools.partial(save, copy.deepcopy(state))
         writer.submit(write_atomically, write, path, size_of(state))
 
@@ -133,7 +133,7 @@ def copy_checkpoint(source: str, target: str) -> None:
     """Copy a checkpoint, whole or not at all.
 
     Raises:
-        UsageError: it cannot be written; what was there is as it was.
+        UsageError: the copy cannot be written. An existing file stays as it was.
     """
     if (writer := _writer.get()) is None:
         copy_atomically(source, target)
@@ -142,8 +142,10 @@ def copy_checkpoint(source: str, target: str) -> None:
 
 
 def without_numpy(value: Any) -> Any:
-    """The value with lists for NumPy's arrays and Python's numbers for its scalars, within plain
-    containers too."""
+    """Return a value with NumPy arrays as lists and NumPy scalars as Python numbers.
+
+    The function also converts the items of plain containers.
+    """
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     if type(value) in (list, tuple):
@@ -157,10 +159,10 @@ def without_numpy(value: Any) -> Any:
 
 
 def copy_atomically(source: str, target: str) -> None:
-    """Copy a file.
+    """Copy a file, whole or not at all.
 
     Raises:
-        UsageError: it cannot be written; what was there is as it was.
+        UsageError: the copy cannot be written. An existing file stays as it was.
     """
 
     def write(partial: str) -> None:
@@ -172,15 +174,16 @@ def copy_atomically(source: str, target: str) -> None:
 
 
 def write_atomically(write: Callable[[str], None], path: str, size: int) -> None:
-    """Write a file under another name, and give it its name when it is whole and on the disk.
+    """Write a file under a temporary name, and rename it when it is whole and on the disk.
 
     Args:
-        write: writes the content to a file of this name.
-        path: the file; what was there is replaced.
-        size: bytes that it takes, for the message.
+        write: writes the content to a file of the given name.
+        path: the file. An existing file is replaced.
+        size: bytes of the file, for the message.
 
     Raises:
-        UsageError: it cannot be written; what was there is as it was, and nothing else is left.
+        UsageError: the file cannot be written. An existing file stays as it was, and no temporary
+            file is left.
     """
     partial = f"{path}.tmp"
     for attempt in range(ATTEMPTS):
@@ -195,16 +198,16 @@ def write_atomically(write: Callable[[str], None], path: str, size: int) -> None
                     f"{room_for(path, size)}"
                 ) from error
         finally:
-            with suppress(OSError):  # also where the folder has gone
+            with suppress(OSError):  # the folder may be gone
                 os.remove(partial)
         time.sleep(PAUSE)
 
 
 def save(obj: Any, path: str) -> None:
-    """Save to a file, and to the disk itself.
+    """Save an object with ``torch.save``, and flush it to the disk.
 
     Raises:
-        OSError: it cannot be written. PyTorch's writer makes another error of it.
+        OSError: the file cannot be written. ``torch.save`` itself hides this error.
     """
     with open(path, "wb") as raw:
         file = Remembering(raw)
@@ -219,7 +222,7 @@ def save(obj: Any, path: str) -> None:
 
 
 class Remembering:
-    """A file to write to that remembers the error of a failed write."""
+    """A file for writing that keeps the error of a failed write."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -256,7 +259,7 @@ def size_of(value: Any) -> int:
 
 
 def room_for(path: str, size: int) -> str:
-    """Return, in words, what a file takes and what is left where it goes."""
+    """Return in words the size of a file and the free space of its folder."""
     folder = Path(path).parent
     try:
         left = megabytes(free_space(folder))
@@ -266,10 +269,10 @@ def room_for(path: str, size: int) -> str:
 
 
 def free_space(folder: Path) -> int:
-    """Return the bytes that are left for this user."""
+    """Return the number of bytes that this user can still write to a folder."""
     return shutil.disk_usage(folder).free
 
 
 def megabytes(size: int) -> str:
-    """Return a size in words."""
+    """Return a number of bytes in words, in MB."""
     return f"{size / 1e6:,.1f} MB"

@@ -1,4 +1,4 @@
-"""Losses that keep the load of the blocks even, and statistics of routing, for any criterion."""
+"""Balance and z losses, and statistics of routing, for any criterion."""
 
 import math
 from collections.abc import Callable
@@ -20,11 +20,11 @@ from ..models.layer import LayerRouting
 
 
 class Ratio(NamedTuple):
-    """A value that follows from the meters of a layer, which hold sums over micro-batches.
+    """A logged value, computed from the sums of a layer over micro-batches.
 
     Attributes:
-        function: takes the sums.
-        sums: their names in ``SUMS``.
+        function: computes the value from the sums.
+        sums: names of the sums in ``SUMS``.
     """
 
     function: Callable[..., float]
@@ -42,7 +42,7 @@ SUMS = {
     "weighted_balance": "routing_balance_",
     "balance_weight": "routing_scored_",
 }
-"""Name of a meter of a layer -> how its key in the logs of a micro-batch begins."""
+"""Name of a sum of a layer -> prefix of its key in the logs of a micro-batch."""
 RATIOS = {
     "balance_loss": Ratio(_mean, ("weighted_balance", "balance_weight")),
     "load_entropy": Ratio(usage.load_entropy, ("counts",)),
@@ -52,21 +52,26 @@ RATIOS = {
     "load_kl": Ratio(usage.load_kl, ("importance",)),
     "dropped_share": Ratio(usage.dropped_share, ("counts", "dropped")),
 }
-"""Name in fairseq's log -> how it is computed."""
+"""Name in fairseq's log -> ratio."""
 SENT = "routing_sent_"
-"""How the key of the bytes that a layer sent begins, in the logs of a micro-batch."""
+"""Prefix of the key of the bytes that a layer sent, in the logs of a micro-batch."""
 PER_LAYER = "routing_per_layer"
-"""A key in the logs of a micro-batch: the ratios of each layer are logged too. The value may be on
-an accelerator and is not read, since the host would wait for it."""
+"""Key in the logs of a micro-batch. If it is there, the ratios of each layer are logged too.
+
+Its value is not read, because it may be on an accelerator and the host would wait for it."""
 LOOPS = ("train_inner", "valid")
-"""fairseq's aggregators that are active in each step of its training and validation loops."""
+"""Names of fairseq's aggregators that are active during its training and validation loops."""
 
 
 @dataclass(frozen=True)
 class MeanOverLayers:
     """A derived metric: the mean of a ratio over the layers that ran, rounded for the log.
 
-    LayerDrop skips layers.
+    LayerDrop may have skipped some layers.
+
+    Attributes:
+        ratio: the ratio.
+        layers: names of the layers.
     """
 
     ratio: Ratio
@@ -104,18 +109,20 @@ class RoutingLossConfig(FairseqDataclass):
 
 
 class RoutingLosses(FairseqCriterion):
-    """Base class to put before one of fairseq's criterions: adds weight * balance loss + weight * z
-    loss of the sparse layers to its loss.
+    """Base class to put before one of fairseq's criterions: adds the losses of the sparse layers.
 
-    The criterion logs its own loss, without these, so that it compares with fairseq's. The load of
-    the blocks is logged beside it. ``balance_loss`` is logged in validation, and in training where
-    it or the z loss has a weight. Each ratio is logged by layer too where programs read the log
-    (``--log-format json``, tensorboard). A model without sparse layers trains as with fairseq's
-    criterion.
+    The loss is fairseq's loss + weight * balance loss + weight * z loss. The logged ``loss`` is
+    fairseq's loss alone, so that it is comparable. The load of the blocks is logged beside it.
+    ``balance_loss`` is logged in validation, and in training if it or the z loss has a weight. With
+    ``--log-format json`` or tensorboard, each ratio is also logged for each layer. A model without
+    sparse layers trains as with fairseq's criterion.
 
-    The extra losses are multiplied by the sample size, since fairseq divides gradients by it. They
-    are those of a micro-batch (Fedus et al. 2021, section 2.2), averaged over micro-batches by
-    their sample sizes.
+    The extra losses are losses of a micro-batch (Fedus et al. 2021, section 2.2). They are
+    multiplied by the sample size, because fairseq divides gradients by it. Over micro-batches, they
+    are therefore averaged with the sample sizes as weights.
+
+    Raises:
+        UsageError: a weight is negative, infinite or NaN.
     """
 
     cfg: RoutingLossConfig
@@ -137,13 +144,16 @@ class RoutingLosses(FairseqCriterion):
             model: any model.
             sample: a micro-batch.
             reduce: see fairseq's criterion.
+
+        Raises:
+            UsageError: a loss has a weight, but the selector has no scores.
         """
         if (selector := selector_of(model)) is None:
             return super().forward(model, sample, reduce)
-        # In training a loss without a weight would only take time. Validation logs it.
+        # In training, a loss without a weight would only take time. Validation logs it.
         wanted = not model.training or any(self.weights(selector).values())
         net_input = {**sample["net_input"], "routing_losses": wanted}
-        sample = {**sample, "net_input": net_input}  # a copy, in which compute_loss puts routing
+        sample = {**sample, "net_input": net_input}  # a copy, to which compute_loss adds routing
         loss, sample_size, logging_output = super().forward(model, sample, reduce)
         routing = sample["routing"]
         loss = loss + self.extra_loss(selector, routing) * sample_size
@@ -155,17 +165,20 @@ class RoutingLosses(FairseqCriterion):
     def compute_loss(
         self, model: Any, net_output: Any, sample: Any, reduce: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Return fairseq's losses, and leave the routing of ``net_output`` in the sample, which
-        :meth:`forward` made for this call: fairseq's ``forward`` does not return ``net_output``."""
+        """Return fairseq's losses, and store the routing of ``net_output`` in the sample.
+
+        fairseq's ``forward`` does not return ``net_output``. :meth:`forward` made the sample for
+        this call only.
+        """
         if selector_of(model) is not None:
             sample["routing"] = net_output[1]["routing"]
         return super().compute_loss(model, net_output, sample, reduce)
 
     def weights(self, selector: type[Selector]) -> dict[str, float]:
-        """Return the weight of each loss by its name.
+        """Return name of each loss -> weight.
 
         Raises:
-            UsageError: a loss has a weight and the selector gives blocks no scores.
+            UsageError: a loss has a weight, but the selector has no scores.
         """
         balance_weight = self.cfg.balance_loss_weight
         if balance_weight is None:
@@ -183,7 +196,7 @@ class RoutingLosses(FairseqCriterion):
         """Return the weighted balance and z losses of all layers: a scalar."""
         reduce = torch.mean if str(self.cfg.balance_loss_reduce) == "mean" else torch.sum
         total: Tensor | float = 0.0
-        # A weight of 0 leaves the loss out, rather than send zeros back through the scores.
+        # A loss of weight 0 is left out, so that no zero gradients flow through the scores.
         for name, weight in self.weights(selector).items():
             if weight:
                 losses = [getattr(layer, name) for layer in routing.values()]
@@ -197,16 +210,19 @@ class RoutingLosses(FairseqCriterion):
         has_losses: bool,
         sends: bool = False,
     ) -> dict[str, Any]:
-        """Return what adds up over micro-batches and processes, for :meth:`reduce_metrics`.
+        """Return the sums of a micro-batch, which :meth:`reduce_metrics` adds up.
 
-        Values stay on an accelerator, where reading them would make the host wait. The keys alone
-        tell what is logged.
+        Values stay on the accelerator, because reading them would make the host wait. The keys
+        alone determine what is logged.
 
         Args:
-            routing: of each sparse layer by name.
+            routing: name of each sparse layer -> routing.
             sample_size: weight of the micro-batch.
             has_losses: whether the routing has a balance loss.
             sends: whether layers send hidden states to other processes.
+
+        Returns:
+            Key -> sum.
         """
         logs: dict[str, Any] = {PER_LAYER: 1.0} if self.log_layers else {}
         for name, layer in routing.items():
@@ -222,8 +238,11 @@ class RoutingLosses(FairseqCriterion):
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
-        """Add up what was logged. fairseq calls this in each update, and reads values at its log
-        interval. No value is read here."""
+        """Add up the logs of micro-batches and processes.
+
+        fairseq calls this function in each update, and reads values at its log interval. The
+        function itself reads no value.
+        """
         super().reduce_metrics(logging_outputs)
         first = logging_outputs[0]
         prefix = SUMS["counts"]
@@ -243,7 +262,7 @@ class RoutingLosses(FairseqCriterion):
             for meters in _logged_meters():
                 if "sent_bytes" not in meters:
                     meters.add_meter("sent_bytes", AverageMeter(round=0), priority=10)
-                meters["sent_bytes"].update(sent.double())  # whose mean is exact
+                meters["sent_bytes"].update(sent.double())  # fp64: the mean is exact
         derived: dict[str, MeanOverLayers] = {}
         for name, ratio in RATIOS.items():
             if not set(ratio.sums) <= set(logged):
@@ -258,17 +277,17 @@ class RoutingLosses(FairseqCriterion):
 
 
 def selector_of(model: Any) -> type[Selector] | None:
-    """Return the selector of a model's sparse layers, ``None`` for a model without such layers."""
+    """Return the selector of a model's sparse layers; ``None``: the model has none."""
     config = getattr(model, "memory_config", None)
     return None if config is None else config.selector_class
 
 
 def _logged_meters() -> list[MetersDict]:
-    """Return the active aggregators but the one that the trainer opens for a step.
+    """Return the active aggregators without the one that the trainer opens for a step.
 
-    The trainer reads all values of that aggregator after each step, for which the host waits, and
-    fairseq's loops drop them. The loops log the values of the outer aggregators, at the log
-    interval and at the end of a validation.
+    After each step, the trainer reads all values of that aggregator, for which the host waits.
+    fairseq's loops then drop these values. The loops log the values of the outer aggregators, at
+    the log interval and at the end of a validation.
     """
     active = metrics.get_active_aggregators()
     in_loop = any(meters is metrics.get_meters(loop) for meters in active for loop in LOOPS)

@@ -1,4 +1,4 @@
-"""Cross entropy plus the losses that keep the load of the blocks even."""
+"""Cross entropy with the balance and z losses of sparse layers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,11 @@ class AdaptiveCrossEntropy(CrossEntropyCriterion):
     def compute_loss(
         self, model: Any, net_output: Any, sample: Any, reduce: bool = True
     ) -> tuple[Tensor, Tensor]:
+        """Return the loss twice, as fairseq does.
+
+        Raises:
+            UsageError: the DDP backend does not support the adaptive softmax.
+        """
         adaptive_softmax = getattr(getattr(model, "decoder", None), "adaptive_softmax", None)
         if adaptive_softmax is None or not reduce:
             return super().compute_loss(model, net_output, sample, reduce)
@@ -43,12 +48,12 @@ class AdaptiveCrossEntropy(CrossEntropyCriterion):
             )
         target = model.get_targets(sample, net_output)
         outputs, targets = adaptive_softmax(net_output[0], target.view(-1))
-        # Padding is in the first cluster; in the others its index is that of a word, which
-        # fairseq's adaptive_loss leaves out.
+        # Padding is in the first cluster. In the other clusters, its index belongs to a word, which
+        # fairseq's adaptive_loss ignores by mistake.
         ignored = [self.padding_idx] + [-100] * (len(outputs) - 1)
         losses = [
             F.cross_entropy(
-                # A sum of some thousand would overflow in half precision.
+                # A sum over thousands of tokens would overflow in half precision.
                 output.to(torch.promote_types(output.dtype, torch.float32)),
                 target,
                 ignore_index=index,
@@ -63,7 +68,7 @@ class AdaptiveCrossEntropy(CrossEntropyCriterion):
 
 @register_criterion("sffn_cross_entropy", dataclass=SFFNCrossEntropyConfig)
 class SFFNCrossEntropyCriterion(RoutingLosses, AdaptiveCrossEntropy):
-    """Token cross entropy + weight * balance loss + weight * z loss."""
+    """Cross entropy + weight * balance loss + weight * z loss."""
 
     def __init__(self, cfg: SFFNCrossEntropyConfig, task: Any) -> None:
         super().__init__(cfg, cfg, task)

@@ -1,4 +1,4 @@
-"""Label-smoothed cross entropy plus the losses that keep the load of the blocks even."""
+"""Label-smoothed cross entropy with the balance and z losses of sparse layers."""
 
 from dataclasses import dataclass
 from typing import Any

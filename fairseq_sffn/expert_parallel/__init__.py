@@ -1,10 +1,10 @@
-"""Training in several processes whose ranks hold different blocks (expert parallel).
+"""Training in several processes, also with expert parallelism: ranks then hold different blocks.
 
-- :mod:`.launch`: where processes run, and what a launcher tells them.
+- :mod:`.launch`: devices, and the settings of launchers such as torchrun.
 - :mod:`.settings`: checks the options for several processes, and compares them between ranks.
 - :mod:`.gradients`: gradient synchronisation, and the norm of all gradients.
 - :mod:`.parts`: the part of a checkpoint that a process holds.
-- :mod:`.saving`: saving a checkpoint from all processes that hold a part.
+- :mod:`.saving`: saves a checkpoint from all processes that hold a part.
 
-Tokens travel inside the memory (:mod:`..memory.dispatch`).
+:mod:`..memory.dispatch` sends tokens between ranks.
 """

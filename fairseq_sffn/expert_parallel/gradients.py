@@ -15,25 +15,25 @@ from ..models.plugin_model import PluginModel
 
 
 def experts_of(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Return the parameters of which other ranks have other parts."""
+    """Return the sharded parameters, of which each rank holds a part."""
     return [parameter for parameter in parameters if hasattr(parameter, "expert")]
 
 
 def expert_parallel_of(model: Any) -> int:
-    """Return the number of processes over which a model's blocks are sharded."""
+    """Return the number of processes over which a model's blocks are sharded; 1: none are."""
     return model.expert_parallel if isinstance(model, PluginModel) else 1
 
 
 class ExpertGradients(ModuleProxyWrapper):
-    """A model, wrapped for data parallel training, whose experts' gradients are averaged too.
+    """Wrapper for data-parallel training that also averages the gradients of sharded parameters.
 
-    The gradient of a replicated parameter is the mean over all processes. An expert's gradient has
-    come from all processes that share its blocks already: it is summed over the replicas of the
-    part, and divided like the others.
+    The gradient of a replicated parameter is the mean over all processes. The gradient of a sharded
+    parameter already includes all processes among which its blocks are sharded. It is summed over
+    the replicas of the part, and divided by the number of processes as well.
 
     Args:
-        module: the model in fairseq's wrapper, which leaves experts alone.
-        replicas: processes that hold the same blocks.
+        module: the model in fairseq's wrapper, which ignores sharded parameters.
+        replicas: group of the processes that hold the same blocks.
         world_size: number of processes.
     """
 
@@ -42,7 +42,7 @@ class ExpertGradients(ModuleProxyWrapper):
         self._replicas, self._world_size = replicas, world_size
 
     def all_reduce_grads(self) -> None:
-        """Average the gradients; fairseq calls it after each update's last backward pass."""
+        """Average the gradients. fairseq calls it after the last backward pass of an update."""
         if (of_replicated := getattr(self.module, "all_reduce_grads", None)) is not None:
             of_replicated()
         average(experts_of(self.parameters()), self._replicas, self._world_size)
@@ -56,7 +56,13 @@ class ExpertGradients(ModuleProxyWrapper):
 
 @torch.no_grad()
 def average(experts: list[nn.Parameter], replicas: Any, world_size: int) -> None:
-    """Sum gradients over replicas, and divide them by the number of processes, in place."""
+    """Sum gradients over replicas, and divide them by the number of processes, in place.
+
+    Args:
+        experts: sharded parameters.
+        replicas: group of the processes that hold the same blocks.
+        world_size: number of processes.
+    """
     for parameter in experts:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -66,18 +72,18 @@ def average(experts: list[nn.Parameter], replicas: Any, world_size: int) -> None
 
 
 def ignore_experts(model: nn.Module) -> None:
-    """Let PyTorch's DistributedDataParallel leave a model's experts alone."""
+    """Make PyTorch's DistributedDataParallel ignore a model's sharded parameters."""
     names = [name for name, parameter in model.named_parameters() if hasattr(parameter, "expert")]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
 def distribute_on_cpus(options: Any, module: nn.Module, process_group: Any) -> nn.Module:
-    """Wrap a module as fairseq does for ``--ddp-backend pytorch_ddp``, without a GPU's number.
+    """Wrap a module on the CPU as fairseq does for ``--ddp-backend pytorch_ddp`` on a GPU.
 
     Args:
-        options: the group ``distributed_training``.
+        options: the option group ``distributed_training``.
         module: the model or the criterion.
-        process_group: processes whose gradients are averaged.
+        process_group: group of the processes over which gradients are averaged.
     """
     distributed = DistributedDataParallel(
         module=module,
@@ -101,9 +107,9 @@ def distribute_on_cpus(options: Any, module: nn.Module, process_group: Any) -> n
 
 
 def square_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """Return the squared norm of all gradients together.
+    """Return the squared norm of all gradients together: a scalar.
 
-    It is in single precision, as fairseq's: half precision would overflow.
+    It is in fp32, as in fairseq, because half precision would overflow.
     """
     norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
     return torch.stack(norms).square().sum() if norms else torch.zeros(())

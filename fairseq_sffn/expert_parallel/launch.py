@@ -1,4 +1,4 @@
-"""Where processes run, and what a launcher such as torchrun tells them."""
+"""The device of a command, and the settings of a launcher such as torchrun."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any
 import torch
 
 LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK")
-"""Environment variables that torchrun sets in a process it starts."""
+"""Environment variables that torchrun sets in its processes."""
 
 
 def on_cpu(cfg: Any) -> bool:
-    """Return whether the command computes on CPUs."""
+    """Return whether the command runs on the CPU."""
     return bool(cfg.common.cpu) or not torch.cuda.is_available()
 
 
 def is_launched() -> bool:
-    """Return whether torchrun, or another launcher like it, has started this process."""
+    """Return whether torchrun, or a similar launcher, has started this process."""
     return all(name in os.environ for name in LAUNCHED)
 
 
 def obey_launcher(options: Any) -> None:
-    """Set the options of a process that torchrun has started, and its GPU.
+    """Set the options and the GPU of this process from the variables of its launcher.
 
     Args:
-        options: the group ``distributed_training``.
+        options: the option group ``distributed_training``.
     """
     options.distributed_world_size = int(os.environ["WORLD_SIZE"])
     options.distributed_rank = int(os.environ["RANK"])

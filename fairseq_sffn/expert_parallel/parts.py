@@ -1,10 +1,10 @@
-"""The part of a checkpoint that one process holds: cutting it, joining it, writing it.
+"""The part of a checkpoint that one process holds: cut it, join it, write it.
 
-No process ever holds all parts, and a checkpoint loads at any number of parts. The files are
-described in :mod:`..checkpoints.part_files`.
+No process ever holds all parts. A checkpoint loads at any number of parts.
+:mod:`..checkpoints.part_files` describes the files.
 
-``torch.distributed.checkpoint`` does the same for a state of tensors, but unpickles its metadata,
-which could run code, and knows nothing of the files that fairseq copies and removes.
+``torch.distributed.checkpoint`` also shards tensors. But it unpickles its metadata, which could run
+code, and it does not handle the files that fairseq copies and removes.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ from ..errors import UsageError
 
 
 class Part(NamedTuple):
-    """What one process loads and saves.
+    """The part of a checkpoint that one process loads and saves.
 
     Attributes:
-        shard, shards: number of the part, and number of parts.
-        sharded: names of the parameters that can be in parts.
-        parameters: names of the parameters in the order of the optimizer; ``None`` where nobody
-            asks for them.
-        reset_optimizer: whether the optimizer's state is not wanted.
-        flat: whether the optimizer sees one tensor with all parameters in it.
+        shard, shards: number of the part, from 0, and number of parts.
+        sharded: names of the parameters that can be sharded.
+        parameters: names of the parameters in the optimizer's order; ``None``: not needed.
+        reset_optimizer: whether to ignore the optimizer's state.
+        flat: whether the optimizer has one tensor with all parameters.
     """
 
     shard: int = 0
@@ -49,7 +48,12 @@ class Part(NamedTuple):
 
 
 def take_parts(state: dict[str, Any], part: Part) -> dict[str, Any]:
-    """Take the sharded parameters, and their optimizer state by name, out of a checkpoint."""
+    """Remove the sharded parameters and their optimizer state from a checkpoint, in place.
+
+    Returns:
+        ``model``: name -> parameter; ``optimizer``: name -> optimizer state. All tensors are on the
+        CPU.
+    """
     model = {name: state["model"].pop(name).cpu() for name in part.sharded}
     taken: dict[str, Any] = {"model": model, "optimizer": {}}
     if optimizer := state.get("last_optimizer_state"):
@@ -69,11 +73,11 @@ def save_part(folder: Path, part: Part, taken: dict[str, Any]) -> None:
 
     Args:
         folder: the folder of all parts.
-        part: tells which part it is.
-        taken: what :func:`take_parts` returned.
+        part: the part.
+        taken: the result of :func:`take_parts` or :func:`cut_part`.
 
     Raises:
-        UsageError: it cannot be written.
+        UsageError: the file cannot be written.
     """
     path = part_path(folder, part.shard, part.shards)
     try:
@@ -87,16 +91,17 @@ def save_part(folder: Path, part: Part, taken: dict[str, Any]) -> None:
 def put_parts(
     state: dict[str, Any], path: Path, part: Part, verified: Set[str] = frozenset()
 ) -> None:
-    """Add the rows of the sharded parameters that a process needs to a checkpoint, in place.
+    """Add a process's rows of the sharded parameters to a checkpoint, in place.
 
     Args:
         state: the checkpoint.
-        path: the file that it was read from.
-        part: tells which rows.
-        verified: real paths of files that have been compared with their checksums already.
+        path: the file of the checkpoint.
+        part: the process's part.
+        verified: real paths of files whose checksums were already compared.
 
     Raises:
-        UsageError: a part is missing, damaged or another's, or the optimizer's state cannot be cut.
+        UsageError: a part is missing or damaged, a part belongs to another checkpoint, or the
+            optimizer's state cannot be cut.
     """
     if part.reset_optimizer:
         state["last_optimizer_state"] = None
@@ -113,20 +118,28 @@ def put_parts(
     else:
         own = {"model": {}, "optimizer": {}}
     state["model"] |= own["model"]
-    if optimizer and "state" in optimizer:  # not of several optimizers, which are not sharded
+    if optimizer and "state" in optimizer:  # a composite optimizer has none, and is not sharded
         names = saved.get("parameters") or part.parameters or []
         optimizer["state"] |= {names.index(name): of for name, of in own["optimizer"].items()}
         _reorder(optimizer, names, part.parameters)
 
 
 def _reorder(optimizer: dict[str, Any], saved: list[str], own: list[str] | None) -> None:
-    """Order the optimizer's state by name, since positions may differ."""
+    """Reorder the optimizer's state by name, because positions may differ."""
     if own and own != saved and sorted(own) == sorted(saved):
         optimizer["state"] = {own.index(saved[i]): of for i, of in optimizer["state"].items()}
 
 
 def cut_part(state: dict[str, Any], path: Path, part: Part) -> dict[str, Any]:
-    """Return a part of a checkpoint that is in one piece.
+    """Cut a part from a checkpoint that is not sharded.
+
+    Args:
+        state: the checkpoint.
+        path: the file of the checkpoint, for messages.
+        part: the part.
+
+    Returns:
+        ``model``: name -> parameter; ``optimizer``: name -> optimizer state.
 
     Raises:
         UsageError: the optimizer's state cannot be cut.
@@ -151,8 +164,10 @@ def cut_part(state: dict[str, Any], path: Path, part: Part) -> dict[str, Any]:
 def _join_parts(
     parts: dict[Path, dict[str, Any]], names: list[str], part: Part, verified: Set[str]
 ) -> dict[str, Any]:
-    """Return a process's part, made of parts that may be cut otherwise. Only files with rows of it
-    are read, and compared with their checksums."""
+    """Return a process's part from parts that may have other boundaries.
+
+    Only files with rows of the part are read and compared with their checksums.
+    """
     result: dict[str, Any] = {"model": {}, "optimizer": {}}
     for path in _used(parts, names, part):
         if os.path.realpath(path) not in verified:
@@ -168,7 +183,7 @@ def _join_parts(
 
 
 def _used(parts: dict[Path, dict[str, Any]], names: list[str], part: Part) -> list[Path]:
-    """Return the files that have rows of a process's part."""
+    """Return the files that hold rows of a process's part."""
     used = set()
     for name in names:
         start, wanted = 0, part.of(sum(len(saved["model"][name]) for saved in parts.values()))
@@ -181,7 +196,7 @@ def _used(parts: dict[Path, dict[str, Any]], names: list[str], part: Part) -> li
 
 
 def _rows(tables: list[Tensor], part: Part) -> Tensor:
-    """Return a process's rows of a table that is in pieces."""
+    """Return a process's rows of a table, given the pieces of the table."""
     wanted = part.of(sum(map(len, tables)))
     pieces, start = [], 0
     for table in tables:
@@ -193,7 +208,10 @@ def _rows(tables: list[Tensor], part: Part) -> Tensor:
 
 
 def _cut(states: list[dict[str, Any]], tables: list[Tensor], part: Part) -> dict[str, Any]:
-    """Return the optimizer's state of a process's rows. What has a table's shape is cut like it."""
+    """Return the optimizer's state of a process's rows.
+
+    State with the shape of the table is cut like the table.
+    """
 
     def is_cut(key: str) -> bool:
         return all(
@@ -202,7 +220,7 @@ def _cut(states: list[dict[str, Any]], tables: list[Tensor], part: Part) -> dict
         )
 
     def own(value: Any) -> Any:
-        # No tensor goes on mapping a file that training may remove.
+        # A clone does not map the file, which training may remove.
         return value.clone() if torch.is_tensor(value) else value
 
     return {

@@ -1,9 +1,8 @@
 """Saving a checkpoint from all processes that hold a part of it.
 
-Each process writes its part into a folder, then rank 0 writes fairseq's file, which names the
-folder. So what fairseq does to files (copy, prune, keep the best and the last) goes on working.
-Training removes folders that no ``*.pt`` file beside them names any more; a copy of a checkpoint
-under a name that ends otherwise does not keep its folder.
+Each process writes its part into a folder. Then rank 0 writes fairseq's file, which names the
+folder. fairseq can therefore copy and remove its files as usual. Training removes folders that no
+``*.pt`` file beside them names, so a copy with another suffix does not keep its folder.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ from .settings import flattens_parameters
 logger = logging.getLogger(__name__)
 
 FAILED = ""
-"""What rank 0 tells in place of a folder where it could not write."""
+"""Rank 0 broadcasts this in place of a folder if it could not write."""
 GRACE_SECONDS = 3600
-"""Leave reshard's folders alone for this long: it may still be writing."""
+"""Age below which folders of ``reshard`` are kept, because it may still be writing."""
 
 
 def part_of(trainer: Trainer) -> Part:
-    """Return which part a trainer's process saves and loads."""
+    """Return the part that a trainer's process saves and loads."""
     model = trainer.get_model()
     named = list(chain(model.named_parameters(), trainer.get_criterion().named_parameters()))
     names = [name for name, parameter in named if parameter.requires_grad]
@@ -66,11 +65,11 @@ def save_together(trainer: Trainer, save_dir: Path, save: Callable[[], Any]) -> 
         save: fairseq's function, which saves on rank 0.
 
     Returns:
-        What ``save`` returns.
+        The result of ``save``.
 
     Raises:
-        UsageError: on every rank, where a file could not be written. The rank that failed has
-            printed why.
+        UsageError: on every rank, if a file could not be written. The rank that failed has already
+            printed the reason.
     """
     if not trainer.is_data_parallel_master:
         saved = save()
@@ -82,7 +81,7 @@ def save_together(trainer: Trainer, save_dir: Path, save: Callable[[], Any]) -> 
     saved, problem = None, None
     try:
         saved = save()
-    except PartNotWritten:  # which every rank knows
+    except PartNotWritten:  # every rank raises it
         raise
     except UsageError as error:
         problem = error
@@ -97,41 +96,53 @@ def save_together(trainer: Trainer, save_dir: Path, save: Callable[[], Any]) -> 
 
 
 def tell(folder: str | None) -> Any:
-    """Return, on every rank, what rank 0 tells: the folder to write parts to, or ``None`` where
-    there is no other."""
+    """Broadcast a message from rank 0. All ranks call it together.
+
+    Args:
+        folder: on rank 0, the folder for the parts; ``None``: there is nothing more to write.
+
+    Returns:
+        The value of rank 0.
+    """
     told = [folder]
     dist.broadcast_object_list(told, src=0, group=distributed_utils.get_global_group())
     return told[0]
 
 
 def say(problem: str) -> None:
-    """Print why a checkpoint is not written. A launcher ends all processes as soon as one of them
-    has ended, so the reason has to be printed before any rank knows of it."""
+    """Print why a checkpoint is not written.
+
+    A launcher ends all processes as soon as one of them has ended. The reason must therefore be
+    printed before the other ranks know of the failure.
+    """
     print(problem, file=sys.stderr, flush=True)
 
 
 class PartNotWritten(UsageError):
-    """Some rank could not write its part. That rank has printed why, and every rank knows."""
+    """Raised on every rank if a rank could not write its part. That rank has printed the reason."""
 
 
 def write_parts(trainer: Trainer, folder: Path) -> None:
-    """Let all ranks write their parts. Rank 0 calls it, while the others are in
-    :func:`save_together`.
+    """Make all ranks write their parts.
+
+    Rank 0 calls it while the other ranks are in :func:`save_together`.
 
     Raises:
-        PartNotWritten: some rank cannot write its part.
+        PartNotWritten: a rank cannot write its part.
     """
     write_part(trainer, Path(tell(str(folder))))
 
 
 def write_part(trainer: Trainer, folder: Path) -> None:
-    """Write this process's part, unless it is a replica of another's, and wait for all ranks.
+    """Write this process's part, and wait for all ranks.
+
+    A process whose part is a replica of another process's part writes nothing.
 
     Raises:
-        PartNotWritten: on every rank, where some rank cannot write its part.
+        PartNotWritten: on every rank, if a rank cannot write its part.
     """
     part, failed = part_of(trainer), False
-    if dist.get_rank() < part.shards:  # the first group of processes that together have all blocks
+    if dist.get_rank() < part.shards:  # the first ranks together have all blocks
         skipped = trainer.cfg.checkpoint.no_save_optimizer_state
         optimizer_state = None if skipped else trainer.optimizer.state_dict()
         model = trainer.get_model().state_dict()
@@ -166,12 +177,12 @@ def remove_unnamed(save_dir: Path) -> None:
         try:
             if not _may_be_named_soon(save_dir / name):
                 shutil.rmtree(save_dir / name)
-        except OSError as error:  # such as files that NFS keeps while they are open somewhere
+        except OSError as error:  # for example, NFS keeps files that are open elsewhere
             logger.warning(f"{save_dir / name}: not removed: {error}")
 
 
 def _holds_parts(folder: Path) -> bool:
-    """Return whether a folder has a name of ``new_folder``, and holds parts or nothing."""
+    """Return whether a folder has a name of ``new_folder``, and holds only parts or nothing."""
     named = re.fullmatch(rf"({TRAINED}|{RESHARDED}).+-[0-9a-f]{{8}}", folder.name)
     return (
         named is not None
@@ -181,6 +192,6 @@ def _holds_parts(folder: Path) -> bool:
 
 
 def _may_be_named_soon(folder: Path) -> bool:
-    """Return whether ``reshard`` may still be writing the checkpoint."""
+    """Return whether ``reshard`` may still be writing the checkpoint of a folder."""
     age = time.time() - folder.stat().st_mtime
     return folder.name.startswith(RESHARDED) and age < GRACE_SECONDS

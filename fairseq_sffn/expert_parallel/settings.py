@@ -1,4 +1,4 @@
-"""Checks the options for several processes, and that all ranks have the same options and code."""
+"""Checks of the options for several processes, and comparison of options and code between ranks."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from ..fingerprint import code_fingerprint
 from .launch import is_launched, on_cpu
 
 OF_ONE_RANK = {"distributed_rank", "device_id", "distributed_init_method"}
-"""Options that differ between ranks."""
+"""Options that may differ between ranks."""
 OF_HYDRA = "job_logging_cfg"
-"""Names a folder by the time that a process started at."""
+"""Option group that may differ: it names a folder by the start time of the process."""
 CHOICES = {
     **{"optimizer": "--optimizer", "lr_scheduler": "--lr-scheduler", "model": "--arch"},
     **{"criterion": "--criterion", "task": "--task"},
 }
-"""Group of options -> the flag that chooses it, which the group calls ``_name``."""
+"""Option group -> flag that chooses its ``_name``."""
 
 
 def check_and_compare_settings(cfg: Any) -> None:
     """Check the options for several processes, and compare them between ranks.
 
-    All ranks call it together. It needs nothing but the configuration.
+    All ranks call it together.
 
     Raises:
-        UsageError: an option cannot be honoured, or ranks differ.
+        UsageError: an option is not supported, or ranks differ.
     """
     check_settings(cfg)
     together = dist.is_available() and dist.is_initialized()
     if together:
         compare_settings(cfg)
     elif is_launched() and int(os.environ["WORLD_SIZE"]) > 1:
-        # fairseq-hydra-train reads the plugin after it has looked for processes.
+        # fairseq-hydra-train imports the plugin after it has set up processes.
         raise UsageError(
             f"torchrun has started {os.environ['WORLD_SIZE']} processes, which this command would "
             "let train each by itself: start fairseq-train with it, or one process"
@@ -51,7 +51,7 @@ def check_settings(cfg: Any) -> None:
     """Check the options for several processes.
 
     Raises:
-        UsageError: an option cannot be honoured.
+        UsageError: an option is not supported.
     """
     distributed, common = cfg.distributed_training, cfg.common
     backend = str(distributed.ddp_backend)
@@ -71,9 +71,9 @@ def check_settings(cfg: Any) -> None:
         raise UsageError(f"--fp16: needs --fp16-no-flatten-grads {option}")
     optimizer = str(cfg.optimizer._name)
     refused = {
-        # Their steps depend on all of a parameter.
+        # Their steps depend on the whole parameter.
         f"--optimizer {optimizer}": optimizer in ("adafactor", "lamb", "composite"),
-        # Each process has a loss scale of its own, and sees the overflows of its own blocks alone.
+        # Each process has its own loss scale, and sees only the overflows of its own blocks.
         "--amp": common.amp,
         "--use-bmuf": cfg.optimization.use_bmuf,
         "--zero-sharding os": str(distributed.zero_sharding) == "os",
@@ -81,7 +81,7 @@ def check_settings(cfg: Any) -> None:
         "--pipeline-model-parallel": distributed.pipeline_model_parallel,
         f"--model-parallel-size {common.model_parallel_size}": common.model_parallel_size > 1,
         "--write-checkpoints-asynchronously": cfg.checkpoint.write_checkpoints_asynchronously,
-        # Processes would decode differently many steps, and wait for each other.
+        # Processes would decode different numbers of steps, and wait for each other forever.
         "--eval-bleu": getattr(cfg.task, "eval_bleu", False),
     }
     for flags, asked in refused.items():
@@ -90,16 +90,18 @@ def check_settings(cfg: Any) -> None:
 
 
 def flattens_parameters(common: Any) -> bool:
-    """Return whether fairseq's optimizer sees one tensor with all parameters in it."""
+    """Return whether fairseq's optimizer has one tensor with all parameters."""
     return bool(common.fp16) and not (common.fp16_no_flatten_grads or common.memory_efficient_fp16)
 
 
 def check_layerdrop(model: Any) -> None:
-    """Refuse LayerDrop: each process would drop different layers, and wait for the others in layers
-    that exchange tokens.
+    """Refuse LayerDrop.
+
+    Each process would drop different layers, and wait for the others in layers that exchange
+    tokens.
 
     Raises:
-        UsageError: layers would be dropped.
+        UsageError: LayerDrop is on.
     """
     for side in ("encoder", "decoder"):
         of_side = getattr(model, side, None)  # a group of options, in an encoder-decoder model
@@ -115,7 +117,7 @@ def compare_settings(cfg: Any) -> None:
     """Compare options and code between ranks.
 
     Raises:
-        UsageError: they differ; every rank raises it.
+        UsageError: on every rank, if they differ.
     """
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, settings_of(cfg), group=distributed_utils.get_global_group())
@@ -124,7 +126,7 @@ def compare_settings(cfg: Any) -> None:
 
 
 def settings_of(cfg: Any) -> dict[tuple[str, str], Any]:
-    """Return what ranks must have in common, code included, by (group, flag)."""
+    """Return the options and versions that all ranks must share: (group, flag) -> value."""
     plain: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     options = {
         (group, name): value
@@ -143,18 +145,20 @@ def settings_of(cfg: Any) -> dict[tuple[str, str], Any]:
 
 
 def options_of(group: str, values: Any) -> dict[str, Any]:
-    """Return the options of a group by name. fairseq's models without a dataclass have theirs in an
-    ``argparse.Namespace``."""
+    """Return the options of a group by name.
+
+    fairseq's models without a dataclass have their options in an ``argparse.Namespace``.
+    """
     if isinstance(values, argparse.Namespace):
         return vars(values)
     return values if isinstance(values, dict) else {group: values}
 
 
 def first_difference(ranks: list[dict[tuple[str, str], Any]]) -> str | None:
-    """Return in words where a rank's settings differ from rank 0's; ``None``: nowhere."""
+    """Return in words the first difference between a rank and rank 0; ``None``: there is none."""
     for rank, theirs in enumerate(ranks):
         for key in sorted(ranks[0].keys() | theirs.keys()):
-            # In a tuple, so that None is not the same as none at all.
+            # A tuple distinguishes the value None from a missing option.
             first, other = ((own[key],) if key in own else () for own in (ranks[0], theirs))
             if first != other:
                 said = [str(value[0]) if value else "missing" for value in (first, other)]

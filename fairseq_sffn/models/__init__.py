@@ -1,4 +1,4 @@
-"""Transformers with sparse feed-forward layers. :mod:`.decoder` tells the path of a token."""
+"""Transformers with sparse feed-forward layers. :mod:`.decoder` describes the path of a token."""
 
 from . import transformer, transformer_lm
 

@@ -1,4 +1,4 @@
-"""The options of the plugin's models, from which fairseq makes their flags."""
+"""Options of the plugin's models. fairseq makes flags from them."""
 
 import copy
 import re
@@ -19,17 +19,20 @@ from ..memory.gate import GATES
 
 @dataclass
 class FollowingOptions(FairseqDataclass):
-    """Base class to put before a model's options: an option may default to the value of another."""
+    """Base class to put before a model's options.
+
+    The default of an option may be a reference to another option.
+    """
 
     @classmethod
     def from_namespace(cls, args: Any) -> Any:
         """Return the options of a namespace, as fairseq does, with references resolved.
 
-        A reference is ``${model.decoder_embed_dim}``. fairseq's parser leaves a number as text
-        where the default is a reference; it is converted here.
+        An example of a reference is ``${model.decoder_embed_dim}``. If the default is a reference,
+        fairseq's parser leaves a number as text. This function converts it.
 
         Raises:
-            UsageError: an option that must be a number is not one.
+            UsageError: an option that must be a number is not a number.
         """
         config = super().from_namespace(args)
         for option in fields(config):
@@ -49,8 +52,11 @@ class FollowingOptions(FairseqDataclass):
 
 @dataclass
 class DenseConfig(FollowingOptions, TransformerLanguageModelConfig):
-    """Options of fairseq's Transformer language model. Widths follow ``decoder_embed_dim`` and
-    layers are pre-norm, as in fairseq's own architectures."""
+    """Options of fairseq's Transformer language model.
+
+    Input and output widths default to ``decoder_embed_dim``, as in fairseq's own architectures.
+    Layers are pre-norm by default.
+    """
 
     decoder_input_dim: int = field(
         default=II("model.decoder_embed_dim"),
@@ -66,15 +72,17 @@ class DenseConfig(FollowingOptions, TransformerLanguageModelConfig):
 
 
 def _flat_fields(config: type, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Return name, type and field of each option of a nested config; ``decoder.layers`` is named
-    ``decoder_layers``, as its flag is."""
+    """Return (name, type, field) of each option of a nested config.
+
+    The name of ``decoder.layers`` is ``decoder_layers``, like its flag.
+    """
     result = []
     for option in fields(config):
         name = prefix + option.name
         if isinstance(option.type, type) and issubclass(option.type, FairseqDataclass):
             result += _flat_fields(option.type, f"{name}_")
         elif option.name != "_name":
-            result.append((name, option.type, copy.copy(option)))  # a field knows its name
+            result.append((name, option.type, copy.copy(option)))  # a field stores its name
     return result
 
 
@@ -84,8 +92,11 @@ class TranslationConfig(
         "FlatTransformerConfig", _flat_fields(TransformerConfig), bases=(FollowingOptions,)
     )
 ):
-    """Options of fairseq's encoder-decoder Transformer, whose own config is nested and
-    unregistered. A decoder is as wide as its encoder by default, as in fairseq's architectures."""
+    """Options of fairseq's encoder-decoder Transformer.
+
+    fairseq's own config is nested and not registered. A decoder is by default as wide as its
+    encoder, as in fairseq's architectures.
+    """
 
     decoder_embed_dim: int = field(
         default=II("model.encoder_embed_dim"),
@@ -113,7 +124,7 @@ class TranslationConfig(
 
 @dataclass
 class SparseOptions(FairseqDataclass):
-    """Options of the sparse layers; ``None``: the selector's own default."""
+    """Options of the sparse layers. ``None`` is the selector's own default."""
 
     sffn_selector: Optional[ChoiceEnum(sorted(Selector.registry))] = field(  # type: ignore[valid-type]
         default=None,
@@ -194,13 +205,13 @@ class SparseOptions(FairseqDataclass):
 
 
 def selector_flags(selector: type[Selector]) -> dict[str, str]:
-    """Return the selector's own options: name of the model's option -> name in its ``Config``."""
+    """Return the options of a selector: name of the model's option -> name in the ``Config``."""
     prefix = selector.flag_prefix.replace("-", "_")
     return {f"{prefix}_{option.name}": option.name for option in fields(selector.Config)}
 
 
 def _selector_fields() -> list[tuple[str, Any, Any]]:
-    """Return name, type and field of every selector's options; each defaults to ``None``."""
+    """Return (name, type, field) of the options of all selectors. The defaults are ``None``."""
     options: list[tuple[str, Any, Any]] = []
     for _, selector in sorted(Selector.registry.items()):
         types = typing.get_type_hints(selector.Config)
@@ -215,5 +226,5 @@ def _selector_fields() -> list[tuple[str, Any, Any]]:
 
 
 def sparse(name: str, base: type[FairseqDataclass]) -> type[FairseqDataclass]:
-    """Return a dataclass of the options of ``base``, :class:`SparseOptions` and all selectors."""
+    """Return a dataclass with the options of ``base``, :class:`SparseOptions` and all selectors."""
     return make_dataclass(name, _selector_fields(), bases=(base, SparseOptions))

@@ -1,10 +1,15 @@
 """A Transformer decoder in which every n-th layer is sparse.
 
-The path of a token, down and up: ``extract_features`` makes the routing inputs of a forward pass
-(token ids, padding mask, whether losses are wanted). fairseq's loop over the layers calls each
-sparse one with them (:meth:`.stack.SparseStack.routed_layers`). The layer hands them to its memory
-and returns the :class:`.layer.LayerRouting` behind fairseq's outputs. ``extract_features`` returns
-them by the layers' names, in the model's output, where the criterion finds them.
+The path of a token, down and up:
+
+1. ``extract_features`` makes the routing inputs of a forward pass: token ids, padding mask, and
+   whether losses are wanted.
+2. fairseq's loop over the layers calls each sparse layer with these inputs
+   (:meth:`.stack.SparseStack.routed_layers`).
+3. The layer passes them to its memory, and returns a :class:`.layer.LayerRouting` after fairseq's
+   outputs.
+4. ``extract_features`` returns the routing of all layers by name in the model's output. The
+   criterion reads it there.
 """
 
 from __future__ import annotations
@@ -25,12 +30,12 @@ class SparseTransformerDecoder(SparseStack, TransformerDecoder):
     """fairseq's decoder with sparse layers.
 
     Args:
-        args: the model's options (:class:`~.config.SparseOptions` among them).
+        args: the model's options, which include :class:`~.config.SparseOptions`.
         dictionary: the target dictionary.
         embed_tokens: the input embedding.
         memory_config: the memory of each sparse layer.
-        no_encoder_attn: whether the decoder is without attention to an encoder.
-        prefix: a layer's name in the routing is the prefix and its number.
+        no_encoder_attn: whether the decoder has no attention to an encoder.
+        prefix: a layer's name in the routing is this prefix and the layer's number.
     """
 
     output_layer: Callable[[Tensor], Tensor]
@@ -71,10 +76,10 @@ class SparseTransformerDecoder(SparseStack, TransformerDecoder):
         routing_losses: bool = False,
         is_dummy: bool = False,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Run the decoder; see :meth:`extract_features` for what differs from fairseq's.
+        """Run the decoder. :meth:`extract_features` describes the additional arguments.
 
         Returns:
-            (B, T, V) logits, or (B, T, D) features if ``features_only``, and the extra outputs.
+            (B, T, V) logits, or (B, T, D) features with ``features_only``; and the extra outputs.
         """
         features, extra = self.extract_features(
             prev_output_tokens,
@@ -104,16 +109,17 @@ class SparseTransformerDecoder(SparseStack, TransformerDecoder):
 
         Args:
             prev_output_tokens: (B, T) token ids.
-            encoder_out: what the encoder returned.
-            incremental_state: fairseq's cache, in which case only the last position is computed.
-            routing_losses: whether balance and z losses are wanted. They take a softmax over all
-                blocks, and in several processes all must then run together.
-            is_dummy: whether the tokens stand for none: a rank without sentences left takes part in
-                every exchange with tokens that count nowhere.
+            encoder_out: outputs of the encoder.
+            incremental_state: fairseq's cache. With it, only the last position is computed.
+            full_context_alignment, alignment_layer, alignment_heads: see fairseq's decoder.
+            routing_losses: whether to compute balance and z losses. They take a softmax over all
+                blocks. In several processes, all of them must then run together.
+            is_dummy: whether the tokens count nowhere. A rank without sentences runs such tokens to
+                take part in every exchange.
 
         Returns:
-            (B, T, D) features and fairseq's extra outputs with ``routing``: the
-            :class:`.layer.LayerRouting` of each sparse layer by name, the encoder's included.
+            (B, T, D) features, and fairseq's extra outputs with ``routing``: name of each sparse
+            layer, also of the encoder -> its :class:`.layer.LayerRouting`.
 
         Raises:
             UsageError: a token id is outside the dictionary.

@@ -17,11 +17,11 @@ class SparseTransformerEncoder(SparseStack, TransformerEncoder):
     """fairseq's encoder with sparse layers.
 
     Args:
-        args: the model's options (:class:`~.config.SparseOptions` among them).
+        args: the model's options, which include :class:`~.config.SparseOptions`.
         dictionary: the source dictionary.
         embed_tokens: the input embedding.
         memory_config: the memory of each sparse layer.
-        prefix: a layer's name in the routing is the prefix and its number.
+        prefix: a layer's name in the routing is this prefix and the layer's number.
     """
 
     def __init__(
@@ -55,11 +55,12 @@ class SparseTransformerEncoder(SparseStack, TransformerEncoder):
 
         Args:
             src_tokens: (B, T) token ids.
+            src_lengths, return_all_hiddens, token_embeddings: see fairseq's encoder.
             routing_losses, is_dummy: see the decoder's ``extract_features``.
 
         Returns:
-            fairseq's outputs with ``routing``: the :class:`.layer.LayerRouting` of each sparse
-            layer by name.
+            fairseq's outputs with ``routing``: name of each sparse layer -> its
+            :class:`.layer.LayerRouting`.
 
         Raises:
             UsageError: a token id is outside the dictionary.

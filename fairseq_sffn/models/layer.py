@@ -18,16 +18,16 @@ from .overlay import Overlay
 
 
 class LayerRouting(NamedTuple):
-    """What a sparse layer returns besides its output; see :class:`~..memory.MemoryOutput`.
+    """Outputs of a sparse layer besides its hidden states; see :class:`~..memory.MemoryOutput`.
 
-    All fields are tensors, so that they pass through activation checkpointing.
+    All fields are tensors, because activation checkpointing passes tensors only.
 
     Attributes:
-        balance_loss: () load-balancing loss; 0 for a selector without scores, or if not wanted.
-        z_loss: () mean squared log-partition of the scores; 0 likewise.
+        balance_loss: () load-balancing loss; 0 for a selector without scores, or if not computed.
+        z_loss: () mean squared log-sum-exp of the scores; 0 in the same cases.
         counts: (B,) assignments per block.
         dropped: () dropped assignments.
-        importance: (B,) assignments per block, each by its weight.
+        importance: (B,) sum of the weights of the assignments per block.
         sent: () bytes sent to other ranks.
     """
 
@@ -48,8 +48,14 @@ class LayerRouting(NamedTuple):
 
 
 class SparseFFN(nn.Module):
-    """The feed-forward network of a sparse layer, which stands where fairseq's layer has its first
-    linear map."""
+    """The feed-forward network of a sparse layer.
+
+    It takes the place of the first linear map of fairseq's layer.
+
+    Args:
+        config: sizes and choices of the memory.
+        groups: the processes among which tokens count together and blocks are sharded.
+    """
 
     def __init__(self, config: MemoryConfig, groups: ProcessGroups | None = None) -> None:
         super().__init__()
@@ -58,10 +64,10 @@ class SparseFFN(nn.Module):
     def forward(
         self, x: Tensor, token_ids: Tensor | None, padding_mask: Tensor | None, losses: bool
     ) -> MemoryOutput:
-        """Return what the memory returns; see its arguments.
+        """Run the memory; see :meth:`~..memory.SparseMemory.forward`.
 
         Raises:
-            UsageError: the engine of ``--sffn-engine`` cannot compute this dtype on this device.
+            UsageError: the engine of ``--sffn-engine`` does not support the dtype or the device.
         """
         try:
             return self.memory(x, token_ids, padding_mask=padding_mask, losses=losses)
@@ -77,7 +83,7 @@ class SparseLayer(nn.Module):
     Args:
         cfg: fairseq's ``TransformerConfig``.
         memory_config: sizes and choices of the memory.
-        groups: the processes with which the layer shares tokens and blocks.
+        groups: the processes among which tokens count together and blocks are sharded.
     """
 
     fairseq_layer: ClassVar[Any]
@@ -93,7 +99,7 @@ class SparseLayer(nn.Module):
     ) -> None:
         self.memory_config, self.groups = memory_config, groups
         super().__init__(cfg, **kwargs)
-        # The memory applies activation and dropout itself, between its two halves.
+        # The memory itself applies activation and dropout, between keys and values.
         self.fc1.memory.dropout = self.activation_dropout_module
         self.activation_dropout_module = nn.Identity()
         self.activation_fn = _identity
@@ -114,16 +120,16 @@ class SparseLayer(nn.Module):
         autocast: torch.dtype | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
-        """Run fairseq's layer with a memory that is given the tokens to route by.
+        """Run fairseq's layer, and pass the token ids to its memory.
 
         Args:
             x: (T, B, D) hidden states.
             token_ids: (T, B, context_tokens) trailing token ids.
             padding_mask: (T, B), ``True`` at padding.
-            losses: whether balance and z loss are wanted.
-            autocast: dtype of autocast outside of the layer, ``None``: off. fairseq's activation
-                checkpointing runs the layer again without autocast, and near-ties between scores
-                would select other blocks.
+            losses: whether to compute balance and z loss.
+            autocast: dtype of autocast outside of the layer; ``None``: off. fairseq's activation
+                checkpointing runs the layer again without autocast. The second run must use the
+                same precision: otherwise, near-ties between scores would select other blocks.
 
         Returns:
             fairseq's outputs, then the fields of :class:`LayerRouting`.

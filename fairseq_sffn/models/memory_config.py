@@ -1,4 +1,4 @@
-"""From the options of a model to the memory of its sparse layers."""
+"""Build the memory config of sparse layers from the options of a model."""
 
 import re
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ SFFN_FIELDS = (
     *("block_size", "active_blocks", "selector", "gate", "engine", "init_scale"),
     *("value_lr_scale", "capacity_factor", "eval_capacity_factor"),
 )
-"""Fields of a memory's config that options of the same name with ``sffn_`` before it set."""
+"""Fields of a memory's config that the options ``sffn_`` + field name set."""
 
 
 def check_supported(args: Any, sides: Sequence[str]) -> None:
@@ -27,7 +27,8 @@ def check_supported(args: Any, sides: Sequence[str]) -> None:
         sides: ``encoder``, ``decoder`` or both.
 
     Raises:
-        UsageError: names the flag, the value and the reason.
+        UsageError: an option is not supported. The message names the flag, the value and the
+            reason.
     """
     refused = {
         "scale_fc": "normalises the hidden units of a dense FFN, of which a sparse one has none",
@@ -63,11 +64,12 @@ def build_memory_config(
     Args:
         args: the model's options, with ``sffn_selector`` set.
         vocab_size: token ids in the dictionary.
-        token_counts: how often each occurs in the training data.
+        token_counts: occurrences of each token id in the training data.
         side: ``encoder`` or ``decoder``.
 
     Raises:
-        UsageError: names the flag, the value and the reason.
+        UsageError: an option has a wrong value. The message names the flag, the value and the
+            reason.
     """
     selector = Selector.registry[str(args.sffn_selector)]
     width = getattr(args, f"{side}_ffn_embed_dim")
@@ -102,7 +104,7 @@ def build_memory_config(
                 f"--sffn-block-size {block_size}: needs {blocks}, but {error.reason}"
             ) from error
         options = _options_of_fields(args, selector, side)
-        # A number of the data, such as the types of the dictionary, has no flag.
+        # Numbers of the data, such as the size of the dictionary, have no flag.
         name = flag(options[error.field]) if error.field in options else None
         name = name or error.field.replace("_", " ")
         raise UsageError(f"{name} {error.value}: {error.reason}") from error
@@ -112,7 +114,7 @@ def build_memory_config(
 
 
 def _block_sizes(args: Any, selector: type[Selector], side: str) -> tuple[int, int]:
-    """Return cells per block and blocks per token."""
+    """Return the cells per block and the active blocks per token."""
     width = getattr(args, f"{side}_ffn_embed_dim")
     block_size, given = args.sffn_block_size, args.sffn_block_size is not None
     if not given:
@@ -132,12 +134,12 @@ def _block_sizes(args: Any, selector: type[Selector], side: str) -> tuple[int, i
 
 
 def _dropout_option(args: Any) -> str:
-    # fairseq falls back to the option's older name.
+    # fairseq falls back to the older name of the option.
     return "activation_dropout" if args.activation_dropout else "relu_dropout"
 
 
 def _options_of_fields(args: Any, selector: type[Selector], side: str) -> dict[str, str]:
-    """Return the option that sets each field of a memory's config."""
+    """Return field of a memory's config -> option that sets it."""
     return {
         **{name: f"sffn_{name}" for name in SFFN_FIELDS},
         "embed_dim": f"{side}_embed_dim",
@@ -165,7 +167,7 @@ def _selector_options(args: Any, selector: type[Selector]) -> Any:
                     f"{flag(option)} {value}: is for the selector {other.name}, "
                     f"but this model selects by {selector.name}"
                 )
-            # fairseq's choices are enums; the memory knows plain strings.
+            # fairseq's choices are enums; the memory takes plain strings.
             plain = isinstance(value, (bool, int, float))
             options[own] = value if plain else str(value)
     return selector.Config(**options)

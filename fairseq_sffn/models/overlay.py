@@ -1,21 +1,22 @@
-"""One call of a module's method with other attributes.
+"""Calling a method of a module with some of its attributes replaced.
 
-fairseq's encoders and decoders give their layers hidden states and masks, and its layers give their
-feed-forward network hidden states alone. Both find what they call as an attribute of ``self``. The
-plugin runs these methods of fairseq with an :class:`Overlay` as ``self``. There, a function that
-belongs to one forward pass stands for the attribute: it adds the token ids on the way down and
-takes the routing on the way up. See :mod:`.decoder` for the whole path.
+fairseq's encoders and decoders pass only hidden states and masks to their layers. fairseq's layers
+pass only hidden states to their feed-forward network. Both look up the callee as an attribute of
+``self``. The plugin calls these methods of fairseq with an :class:`Overlay` as ``self``. The
+overlay replaces the attribute by a function of one forward pass. This function adds the token ids
+to the arguments, and takes the routing from the results. :mod:`.decoder` describes the whole path.
 
-Why this is right:
+Why this is correct:
 
-- No module keeps anything of a pass. Passes of one model may interleave, also in threads; an
-  exception leaves nothing behind; models are copied and pickled at any time.
-- Activation checkpointing and FSDP wrap a layer as a whole. All that it needs comes in as
-  arguments and all that it finds goes out as tensors. Losses have gradients through the second run
-  of a checkpointed layer, and only the counts of its first run are used.
-- LayerDrop skips a layer inside fairseq's loop. The layer then keeps its empty routing.
-- Several passes before a backward (``--update-freq``) have a routing each.
-- The dtype of autocast is an argument too, since a checkpointed layer runs again without autocast.
+- No module stores anything of a forward pass. Passes of one model may interleave, also in threads.
+  An exception leaves no state behind. Models can be copied and pickled at any time.
+- Activation checkpointing and FSDP wrap a whole layer. Everything that the layer needs is an
+  argument, and everything that it computes is a returned tensor. Losses have gradients through the
+  second run of a checkpointed layer. Only the counts of its first run are used.
+- LayerDrop skips a layer inside fairseq's loop. The routing of this layer then stays empty.
+- Each forward pass before a backward pass (``--update-freq``) has its own routing.
+- The dtype of autocast is also an argument, because a checkpointed layer runs again without
+  autocast.
 """
 
 from typing import Any
@@ -29,8 +30,8 @@ class Overlay:
         TransformerDecoderLayerBase.forward(Overlay(layer, fc1=fc1), x)
 
     Args:
-        module: gives every attribute that is not replaced; its methods run on the module itself.
-        attributes: name -> what stands in the attribute's place.
+        module: the module, which has all other attributes. Its own methods run on the module.
+        attributes: name -> replacement of the attribute.
     """
 
     def __init__(self, module: Any, **attributes: Any) -> None:

@@ -1,4 +1,4 @@
-"""Base class of the plugin's models: flags, loading of checkpoints, registration."""
+"""Base class of the plugin's models, and their registration."""
 
 import re
 import sys
@@ -21,10 +21,10 @@ from .config import selector_flags
 class PluginModel(BaseFairseqModel):
     """Base class to put before one of fairseq's models.
 
-    ``forward`` of every model takes two flags besides fairseq's arguments:
+    ``forward`` of every model takes two more arguments than fairseq's:
 
-    - ``routing_losses``: whether the routing that it returns is to have balance and z losses;
-    - ``is_dummy``: whether the tokens stand for none, as where a rank has no sentences left.
+    - ``routing_losses``: whether to compute the balance and z losses of the returned routing;
+    - ``is_dummy``: whether the tokens count nowhere, as on a rank that has no sentences left.
     """
 
     config_class: ClassVar[type[FairseqDataclass]]
@@ -33,7 +33,7 @@ class PluginModel(BaseFairseqModel):
     def add_args(cls, parser: Any) -> None:
         """Add the model's flags, as fairseq does, except for switches that are on by default.
 
-        For these fairseq makes ``--name`` turn the option off. Here ``--name`` turns it on and
+        In fairseq, ``--name`` turns such a switch off. Here, ``--name`` turns it on and
         ``--no-name`` turns it off.
         """
         defaults = cls.config_class()
@@ -48,10 +48,10 @@ class PluginModel(BaseFairseqModel):
 
     @classmethod
     def options(cls, args: Any) -> Any:
-        """Return a model's options as plain values, with its defaults for what ``args`` lacks.
+        """Return a model's options as plain values, with the model's defaults for missing ones.
 
-        fairseq's configurations hold choices whose classes have no name. A model that kept one
-        could not be pickled.
+        fairseq's configurations hold enums whose classes cannot be pickled. A model that stored one
+        could not be pickled either.
         """
         if OmegaConf.is_config(args):
             plain: Any = OmegaConf.to_container(args, resolve=True, enum_to_str=True)
@@ -59,14 +59,14 @@ class PluginModel(BaseFairseqModel):
         return cls.config_class.from_namespace(args)
 
     def work_alone(self) -> None:
-        """Make every sparse layer route this process's tokens by themselves."""
+        """Make every sparse layer work without other processes."""
         for module in self.modules():
             if isinstance(module, SparseMemory):
                 module.groups = ProcessGroups()
 
     @property
     def expert_parallel(self) -> int:
-        """Processes over which the blocks of each sparse layer are sharded."""
+        """Number of processes over which the blocks of each sparse layer are sharded."""
         shards = (m.groups.shards for m in self.modules() if isinstance(m, SparseMemory))
         return next(shards, 1)
 
@@ -83,7 +83,7 @@ class PluginModel(BaseFairseqModel):
         try:
             return super().load_state_dict(*args, **kwargs)
         except RuntimeError as error:
-            # PyTorch lists every difference; the first one tells which flag differs.
+            # PyTorch lists every difference. The first one shows which flag differs.
             difference = str(error).split("\n")[1].strip()
             raise UsageError(
                 "the checkpoint does not fit this model: "
@@ -93,16 +93,16 @@ class PluginModel(BaseFairseqModel):
 
 
 def plugin_model_in(model: nn.Module) -> Optional[PluginModel]:
-    """Return the plugin's model in a module that may wrap it (``--ddp-backend fully_sharded``).
+    """Return the plugin's model in a module, which may wrap it (``--ddp-backend fully_sharded``).
 
     Returns:
-        ``None`` where there is no model of the plugin.
+        The model; ``None``: the module has no model of the plugin.
     """
     return next((module for module in model.modules() if isinstance(module, PluginModel)), None)
 
 
 def check_selector(args: Any, promised: Optional[str], general: str) -> None:
-    """Refuse a model without a selector, or with a selector that its name contradicts.
+    """Refuse a model without a selector, or with another selector than its name says.
 
     Args:
         args: the model's options.
@@ -110,7 +110,7 @@ def check_selector(args: Any, promised: Optional[str], general: str) -> None:
         general: the architecture that takes any selector.
 
     Raises:
-        UsageError: names the flag, the value and the architecture to use.
+        UsageError: the message names the flag, the value and the architecture to use.
     """
     if args.sffn_selector is None:
         raise UsageError("--sffn-selector: is required by this model")
@@ -122,12 +122,11 @@ def check_selector(args: Any, promised: Optional[str], general: str) -> None:
 
 
 def shorten_mismatch(difference: str, config: Optional[MemoryConfig]) -> str:
-    """Return a line of PyTorch's on a state dict that does not fit, in a few words, with the flags
-    that decide what differs.
+    """Shorten PyTorch's line on a state dict that does not fit, and add the flags that matter.
 
     Args:
         difference: the line.
-        config: the memory of the model's sparse layers.
+        config: the memory of the model's sparse layers; ``None``: the model has none.
     """
     if match := re.match(r"size mismatch for (\S+):.*?Size\((.*?)\).*?Size\((.*?)\)", difference):
         name, saved, wanted = match.groups()
@@ -161,8 +160,14 @@ def register(
 ) -> None:
     """Register a subclass of ``base`` whose options have other defaults.
 
-    The subclass and its config become attributes of ``base``'s module, so that models and
-    configs can be pickled.
+    The subclass and its config become attributes of the module of ``base``. Models and configs can
+    therefore be pickled.
+
+    Args:
+        name: name of the model.
+        base: the base class.
+        defaults: option -> default.
+        attributes: attributes of the subclass.
     """
     inherited = base.config_class.__dataclass_fields__
     options = [

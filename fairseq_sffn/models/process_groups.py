@@ -1,4 +1,4 @@
-"""The process groups of expert parallel training."""
+"""The process groups of expert-parallel training."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..memory import ProcessGroups
 
 
 class ExpertParallelGroups(NamedTuple):
-    """The groups that this process belongs to.
+    """The groups of this process.
 
     Attributes:
         groups: the group of all processes, whose tokens count together, and the group over which
             the blocks of each layer are sharded.
-        replicas: the processes that hold the same blocks, one in each group over which blocks are
-            sharded; ``None`` where every process has all blocks.
+        replicas: the group of the processes that hold the same blocks; ``None``: every process has
+            all blocks.
     """
 
     groups: ProcessGroups
@@ -35,14 +35,17 @@ def process_groups(expert_parallel: int) -> ExpertParallelGroups:
         expert_parallel: number of processes over which the blocks are sharded.
 
     Raises:
-        UsageError: it does not divide the number of processes.
+        UsageError: the number does not divide the number of processes.
     """
     return _process_groups(expert_parallel, dist.group.WORLD if dist.is_initialized() else None)
 
 
 @functools.cache
 def _process_groups(expert_parallel: int, world: dist.ProcessGroup | None) -> ExpertParallelGroups:
-    """Return the groups within ``world``: a program may train alone before it joins others."""
+    """Return the groups within ``world``.
+
+    ``world`` is a key of the cache, because a program may train alone before it joins others.
+    """
     world_size = distributed_utils.get_global_world_size()
     if expert_parallel < 1 or world_size % expert_parallel:
         raise UsageError(

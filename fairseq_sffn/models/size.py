@@ -1,4 +1,4 @@
-"""Estimate of the memory for a Transformer's parameters, before it is built."""
+"""Estimate the memory of a Transformer's parameters before it is built."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Part(NamedTuple):
     """Parameters of one kind.
 
     Attributes:
-        name: what they are, in the plural.
-        params: their number, without small ones such as biases.
-        options: name -> value of the options that decide the number.
+        name: name of the kind, in the plural.
+        params: number of parameters, without small ones such as biases.
+        options: name -> value of the options that determine the number.
     """
 
     name: str
@@ -40,7 +40,8 @@ def check_size(args: Any, task: Any) -> None:
         task: the task, which has the dictionaries.
 
     Raises:
-        UsageError: names the largest option of the largest part, and the memory that it takes.
+        UsageError: the parameters do not fit. The message names the largest option of the largest
+            part, and its memory.
     """
     memory = physical_memory()
     if memory is None or torch.get_default_device().type == "meta":
@@ -70,7 +71,8 @@ def check_selector_size(config: MemoryConfig, options: dict[str, int]) -> None:
         options: name -> value of the selector's options that are numbers.
 
     Raises:
-        UsageError: names the largest option, and the memory that the selector takes.
+        UsageError: the parameters do not fit. The message names the largest option, and the memory
+            of the selector.
     """
     memory = physical_memory()
     taken = config.selector_class.num_params(config) * BYTES
@@ -85,7 +87,11 @@ def check_selector_size(config: MemoryConfig, options: dict[str, int]) -> None:
 
 
 def parts_of(args: Any, task: Any) -> list[Part]:
-    """Return the parts of a model in one process. Sharded tables count as one process's shard."""
+    """Return the parts of a model in one process. Only one shard of sharded tables counts.
+
+    Args:
+        args, task: see :func:`check_size`.
+    """
     name = getattr(args, "_name", None) or args.arch
     cls = models.ARCH_MODEL_REGISTRY.get(name) or models.MODEL_REGISTRY[name]
     if issubclass(cls, TransformerLanguageModel):
@@ -95,7 +101,14 @@ def parts_of(args: Any, task: Any) -> list[Part]:
 
 
 def parts_of_side(args: Any, side: str, dictionary: Any, cross_attention: bool) -> list[Part]:
-    """Return the parts of an encoder or a decoder."""
+    """Return the parts of an encoder or a decoder.
+
+    Args:
+        args: the model's options.
+        side: ``encoder`` or ``decoder``.
+        dictionary: the dictionary of the side; ``None``: not known.
+        cross_attention: whether layers attend to an encoder.
+    """
 
     def options(*names: str) -> dict[str, int]:
         values = {name: getattr(args, name, None) for name in names}
@@ -103,7 +116,7 @@ def parts_of_side(args: Any, side: str, dictionary: Any, cross_attention: bool) 
 
     width, hidden, layers = (f"{side}_{name}" for name in ("embed_dim", "ffn_embed_dim", "layers"))
     sizes = options(width, hidden, layers)
-    if len(sizes) < 3:  # a checkpoint's options, without the model's defaults
+    if len(sizes) < 3:  # options of a checkpoint lack the model's defaults
         return []
     d, f, count = sizes.values()
     sparse = sparse_layers(args, count)
@@ -142,7 +155,7 @@ def parts_of_side(args: Any, side: str, dictionary: Any, cross_attention: bool) 
 
 
 def sparse_layers(args: Any, layers: int) -> int:
-    """Return how many layers are sparse."""
+    """Return the number of sparse layers; 0 if the model has no valid sparse options."""
     names = ("sffn_freq", "sffn_expansion", "sffn_expert_parallel")
     sizes = [getattr(args, name, None) for name in names]
     known = all(isinstance(size, int) and size > 0 for size in sizes)
@@ -151,7 +164,7 @@ def sparse_layers(args: Any, layers: int) -> int:
 
 
 def physical_memory() -> int | None:
-    """Return the bytes of memory of this machine; ``None``: not known."""
+    """Return the memory of this machine in bytes; ``None``: not known."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

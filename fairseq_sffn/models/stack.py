@@ -1,4 +1,4 @@
-"""What sparse encoders and decoders share: which layers are sparse, and how they are called."""
+"""Common base of sparse encoders and decoders: the choice and the calls of sparse layers."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ class SparseStack(nn.Module):
     Attributes:
         memory_config: the memory of each sparse layer.
         sparse_layers: index of each sparse layer -> its name in the routing.
-        groups: the processes with which the layers share tokens and blocks.
+        groups: the processes among which tokens count together and blocks are sharded.
     """
 
     layers: nn.ModuleList
     padding_idx: int
 
     def plan_layers(self, args: Any, side: str, memory_config: MemoryConfig, prefix: str) -> None:
-        """Decide which layers are sparse. Call it before the layers are built, which is in order.
+        """Decide which layers are sparse. Call it before the layers are built in order.
 
         Args:
             args: the model's options.
             side: ``encoder`` or ``decoder``.
             memory_config: the memory of each sparse layer.
-            prefix: a layer's name is the prefix and its number.
+            prefix: a layer's name is this prefix and the layer's number.
         """
         self.memory_config = memory_config
         self.groups = process_groups(args.sffn_expert_parallel).groups
-        # A pruned model keeps the numbers that its layers had in training, and their order.
+        # Layers of a pruned model keep their numbers of training, and their order.
         kept = getattr(args, f"{side}_layers_to_keep")
         built = map(int, kept.split(",")) if kept else range(getattr(args, f"{side}_layers"))
         numbers = sorted(built)
@@ -52,11 +52,11 @@ class SparseStack(nn.Module):
         self._unbuilt_layers = iter(range(len(numbers)))
 
     def next_is_sparse(self) -> bool:
-        """Return whether the layer that is built now is sparse."""
+        """Return whether the next layer to build is sparse, and advance to the layer after it."""
         return next(self._unbuilt_layers) in self.sparse_layers
 
     def wrap(self, layer: SparseLayer, cfg: Any) -> nn.Module:
-        """Wrap a layer as fairseq wraps its own: FSDP always wraps a checkpointed one."""
+        """Wrap a layer for activation checkpointing and FSDP, as fairseq wraps its own layers."""
         wrapped: nn.Module = layer
         if cfg.checkpoint_activations:
             wrapped = checkpoint_wrapper(wrapped, offload_to_cpu=cfg.offload_activations)
@@ -66,13 +66,13 @@ class SparseStack(nn.Module):
     def routing_inputs(
         self, tokens_BT: Tensor, losses: bool, is_dummy: bool, last_only: bool = False
     ) -> dict[str, Any]:
-        """Return what a forward pass adds to the arguments of its sparse layers.
+        """Return the arguments of sparse layers besides those of fairseq.
 
         Args:
-            tokens_BT: token ids.
-            losses: whether balance and z losses are wanted.
-            is_dummy: whether the tokens stand for none, and count nowhere.
-            last_only: whether the layers compute the last position only (incremental decoding).
+            tokens_BT: (B, T) token ids.
+            losses: whether to compute balance and z losses.
+            is_dummy: whether the tokens count nowhere.
+            last_only: whether the layers compute only the last position (incremental decoding).
 
         Raises:
             UsageError: a token id is outside the dictionary.
@@ -93,18 +93,18 @@ class SparseStack(nn.Module):
         )
 
     def empty_routing(self, tokens: Tensor) -> dict[str, LayerRouting]:
-        """Return the routing of no tokens by the name of each sparse layer."""
+        """Return name of each sparse layer -> routing of no tokens, on the device of ``tokens``."""
         empty = LayerRouting.empty(self.memory_config.num_blocks, like=tokens)
         return dict.fromkeys(self.sparse_layers.values(), empty)
 
     def routed_layers(
         self, inputs: dict[str, Any], routing: dict[str, LayerRouting]
     ) -> Iterator[Callable[..., Any]]:
-        """Yield the layers in order, for fairseq's loop, but those that LayerDrop skips.
+        """Yield the layers in order for fairseq's loop, without those that LayerDrop skips.
 
         Args:
-            inputs: what sparse layers are called with besides fairseq's arguments.
-            routing: by name; a sparse layer's entry is replaced when it has run.
+            inputs: arguments of sparse layers besides those of fairseq.
+            routing: name of the layer -> routing. A sparse layer that runs replaces its entry.
         """
         names = {self.layers[index]: name for index, name in self.sparse_layers.items()}
         ours = len(LayerRouting._fields)
@@ -118,7 +118,7 @@ class SparseStack(nn.Module):
             yield partial(run_sparse, layer) if layer in names else layer
 
     def _check_tokens(self, tokens: Tensor) -> None:
-        # An accelerator checks indices by itself, and the host would wait for it.
+        # An accelerator checks indices itself. A check here would make the host wait.
         if tokens.device.type == "cpu" and tokens.numel():
             types, highest = self.memory_config.vocab_size, int(tokens.max())
             assert types is not None
@@ -130,8 +130,13 @@ class SparseStack(nn.Module):
 
 
 def trailing_tokens(tokens_BT: Tensor, context: int, padding_idx: int) -> Tensor:
-    """Return the ``context`` token ids that end at each position: (B, T, context), padded at the
-    start."""
+    """Return the last ``context`` token ids at each position: (B, T, context), padded at the start.
+
+    Args:
+        tokens_BT: (B, T) token ids.
+        context: number of token ids, the one at the position included.
+        padding_idx: id before the first token.
+    """
     batch, length = tokens_BT.shape
     start = tokens_BT.new_full((batch, context - 1), padding_idx)
     padded = torch.cat([start, tokens_BT], dim=1)

@@ -16,8 +16,10 @@ from .plugin_model import PluginModel, check_selector, register
 
 
 class SparseTransformer(PluginModel, TransformerModel):
-    """fairseq's ``transformer`` in which every ``--sffn-freq``-th layer of the encoder and of the
-    decoder is sparse."""
+    """fairseq's ``transformer`` with sparse layers.
+
+    Every ``--sffn-freq``-th layer of the encoder and of the decoder is sparse.
+    """
 
     config_class: ClassVar[type[FairseqDataclass]] = sparse(
         "SparseTranslationConfig", TranslationConfig
@@ -27,11 +29,20 @@ class SparseTransformer(PluginModel, TransformerModel):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "SparseTransformer":
+        """Return a model.
+
+        Args:
+            args: the model's options.
+            task: the task, which has the dictionaries.
+
+        Raises:
+            UsageError: an option is not supported, or has a wrong value.
+        """
         args = cls.options(args)
         check_supported(args, ["encoder", "decoder"])
         check_selector(args, cls.selector, "transformer_sffn")
-        # fairseq decides which embeddings are shared while it builds a model. This builds a model
-        # without layers and keeps its embeddings.
+        # fairseq shares embeddings while it builds a model. So build a model without layers, and
+        # keep its embeddings.
         shell_args = copy.deepcopy(args)
         for side in ("encoder", "decoder"):
             setattr(shell_args, f"{side}_layers", 0)
@@ -47,7 +58,7 @@ class SparseTransformer(PluginModel, TransformerModel):
             "share_decoder_input_output_embed",
         ):
             setattr(args, name, getattr(shell_args, name))
-        # fairseq sets it in a copy of the options.
+        # fairseq sets this option in a copy of the options.
         args.share_decoder_input_output_embed |= args.merge_src_tgt_embed
         for side in ("encoder", "decoder"):
             if kept := getattr(args, f"{side}_layers_to_keep"):
@@ -88,7 +99,7 @@ class SparseTransformer(PluginModel, TransformerModel):
         """Run encoder and decoder.
 
         Args:
-            src_tokens, src_lengths, prev_output_tokens, return_all_hiddens, kwargs: fairseq's.
+            src_tokens, src_lengths, prev_output_tokens, return_all_hiddens, kwargs: see fairseq.
             routing_losses, is_dummy: see the decoder's ``extract_features``.
 
         Returns:

@@ -1,7 +1,7 @@
 """The registered language models: every method in every size.
 
-Each method and size is a *model* of fairseq's, not only an architecture, so that ``fairseq-train
---arch NAME`` and ``fairseq-hydra-train`` with ``model._name: NAME`` take the same defaults.
+Each method in each size is a fairseq *model*, not only an architecture. ``fairseq-train --arch
+NAME`` and ``fairseq-hydra-train`` with ``model._name: NAME`` therefore have the same defaults.
 """
 
 import copy
@@ -28,6 +28,15 @@ class DenseTransformerLM(PluginModel, TransformerLanguageModel):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> Any:
+        """Return a model.
+
+        Args:
+            args: the model's options.
+            task: the task, which has the dictionary.
+
+        Raises:
+            UsageError: the embeddings cannot be shared as the options say.
+        """
         args = cls.options(args)
         for name in ("character_embeddings", "adaptive_input"):
             tied = args.share_decoder_input_output_embed and args.adaptive_softmax_cutoff is None
@@ -43,7 +52,7 @@ class DenseTransformerLM(PluginModel, TransformerLanguageModel):
                 f"{args.decoder_input_dim} where the embeddings are the output projection as well; "
                 "or add --no-share-decoder-input-output-embed"
             )
-        if args.offload_activations:  # the flag's help says so, and fairseq's architectures do so
+        if args.offload_activations:  # as the flag's help says
             args.checkpoint_activations = True
         return super().build_model(args, task)
 
@@ -55,7 +64,7 @@ class DenseTransformerLM(PluginModel, TransformerLanguageModel):
         is_dummy: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Run the decoder. A dense model routes no tokens, and does not look at the two flags."""
+        """Run the decoder. A dense model ignores ``routing_losses`` and ``is_dummy``."""
         return super().forward(src_tokens, **kwargs)
 
 
@@ -68,18 +77,27 @@ class SparseTransformerLM(DenseTransformerLM):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "SparseTransformerLM":
+        """Return a model.
+
+        Args:
+            args: the model's options.
+            task: the task, which has the dictionary and may have token counts.
+
+        Raises:
+            UsageError: an option is not supported, or has a wrong value.
+        """
         args = cls.options(args)
         check_supported(args, ["decoder"])
         check_selector(args, cls.selector, "transformer_lm_sffn")
         dictionary = task.source_dictionary
         counts = task.token_counts() if hasattr(task, "token_counts") else dictionary.count
         memory_config = build_memory_config(args, len(dictionary), counts)
-        # fairseq builds embeddings (adaptive, character, ...) and decoder in one function. This
-        # builds a model without layers and keeps its embeddings.
+        # fairseq builds embeddings (adaptive, character, ...) and decoder in one function. So build
+        # a model without layers, and keep its embeddings.
         shell_args = copy.deepcopy(args)
         shell_args.decoder_layers, shell_args.decoder_layers_to_keep = 0, None
         shell = super().build_model(shell_args, task)
-        # What fairseq and DenseTransformerLM filled in.
+        # Options that fairseq and DenseTransformerLM filled in.
         args.max_target_positions = shell_args.max_target_positions
         args.checkpoint_activations = shell_args.checkpoint_activations
         if args.decoder_layers_to_keep:
@@ -149,11 +167,11 @@ SPARSE_SIZES: dict[str, dict[str, Any]] = {
 
 
 class Method(NamedTuple):
-    """A row of the table of models.
+    """A selection method for which models are registered.
 
     Attributes:
-        name: the model is ``transformer_lm_{name}``, in every size.
-        selector: the selector; ``None``: chosen by ``--sffn-selector``.
+        name: the models are ``transformer_lm_{name}`` and this name with each size.
+        selector: the selector; ``None``: ``--sffn-selector`` chooses it.
         options: defaults that differ from the selector's own.
     """
 

@@ -1,4 +1,4 @@
-"""Optimizers."""
+"""Optimizers, and the moving average of ``--store-ema``."""
 
 from . import sffn_adam
 

@@ -6,11 +6,11 @@ from fairseq import optim
 
 
 class AMPOptimizer(optim.AMPOptimizer):
-    """fairseq's optimizer for mixed precision, which unscales gradients once.
+    """fairseq's optimizer for mixed precision, which divides gradients by the loss scale only once.
 
-    fairseq divides gradients by the loss scale to clip them. PyTorch's GradScaler then divides them
-    again before the step, since fairseq gives it another optimizer, the one around. Here both get
-    the same one. Checkpoints name the class, so that it has fairseq's name.
+    fairseq divides gradients by the loss scale before it clips them. PyTorch's GradScaler then
+    divides them again before the step, because fairseq passes the outer optimizer to it. This class
+    passes the inner optimizer to both. Checkpoints store the name of the class, so it is fairseq's.
     """
 
     def step(self) -> None:

@@ -1,4 +1,4 @@
-"""The moving average of ``--store-ema``, with the buffers and versions of sparse models."""
+"""The moving average of ``--store-ema`` for models with integer buffers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fairseq.models.ema.ema import EMA
 class MovingAverage(EMA):
     """fairseq's moving average of a model.
 
-    fairseq averages buffers too, and fails on integers, such as hash tables: they are copied here.
-    It restores its model without the modules' versions, which a Transformer takes for those of an
-    old checkpoint, and drops its last layer norm: the versions are kept here.
+    fairseq also averages buffers, and fails on integers, such as hash tables. This class copies
+    them. fairseq restores its model without the modules' versions. A Transformer then assumes an
+    old checkpoint, and drops its last layer norm. This class keeps the versions.
     """
 
     skip_keys: set[str]
@@ -24,7 +24,12 @@ class MovingAverage(EMA):
         self.skip_keys = {*self.skip_keys, *(k for k in state if not state[k].is_floating_point())}
 
     def restore(self, state_dict: dict[str, Any], build_fp32_params: bool = False) -> None:
-        """Load an average, and keep the versions of the modules."""
+        """Load a stored average, and keep the versions of the modules.
+
+        Args:
+            state_dict: name -> average.
+            build_fp32_params: see fairseq's ``EMA``.
+        """
         own = self.model.state_dict()
         versions = {key: own[key] for key in own if key.endswith("version")}
         super().restore({**versions, **state_dict}, build_fp32_params)

@@ -17,7 +17,7 @@ from ..errors import UsageError
 
 HALF = (torch.float16, torch.bfloat16)
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# The third is the maximum of the second moment so far.
+# The third tensor is the maximum of the second moment so far.
 AMSGRAD_MOMENTS = (*MOMENTS, "max_exp_avg_sq")
 
 
@@ -25,11 +25,11 @@ AMSGRAD_MOMENTS = (*MOMENTS, "max_exp_avg_sq")
 class SFFNAdam(FairseqAdam):
     """``--optimizer sffn_adam``: the update, flags and checkpoints of fairseq's ``adam``.
 
-    It makes one pass over the parameters. fairseq's makes a dozen, which for the large tables of
-    sparse layers can take longer than the layers.
+    It makes one pass over the parameters. fairseq's ``adam`` makes a dozen, which can take longer
+    than the sparse layers with their large tables.
 
     Raises:
-        UsageError: a flag asks for another implementation of ``adam``, or a beta is not in [0, 1).
+        UsageError: a flag requires another implementation of ``adam``, or a beta is not in [0, 1).
     """
 
     def __init__(self, cfg: Any, params: Any) -> None:
@@ -41,12 +41,7 @@ class SFFNAdam(FairseqAdam):
         try:
             beta1, beta2 = self.optimizer_config["betas"]
             valid = 0 <= beta1 < 1 and 0 <= beta2 < 1
-        except (
-            TypeError,
-            ValueError,
-            NameError,
-            SyntaxError,
-        ):  # fairseq evaluates what it is given
+        except (TypeError, ValueError, NameError, SyntaxError):  # fairseq evaluates the text
             valid = False
         if not valid:
             raise UsageError(
@@ -55,16 +50,16 @@ class SFFNAdam(FairseqAdam):
         self._optimizer = FusedAdam(params, **self.optimizer_config)
 
 
-# fairseq resumes only from a checkpoint of an optimizer class of the same name, and both have the
-# same state. fairseq registers a class name once, so the class is renamed after its registration.
+# fairseq resumes only from a checkpoint of an optimizer class with the same name. Both classes have
+# the same state. fairseq registers a class name only once, so rename the class after registration.
 SFFNAdam.__name__ = FairseqAdam.__name__
 
 
 class FusedAdam(Adam):
     """fairseq's ``Adam`` by PyTorch's fused AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101).
 
-    The two differ in where eps is added. fairseq's denominator is sqrt(v) + eps. PyTorch's is
-    sqrt(v / (1 - beta2^t)) + eps, so that eps is scaled in each step t.
+    The two add eps at different places. fairseq's denominator is sqrt(v) + eps. PyTorch's
+    denominator is sqrt(v / (1 - beta2^t)) + eps. This class therefore scales eps in each step t.
     """
 
     @torch.no_grad()
@@ -75,7 +70,7 @@ class FusedAdam(Adam):
             closure: evaluates the model again and returns the loss.
 
         Returns:
-            the closure's loss, or ``None``.
+            The closure's loss, or ``None``.
 
         Raises:
             RuntimeError: a gradient is sparse.
@@ -85,8 +80,8 @@ class FusedAdam(Adam):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            # eps depends on the step. A parameter that had no gradient in some updates has made
-            # fewer steps.
+            # eps depends on the step. A parameter without a gradient in some updates has made fewer
+            # steps.
             together: dict[tuple[int, torch.device], list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -101,7 +96,7 @@ class FusedAdam(Adam):
         return loss
 
     def _prepared_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        """Return the state, new or loaded, in the layout that the kernel needs."""
+        """Return the state of a parameter, new or loaded, in the layout of the kernel."""
         if parameter.grad.is_sparse:  # type: ignore[union-attr]
             raise RuntimeError("Adam does not support sparse gradients, use SparseAdam instead")
         state: dict[str, Any] = self.state[parameter]
@@ -111,7 +106,7 @@ class FusedAdam(Adam):
             state["step"] = 0
             for name in moments:
                 state[name] = torch.zeros_like(parameter, dtype=dtype)
-        state.setdefault("step", group.get("step", 0))  # where apex keeps it
+        state.setdefault("step", group.get("step", 0))  # apex stores it in the group
         for name in moments:  # PyTorch loads them in the parameter's dtype
             state[name] = state[name].to(parameter.device, dtype).contiguous()
         return state

@@ -1,10 +1,10 @@
-"""Checks of a command's options before any work. Nothing here changes fairseq.
+"""Checks of a command's options before any work. This package does not change fairseq.
 
 - :mod:`.ranges`: the range of each number.
-- :mod:`.relations`: what an option must be, given others.
+- :mod:`.relations`: conditions on an option that depend on other options.
 - :mod:`.checks`: compares a configuration with both.
-- :mod:`.commands`: what each of fairseq's commands checks besides.
-- :mod:`.model`: the options of a model, with its dictionaries and its size.
-- :mod:`.splits`: the data that a command names.
+- :mod:`.commands`: further checks for each of fairseq's commands.
+- :mod:`.model`: checks of a model's options, dictionaries and size.
+- :mod:`.splits`: checks that the data of a command exists.
 - :mod:`.configuration`: the types of configurations that fairseq's functions take.
 """

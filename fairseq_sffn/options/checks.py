@@ -1,4 +1,4 @@
-"""Checks every number of a configuration against its range, and options against each other."""
+"""Checks of a configuration: each number against its range, and options against each other."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .ranges import RANGES, Range
 from .relations import RELATIONS
 
 PARSE_ERRORS = (ValueError, SyntaxError, OverflowError, MemoryError, RecursionError)
-"""What parsing the text of numbers can end in."""
+"""Errors that parsing the text of numbers can raise."""
 
 
 def check_ranges(cfg: Any) -> None:
-    """Check every group of a configuration.
+    """Check every option group of a configuration.
 
     Raises:
-        UsageError: names the first option that is out of its range.
+        UsageError: an option is out of its range. The message names the first such option.
     """
     for group in RANGES:
         if " " not in group and cfg.get(group) is not None:
@@ -37,10 +37,11 @@ def check_group(group: str, options: Any, cfg: Any = None) -> None:
     Args:
         group: a key of ``RANGES``.
         options: the options of the group.
-        cfg: all options; ``None``: only those of the group are known.
+        cfg: the whole configuration; ``None``: only the options of the group are known.
 
     Raises:
-        UsageError: names the first option that is out of its range.
+        UsageError: an option is out of its range, or contradicts another option. The message names
+            the first such option.
     """
     choice = str(getattr(options, "_name", None))
     cls = class_of(group, options)
@@ -67,7 +68,7 @@ def check_group(group: str, options: Any, cfg: Any = None) -> None:
 
 
 def class_of(group: str, options: Any) -> Any:
-    """Return the registered class that has the options of a group; ``None``: there is none."""
+    """Return the registered class that a group chooses; ``None``: there is none."""
     name = getattr(options, "_name", None) or getattr(options, "arch", None)
     if group == "model":
         return models.ARCH_MODEL_REGISTRY.get(name) or models.MODEL_REGISTRY.get(name)
@@ -77,18 +78,18 @@ def class_of(group: str, options: Any) -> Any:
 
 
 def is_known(cls: Any) -> bool:
-    """Return whether a class, if there is one, belongs to fairseq or to this plugin."""
+    """Return whether a class belongs to fairseq or to this plugin, or is ``None``."""
     return cls is None or cls.__module__.partition(".")[0] in ("fairseq", "fairseq_sffn")
 
 
 def is_transformer(cls: Any) -> bool:
-    """Return whether a model's class is one of fairseq's Transformers."""
+    """Return whether a class is a subclass of one of fairseq's Transformers."""
     kinds = (TransformerLanguageModel, TransformerModelBase)
     return isinstance(cls, type) and issubclass(cls, kinds)
 
 
 def all_hold(range: Range, value: Any) -> bool:
-    """Return whether a number, or each one of a list, is in a range."""
+    """Return whether a number, or each number of a list, is in a range."""
     if not range.length:
         # A string is another kind of option of the same name.
         return isinstance(value, str) or range.holds(value)
@@ -99,7 +100,7 @@ def all_hold(range: Range, value: Any) -> bool:
 
 
 def numbers_of(value: Any) -> list[Any] | None:
-    """Return the numbers of a list, or of its text; ``None``: it is neither."""
+    """Return the numbers of a list, or of the text of a list; ``None``: the value is neither."""
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)

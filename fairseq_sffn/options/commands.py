@@ -1,7 +1,7 @@
-"""Checks of the options of each of fairseq's commands, before it begins.
+"""Checks of the options of each of fairseq's commands, before the command begins.
 
-Each function raises ``UsageError``, which names an option and the reason, where the command could
-not work.
+Each function takes the configuration, and raises ``UsageError`` if the command could not work. The
+message names an option and the reason.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .splits import check_splits
 
 
 def check_training(cfg: Any) -> None:
-    """Check that a training has batches and data."""
+    """Check that training has a batch size, data and the packages that it needs."""
     check_batch_size(cfg)
     if cfg.common.model_parallel_size > 1 and not megatron_trainer.has_megatron_submodule:
         raise UsageError(
@@ -33,13 +33,13 @@ def check_training(cfg: Any) -> None:
 
 
 def check_validation(cfg: Any) -> None:
-    """Check that a validation has batches and data."""
+    """Check that validation has a batch size and data."""
     check_batch_size(cfg)
     check_splits(cfg, "valid_subset")
 
 
 def check_evaluation(cfg: Any) -> None:
-    """Check that an evaluation has data, and that its context leaves something of each sample."""
+    """Check that evaluation has data, and that its context window leaves tokens to score."""
     check_splits(cfg, "gen_subset")
     window, length = cfg.eval_lm.context_window, getattr(cfg.task, "tokens_per_sample", None)
     if length is not None and window >= length:
@@ -49,13 +49,13 @@ def check_evaluation(cfg: Any) -> None:
 
 
 def check_generation(cfg: Any) -> None:
-    """Check that generation has data, and that its options agree with each other."""
+    """Check that generation has data, and that its options agree."""
     check_decoding(cfg)
     check_splits(cfg, "gen_subset")
 
 
 def check_interaction(cfg: Any) -> None:
-    """Check that the options of interactive decoding agree with each other."""
+    """Check that the options of interactive decoding agree."""
     check_decoding(cfg)
     batch, buffer = cfg.dataset.batch_size, max(cfg.interactive.buffer_size, 1)
     if batch is not None and batch > buffer:
@@ -63,7 +63,7 @@ def check_interaction(cfg: Any) -> None:
 
 
 def check_decoding(cfg: Any) -> None:
-    """Check that the options of decoding agree with each other."""
+    """Check that the options of decoding agree."""
     options = cfg.generation
     if options.sampling and options.nbest != options.beam:
         raise UsageError(
@@ -80,6 +80,6 @@ def check_decoding(cfg: Any) -> None:
 
 
 def check_batch_size(cfg: Any) -> None:
-    """Check that batches have a size."""
+    """Check that a batch size is set."""
     if cfg.dataset.max_tokens is None and cfg.dataset.batch_size is None:
         raise UsageError("--max-tokens or --batch-size: one of them is required")

@@ -1,6 +1,6 @@
-"""The configurations that fairseq's functions are called with.
+"""The types of configurations that fairseq's functions take.
 
-Python callers may give an ``argparse.Namespace`` to fairseq's commands and to its trainer.
+Python callers may pass an ``argparse.Namespace`` to fairseq's commands and to its trainer.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from omegaconf import OmegaConf, open_dict
 
 
 def as_configuration(cfg: Any) -> Any:
-    """Convert an ``argparse.Namespace`` as fairseq does, and return anything else unchanged."""
+    """Convert an ``argparse.Namespace`` as fairseq does, and return other values unchanged."""
     return convert_namespace_to_omegaconf(cfg) if isinstance(cfg, argparse.Namespace) else cfg
 
 
 def writable(options: Any) -> AbstractContextManager[Any]:
-    """Allow new options in a configuration while open; a namespace always allows them."""
+    """Return a context in which a configuration, or a namespace, accepts new options."""
     return open_dict(options) if OmegaConf.is_config(options) else nullcontext()
 
 
 @contextmanager
 def batches_of_any_size(config: Any) -> Iterator[None]:
-    """Allow batches of any size while open, so that the last batch is used.
+    """Return a context in which batches may have any size, so that the last batch is used.
 
-    fairseq otherwise leaves it out where its size is no multiple of
+    Otherwise, fairseq leaves out the last batch if its size is not a multiple of
     ``--required-batch-size-multiple``.
 
     Args:
-        config: the group ``dataset``.
+        config: the option group ``dataset``.
     """
     required = config.required_batch_size_multiple
     config.required_batch_size_multiple = 1

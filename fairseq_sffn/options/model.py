@@ -1,4 +1,4 @@
-"""Checks the options of one of fairseq's Transformers before it is built."""
+"""Checks of the options of a Transformer before it is built."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .configuration import writable
 
 
 def check_model(options: Any, task: Any) -> None:
-    """Check the options of a model; those of other models are left alone.
+    """Check the options of a model. Models other than Transformers are not checked.
 
     Args:
         options: the model's options.
-        task: has the dictionaries.
+        task: the task, which has the dictionaries.
 
     Raises:
-        UsageError: names an option that is out of its range, or too large for the machine.
+        UsageError: an option is out of its range, or the model is too large for the machine.
     """
     cls = class_of("model", options)
     if is_known(cls) and is_transformer(cls):
@@ -32,10 +32,14 @@ def check_model(options: Any, task: Any) -> None:
 
 
 def check_cutoffs(args: Any, task: Any) -> None:
-    """Check that the bands of adaptive embeddings end within the dictionary.
+    """Check that the cutoffs of adaptive embeddings are within the dictionary.
+
+    Args:
+        args: the model's options.
+        task: the task, which has the dictionaries.
 
     Raises:
-        UsageError: they go beyond it.
+        UsageError: the last cutoff is above the number of types.
     """
     for option, side in (("softmax", "target"), ("input", "source")):
         name = f"adaptive_{option}_cutoff"
@@ -49,7 +53,7 @@ def check_cutoffs(args: Any, task: Any) -> None:
 
 
 def with_defaults_of_architecture(options: Any) -> Any:
-    """Return a model's options, with those that fairseq fills in by the name of an architecture."""
+    """Return a model's options with the defaults of its architecture."""
     name = getattr(options, "_name", None) or getattr(options, "arch", None)
     if name in models.MODEL_DATACLASS_REGISTRY or name not in models.ARCH_CONFIG_REGISTRY:
         return options

@@ -1,7 +1,7 @@
-"""The ranges of the numbers that a command can be given.
+"""The range of each numeric option of fairseq's commands.
 
-Plain data, read from what fairseq does with each number. Other special values than the listed ones
-have no meaning in fairseq. ``None``, where an option has it, is always allowed: not set.
+The ranges follow from fairseq's use of each number. Special values that are not listed have no
+meaning in fairseq. ``None`` (not set) is always allowed.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ LARGEST = 2**63 - 1
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that an option may have; NaN and infinity are never among them.
+    """The numbers that an option may have. NaN and infinity are never allowed.
 
     Attributes:
         low, high: the smallest and the largest number.
-        above, below: whether ``low`` and ``high`` themselves are left out.
-        special: numbers outside that have a meaning -> the meaning.
-        length: the option is a list of so many numbers; 0: one number; -1: one or more.
+        above, below: whether ``low`` and ``high`` themselves are not allowed.
+        special: (number, meaning) of allowed numbers outside of the range.
+        length: number of numbers in the option's list; 0: a single number; -1: one or more.
     """
 
     low: float = -math.inf
@@ -43,7 +43,7 @@ class Range:
         return bool(low and high and math.isfinite(number))
 
     def reason(self, *numbers: Any) -> str:
-        """Return what numbers must be, where one of them is not in the range."""
+        """Return in words what the numbers must be, given numbers that are not in the range."""
         whole = self.high == LARGEST
         parts = []
         if self.low == 0 and self.above:
@@ -64,13 +64,13 @@ class Range:
 
 
 def at_least(low: float, high: float = math.inf, **meanings: float) -> Range:
-    """Return the range from ``low`` to ``high``, with special numbers by their meaning."""
+    """Return the range from ``low`` to ``high``, with special numbers by meaning."""
     special = tuple((value, name.replace("_", " ")) for name, value in meanings.items())
     return Range(low, high, special=special)
 
 
 def whole(low: int, high: int = LARGEST, **meanings: float) -> Range:
-    """Return the whole numbers from ``low``, with special ones by their meaning."""
+    """Return the range of whole numbers from ``low``, with special numbers by meaning."""
     return at_least(low, high, **meanings)
 
 
@@ -84,13 +84,13 @@ COUNT, SIZE = whole(0), whole(1)
 EVERY = whole(1, off=-1)
 KEPT = Range(0, LARGEST, special=((-1, "all"),))
 BETAS = Range(0, 1, below=True, length=2)
-# fairseq adds the number of the epoch, and NumPy takes seeds below 2**32.
+# fairseq adds the epoch to the seed. NumPy takes seeds below 2**32.
 SEED = whole(0, 4_000_000_000)
 WARMUP = {"warmup_updates": COUNT, "warmup_init_lr": Range(0, special=((-1, "chosen by fairseq"),))}
 
 
 def sides(options: dict[str, Range]) -> dict[str, Range]:
-    """Return the options of an encoder and of a decoder."""
+    """Return options for the encoder and for the decoder, with the prefix of each."""
     return {f"{side}_{name}": r for side in ("encoder", "decoder") for name, r in options.items()}
 
 
@@ -202,7 +202,7 @@ RANGES: dict[str, dict[str, Range]] = {
         "upsample_primary": EVERY,
         "num_batch_buckets": COUNT,
     },
-    # Those of fairseq's Transformers, whatever the command.
+    # The options of fairseq's Transformers, for every command.
     "model": {
         **sides(
             {
@@ -284,5 +284,5 @@ RANGES: dict[str, dict[str, Range]] = {
         "rdrop_alpha": NOT_NEGATIVE,
     },
 }
-"""Group of options, or group and choice -> option -> its range. The range of a choice replaces that
-of its group."""
+"""Option group, or group and choice -> option -> range. The range of a choice replaces the range of
+its group."""

@@ -1,4 +1,4 @@
-"""Conditions on an option that depend on other options. Plain data, as in :mod:`.ranges`."""
+"""Conditions on an option that depend on other options, as data like :mod:`.ranges`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import NamedTuple
 
 
 class Relation(NamedTuple):
-    """A condition on an option that depends on others.
+    """A condition on an option that depends on other options.
 
     Attributes:
         group, option: the option that the error names.
-        others: (group, option) of each option that it depends on.
-        holds: takes the option, which is not ``None``, and the others, and returns whether the
-            condition is met.
-        reason: completes the error; ``{0}`` is the first of the others.
-        choice: the only choice of the group, such as a scheduler, that has the condition.
+        others: (group, option) of each option on which the condition depends.
+        holds: takes the value of the option, which is not ``None``, and the values of the others.
+            Returns whether the condition is met.
+        reason: end of the error message. ``{0}`` stands for the first of the others.
+        choice: the choice of the group, such as a scheduler, that has the condition; empty: all.
     """
 
     group: str
@@ -28,12 +28,15 @@ class Relation(NamedTuple):
 
 
 def divides(value: int, other: int | None) -> bool:
-    """Return whether a number divides another, if that is set."""
+    """Return whether a number divides another one, or the other one is ``None``."""
     return other is None or other % value == 0
 
 
 def has_positions(width: int, learned: bool, none: bool) -> bool:
-    """Return whether fairseq can compute sinusoidal positions: it divides by half the width - 1."""
+    """Return whether fairseq can compute the positions of a model.
+
+    For sinusoidal positions, fairseq divides by half of the width minus 1.
+    """
     return width not in (2, 3) or learned or none
 
 
@@ -43,12 +46,12 @@ def one_rate(rates: list[float]) -> bool:
 
 
 def rises(numbers: list[float]) -> bool:
-    """Return whether each number is larger than the one before."""
+    """Return whether each number is larger than the one before it."""
     return all(low < high for low, high in itertools.pairwise(numbers))
 
 
 def of_model(*options: str) -> tuple[tuple[str, str], ...]:
-    """Return options of the model as the others of a relation."""
+    """Return (group, option) of options of the model."""
     return tuple(("model", option) for option in options)
 
 
@@ -148,4 +151,4 @@ RELATIONS = (
         "tri_stage",
     ),
 )
-"""The conditions, which are checked once every number is in its range."""
+"""All conditions. They are checked after the ranges of the group."""

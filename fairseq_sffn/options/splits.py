@@ -1,4 +1,4 @@
-"""Checks that the splits of the data that a command names are there."""
+"""Check that the data splits of a command exist."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ..errors import UsageError, flag, shown
 from .checks import is_known
 
 READERS = (LanguageModelingTask, TranslationTask)
-"""The tasks whose files are known."""
+"""Tasks whose file names are known."""
 
 
 def check_splits(cfg: Any, *options: str) -> None:
     """Check that a language modelling or translation task has its data.
 
-    A task of another plugin may read other files, and is left alone.
+    Tasks of other plugins may read other files, and are not checked.
 
     Args:
-        cfg: all options.
-        options: names of the options in the group ``dataset`` that name splits.
+        cfg: the whole configuration.
+        options: the options in the group ``dataset`` that name splits.
 
     Raises:
-        UsageError: names a folder or a split that is not there.
+        UsageError: a folder or a split does not exist.
     """
     task = TASK_REGISTRY.get(cfg.task._name, object)
     if not (issubclass(task, READERS) and is_known(task)):
@@ -41,7 +41,7 @@ def check_splits(cfg: Any, *options: str) -> None:
             raise UsageError(f"data {folder}: there is no such folder")
     for option in options:
         for split in cfg.dataset[option].split(","):
-            # Each epoch may read a training split of its own folder, all others are in the first.
+            # Each epoch may read another folder for training. Other splits are in the first.
             for folder in folders if option == "train_subset" else folders[:1]:
                 if not split or not has_split(folder, split):
                     names = f"{flag(option)} {shown(cfg.dataset[option])}"

@@ -1,4 +1,4 @@
-"""Every change of fairseq's own code. See :mod:`.registry` for how one is declared.
+"""All changes of fairseq's own code. :mod:`.registry` describes how to declare one.
 
 ``fairseq-sffn patches`` lists them.
 """
@@ -28,6 +28,6 @@ PATCHES = tuple(
 
 
 def apply() -> None:
-    """Apply every patch. To apply them twice changes nothing."""
+    """Apply all patches. A second call changes nothing."""
     for each in PATCHES:
         each.apply()

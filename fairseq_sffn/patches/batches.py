@@ -1,4 +1,4 @@
-"""How fairseq's tasks make batches."""
+"""Patches of the functions with which fairseq's tasks make batches."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ logger = logging.getLogger(__name__)
 
 @patch(
     "fairseq.tasks:FairseqTask.filter_indices_by_size",
-    why="fairseq says how many samples it leaves out, but neither of how many nor how long they "
-    "are.",
-    until="fairseq counts them.",
+    why="fairseq says how many samples it leaves out, but not how many there are, and not how many "
+    "tokens they have.",
+    until="fairseq counts samples and tokens.",
     kind=MENDS_FAIRSEQ,
     written_for=("4665c28f",),
 )
 def filter_indices_by_size(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Warn of the tokens that are left out."""
+    """Log a warning with the numbers of samples and tokens that are left out."""
 
     @functools.wraps(original)
     def wrapper(self: FairseqTask, indices: Any, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -40,17 +40,16 @@ def filter_indices_by_size(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @patch(
     "fairseq.tasks:FairseqTask.get_batch_iterator",
-    why="A training that resumes in a later epoch deals sentences to other batches than one that "
-    "went through; where no batch is left, fairseq ends in a traceback, or trains on nothing for "
-    "ever.",
-    until="fairseq deals by the first epoch where it keeps batches, and refuses to have none.",
+    why="Training that resumes in a later epoch has other batches than uninterrupted training. "
+    "Without any batch, fairseq ends in a traceback, or trains on nothing forever.",
+    until="fairseq seeds kept batches with the first epoch, and refuses to train without batches.",
     kind=MENDS_FAIRSEQ,
     written_for=("48e2ec8f",),
 )
 def get_batch_iterator(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Deal sentences by the first epoch wherever batches are kept, and refuse to have none.
+    """Seed kept batches with the first epoch, and refuse a split without batches.
 
-    fairseq deals by the seed and by the epoch that a command starts in.
+    fairseq seeds batches with its seed and with the epoch in which a command starts.
     """
     signature = inspect.signature(original)
 
@@ -67,15 +66,16 @@ def get_batch_iterator(original: Callable[..., Any]) -> Callable[..., Any]:
             and not getattr(self.cfg, "rebuild_batches", False)
         )
         is_new = is_kept and dataset not in self.dataset_to_epoch_iter
-        # A caller's own data may be empty, such as a line of fairseq-interactive.
+        # Only splits must have batches. A caller's own data, such as a line of
+        # fairseq-interactive, may be empty.
         is_split = any(dataset is split for split in self.datasets.values())
         if is_new:
             given["epoch"] = 1
         try:
             iterator = original(*call.args, **call.kwargs)
-            # The trainer, which is the first to ask, asks for the batches at once too.
+            # The trainer asks first, and freezes the batches at once.
             is_empty = is_split and getattr(iterator, "frozen_batches", None) == ()
-        except IndexError:  # from fairseq, which looks for the last of no batches
+        except IndexError:  # fairseq reads the last batch without a check
             if is_split:
                 refuse_no_batches(given)
             raise
@@ -90,13 +90,14 @@ def get_batch_iterator(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refuse_no_batches(given: Mapping[str, Any]) -> None:
-    """Say why a split has no batches.
+    """Raise an error that says why a split has no batches.
 
     Args:
         given: the arguments of ``get_batch_iterator``.
 
     Raises:
-        UsageError: every sample is too long, or the only batch is left out.
+        UsageError: every sample is too long, or the only batch is left out. If neither is true, the
+            function returns.
     """
     dataset, multiple = given["dataset"], given["required_batch_size_multiple"]
     indices = dataset.ordered_indices()

@@ -1,4 +1,4 @@
-"""fairseq's functions that read and write checkpoints."""
+"""Patches of fairseq's functions that read and write checkpoints."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ from .trainer_checkpoints import loading_for
 
 @patch(
     "fairseq.checkpoint_utils:load_checkpoint_to_cpu",
-    why="fairseq unpickles what TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD lets it, passes any configuration "
-    "on, and knows nothing of parts.",
+    why="With TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD, fairseq unpickles any code. It accepts any stored "
+    "configuration, and cannot read sharded checkpoints.",
     until="fairseq lets a plugin read checkpoints.",
     kind=NEEDED,
     written_for=("c4a2a1aa",),
 )
 def load_checkpoint_to_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Read and check a checkpoint without running its content, and add this process's parts."""
+
     @functools.wraps(original)
     def wrapper(
         path: str,
@@ -49,9 +51,9 @@ def load_checkpoint_to_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
         trusted = is_trusted(overrides)
         overrides.pop(OVERRIDE, None)
         if wanted is not None:
-            state["cfg"] = state["args"] = None  # a training has its own
+            state["cfg"] = state["args"] = None  # training has its own configuration
             if wanted.average:
-                # fairseq begins an average from parameters that it has deleted by then.
+                # Without a stored average, fairseq starts one from parameters that it has deleted.
                 state["extra_state"].setdefault("ema", dict(state["model"]))
         elif state.get("cfg") is None and state.get("args") is None:
             raise UsageError(f"checkpoint {path}: has no configuration, neither 'cfg' nor 'args'")
@@ -67,13 +69,15 @@ def load_checkpoint_to_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @patch(
     "fairseq.checkpoint_utils:load_checkpoint",
-    why="fairseq begins anew, without a word, where checkpoint_last.pt was not written or "
-    "--restore-file names no file.",
-    until="fairseq goes on from the newest whole checkpoint.",
+    why="fairseq silently starts over if checkpoint_last.pt is missing or --restore-file names no "
+    "file.",
+    until="fairseq resumes from the newest whole checkpoint.",
     kind=MENDS_FAIRSEQ,
     written_for=("13c32e20",),
 )
 def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Resume from the newest whole checkpoint, and refuse files that do not exist."""
+
     @functools.wraps(original)
     def wrapper(cfg: Any, trainer: Any, **kwargs: Any) -> Any:
         if trainer.checkpoint_suffix or not cfg.save_dir or not is_local(cfg):
@@ -100,13 +104,15 @@ def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @patch(
     "fairseq.checkpoint_utils:save_checkpoint",
-    why="fairseq saves the blocks of one rank for all, and ends in a traceback where the directory "
-    "for checkpoints is gone or read-only.",
+    why="fairseq saves the blocks of one rank only. It ends in a traceback if --save-dir is gone "
+    "or read-only.",
     until="fairseq lets each rank save, and names the flag and the reason.",
     kind=NEEDED,
     written_for=("d31b0a2a",),
 )
 def save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Save the parts of all ranks, also in the background, and report errors in one line."""
+
     @functools.wraps(original)
     def wrapper(cfg: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
         def save() -> Any:
@@ -121,14 +127,14 @@ def save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(trainer, SFFNTrainer):
             return save()
         if trainer.writer is not None:
-            trainer.writer.wait()  # for the one before, so that no more than one takes memory
+            trainer.writer.wait()  # so that at most one copy of the state takes memory
         with in_background(trainer.writer):
             if not cfg.no_save and expert_parallel_of(trainer.get_model()) > 1:
                 saved = trainer.save_with_parts(cfg, save)
             else:
                 saved = save()
                 if cfg.save_dir and not cfg.no_save and trainer.is_data_parallel_master:
-                    remove_unnamed(Path(cfg.save_dir))  # which training in parts has left
+                    remove_unnamed(Path(cfg.save_dir))  # left by sharded training
         if trainer.interruption is not None:
             trainer.interruption.saved = True
         return saved
@@ -138,13 +144,14 @@ def save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @patch(
     "fairseq.checkpoint_utils:load_model_ensemble_and_task",
-    why="fairseq opens the data folder that a checkpoint names where the caller names none, and "
-    "ends in a traceback where a file is missing.",
-    until="fairseq asks for the folder.",
+    why="fairseq opens the data folder that a checkpoint names if the caller names none. It ends "
+    "in a traceback if a file is missing.",
+    until="fairseq requires the folder from the caller.",
     kind=MENDS_FAIRSEQ,
     written_for=("66d41954",),
 )
 def load_model_ensemble_and_task(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Require the data folder from the caller, and refuse files that do not exist."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -153,7 +160,7 @@ def load_model_ensemble_and_task(original: Callable[..., Any]) -> Callable[..., 
         call.apply_defaults()
         given = call.arguments
         overrides = given["arg_overrides"] or {}
-        # A suffix or shards make other names of these.
+        # With a suffix or shards, the files have other names.
         if given["state"] is None and not given["suffix"] and given["num_shards"] == 1:
             for path in given["filenames"]:
                 if not PathManager.isfile(path):
@@ -173,12 +180,14 @@ def load_model_ensemble_and_task(original: Callable[..., Any]) -> Callable[..., 
 
 @patch(
     "fairseq.checkpoint_utils:load_ema_from_checkpoint",
-    why="fairseq unpickles what TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD lets it.",
+    why="With TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD, fairseq unpickles any code.",
     until="fairseq passes weights_only=True.",
     kind=MENDS_FAIRSEQ,
     written_for=("9e7f7ee4",),
 )
 def load_ema_from_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Check that the file is a checkpoint with a moving average before fairseq reads it."""
+
     @functools.wraps(original)
     def wrapper(fpath: str) -> Any:
         local = PathManager.get_local_path(fpath)
@@ -196,13 +205,15 @@ def load_ema_from_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]
 
 @patch(
     "fairseq.file_io:PathManager.copy",
-    why="fairseq copies a checkpoint over checkpoint_last.pt in place: killed meanwhile, it leaves "
-    "no checkpoint to resume from.",
+    why="fairseq copies a checkpoint over checkpoint_last.pt in place. If it is killed meanwhile, "
+    "no checkpoint is left to resume from.",
     until="PathManager.copy is atomic.",
     kind=MENDS_FAIRSEQ,
     written_for=("948b6772",),
 )
 def copy(original: Callable[..., bool]) -> Callable[..., bool]:
+    """Copy a local file whole or not at all."""
+
     @functools.wraps(original)
     def wrapper(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
         if PathManager.path_requires_pathmanager(str(dst_path)):

@@ -1,4 +1,4 @@
-"""Checks before a training starts: model, criterion and options together."""
+"""Checks of model, criterion and options together, before training starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ logger = logging.getLogger(__name__)
 
 
 def check_options(cfg: Any, model: PluginModel) -> None:
-    """Raise UsageError where an option of fairseq would leave a useless model."""
+    """Refuse options of fairseq with which training would give a useless model.
+
+    Args:
+        cfg: configuration of the training.
+        model: the model.
+
+    Raises:
+        UsageError: such an option is set.
+    """
     path = cfg.common.quantization_config_path
     if path and hasattr(model, "memory_config"):
         raise UsageError(
@@ -33,7 +41,7 @@ def check_options(cfg: Any, model: PluginModel) -> None:
 
 
 def check_criterion(model: PluginModel, criterion: Any, name: str) -> None:
-    """Check that a criterion trains all of a model.
+    """Check that a criterion trains all parameters of a model.
 
     Args:
         model: the model.
@@ -69,14 +77,16 @@ def check_criterion(model: PluginModel, criterion: Any, name: str) -> None:
 
 
 def gate_learns(config: MemoryConfig) -> bool:
-    """Return whether gradients flow through a gate to the scores. A single renormalised weight is
-    always 1."""
+    """Return whether gradients flow through a gate to the scores.
+
+    A single renormalised weight is always 1, so it has no gradient.
+    """
     alone = config.gate_name == "renormalized" and config.active_blocks == 1
     return config.gate_name != "none" and not alone
 
 
 def has_router(model: PluginModel) -> bool:
-    """Return whether some parameters do nothing but select blocks."""
+    """Return whether a model has parameters that only select blocks."""
     return any(
         parameter.requires_grad
         for memory in model.modules()

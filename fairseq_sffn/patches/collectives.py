@@ -1,4 +1,4 @@
-"""fairseq's collective operations."""
+"""Patches of fairseq's collective operations."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from .registry import MENDS_FAIRSEQ, patch
 
 @patch(
     "fairseq.distributed.utils:all_gather_list",
-    why="fairseq gathers through a GPU's memory, which a group of CPUs does not reach, whether "
-    "there is a GPU or not. Training and fairseq-validate call it.",
-    until="fairseq goes by the group's device.",
+    why="fairseq always gathers in a GPU's memory, which fails for process groups on CPUs. "
+    "Training and fairseq-validate call it.",
+    until="fairseq gathers on the group's device.",
     kind=MENDS_FAIRSEQ,
     written_for=("a01ae73e",),
 )
 def all_gather_list(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Gather on CPUs if the group's backend is not nccl."""
+
     @functools.wraps(original)
     def wrapper(data: Any, group: Any = None, max_size: int = 16384) -> list[Any]:
         group = distributed_utils.get_global_group() if group is None else group

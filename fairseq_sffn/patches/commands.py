@@ -1,6 +1,6 @@
-"""What fairseq's commands check before they begin, and which batches they use.
+"""Patches of fairseq's commands: checks before they begin, and the use of all batches.
 
-``fairseq-eval-lm`` is in :mod:`.evaluation`, and the processes of all commands in :mod:`.launch`.
+:mod:`.evaluation` has ``fairseq-eval-lm``. :mod:`.launch` has the processes of all commands.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from .registry import MENDS_FAIRSEQ, NEEDED, patch
 
 @patch(
     "fairseq_cli.train:add_defaults",
-    why="Ranks that differ in flags or code train a model that none of them asked for; numbers "
-    "without a meaning train, or end in a traceback.",
+    why="Ranks with different flags or code train a wrong model. Numbers without a meaning train, "
+    "or end in a traceback.",
     until="fairseq compares its ranks, and checks its options.",
     kind=NEEDED,
     written_for=("444f1d62",),
 )
 def add_defaults(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Check the options of a training once they are complete.
+    """Check the options of training when they are complete.
 
-    ``fairseq-hydra-train`` imports the plugin in the midst of ``train.main``, which then looks up
-    ``add_defaults``.
+    The target is not ``train.main``, because ``fairseq-hydra-train`` imports the plugin within it.
+    ``train.main`` then calls ``add_defaults``.
     """
 
     @functools.wraps(original)
@@ -56,10 +56,10 @@ def add_defaults(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_save_directory(cfg: Any) -> None:
-    """Try the directory for checkpoints, as fairseq does later.
+    """Check that checkpoints can be written to ``--save-dir``, as fairseq does later.
 
     Raises:
-        UsageError: it cannot be written to.
+        UsageError: the directory is not writable.
     """
     if not distributed_utils.is_master(cfg.distributed_training):
         return
@@ -73,14 +73,14 @@ def check_save_directory(cfg: Any) -> None:
 
 @patch(
     "fairseq_cli.generate:main",
-    why="fairseq-generate leaves out the last batch where its size is no multiple of 8, and "
-    "numbers without a meaning decode, or end in a traceback.",
+    why="fairseq-generate leaves out the last batch if its size is not a multiple of 8. Numbers "
+    "without a meaning decode, or end in a traceback.",
     until="fairseq translates every sentence, and checks its options.",
     kind=MENDS_FAIRSEQ,
     written_for=("7fe3977d",),
 )
 def generate(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Check the options, and use the last batch."""
+    """Check the options of generation, and use the last batch."""
 
     @functools.wraps(original)
     def wrapper(cfg: Any) -> Any:
@@ -101,7 +101,7 @@ def generate(original: Callable[..., Any]) -> Callable[..., Any]:
     written_for=("09227ef1",),
 )
 def interactive(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Check the options."""
+    """Check the options of interactive decoding."""
 
     @functools.wraps(original)
     def wrapper(cfg: Any) -> Any:
@@ -115,14 +115,14 @@ def interactive(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @patch(
     "fairseq_cli.validate:main",
-    why="fairseq-validate leaves out the last batch where its size is no multiple of 8, and opens "
-    "the data folder that a checkpoint names in place of the one that its caller names.",
-    until="fairseq validates on every sentence of the folder that its caller names.",
+    why="fairseq-validate leaves out the last batch if its size is not a multiple of 8. It reads "
+    "the data folder that a checkpoint names instead of the caller's.",
+    until="fairseq validates on every sentence of the caller's folder.",
     kind=MENDS_FAIRSEQ,
     written_for=("02cc88de",),
 )
 def validate(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Check the options, use the last batch, and read the caller's data."""
+    """Check the options of validation, use the last batch, and read the caller's data."""
 
     @functools.wraps(original)
     def wrapper(cfg: Any, override_args: argparse.Namespace | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""What ``fairseq-eval-lm`` evaluates, and what it leaves out."""
+"""Patches of ``fairseq-eval-lm``, which count the tokens that it scores and leaves out."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Evaluation:
-    """What one call of ``fairseq-eval-lm`` evaluates.
+    """Counts of one call of ``fairseq-eval-lm``.
 
     Attributes:
-        scored: counts of the tokens that it scores.
-        split: what there is to score; ``None``: the data set does not know.
+        scored: counts of the scored tokens.
+        split: counts of the tokens of the split; ``None``: the data set does not know its sizes.
     """
 
     scored: Scored = field(default_factory=Scored)
@@ -36,19 +36,19 @@ class Evaluation:
 
 
 current: ContextVar[Evaluation | None] = ContextVar("evaluation", default=None)
-"""The evaluation that runs; its parts are called by fairseq."""
+"""The evaluation that runs. fairseq calls its parts, and passes no argument for it."""
 
 
 @patch(
     "fairseq_cli.eval_lm:main",
-    why="fairseq-eval-lm leaves out samples that are longer than the model's positions, and prints "
-    "a perplexity of 1.00 if those are all.",
+    why="fairseq-eval-lm leaves out samples that are longer than the model's positions. If all "
+    "are, it prints a perplexity of 1.00.",
     until="fairseq counts what it leaves out, and checks its options.",
     kind=MENDS_FAIRSEQ,
     written_for=("38cd77f9",),
 )
 def main(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Check the options, and add the numbers of tokens to the result."""
+    """Check the options of evaluation, and add the numbers of tokens to the result."""
 
     @functools.wraps(original)
     def wrapper(cfg: Any, **kwargs: Any) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def main(original: Callable[..., Any]) -> Callable[..., Any]:
     written_for=("d505d5be",),
 )
 def generate(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Count the tokens that are scored in an evaluation."""
+    """Count the tokens that an evaluation scores."""
 
     @functools.wraps(original)
     def wrapper(self: SequenceScorer, models: Any, sample: Any, **kwargs: Any) -> Any:
@@ -96,16 +96,16 @@ def generate(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @patch(
     "fairseq.tasks.language_modeling:LanguageModelingTask.eval_lm_dataloader",
-    why="With its default --tokens-per-sample 1024, fairseq-eval-lm leaves out the whole text for "
-    "a model with fewer positions.",
+    why="With its default --tokens-per-sample 1024, fairseq-eval-lm leaves out the whole text if a "
+    "model has fewer positions.",
     until="fairseq evaluates at the model's positions, or refuses.",
     kind=MENDS_FAIRSEQ,
     written_for=("02d29f1b",),
 )
 def eval_lm_dataloader(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Cut a split to the model's positions, and count what there is to score.
+    """Cut a split into samples that fit the model's positions, and count its tokens.
 
-    The batches get an attribute ``split``, a :class:`Split` or ``None``.
+    The batches get an attribute ``split``, a :class:`~.left_out.Split` or ``None``.
     """
     signature = inspect.signature(original)
 
@@ -131,13 +131,13 @@ def eval_lm_dataloader(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def cut_to_positions(task: Any, dataset: Any, max_positions: int | None, window: int) -> Any:
-    """Return a split in samples that a model has positions for.
+    """Return a split in samples that fit the model's positions.
 
     Args:
-        task: its ``tokens_per_sample`` changes where it is too large.
-        dataset: a caller's own, which is no split of the task, cannot be cut anew.
-        max_positions: of the model.
-        window: tokens of context before those of a sample.
+        task: the task. If its ``tokens_per_sample`` is too large, the function lowers it.
+        dataset: the split. A data set that is not a split of the task is returned unchanged.
+        max_positions: the model's positions; ``None``: not limited.
+        window: tokens of context before each sample.
 
     Raises:
         UsageError: the context takes all positions.

@@ -1,7 +1,8 @@
-"""Training that a signal interrupts: it finishes the update, saves, and ends with status 128 + n.
+"""Interruption of training by a signal.
 
-The checkpoint is written before a validation that is due, since a scheduler may not wait for that.
-If it does, the validation counts as in a training that is not interrupted.
+Training finishes its update, saves, and ends with status 128 + the signal's number. If a validation
+is due, training saves before it, because a scheduler may not wait. If the scheduler waits, the
+validation counts as in uninterrupted training.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ class Interruption:
         cfg: configuration of the training.
         trainer: its trainer.
         epoch_itr: iterator over the epoch, whose position a checkpoint stores.
-        receiver: receives this process's signals.
+        receiver: receiver of this process's signals.
 
     Attributes:
-        receiver: as given.
-        number: the signal that ends the training, the same on every rank, or 0.
-        saved: whether a checkpoint was saved since this was set to ``False``.
-        val_loss: the first loss of the last validation, where one was done after this update.
+        receiver: the same receiver.
+        number: number of the signal that ends the training, the same on every rank, or 0.
+        saved: whether a checkpoint was saved since the attribute was set to ``False``.
+        val_loss: first loss of the validation after this update; ``None``: there was none.
     """
 
     def __init__(self, cfg: Any, trainer: Any, epoch_itr: Any, receiver: SignalReceiver) -> None:
@@ -51,10 +52,10 @@ class Interruption:
         self.receiver = receiver
 
     def agree(self) -> bool:
-        """Let all ranks know of a signal that one of them has received.
+        """Tell all ranks of a signal that one of them has received. All ranks call it together.
 
         Returns:
-            Whether they did not know of one before.
+            Whether there is a signal that the ranks did not know before.
         """
         if self.number:
             return False
@@ -67,7 +68,7 @@ class Interruption:
         return self.number > 0
 
     def save(self) -> None:
-        """Save, without making the validation loss a candidate for the best one."""
+        """Save a checkpoint, without a validation loss for the choice of the best checkpoint."""
         checkpoint = self._cfg.checkpoint
         path = checkpoint_utils.save_checkpoint(checkpoint, self._trainer, self._epoch_itr, None)
         if self._trainer.is_data_parallel_master and path is None:
@@ -77,7 +78,7 @@ class Interruption:
         self.saved = False
 
     def leave(self) -> None:
-        """End the command, together with all ranks.
+        """End the command on all ranks together.
 
         Raises:
             SystemExit: always, with status 128 + the signal's number.
@@ -97,7 +98,9 @@ class Interruption:
 
 @contextmanager
 def interruptible(cfg: Any, trainer: Any, epoch_itr: Any) -> Iterator[Interruption]:
-    """A context in which signals wait for the end of an update. It sets ``trainer.interruption``.
+    """Return a context in which signals wait for the end of an update.
+
+    It sets ``trainer.interruption``.
 
     Args:
         cfg: configuration of the training.
@@ -105,7 +108,7 @@ def interruptible(cfg: Any, trainer: Any, epoch_itr: Any) -> Iterator[Interrupti
         epoch_itr: iterator over the epoch.
 
     Yields:
-        What is to be done about signals.
+        The interruption.
 
     Raises:
         SystemExit: another process of the training has ended after a signal.
@@ -124,7 +127,7 @@ def interruptible(cfg: Any, trainer: Any, epoch_itr: Any) -> Iterator[Interrupti
             raise SystemExit(128 + number) from None
         finally:
             trainer.interruption = None
-    if receiver.received:  # after the ranks agreed that there was none
+    if receiver.received:  # it came after the ranks had agreed that there was none
         signal.raise_signal(receiver.received)
 
 
@@ -134,7 +137,7 @@ def is_distributed() -> bool:
 
 
 def peers() -> list[int]:
-    """Return the ids of the other ranks' processes that this process can see."""
+    """Return the process ids of the other ranks in this process's id namespace."""
     if not is_distributed():
         return []
     own = (process_namespace(), os.getpid())
@@ -144,7 +147,7 @@ def peers() -> list[int]:
 
 
 def process_namespace() -> tuple[str, int]:
-    """Return what identifies the space of process ids: a machine's, or a container's."""
+    """Return an identifier of the namespace of process ids, which a machine or a container has."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
         return boot, os.stat("/proc/self/ns/pid").st_ino
@@ -153,7 +156,7 @@ def process_namespace() -> tuple[str, int]:
 
 
 def is_of_a_lost_peer(error: Exception) -> bool:
-    """Return whether a collective operation failed, as it does when another rank has ended."""
+    """Return whether an error comes from a collective operation whose peer has ended."""
     if not is_distributed():
         return False
     return isinstance(error, dist.DistError) or "gloo" in str(error)

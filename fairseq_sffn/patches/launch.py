@@ -1,4 +1,4 @@
-"""How fairseq starts processes."""
+"""Patch of the function with which fairseq starts processes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ TORCHRUN = 'start with torchrun --nproc_per_node {} "$(which fairseq-train)" ...
 
 @patch(
     "fairseq.distributed.utils:call_main",
-    why="Processes are counted by GPUs: torchrun does not work on CPUs, where the default backend "
-    "does not work either, or no process is started at all.",
-    until="fairseq reads WORLD_SIZE and LOCAL_RANK, and looks where it runs.",
+    why="fairseq starts one process per GPU. On CPUs, torchrun and the default backend do not "
+    "work, or no process starts at all.",
+    until="fairseq reads WORLD_SIZE and LOCAL_RANK, and detects its device.",
     kind=MENDS_FAIRSEQ,
     written_for=("035131c9",),
 )
 def call_main(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Check the options, do as torchrun says, and choose a backend that the CPUs have."""
+    """Check the options, read torchrun's variables, and choose gloo on CPUs."""
 
     @functools.wraps(original)
     def wrapper(cfg: Any, main: Callable[..., Any], **kwargs: Any) -> Any:
@@ -51,7 +51,7 @@ def call_main(original: Callable[..., Any]) -> Callable[..., Any]:
 def refuse_to_start_nothing(options: Any) -> None:
     """Refuse ``--distributed-init-method`` without GPUs.
 
-    fairseq starts a process for each GPU: without any it ends at once, as if it had trained.
+    fairseq starts a process for each GPU. Without a GPU, it ends at once, as if it had trained.
 
     Raises:
         UsageError: there is no GPU.

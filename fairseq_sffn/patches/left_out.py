@@ -1,4 +1,4 @@
-"""Counts of the tokens that an evaluation uses, and of those that it leaves out."""
+"""Counts of the tokens that an evaluation scores, and of the tokens that it leaves out."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import torch
 
 
 def sizes_of(dataset: Any) -> np.ndarray | None:
-    """Return the tokens of each sample, of its target where it has two sides: (samples,).
+    """Return the number of tokens of each sample: (samples,).
 
-    ``None`` stands for a data set that does not know.
+    In a data set with source and target, target tokens count.
+
+    Returns:
+        The numbers; ``None``: the data set does not know them.
     """
     sizes = getattr(dataset, "sizes", None)
     if sizes is None and hasattr(dataset, "dataset"):
@@ -23,14 +26,14 @@ def sizes_of(dataset: Any) -> np.ndarray | None:
 
 
 def total(sizes: np.ndarray) -> int:
-    """Return the sum of sizes, which have a small integer type."""
+    """Return the sum of sizes in int64. Sizes may have a small integer type."""
     return int(sizes.sum(dtype=np.int64))
 
 
 def binarised_tokens(dataset: Any) -> int:
-    """Return the tokens of the split that a data set was made from, before any were left out.
+    """Return the number of tokens of the split from which a data set was made.
 
-    The innermost data set that knows its sizes has them.
+    The innermost data set that knows its sizes still has all tokens.
     """
     sizes = getattr(dataset, "sizes", None)
     while hasattr(dataset, "dataset"):
@@ -63,10 +66,10 @@ class LeftOut(NamedTuple):
 
 
 def left_out(dataset: Any, kept: Any, indices: Any) -> LeftOut | None:
-    """Return what is left out of a data set; ``None``: nothing is.
+    """Return the samples that are left out of a data set; ``None``: there are none.
 
     Args:
-        dataset: has the samples.
+        dataset: the data set.
         kept: indices of the samples that are used.
         indices: indices of all samples.
     """
@@ -81,12 +84,12 @@ def left_out(dataset: Any, kept: Any, indices: Any) -> LeftOut | None:
 
 @dataclass
 class Scored:
-    """Tokens that ``fairseq-eval-lm`` scores.
+    """Counts of the tokens that ``fairseq-eval-lm`` scores.
 
     Attributes:
-        begin: number of tokens at the beginning of each sample that it does not count (``<s>``).
-        tokens: number of tokens in its loss.
-        impossible: number of tokens that it leaves out because their score is infinite.
+        begin: number of tokens at the start of each sample that do not count (``<s>``).
+        tokens: number of tokens in the loss.
+        impossible: number of tokens that are left out because their score is infinite.
     """
 
     begin: int = 0
@@ -97,7 +100,7 @@ class Scored:
         """Count the tokens of a batch.
 
         Args:
-            hypotheses: as ``SequenceScorer.generate`` returns them.
+            hypotheses: result of ``SequenceScorer.generate``.
         """
         for best, *_ in hypotheses:
             scores = best["positional_scores"][self.begin :]
@@ -108,7 +111,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Split:
-    """The tokens of a split, and those that cannot be scored.
+    """Counts of the tokens of a split, and of those that cannot be scored.
 
     Attributes:
         tokens: number of tokens that ``fairseq-preprocess`` wrote.
@@ -116,8 +119,8 @@ class Split:
         long: number of tokens in samples that are longer than the model's positions.
         long_samples: number of these samples.
         positions: the model's positions.
-        shards: number of shards that the samples are dealt to; one is evaluated.
-        break_mode: the task's ``--sample-break-mode``; ``none`` may split a sentence.
+        shards: number of shards of the samples. One shard is evaluated.
+        break_mode: the task's ``--sample-break-mode``. ``none`` may split a sentence.
     """
 
     tokens: int
@@ -130,7 +133,7 @@ class Split:
 
     @classmethod
     def of(cls, dataset: Any, positions: Any, shards: int, break_mode: Any) -> Split | None:
-        """Return the split that a data set was made from; ``None``: the data set does not know."""
+        """Return the counts of a data set's split; ``None``: the sizes are not known."""
         sizes, too_long = sizes_of(dataset), []
         if sizes is None:
             return None
@@ -141,7 +144,7 @@ class Split:
         return cls(tokens, cut, long, len(too_long), positions, shards, str(break_mode))
 
     def left_out(self, scored: Scored) -> str:
-        """Return in words how many tokens have no part in a result, and why."""
+        """Return in words how many tokens are left out of a result, and why."""
         missing = self.tokens - scored.tokens
         shorter = "" if self.break_mode == "none" else "; --sample-break-mode none scores all"
         reasons = {

@@ -1,4 +1,4 @@
-"""How fairseq builds models."""
+"""Patch of the function with which fairseq builds models."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .registry import NEEDED, patch
 
 @patch(
     "fairseq.models:build_model",
-    why="A model that is loaded to be used would ask for as many processes as trained it, and "
-    "options that replace a checkpoint's are not checked.",
-    until="fairseq checks a model's options, and tells a model that it is loaded to be used.",
+    why="A loaded model would need as many processes as in training. Options that replace those of "
+    "a checkpoint are not checked.",
+    until="fairseq checks a model's options, and tells a model that it is loaded for use.",
     kind=NEEDED,
     written_for=("03d906bb",),
 )
 def build_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Check a model's options, and load a model with all its blocks.
+    """Check a model's options, and load a model with all of its blocks.
 
-    A model that is loaded to be used does not look at the tokens of other processes.
+    A loaded model does not exchange tokens with other processes.
     """
 
     @functools.wraps(original)

@@ -1,4 +1,4 @@
-"""NumPy 2 for fairseq."""
+"""Patch of NumPy 2 for fairseq."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .registry import MENDS_FAIRSEQ, MISSING, patch
     "numpy:compat",
     why="NumPy 2 has no np.compat.long, which TokenBlockDataset uses (--sample-break-mode eos, "
     "generation).",
-    until="fairseq does not use it.",
+    until="fairseq does not use np.compat.long.",
     kind=MENDS_FAIRSEQ,
     written_for=(MISSING,),
 )
 def compat(original: Any) -> Any:
-    """Give the integer type where there is none."""
+    """Add ``np.compat.long`` if it is missing."""
     return types.SimpleNamespace(long=int) if original is None else original

@@ -1,4 +1,4 @@
-"""How fairseq parses command lines."""
+"""Patches of the functions with which fairseq parses command lines."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .registry import MENDS_FAIRSEQ, NEEDED, patch
 
 @patch(
     "fairseq.options:parse_args_and_arch",
-    why="Commands lack --trust-checkpoint and --skip-checksums, and take --bf16 for a TPU.",
-    until="fairseq lets a plugin add flags to its commands, and leaves `tpu` alone.",
+    why="Commands lack --trust-checkpoint and --skip-checksums. With --bf16, they look for a TPU.",
+    until="fairseq lets a plugin add flags to its commands, and does not set `tpu` itself.",
     kind=NEEDED,
     written_for=("062b66d9",),
 )
 def parse_args_and_arch(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the flags for checkpoints, and take ``--bf16`` for the GPU or CPU that there is."""
+    """Add the flags for checkpoints, and run ``--bf16`` on the GPU or CPU."""
 
     @functools.wraps(original)
     def wrapper(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
-        # fairseq calls itself with the same parser.
+        # The function calls itself with the same parser.
         if not FLAGS.keys() & parser._option_string_actions.keys():
             add_flags_to(parser.add_argument_group("checkpoints"))
         parsed = original(parser, *args, **kwargs)
@@ -41,13 +41,13 @@ def parse_args_and_arch(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @patch(
     "fairseq.dataclass.utils:eval_str_list",
-    why="--lr 1..2 and --update-freq 1e999 end in a traceback, and --update-freq 1.5 counts as 1.",
-    until="fairseq gives argparse an error that it knows.",
+    why="--lr 1..2 and --update-freq 1e999 end in a traceback. --update-freq 1.5 counts as 1.",
+    until="fairseq raises an error that argparse handles.",
     kind=MENDS_FAIRSEQ,
     written_for=("fe303f27",),
 )
 def eval_str_list(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Raise ``ValueError``, which argparse reports in one line."""
+    """Raise ``ValueError`` for wrong numbers, which argparse reports in one line."""
 
     @functools.wraps(original)
     def wrapper(x: Any, x_type: Any = float) -> Any:
@@ -65,13 +65,13 @@ def eval_str_list(original: Callable[..., Any]) -> Callable[..., Any]:
 @patch(
     "fairseq.dataclass.utils:_override_attr",
     why="--lr-scheduler polynomial_decay without --total-num-update ends in a traceback: an option "
-    "whose default is another option's value becomes null.",
-    until="fairseq leaves the default of such an option.",
+    "whose default refers to another option becomes null.",
+    until="fairseq keeps the default of such an option.",
     kind=MENDS_FAIRSEQ,
     written_for=("55477efc",),
 )
 def _override_attr(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Leave the default of a number that follows another option."""
+    """Keep the default of a number that refers to another option."""
 
     @functools.wraps(original)
     def wrapper(sub_node: str, data_class: Any, args: Any) -> list[str]:

@@ -1,10 +1,10 @@
-"""How a change of fairseq's own code is declared and applied.
+"""Declaration and application of changes of fairseq's own code.
 
 A module of this package declares each of its changes once::
 
     @patch(
         "fairseq.checkpoint_utils:verify_checkpoint_directory",
-        why="fairseq ends in a traceback where --save-dir cannot be written to.",
+        why="fairseq ends in a traceback if --save-dir cannot be written to.",
         until="fairseq names the flag and the reason.",
         kind=MENDS_FAIRSEQ,
         written_for=("1f0c2a9d",),
@@ -17,7 +17,8 @@ A module of this package declares each of its changes once::
 
         return wrapper
 
-A target has one patch, so that the order in which patches are applied does not matter.
+A target has only one patch. The order in which patches are applied therefore does not matter. The
+module must be in ``MODULES`` of this package's ``__init__.py``.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ MENDS_FAIRSEQ: Kind = "mends fairseq"
 MARK = "fairseq_sffn_patch"
 """Attribute of a replacement that names its target."""
 ORIGINAL = "fairseq_sffn_original"
-"""Attribute of a replacement that holds what it stands for."""
+"""Attribute of a replacement that holds the original."""
 MISSING = "missing"
-"""Stands for the fingerprint of a target that is not there."""
+"""Fingerprint of a target that does not exist."""
 WRITTEN_FOR = "ve-fairseq 0.12.3"
-"""The fairseq whose fingerprints the patches name."""
+"""The distribution of fairseq for which the patches name fingerprints."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,15 @@ class Patch:
 
     Attributes:
         target: ``module:name`` or ``module:Class.name``.
-        replace: takes the original, or ``None`` where the target is missing, and returns what
-            stands in its place; the original itself where nothing is to be changed.
-        why: one sentence: what fails without it.
-        until: when the patch can go.
-        kind: whether the plugin needs it, or fairseq is mended for every model.
-        written_for: fingerprints of the originals that it was written for, see
+        replace: takes the original, or ``None`` if the target is missing, and returns the
+            replacement. It returns the original itself to change nothing.
+        why: what fails without the patch.
+        until: condition under which the patch can be removed.
+        kind: whether the plugin needs the patch, or it mends fairseq for every model.
+        written_for: fingerprints of the originals for which it was written; see
             :func:`fingerprint`.
         members: for a class, the names of the members that the fingerprint covers.
-        importers: names of modules that have imported the target by its name.
+        importers: names of modules that import the target by name.
     """
 
     target: str
@@ -74,7 +75,7 @@ class Patch:
     importers: tuple[str, ...] = ()
 
     def owner(self) -> tuple[Any, str]:
-        """Return the module or class that has the target as an attribute, and the attribute."""
+        """Return the module or class that has the target as an attribute, and its name there."""
         module, _, path = self.target.partition(":")
         owner: Any = importlib.import_module(module)
         *classes, name = path.split(".")
@@ -83,12 +84,12 @@ class Patch:
         return owner, name
 
     def current(self) -> Any:
-        """Return what the target is now; ``None``: it is missing."""
+        """Return the target's current value; ``None``: it is missing."""
         owner, name = self.owner()
         return getattr(owner, name, None)
 
     def original(self) -> Any:
-        """Return fairseq's own; ``None``: the target is missing without the patch."""
+        """Return fairseq's own value of the target; ``None``: it is missing without the patch."""
         current = self.current()
         return getattr(current, ORIGINAL) if self.is_applied() else current
 
@@ -97,21 +98,21 @@ class Patch:
         return getattr(self.current(), "__dict__", {}).get(MARK) == self.target
 
     def found(self) -> str | None:
-        """Return the fingerprint of the original; ``None``: its source is not there."""
+        """Return the fingerprint of the original; ``None``: there is no source."""
         return fingerprint(self.original(), self.members)
 
     def fits(self) -> bool:
-        """Return whether the original is one that the patch was written for.
+        """Return whether the patch was written for the original.
 
-        An original without its source counts as one.
+        An original without source counts as such.
         """
         return self.found() in (None, *self.written_for)
 
     def apply(self) -> None:
         """Replace the target, unless it has been replaced already.
 
-        Warns in one line if the original is not one that the patch was written for, and leaves a
-        target alone that is missing without being expected to.
+        The function logs a warning if the patch was not written for the original. It also logs a
+        warning, and does nothing, if the target is unexpectedly missing.
         """
         if self.is_applied():
             return
@@ -152,7 +153,11 @@ def patch(
     members: Iterable[str] = (),
     importers: Iterable[str] = (),
 ) -> Callable[[Callable[[Any], Any]], Patch]:
-    """Return a decorator that makes a :class:`Patch` of a function that wraps the original."""
+    """Return a decorator that makes a :class:`Patch` of a function that wraps the original.
+
+    Args:
+        target, why, until, kind, written_for, members, importers: see :class:`Patch`.
+    """
 
     def declare(replace: Callable[[Any], Any]) -> Patch:
         covered, copies = tuple(members), tuple(importers)
@@ -167,18 +172,18 @@ def fingerprint(original: Any, members: Iterable[str] = ()) -> str | None:
     White space does not count.
 
     Args:
-        original: the function or class; ``None`` stands for one that is missing.
-        members: of a class, the names of the members that count.
+        original: the function or class; ``None``: it is missing.
+        members: for a class, the names of the members that count.
 
     Returns:
-        ``None`` where the source is not there.
+        The hash, or ``MISSING``; ``None``: there is no source.
     """
     if original is None:
         return MISSING
     parts = [getattr(original, name) for name in members] or [original]
     digest = hashlib.sha256()
     for part in parts:
-        source: Any = getattr(part, "fget", part)  # of a property
+        source: Any = getattr(part, "fget", part)  # the function of a property
         try:
             digest.update("".join(inspect.getsource(source).split()).encode())
         except (OSError, TypeError):

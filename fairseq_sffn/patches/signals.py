@@ -1,4 +1,4 @@
-"""Signals that ask a process to stop, received in a thread of their own."""
+"""Signals that ask a process to stop, received in a separate thread."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from multiprocessing.connection import wait
 from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""What a terminal, a scheduler or a person sends to a process that has to stop."""
+"""Signals by which a terminal, a scheduler or a person asks a process to stop."""
 REPEAT_SECONDS = 1.0
-"""A signal within this time after the first one is a copy of it: ``timeout`` sends it twice."""
+"""Time after the first signal in which signals are copies of it: ``timeout`` sends two."""
 LAUNCHED_REPEAT_SECONDS = 10.0
-"""Time within which a signal is a copy where a scheduler and a launcher both send it."""
+"""The same time under a launcher: the scheduler and the launcher both send the signal."""
 DEFAULT_HANDLERS = (signal.SIG_DFL, signal.default_int_handler)
 
 
 class SignalReceiver:
     """Context manager that records signals instead of letting them end the process.
 
-    Python runs signal handlers between two bytecodes of the main thread, and that thread may be
-    waiting in a collective operation for a process that has gone. A thread therefore reads the
-    signals. It ends the process at once where nothing is left to wait for: after a second signal,
-    and after a signal when another process of the training has ended.
+    Python runs signal handlers between two bytecodes of the main thread. But the main thread may
+    wait in a collective operation for a process that has ended. Another thread therefore reads the
+    signals. It ends the process at once after a second signal, or if another process of the
+    training has ended after a signal.
 
-    A signal that is ignored, or has a handler of the caller's, keeps it. Nothing is recorded
-    outside the main thread, where Python cannot set handlers.
+    Ignored signals stay ignored, and handlers of the caller stay. Outside of the main thread,
+    Python cannot set handlers, and nothing is recorded.
 
     Args:
-        peers: ids of the processes that this one cannot do without.
-        launched: whether a launcher, such as torchrun, has started this process. It sends signals
-            of its own when a scheduler has sent them to everybody, or when a process has ended.
+        peers: ids of the processes without which this process cannot go on.
+        launched: whether a launcher, such as torchrun, has started this process. A launcher sends
+            its own signals when a scheduler signals all processes, or when a process has ended.
 
     Attributes:
         received: number of the first signal, or 0.
@@ -51,7 +51,8 @@ class SignalReceiver:
     def __enter__(self) -> SignalReceiver:
         if threading.current_thread() is not threading.main_thread():
             return self
-        # A launcher forwards only signals that are meant, also where a shell has it ignore them.
+        # Also replace ignored handlers under a launcher: a shell may have set them, and the
+        # launcher forwards only signals that are meant for its processes.
         replaced = (*DEFAULT_HANDLERS, *([signal.SIG_IGN] if self._launched else []))
         self._handlers = {
             number: handler
@@ -66,7 +67,7 @@ class SignalReceiver:
         self._thread.start()
         self._old_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in self._handlers:
-            # Python writes the number to the socket, whatever the handler does.
+            # Python writes the number to the socket before the handler runs.
             signal.signal(number, lambda *_: None)
         return self
 
@@ -83,7 +84,7 @@ class SignalReceiver:
         self._writer.close()
 
     def _watch(self) -> None:
-        """Read signals, and watch the peers, until a zero is read."""
+        """Read signals and watch the peers until a zero is read."""
         peers, peer_ended = open_processes(self._peers)
         waiting: list[Any] = [self._reader, *peers]
         try:
@@ -114,11 +115,11 @@ class SignalReceiver:
 
 
 def open_processes(ids: Iterable[int]) -> tuple[list[int], bool]:
-    """Open processes, so that their end can be waited for.
+    """Open file descriptors of processes, which become readable when the processes end.
 
     Returns:
-        File descriptors, none where the system has no such descriptors; and whether a process has
-        ended already.
+        The descriptors, none if the system does not support them; and whether a process has already
+        ended.
     """
     descriptors: list[int] = []
     ended = False
@@ -133,7 +134,7 @@ def open_processes(ids: Iterable[int]) -> tuple[list[int], bool]:
 
 
 def end_at_once(number: int, reason: str) -> None:
-    """End the process, whatever its other threads do, with the exit status of a signal."""
+    """End the process at once with the exit status of a signal, whatever other threads do."""
     line = f"{signal.Signals(number).name}: {reason}; ends without saving\n"
     # Logging could wait for a lock that the main thread holds.
     os.write(2, line.encode())
@@ -141,10 +142,10 @@ def end_at_once(number: int, reason: str) -> None:
 
 
 def survive_signals_of_others(worker: int) -> None:
-    """Let a process that loads data ignore signals, except its parent's SIGTERM.
+    """Make a data-loading process ignore signals, except its parent's SIGTERM.
 
-    Launchers and terminals send signals to whole groups of processes. The parent needs batches
-    until it has finished an update, and then ends the process itself.
+    Launchers and terminals send signals to whole process groups. The parent needs batches until it
+    has finished its update. Then it ends the process itself.
 
     Args:
         worker: number of the process, which a ``DataLoader`` passes.

@@ -1,10 +1,14 @@
-"""What the configuration that a checkpoint holds may say.
+"""Rules for the configuration in a checkpoint.
 
-fairseq builds the task, the model and the criterion that a stored configuration names, evaluates
-some of its strings as Python and opens the files that others name. A checkpoint can come from
-anybody, so only the names below are accepted; numbers, switches and choices are accepted by the
-types of the registered options; and a string is accepted by a rule for its option, or not at all.
-What names a file or folder is replaced by the option's default: the caller says where files are.
+fairseq builds the task, the model and the criterion that a stored configuration names. It evaluates
+some strings as Python, and opens the files that other strings name. A checkpoint may come from
+anybody. Therefore:
+
+- A configuration may only name the tasks, criterions, tokenizers and encoders below, and models of
+  known classes.
+- Numbers, switches and choices must have the types of the registered options.
+- A string must follow the rule for its option (:mod:`..checkpoints.stored_strings`).
+- Names of files and folders are replaced by the option's default. The caller says where files are.
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "tokenizer": TOKENIZERS,
     "bpe": BPES,
 }
-"""Group of options -> what it may name. Models are told by their class."""
+"""Option group -> names that it may choose. Models are accepted by their class."""
 
 FILES = frozenset(
     (
@@ -52,7 +56,7 @@ FILES = frozenset(
         *("gpt2_encoder_json", "gpt2_vocab_bpe", "use_plasma_view", "tpu"),
     )
 )
-"""Options that name files, folders, addresses or devices, which fairseq would open."""
+"""Options that name files, folders, addresses or devices that fairseq would open."""
 
 
 GROUPS: dict[str, Any] = {
@@ -60,24 +64,24 @@ GROUPS: dict[str, Any] = {
     for name, group in FairseqConfig.__dataclass_fields__.items()
     if is_dataclass(group.type)
 }
-"""Groups of options that every command has -> their dataclasses."""
+"""Option group that every command has -> dataclass."""
 BUILT = ("model", "task", "criterion", "tokenizer", "bpe")
-"""Groups from which loading builds something. What an option may not be is refused there, and
-replaced by the option's default elsewhere."""
+"""Option groups from which loading builds an object. Wrong values are refused in these groups, and
+replaced by defaults in other groups."""
 RECORDED = ("optimizer", "lr_scheduler", "scoring")
-"""Groups from which loading builds nothing."""
+"""Option groups from which loading builds no object."""
 
 
 def safe_state(state: dict[str, Any], path: str, overrides: Mapping[str, Any]) -> None:
-    """Replace the configuration in a checkpoint by what it may say, in place.
+    """Replace the configuration in a checkpoint by its accepted options, in place.
 
     Args:
-        state: what :func:`.reading.read_file` read.
+        state: content of the checkpoint; see :func:`~..checkpoints.reading.read_file`.
         path: the file, for messages.
-        overrides: options that the caller gives; files that a tokenizer needs are among them.
+        overrides: options of the caller, such as the files of a tokenizer.
 
     Raises:
-        UsageError: names what is refused.
+        UsageError: the configuration is refused. The message names the option and the value.
     """
     try:
         if state.get("cfg") is not None:
@@ -92,10 +96,14 @@ def safe_state(state: dict[str, Any], path: str, overrides: Mapping[str, Any]) -
 
 
 def safe_configuration(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration with what may be used of a stored one.
+    """Return a configuration with the accepted options of a stored one.
+
+    Args:
+        stored: the stored configuration.
+        overrides: options of the caller.
 
     Raises:
-        UsageError: names what is refused.
+        UsageError: the configuration is refused.
     """
     result: dict[str, Any] = {}
     for group, dataclass in GROUPS.items():
@@ -123,8 +131,15 @@ def safe_configuration(stored: Mapping[str, Any], overrides: Mapping[str, Any]) 
 
 
 def lacks_files(group: str, options: Mapping[str, Any] | None, given: Mapping[str, Any]) -> bool:
-    """Return whether a tokenizer or encoder cannot be built without files that the caller does not
-    name, and say so."""
+    """Return whether a tokenizer or encoder needs files that the caller does not name.
+
+    The function logs a warning in this case.
+
+    Args:
+        group: ``tokenizer`` or ``bpe``.
+        options: the options of the group.
+        given: options of the caller.
+    """
     files = [name for name in options or () if name in FILES and name not in given]
     if files and options is not None:
         logger.warning(
@@ -135,15 +150,16 @@ def lacks_files(group: str, options: Mapping[str, Any] | None, given: Mapping[st
 
 
 def safe_arguments(stored: Namespace, overrides: Mapping[str, Any]) -> Namespace:
-    """Return what may be used of the arguments that fairseq before 0.10 stored in place of a
-    configuration.
+    """Return the accepted options of stored arguments.
+
+    fairseq before 0.10 stored arguments instead of a configuration.
 
     Args:
         stored: the arguments.
-        overrides: options that the caller gives.
+        overrides: options of the caller.
 
     Raises:
-        UsageError: names what is refused.
+        UsageError: the arguments are refused.
     """
     given = vars(stored)
     result: dict[str, Any] = {}
@@ -156,7 +172,7 @@ def safe_arguments(stored: Namespace, overrides: Mapping[str, Any]) -> Namespace
     for group in ("tokenizer", "bpe"):
         if (name := given.get(group)) is not None and (dataclass := dataclass_of(group, name)):
             options = safe_options(group, given, dataclass)
-            if dataclass is Bare:  # fairseq cannot read these of a Namespace
+            if dataclass is Bare:  # fairseq cannot read these options from a Namespace
                 logger.warning(f"the checkpoint's {group}, {name}, is left out: name it yourself")
             elif not lacks_files(group, {**options, "_name": name}, overrides):
                 result = {**options, **result, group: name}
@@ -164,7 +180,11 @@ def safe_arguments(stored: Namespace, overrides: Mapping[str, Any]) -> Namespace
 
 
 def options_of(group: str, stored: Any) -> dict[str, Any]:
-    """Return the options of a group, which fairseq stores as a dictionary or a ``Namespace``."""
+    """Return the options of a group, which is stored as a dictionary or a ``Namespace``.
+
+    Raises:
+        UsageError: the group is neither.
+    """
     options = vars(stored) if isinstance(stored, Namespace) else stored
     if not isinstance(options, dict):
         raise UsageError(f"its {group} is not a group of options")
@@ -172,11 +192,14 @@ def options_of(group: str, stored: Any) -> dict[str, Any]:
 
 
 def dataclass_of(group: str, name: Any) -> type | None:
-    """Return the dataclass with the options of what a group names; ``None`` where nothing is to be
-    kept of it.
+    """Return the dataclass with the options of a group's choice; ``None``: no option is kept.
+
+    Args:
+        group: the option group.
+        name: the choice.
 
     Raises:
-        UsageError: a checkpoint may not name this.
+        UsageError: a checkpoint may not choose this name.
     """
     known = isinstance(name, str)
     if group == "model":
@@ -199,18 +222,24 @@ def dataclass_of(group: str, name: Any) -> type | None:
 
 
 class Bare:
-    """What is built without options."""
+    """Options of a tokenizer or encoder that has none."""
 
     __dataclass_fields__: typing.ClassVar[dict[str, Field[Any]]] = {}
 
 
 def safe_options(group: str, stored: Any, dataclass: type) -> dict[str, Any]:
-    """Return the options of a dataclass that a group may set.
+    """Return the accepted options of a group.
 
-    Options that the dataclass does not have are left out, as fairseq does.
+    Options that the dataclass does not have are left out, as in fairseq.
+
+    Args:
+        group: the option group.
+        stored: its stored options.
+        dataclass: the dataclass with the types of the options.
 
     Raises:
-        UsageError: names an option and a value from which something would be built.
+        UsageError: a value is not accepted, and an object would be built from it. The message names
+            the option and the value.
     """
     options = options_of(group, stored)
     result = {}
@@ -230,13 +259,13 @@ def safe_options(group: str, stored: Any, dataclass: type) -> dict[str, Any]:
 
 
 def options_in(dataclass: type) -> Iterator[Field[Any]]:
-    """Yield the options of a dataclass, without the name of what has them."""
+    """Return the options of a dataclass without ``_name``."""
     of_dataclass = fields(dataclass) if is_dataclass(dataclass) else ()
     return (option for option in of_dataclass if option.name != "_name")
 
 
 def types_of(option: Field[Any]) -> tuple[Any, ...]:
-    """Return the type of an option; of an optional one, without ``None``."""
+    """Return the types of an option, without ``None``."""
     union = typing.get_origin(option.type) is typing.Union
     return tuple(
         kind for kind in (typing.get_args(option.type) if union else (option.type,)) if kind
@@ -244,7 +273,7 @@ def types_of(option: Field[Any]) -> tuple[Any, ...]:
 
 
 def accepts(option: Field[Any], value: Any) -> bool:
-    """Return whether a checkpoint may say this of an option."""
+    """Return whether a checkpoint may set an option to a value."""
 
     def is_a(kind: Any) -> bool:
         if isinstance(value, str):
@@ -267,8 +296,11 @@ def accepts(option: Field[Any], value: Any) -> bool:
 
 
 def default_of(option: Field[Any]) -> Any:
-    """Return an option's default; where it is an option that every command has, that one's; where
-    it is another option of a model, ``None``."""
+    """Return the default of an option.
+
+    If the default refers to an option that every command has, the result is the default of that
+    option. If it refers to another option, the result is ``None``.
+    """
     default = option.default_factory() if callable(option.default_factory) else option.default
     if isinstance(default, str) and (other := re.fullmatch(r"\$\{(\w+)\.(\w+)\}", default)):
         group, name = other.groups()
@@ -278,6 +310,6 @@ def default_of(option: Field[Any]) -> Any:
 
 
 def short(value: Any) -> str:
-    """Return a value as it is shown in a message."""
+    """Return a value as text for a message, at most about 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

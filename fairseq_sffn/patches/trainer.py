@@ -1,4 +1,4 @@
-"""The trainer: fairseq's, with what sparse layers and several processes need."""
+"""fairseq's trainer, extended for sparse layers and several processes."""
 
 from __future__ import annotations
 
@@ -26,15 +26,14 @@ from .workers import keep_workers
 
 
 class SFFNTrainer(StepTrainer, CheckpointTrainer):
-    """Trains models, in one process or several.
+    """Trains models in one process or several.
 
     Args:
-        cfg: configuration; an ``argparse.Namespace`` is converted.
-        task, model, criterion: what fairseq's trainer takes.
-        quantizer: of fairseq's quantization.
+        cfg: the configuration. An ``argparse.Namespace`` is converted.
+        task, model, criterion, quantizer: see fairseq's trainer.
 
     Attributes:
-        metric_checked: whether ``--best-checkpoint-metric`` is known to be one of validation.
+        metric_checked: whether validation is known to give ``--best-checkpoint-metric``.
 
     Raises:
         UsageError: options, model and criterion do not fit together, or differ between ranks.
@@ -50,7 +49,7 @@ class SFFNTrainer(StepTrainer, CheckpointTrainer):
             name = getattr(cfg.criterion, "_name", None) or type(criterion).__name__
             check_criterion(ours, criterion, str(name))
         if cfg.common.amp and cfg.common.bf16:
-            # fairseq would scale the loss of a model in bf16, and compute some of it in fp16.
+            # fairseq would scale the loss of a bf16 model, and compute some operations in fp16.
             raise UsageError("--amp: not with --bf16")
         check_precision(cfg.common, ("fp16", "amp"))
         take_over_asynchronous_writing(cfg.checkpoint)
@@ -78,20 +77,22 @@ class SFFNTrainer(StepTrainer, CheckpointTrainer):
         """Do forward, backward and parameter update.
 
         Raises:
-            UsageError: a checkpoint could not be written in the background.
+            UsageError: the background thread could not write a checkpoint.
         """
         result = super().train_step(samples, raise_oom)
         if self.writer is not None:
-            self.writer.check()  # after each update, so that no more are lost
+            self.writer.check()  # after each update, so that no more updates are lost
         return result
 
     def valid_step(self, sample: Any, raise_oom: bool = False) -> Any:
-        """Do a forward pass in evaluation mode, log what the validation set leaves out, and save
-        where a signal has come."""
+        """Do a forward pass in evaluation mode.
+
+        The function also logs what the validation set leaves out, and saves after a signal.
+        """
         result = super().valid_step(sample, raise_oom)
         if self._left_out is not None:
             log_left_out(self._left_out)
-        # With ``raise_oom`` fairseq repeats a step on the one rank that ran out of memory.
+        # With ``raise_oom``, fairseq repeats a step only on the rank that ran out of memory.
         if self.interruption is not None and not raise_oom and self.interruption.agree():
             self.interruption.save()
         return result
@@ -103,14 +104,14 @@ def log_left_out(found: LeftOut) -> None:
     if found.tokens is not None and found.of_tokens is not None:
         unit, number, of = "tokens", found.tokens, found.of_tokens
     for place, (name, count) in enumerate({f"left_out_{unit}": number, unit: of}.items()):
-        # In a tensor, since fairseq rounds other numbers to six digits.
+        # A tensor, because fairseq rounds other numbers to six digits.
         metrics.log_scalar(name, torch.tensor(count), weight=0, priority=10**6 + place)
 
 
 @patch(
     "fairseq.trainer:Trainer",
-    why="fairseq's trainer averages the gradients of sharded blocks over all ranks, saves one "
-    "rank's blocks as everybody's, and resumes with another state than it had.",
+    why="fairseq's trainer averages the gradients of sharded blocks over all ranks, saves the "
+    "blocks of one rank only, and does not restore all of its state.",
     until="fairseq lets a plugin name its trainer.",
     kind=NEEDED,
     written_for=("622643ab",),
@@ -122,4 +123,5 @@ def log_left_out(found: LeftOut) -> None:
     importers=("fairseq_cli.train",),
 )
 def trainer(original: type[Trainer]) -> type[Trainer]:
+    """Return :class:`SFFNTrainer`, a subclass of the original."""
     return SFFNTrainer

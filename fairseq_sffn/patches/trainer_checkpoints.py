@@ -1,4 +1,4 @@
-"""How a trainer saves and loads checkpoints."""
+"""Saving and loading of checkpoints by the trainer."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ logger = logging.getLogger(__name__)
 
 
 class ForTraining(NamedTuple):
-    """What a trainer needs of the checkpoint that it loads.
+    """Needs of a trainer that loads a checkpoint.
 
     Attributes:
-        part: the rows of the sharded parameters.
-        average: whether it needs a moving average.
-        verified: real paths of files that have been compared with their checksums.
+        part: the part of the sharded parameters.
+        average: whether the trainer needs a moving average.
+        verified: real paths of files whose checksums were already compared.
     """
 
     part: Part
@@ -46,16 +46,16 @@ class ForTraining(NamedTuple):
 
 
 loading_for: ContextVar[ForTraining | None] = ContextVar("loading_for", default=None)
-"""Set while a trainer loads a checkpoint: fairseq's function that reads the file is not told."""
+"""Set while a trainer loads a checkpoint. fairseq's reading function has no argument for it."""
 
 
 class CheckpointTrainer(Trainer):
-    """A trainer that stores all of a training's state, in parts where blocks are sharded.
+    """A trainer that saves and restores all state of a training, in parts if blocks are sharded.
 
     Attributes:
-        interruption: what is to be done about signals, during an epoch.
-        writer: writes checkpoints in a thread, with ``--write-checkpoints-asynchronously``.
-        verified: files of the checkpoint to load that have been compared with their checksums.
+        interruption: the handling of signals during an epoch; ``None``: outside of an epoch.
+        writer: the thread that writes checkpoints, with ``--write-checkpoints-asynchronously``.
+        verified: real paths of files of the checkpoint whose checksums were already compared.
     """
 
     def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
@@ -67,7 +67,7 @@ class CheckpointTrainer(Trainer):
         super().__init__(cfg, *args, **kwargs)
 
     def save_with_parts(self, cfg: Any, save: Any) -> Any:
-        """Save checkpoints by fairseq's function, with the parts of all ranks.
+        """Save checkpoints with the parts of all ranks.
 
         Args:
             cfg: the group ``checkpoint``.
@@ -80,15 +80,24 @@ class CheckpointTrainer(Trainer):
             self._saves_together = False
 
     def save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> str | None:
-        """Save all training state in a file. Where blocks are sharded, all ranks write their parts
-        before, unless fairseq saves after a failure.
+        """Save all training state in a file.
+
+        If blocks are sharded, all ranks write their parts first. If fairseq saves after a failure,
+        a sharded checkpoint is not written.
+
+        Args:
+            filename: the file.
+            extra_state: fairseq's state outside of the trainer.
+
+        Returns:
+            Path of the file; ``None``: this rank writes no file.
 
         Raises:
             UsageError: a file cannot be written.
         """
         sharded = expert_parallel_of(self.get_model()) > 1
         if sharded and not self._saves_together:
-            # fairseq saves on the rank that fails, while the others wait for its part of theirs.
+            # fairseq saves on the rank that fails. The other ranks do not save their parts.
             logger.warning(f"{filename}: not written, since this rank has its own blocks only")
             return None
         if not self.should_save_checkpoint_on_current_rank:
@@ -102,20 +111,23 @@ class CheckpointTrainer(Trainer):
         state["extra_state"] |= extra_state | training_state.extra_state(self)
         loss = None if self.interruption is None else self.interruption.val_loss
         if loss is not None and extra_state.get("val_loss") is None:
-            # At the end of an epoch the schedule of the learning rate has yet to be told.
+            # At the end of an epoch, the learning rate schedule still needs this loss.
             state["extra_state"]["val_loss"] = loss
         write_checkpoint(state, filename)
         logger.info(f"Finished saving checkpoint to {path}")
         return path
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the training's state. Beside fairseq's it has the names of the parameters and,
-        where blocks are sharded, the name of the folder with the parts in their place."""
+        """Return the state of the training.
+
+        It has fairseq's entries and the names of the parameters. If blocks are sharded, it names
+        the folder of the parts in place of the sharded parameters.
+        """
         state = super().state_dict()
         schedule = state["optimizer_history"][-1]["lr_scheduler_state"]
         if counted := training_state.schedule_state(self.lr_scheduler):
             state["optimizer_history"][-1]["lr_scheduler_state"] = schedule | counted
-        if self.is_fsdp:  # whose parameters are pieces of several
+        if self.is_fsdp:  # its flat parameters have no names of their own
             return state
         part = part_of(self)
         state[KEY] = {"parameters": part.parameters, "sharded": list(part.sharded)}
@@ -134,12 +146,19 @@ class CheckpointTrainer(Trainer):
         optimizer_overrides: dict[str, Any] | None = None,
         reset_meters: bool = False,
     ) -> dict[str, Any] | None:
-        """Load all training state from a file, at any number of parts.
+        """Load all training state from a checkpoint with any number of parts.
 
-        The configuration in the file is not looked at: a training has its own.
+        The stored configuration is ignored, because training has its own.
+
+        Args:
+            filename: the checkpoint.
+            reset_optimizer, reset_lr_scheduler, optimizer_overrides, reset_meters: see fairseq.
+
+        Returns:
+            fairseq's state outside of the trainer; ``None``: there is no checkpoint.
 
         Raises:
-            UsageError: training cannot go on from it.
+            UsageError: training cannot resume from the checkpoint.
         """
         try:
             with self._loading(filename, reset_optimizer):
@@ -170,7 +189,7 @@ class CheckpointTrainer(Trainer):
     def _restore_progress(
         self, filename: str, extra_state: dict[str, Any], reset_lr_scheduler: bool
     ) -> None:
-        """Go on at the stored update and in its schedule, also without optimizer state."""
+        """Continue at the stored update and in its schedule, also without optimizer state."""
         last = self._optim_history[-1]
         stored, without = last.get("num_updates"), not self.get_num_updates()
         if not reset_lr_scheduler and stored:
@@ -186,12 +205,12 @@ class CheckpointTrainer(Trainer):
             )
         data, loss = extra_state.get("train_iterator", {}), extra_state.get("val_loss")
         if not reset_lr_scheduler and loss is not None and data.get("iterations_in_epoch") == 0:
-            # fairseq saves at the end of an epoch before it tells the schedule the loss.
+            # At the end of an epoch, fairseq saves before it passes the loss to the schedule.
             self.lr_step(data["epoch"] - 1, loss)
 
     @contextmanager
     def _loading(self, filename: str, reset_optimizer: bool) -> Iterator[None]:
-        """A context in which fairseq reads what this process needs of a checkpoint."""
+        """Return a context in which fairseq reads what this process needs of a checkpoint."""
         if self.is_fsdp:
             part, on_all_ranks = Part(), False
         else:
@@ -203,7 +222,7 @@ class CheckpointTrainer(Trainer):
         with open_dict(options):
             options.load_checkpoint_on_all_dp_ranks = before or on_all_ranks
         try:
-            # What rank 0 sends to the others in place of tensors.
+            # Rank 0 sends this class to the others in place of tensors.
             with torch.serialization.safe_globals([distributed_utils._TensorPlaceholder]):
                 yield
         finally:
@@ -213,7 +232,7 @@ class CheckpointTrainer(Trainer):
 
 
 def is_in_parts(filename: str) -> bool:
-    """Return whether a file is there, and names a folder with parts."""
+    """Return whether a file exists and names a folder with parts."""
     if not PathManager.isfile(filename):
         return False
     local = PathManager.get_local_path(filename)
@@ -221,7 +240,9 @@ def is_in_parts(filename: str) -> bool:
 
 
 def is_about_content(error: Exception) -> bool:
-    """Return whether fairseq fails because of what a checkpoint holds, not because of the machine
-    or another process."""
+    """Return whether an error comes from the content of a checkpoint.
+
+    Other errors come from the machine or from another process.
+    """
     odd = (AssertionError, AttributeError, LookupError, TypeError, ValueError)
     return isinstance(error, odd) or type(error) is Exception

@@ -1,4 +1,4 @@
-"""How a trainer computes an update and a validation step."""
+"""Computation of updates and validation steps by the trainer."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ logger = logging.getLogger(__name__)
 class StepTrainer(Trainer):
     """A trainer for models whose ranks hold different blocks, on CPUs too.
 
-    Each micro-batch counts by itself. fairseq counts none of a rank's micro-batches where the last
-    one of an update is a dummy, and counts a dummy that is not the last as if it were real. It then
-    divides gradients by another number of tokens than they come from.
+    Each micro-batch counts by itself. If the last micro-batch of an update is a dummy, fairseq
+    counts none of the rank's micro-batches. A dummy that is not the last one counts as real.
+    fairseq then divides gradients by the wrong number of tokens.
     """
 
     _grad_norm_buf: Tensor | None
@@ -46,27 +46,29 @@ class StepTrainer(Trainer):
         self._is_dummy = False
         super().__init__(*args, **kwargs)
         if self._grad_norm_buf is None and self.data_parallel_world_size > 1:
-            # fairseq compares the norms of the ranks' gradients on GPUs only.
+            # fairseq compares the gradient norms of ranks on GPUs only.
             self._grad_norm_buf = torch.zeros(self.data_parallel_world_size, dtype=torch.float64)
 
     @property
     def model(self) -> nn.Module:
-        """The model, wrapped for data parallel training."""
+        """The model, wrapped for data-parallel training."""
         if self._wrapped_model is None and self.use_distributed_wrapper:
             self._wrapped_model = self._distribute(self._model)
         return super().model
 
     @property
     def criterion(self) -> nn.Module:
-        """The criterion, wrapped for data parallel training where it has parameters."""
+        """The criterion, wrapped for data-parallel training if it has parameters."""
         unwrapped = self._wrapped_criterion is None and has_parameters(self._criterion)
         if unwrapped and self.use_distributed_wrapper:
             self._wrapped_criterion = self._distribute(self._criterion)
         return super().criterion
 
     def _distribute(self, module: nn.Module) -> nn.Module:
-        """Wrap a module so that gradients are averaged over processes; an expert's are averaged
-        over its replicas."""
+        """Wrap a module for data-parallel training.
+
+        Gradients are averaged over processes, and those of sharded parameters over replicas.
+        """
         options, group = self.cfg.distributed_training, self.data_parallel_process_group
         shards = expert_parallel_of(module)
         if shards > 1:
@@ -93,16 +95,17 @@ class StepTrainer(Trainer):
     def _prepare_sample(self, sample: Any, is_dummy: bool = False) -> tuple[Any, bool]:
         """Move a micro-batch to the device.
 
-        A rank without sentences left gets some that it has had, a dummy. They must not count in the
-        balance of the blocks, which is that of all ranks' tokens.
+        A rank without sentences left repeats old ones: a dummy. Its tokens must not count in the
+        balance of the blocks, which includes the tokens of all ranks.
 
         Returns:
-            The sample, and whether it is a dummy; in training ``False``, see :meth:`train_step`.
+            The sample, and whether it is a dummy. In training, the second value is ``False``, and
+            :meth:`_drop_dummy` handles dummies.
         """
         sample, is_dummy = super()._prepare_sample(sample, is_dummy)
         if is_dummy and plugin_model_in(self.get_model()) is not None:
             sample = {**sample, "net_input": {**sample["net_input"], "is_dummy": True}}
-        if not self.model.training:  # validation has one micro-batch at a time
+        if not self.model.training:  # validation has one micro-batch per step
             return sample, is_dummy
         self._is_dummy = is_dummy
         return sample, False
@@ -110,8 +113,8 @@ class StepTrainer(Trainer):
     def train_step(self, samples: list[Any], raise_oom: bool = False) -> Any:
         """Do forward, backward and parameter update.
 
-        A rank that is out of memory fails if it exchanges something with others: fairseq would skip
-        its micro-batch, and the others would wait for it.
+        If ranks exchange data, a rank that is out of memory fails. fairseq would skip its
+        micro-batch, and the other ranks would wait for it.
         """
         together = self.data_parallel_world_size > 1
         exchanges = together and plugin_model_in(self.get_model()) is not None
@@ -122,7 +125,7 @@ class StepTrainer(Trainer):
             hook.remove()
 
     def _drop_dummy(self, _: Any, inputs: Any, outputs: tuple[Any, Any, Any]) -> Any:
-        """Replace what the criterion returns for a dummy by zeros, except what the ranks sent."""
+        """Replace the criterion's results for a dummy by zeros, except the bytes sent."""
         if not self._is_dummy:
             return outputs
         loss, sample_size, logs = outputs
@@ -133,11 +136,18 @@ class StepTrainer(Trainer):
         return loss * 0, nothing_of(sample_size), logs
 
     def clip_grad_norm(self, clip_norm: float) -> Tensor:
-        """Clip gradients by the norm of all, the experts of all ranks included."""
+        """Clip gradients by the norm of all gradients, with the sharded ones of all ranks.
+
+        Args:
+            clip_norm: largest norm; 0: do not clip.
+
+        Returns:
+            The norm before clipping.
+        """
         shards = expert_parallel_of(self.get_model())
         if shards == 1:
             return super().clip_grad_norm(clip_norm)
-        # In half precision the gradients that count are those of the copies in fp32.
+        # In half precision, the optimizer uses the gradients of the fp32 copies.
         parameters = getattr(self.optimizer, "fp32_params", None) or self.optimizer.params
         group = process_groups(shards).groups.blocks
 
@@ -156,7 +166,7 @@ class StepTrainer(Trainer):
 
 
 def nothing_of(value: Any) -> Any:
-    """Return what adds nothing to other values of its kind."""
+    """Return a zero of the same type and shape; values that are not numbers stay unchanged."""
     if isinstance(value, Tensor):
         return torch.zeros_like(value)
     return value * 0 if isinstance(value, int | float | list) else value

@@ -1,4 +1,4 @@
-"""fairseq's functions that train for an epoch, and that validate and save after an update."""
+"""Patches of fairseq's functions that train for an epoch, and validate and save after an update."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ logger = logging.getLogger(__name__)
 
 @patch(
     "fairseq_cli.train:train",
-    why="fairseq ends at once at SIGINT, SIGTERM and SIGUSR1 and loses all updates since the last "
-    "checkpoint, trains a finished training further, and learns too late that there is no "
-    "--best-checkpoint-metric of the name.",
-    until="fairseq saves, and looks before it trains.",
+    why="At SIGINT, SIGTERM and SIGUSR1, fairseq ends at once and loses all updates since the last "
+    "checkpoint. It continues a finished training. It detects an unknown --best-checkpoint-metric "
+    "only after the first validation.",
+    until="fairseq saves at signals, and checks before it trains.",
     kind=MENDS_FAIRSEQ,
     written_for=("73232586",),
 )
 def train(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Save and end at a signal, end a finished training, and check the metric before training."""
+
     @functools.wraps(original)
     def wrapper(cfg: Any, trainer: Any, task: Any, epoch_itr: Any) -> Any:
         def train_epoch() -> Any:
@@ -61,12 +63,13 @@ def train(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @patch(
     "fairseq_cli.train:validate_and_save",
-    why="fairseq does not save where a signal asks it to stop.",
-    until="fairseq saves.",
+    why="fairseq does not save if a signal asks it to stop.",
+    until="fairseq saves at signals.",
     kind=MENDS_FAIRSEQ,
     written_for=("bb070d38",),
 )
 def validate_and_save(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Save before and after a validation if a signal has come, and end."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -82,8 +85,8 @@ def validate_and_save(original: Callable[..., Any]) -> Callable[..., Any]:
         interruption.val_loss = losses[0]
         validated = losses != [None]
         if interruption.number:
-            unsaved = validated  # what the validation changed
-        else:  # what takes time may have been interrupted
+            unsaved = validated  # the validation changed the state
+        else:  # a signal may have come during validation or saving
             unsaved = (validated or interruption.saved) and interruption.agree()
         if unsaved and not interruption.saved:
             interruption.save()
@@ -96,9 +99,9 @@ def validate_and_save(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def reason_to_stop(cfg: Any, trainer: SFFNTrainer) -> str | None:
-    """Return, in words, why a training that begins has ended already, or ``None``.
+    """Return in words why a resumed training is already finished; ``None``: it is not.
 
-    The number of epochs and ``--stop-min-lr`` are not looked at, since fairseq does that in time.
+    fairseq itself checks the number of epochs and ``--stop-min-lr`` in time.
     """
     updates, max_update = trainer.get_num_updates(), cfg.optimization.max_update
     if max_update and updates >= max_update:
@@ -115,10 +118,13 @@ def reason_to_stop(cfg: Any, trainer: SFFNTrainer) -> str | None:
 
 
 def check_metric(cfg: Any, trainer: SFFNTrainer, task: Any, epoch: int) -> None:
-    """Refuse a metric that validation does not give. All processes call it together.
+    """Check that validation gives ``--best-checkpoint-metric``. All processes call it together.
 
-    Metrics are known by one validation step, which is left out for ``loss``: every criterion gives
-    it. Training goes on as without it: each update sets its own seed.
+    One validation step shows the metrics. ``loss`` needs no step, because every criterion gives it.
+    The step does not change training, because each update sets its own seed.
+
+    Raises:
+        UsageError: validation does not give the metric.
     """
     metric = cfg.checkpoint.best_checkpoint_metric
     # A task's hook after validation may add metrics.

@@ -1,4 +1,4 @@
-"""State of a training that fairseq does not store, or does not restore when it resumes."""
+"""Training state that fairseq does not store or does not restore."""
 
 from __future__ import annotations
 
@@ -14,22 +14,27 @@ from fairseq.trainer import Trainer
 from fairseq_cli import train as train_command
 
 EARLY_STOPPING = "early_stopping"
-"""Entry of a checkpoint's extra state for what ``--patience`` counts."""
+"""Entry of a checkpoint's extra state for the counts of ``--patience``."""
 LOSS_SCALER = "loss_scaler"
-"""Entry of a checkpoint's extra state for the loss scale and what it is changed by."""
+"""Entry of a checkpoint's extra state for the state of the loss scaler."""
 
 
 def forget_other_trainings() -> None:
-    """Remove what another training in this process has left. fairseq keeps the best loss in
-    attributes of two functions."""
+    """Remove the state that another training in this process has left.
+
+    fairseq keeps the best loss in attributes of two functions.
+    """
     for function in (train_command.should_stop_early, checkpoint_utils.save_checkpoint):
         for name in ("best", "num_runs"):
             vars(function).pop(name, None)
 
 
 def extra_state(trainer: Trainer) -> dict[str, Any]:
-    """Return what fairseq does not store: the counts of ``--patience``, and the loss scale of
-    ``--fp16`` and ``--amp`` with what it is changed by."""
+    """Return the state that fairseq does not store.
+
+    It has the counts of ``--patience``, and the state of the loss scaler of ``--fp16`` and
+    ``--amp``.
+    """
     known = vars(train_command.should_stop_early)
     counted = {name: known[name] for name in ("best", "num_runs") if name in known}
     entries = {EARLY_STOPPING: counted, LOSS_SCALER: loss_scaler_state(trainer)}
@@ -37,14 +42,16 @@ def extra_state(trainer: Trainer) -> dict[str, Any]:
 
 
 def restore_early_stopping(extra_state: dict[str, Any]) -> None:
-    """Go on with the counts of ``--patience``."""
+    """Restore the counts of ``--patience``."""
     for name, value in extra_state.get(EARLY_STOPPING, {}).items():
         setattr(train_command.should_stop_early, name, value)
 
 
 def restore_arrays_of_meters(extra_state: dict[str, Any]) -> None:
-    """Give meters that summed arrays (``--eval-bleu``) arrays again. A checkpoint has lists, which
-    a meter cannot average."""
+    """Convert lists in meters to arrays (``--eval-bleu``).
+
+    Checkpoints store arrays as lists, which a meter cannot average.
+    """
     for name in extra_state.get("metrics", {}):
         for meter in (metrics.get_meters(name) or {}).values():
             if isinstance(meter, AverageMeter | SumMeter):
@@ -54,7 +61,7 @@ def restore_arrays_of_meters(extra_state: dict[str, Any]) -> None:
 
 
 def loss_scaler_state(trainer: Trainer) -> dict[str, Any]:
-    """Return the numbers of a trainer's loss scaler, or nothing where there is none."""
+    """Return the state of a trainer's loss scaler; empty: the trainer has none."""
     scaler = getattr(trainer.optimizer, "scaler", None)
     if isinstance(scaler, DynamicLossScaler):
         changing = (
@@ -68,7 +75,7 @@ def loss_scaler_state(trainer: Trainer) -> dict[str, Any]:
 
 
 def restore_loss_scaler(trainer: Trainer, extra_state: dict[str, Any]) -> None:
-    """Go on with a stored loss scale, where the training has a scaler of the same kind."""
+    """Restore the state of the loss scaler, if the training has a scaler of the same kind."""
     saved, own = extra_state.get(LOSS_SCALER, {}), loss_scaler_state(trainer)
     if own and saved.keys() == own.keys():
         scaler = trainer.optimizer.scaler
@@ -79,7 +86,7 @@ def restore_loss_scaler(trainer: Trainer, extra_state: dict[str, Any]) -> None:
 
 
 def schedule_state(scheduler: Any) -> dict[str, Any]:
-    """Return what ``reduce_lr_on_plateau`` counts and does not store."""
+    """Return the counts of ``reduce_lr_on_plateau``, which fairseq does not store."""
     if not isinstance(scheduler, ReduceLROnPlateauLRSchedule):
         return {}
     counted = scheduler.lr_scheduler.num_bad_epochs
@@ -87,13 +94,12 @@ def schedule_state(scheduler: Any) -> dict[str, Any]:
 
 
 def restore_schedule(scheduler: Any, saved: dict[str, Any], restore_lr: bool) -> None:
-    """Go on with the count of epochs without an improvement.
+    """Restore the count of epochs without an improvement (``reduce_lr_on_plateau``).
 
     Args:
-        scheduler: the trainer's schedule of the learning rate.
+        scheduler: the trainer's learning rate schedule.
         saved: its stored state.
-        restore_lr: whether to restore the learning rate too, which is in the optimizer's state as
-            well.
+        restore_lr: whether to restore the learning rate as well. The optimizer's state also has it.
     """
     if isinstance(scheduler, ReduceLROnPlateauLRSchedule) and "num_bad_epochs" in saved:
         scheduler.lr_scheduler.num_bad_epochs = saved["num_bad_epochs"]

@@ -1,4 +1,4 @@
-"""Processes that load data for a training."""
+"""Worker processes that load data for training."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from .signals import survive_signals_of_others
 
 
 class Collate:
-    """Merges samples to a mini-batch, in workers that survive signals of others.
+    """Collate function that makes its worker survive signals to the process group.
 
-    A signal to a group of processes would end the workers that load data, and the update that waits
-    for them would fail. fairseq has no option for a ``worker_init_fn``, so that the first call in a
-    worker takes its place.
+    Such a signal would end the workers, and the update that waits for them would fail. fairseq has
+    no option for a ``worker_init_fn``. The first call in a worker therefore takes its place.
 
     Args:
-        collate: merges the samples.
+        collate: function that merges samples to a mini-batch.
     """
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
@@ -35,7 +34,7 @@ class Collate:
 
 
 def keep_workers(iterator: Any) -> Any:
-    """Let workers that load data survive signals to a group of processes; return the iterator."""
+    """Make the workers of an iterator survive signals to the process group, and return it."""
     if isinstance(iterator, EpochBatchIterator) and not isinstance(iterator.collate_fn, Collate):
         iterator.collate_fn = Collate(iterator.collate_fn)
     return iterator

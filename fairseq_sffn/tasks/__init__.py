@@ -1,4 +1,4 @@
-"""Tasks."""
+"""The task ``sffn_language_modeling``."""
 
 from . import sffn_language_modeling
 

@@ -18,8 +18,10 @@ from omegaconf import II
 from ..errors import UsageError
 
 CHECKED_TOKENS = 2**27
-"""Tokens at the start of a split that are checked before training. They take a fraction of a second
-to read and suffice to find data that was binarised with another dictionary."""
+"""Number of tokens at the start of a split that are checked before training.
+
+Reading them takes a fraction of a second. They suffice to detect data that was binarised with
+another dictionary."""
 
 
 @dataclass
@@ -34,9 +36,7 @@ class SFFNLanguageModelingConfig(LanguageModelingConfig):
     )
     eval_capacity_factor: Optional[float] = field(
         default=None,
-        metadata={
-            "help": "replaces the --sffn-eval-capacity-factor of a trained model that is loaded"
-        },
+        metadata={"help": "replaces the --sffn-eval-capacity-factor of a loaded model"},
     )
     # Without help: the flag is fairseq's.
     train_subset: str = II("dataset.train_subset")
@@ -46,9 +46,13 @@ class SFFNLanguageModelingConfig(LanguageModelingConfig):
 class SFFNLanguageModelingTask(LanguageModelingTask):
     """fairseq's ``language_modeling`` with two options and a check.
 
-    The options choose the token counts for hash tables, and the capacity at evaluation. The data
-    are checked against the dictionary before training. Sparse models also run under
-    ``language_modeling``, with the dictionary's counts and the capacity of their training.
+    The options choose the token counts of hash tables, and the capacity in evaluation. The check
+    compares the data with the dictionary before training. Sparse models also run with
+    ``language_modeling``. They then use the dictionary's counts, and the capacity that they were
+    trained with.
+
+    Raises:
+        UsageError: ``--eval-capacity-factor`` is negative, infinite or NaN.
     """
 
     def __init__(self, args: Any, *arguments: Any, **kwargs: Any) -> None:
@@ -66,14 +70,14 @@ class SFFNLanguageModelingTask(LanguageModelingTask):
 
     @property
     def hash_counts(self) -> str:
-        """Value of ``--hash-counts``, ``dictionary`` where a namespace lacks it."""
+        """Value of ``--hash-counts``; ``dictionary`` if a namespace lacks it."""
         return str(getattr(self.args, "hash_counts", None) or "dictionary")
 
     def token_counts(self) -> Sequence[int]:
-        """Return how often each token id occurs in the training data: (V,).
+        """Return the occurrences of each token id in the training data: (V,).
 
         Raises:
-            UsageError: ``--hash-counts train`` and the split has no tokens in mmap format.
+            UsageError: with ``--hash-counts train``, the split has no tokens in mmap format.
         """
         if self.hash_counts == "dictionary":
             return self.dictionary.count
@@ -91,8 +95,17 @@ class SFFNLanguageModelingTask(LanguageModelingTask):
         return counts.tolist()
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> Any:
+        """Return a model.
+
+        Args:
+            args: the model's options.
+            from_checkpoint: whether a checkpoint will be loaded into the model.
+
+        Raises:
+            UsageError: an option of the task does not fit the model.
+        """
         if from_checkpoint:
-            # The checkpoint's tables replace those that would be made from counts.
+            # The checkpoint has the hash tables, so no counts are needed.
             self.args.hash_counts = "dictionary"
             if (factor := self.eval_capacity_factor) is not None:
                 if "sffn_eval_capacity_factor" not in args:
@@ -111,6 +124,11 @@ class SFFNLanguageModelingTask(LanguageModelingTask):
         return super().build_model(args, from_checkpoint)
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> Any:
+        """Load a split, as fairseq does, and check its first ``CHECKED_TOKENS`` token ids.
+
+        Raises:
+            UsageError: a token id is outside the dictionary.
+        """
         super().load_dataset(split, epoch, combine, **kwargs)
         types = len(self.dictionary)
         for tokens in self._binarised(split, epoch):
@@ -122,8 +140,10 @@ class SFFNLanguageModelingTask(LanguageModelingTask):
                 )
 
     def _binarised(self, split: str, epoch: int = 1) -> Iterator[Any]:
-        """Yield the token ids of each part (train, train1, ...) of an epoch's split, as memory
-        maps."""
+        """Yield the token ids of each part (train, train1, ...) of an epoch's split.
+
+        They are memory maps.
+        """
         paths = split_paths(self.args.data)
         folder = paths[(epoch - 1) % len(paths)]
         for part in itertools.count():

@@ -1,3 +1,3 @@
-"""Command-line tools and what they compute. They use fairseq with the plugin."""
+"""The command ``fairseq-sffn`` and its subcommands. Importing it loads the plugin."""
 
 from .. import plugin  # noqa: F401

@@ -1,7 +1,8 @@
 """Bytes of the tensors that autograd keeps from the forward pass for the backward pass.
 
-They are computed from sizes, for GPUs: fused attention keeps none of its weights, dropout keeps a
-byte for a number, and sparse layers run the engine that a GPU runs. Temporary buffers are left out.
+The bytes are computed from sizes, for a GPU. Fused attention keeps no attention weights. Dropout
+keeps one byte for each number. Sparse layers run the engine that a GPU runs. Temporary buffers do
+not count.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..memory.selectors.vanilla_m import VanillaM, scores_are_cells
 from .traffic import visit_probability
 
 FP32, INDEX = torch.float32.itemsize, torch.int64.itemsize
-"""Bytes of a number that needs full precision, and of an index."""
+"""Bytes of a number in fp32, and bytes of an index."""
 
 
 def activation_bytes(
@@ -35,8 +36,8 @@ def activation_bytes(
 ) -> dict[str, int]:
     """Return the bytes that a rank keeps for a micro-batch, by part.
 
-    A layer norm belongs to the part that it precedes. With activation checkpointing these are the
-    inputs of all layers, ``layer_inputs``, and everything in one layer.
+    A layer norm belongs to the part that it precedes. With activation checkpointing, a rank keeps
+    the inputs of all layers (``layer_inputs``) and everything in the largest layer.
 
     Args:
         model: a language model of the plugin or fairseq's ``transformer_lm``, not sharded.
@@ -44,6 +45,10 @@ def activation_bytes(
         context: tokens that a token attends to, at most ``tokens``.
         shards: ranks over which the blocks are to be sharded.
         dtype: dtype of parameters and hidden states.
+
+    Returns:
+        Name of the part -> bytes. The parts are ``layer_inputs``, ``attention``, ``dense_ffn``,
+        ``selection``, ``memory`` and ``vocabulary``.
     """
     decoder, cfg, size = model.decoder, model.decoder.cfg, dtype.itemsize
     row = tokens * decoder.embed_dim * size
@@ -51,7 +56,7 @@ def activation_bytes(
     mask = tokens * decoder.embed_dim if cfg.dropout else 0
     layers = []
     for layer in decoder.layers:
-        # x; queries, keys, values and output; for each head the logarithm of a sum.
+        # x, queries, keys, values and output; for each head, the log-sum-exp in fp32.
         attention = norm + 5 * row + tokens * layer.self_attn.num_heads * FP32 + mask
         memory = next((m for m in layer.modules() if isinstance(m, SparseMemory)), None)
         if memory is None:
@@ -69,7 +74,7 @@ def activation_bytes(
         layers = [max(layers, key=lambda parts: sum(parts.values()))]
     names = ("attention", "dense_ffn", "selection", "memory")
     kept_by = {name: sum(parts.get(name, 0) for parts in layers) for name in names}
-    kept_by["attention"] += context**2 * size  # the causal mask, of all layers
+    kept_by["attention"] += context**2 * size  # the causal mask, which all layers share
     # Before and after the layers: a mask, norms, the inputs of linear maps, log-probabilities.
     norms = [decoder.layernorm_embedding, decoder.layer_norm]
     maps = [decoder.project_in_dim, decoder.project_out_dim, decoder.output_projection]
@@ -82,8 +87,14 @@ def activation_bytes(
 def hidden_bytes(activation: Callable[[Tensor], Tensor], dropout: float, dtype: torch.dtype) -> int:
     """Return the bytes kept for a hidden unit of a token.
 
-    Kept are what the activation function keeps, and its result, which is multiplied by the values;
-    they may be one number. With dropout the result is another number, and the mask is kept.
+    The activation function keeps its own tensors. The product with the values keeps the result of
+    the activation function, which may be one of those tensors. With dropout, the product keeps the
+    result of dropout instead, and dropout keeps its mask.
+
+    Args:
+        activation: the activation function.
+        dropout: probability of dropout after it.
+        dtype: dtype of the hidden units.
     """
     kept: list[Tensor] = []
 
@@ -99,27 +110,34 @@ def hidden_bytes(activation: Callable[[Tensor], Tensor], dropout: float, dtype: 
 
 
 def selection_bytes(memory: SparseMemory, tokens: int, dtype: torch.dtype) -> int:
-    """Return the bytes that a selector keeps besides x. A balance loss counts if it is the
-    selector's default."""
+    """Return the bytes that a selector keeps besides x.
+
+    A balance loss counts only if the selector has one by default.
+
+    Args:
+        memory: the sparse layer.
+        tokens: tokens of the micro-batch.
+        dtype: dtype of parameters and hidden states.
+    """
     config, selector, size = memory.config, memory.selector, dtype.itemsize
     if not scores_are_kept(config):
         return 0
     kept, gated = 0, config.gate_name != "none"
     if isinstance(selector, ProductKeys):
-        # Queries, and as they were before their norm; the two halves of the scores; by which two
-        # numbers of halves each selected score is found.
+        # The queries, also before a layer norm; the scores of both halves; the two indices into the
+        # halves for each selected score.
         heads, left, half_query = selector.left.shape
         queries = 2 * half_query * (2 if isinstance(selector.norm, nn.LayerNorm) else 1)
         kept += tokens * heads * (queries + left + selector.right.shape[1]) * size
         kept += 2 * tokens * config.active_blocks * INDEX
     else:
-        # The scores that a gate picks from, and the probabilities of all blocks.
+        # The scores from which a gate picks, and the probabilities of all blocks.
         wide = FP32 if isinstance(selector, LearnedGate) else size
         normalised = config.gate_name == "softmax" or config.selector_class.default_balance_weight
         kept += tokens * config.num_blocks * (wide * gated + FP32 * bool(normalised))
     if isinstance(selector, VanillaM) and gated:
-        apart = not scores_are_cells(config.block_size, selector.aggregate)
-        kept += tokens * config.num_cells * size * apart  # pre-activations of all cells
+        separate = not scores_are_cells(config.block_size, selector.aggregate)
+        kept += tokens * config.num_cells * size * separate  # pre-activations of all cells
     if isinstance(selector, AvgK):
         kept += config.num_blocks * config.embed_dim * size  # mean keys
     if isinstance(selector, LearnedGate) and size < FP32:
@@ -130,8 +148,16 @@ def selection_bytes(memory: SparseMemory, tokens: int, dtype: torch.dtype) -> in
 
 
 def memory_bytes(memory: SparseMemory, tokens: int, shards: int, dtype: torch.dtype) -> int:
-    """Return the bytes that a sparse layer keeps, without its layer norm and its selector, where
-    routing is even."""
+    """Return the bytes that a sparse layer keeps with even routing.
+
+    Layer norm and selector do not count.
+
+    Args:
+        memory: the sparse layer, not sharded.
+        tokens: tokens of the micro-batch.
+        shards: ranks over which the blocks are to be sharded.
+        dtype: dtype of parameters and hidden states.
+    """
     config, selector, size = memory.config, memory.selector, dtype.itemsize
     width, gated = config.embed_dim, config.gate_name != "none"
     assignments = tokens * config.active_blocks
@@ -141,40 +167,41 @@ def memory_bytes(memory: SparseMemory, tokens: int, shards: int, dtype: torch.dt
         if config.engine
         else choose_engine("cuda", dtype, tokens, config.active_blocks, shape)
     )
-    bags = isinstance(engine, EmbeddingBag)
+    uses_bag = isinstance(engine, EmbeddingBag)
     kept = 0
     if shards == 1 or scores_are_kept(config):
-        kept += tokens * width * size  # x, which blocks here multiply, or a selector does
+        kept += tokens * width * size  # x, for the blocks of this rank or for the selector
     if shards > 1:
-        # Rows that blocks here multiply, and the tokens whose rows come back.
+        # The rows that the blocks of this rank take, and the token of each row that returns.
         rows = round(tokens * shards * visit_probability(config, shards))
         kept += rows * (width * size + INDEX)
-        if bags:  # every row has as many slots as the fullest
+        if uses_bag:  # every row has as many slots as the fullest row
             assignments = rows * most_blocks(config, shards)
-    kept += assignments * (
-        INDEX if bags else torch.int32.itemsize
-    )  # block, or place, of each assignment
-    if not bags:
-        # Where the assignments of a block start, and the block and first assignment of each tile.
+    # The block of each assignment, or its position in the sorted order.
+    kept += assignments * (INDEX if uses_bag else torch.int32.itemsize)
+    if not uses_bag:
+        # The first assignment of each block; the block and the first assignment of each tile.
         tiles = assignments // tile_rows(assignments, shape[0]) + min(shape[0] + 1, assignments)
         kept += (shape[0] + 2 + 2 * tiles) * torch.int32.itemsize
     if gated:
-        # Weights; sorted, or in half precision, they are another number.
-        kept += assignments * (FP32 + (0 if bags and size == FP32 else size))
-        # The blocks they are of; where they travel, who sends and receives.
-        kept += assignments * INDEX * ((0 if bags else 1) + (3 if shards > 1 else 0))
+        # The weights in fp32, and a copy of them if they are sorted or in half precision.
+        kept += assignments * (FP32 + (0 if uses_bag and size == FP32 else size))
+        # The order of the weights; with several ranks, the indices by which they are sent.
+        kept += assignments * INDEX * ((0 if uses_bag else 1) + (3 if shards > 1 else 0))
     passed_by = isinstance(selector, PKM) and selector.uses_softmax
     activation = nn.Identity() if passed_by else config.activation_fn
     dropout: Any = memory.dropout  # torch's or fairseq's
     hidden = hidden_bytes(activation, dropout.p, dtype)
-    if gated or (bags and shards > 1):  # before and after they are weighed, or slots left empty
+    if gated or (uses_bag and shards > 1):  # also before the weights, or before empty slots are 0
         hidden += size
     return kept + assignments * config.block_size * hidden
 
 
 def most_blocks(config: MemoryConfig, shards: int) -> int:
-    """Return how many blocks of a rank a token uses at most, among many tokens: four standard
-    deviations of the hypergeometric distribution above the mean."""
+    """Return an estimate of the most blocks of one rank that any token uses.
+
+    The estimate is the mean plus four standard deviations of the hypergeometric distribution.
+    """
     blocks, active = config.num_blocks, config.active_blocks
     mean = active / shards
     variance = mean * (1 - 1 / shards) * (blocks - active) / max(blocks - 1, 1)
@@ -182,8 +209,11 @@ def most_blocks(config: MemoryConfig, shards: int) -> int:
 
 
 def scores_are_kept(config: MemoryConfig) -> bool:
-    """Return whether gradients flow through a selector's scores: to a gate, to a balance loss that
-    is the default, or to the selector's own keys. Otherwise autograd keeps no scores."""
+    """Return whether autograd keeps a selector's scores.
+
+    It does if gradients flow through them: from a gate, from a default balance loss, or to the
+    selector's own keys.
+    """
     cls = config.selector_class
     used = config.gate_name != "none" or cls.default_balance_weight or cls.key_table == "own"
     return cls.scores_blocks and bool(used)

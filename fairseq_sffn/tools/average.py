@@ -1,4 +1,4 @@
-"""Averages the parameters of checkpoints of one model, in parts or not."""
+"""Average the parameters of several checkpoints of one model, each one file or sharded."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from .reshard import check_output, check_shards, read, write
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Add the flags of ``fairseq-sffn average``."""
     parser.add_argument(
         "checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="the .pt files to average"
     )
-    parser.add_argument("output", type=Path, help="the .pt file to write; its parts go beside it")
+    parser.add_argument("output", type=Path, help="the .pt file to write; shards go beside it")
     parser.add_argument(
-        "--shards", type=int, default=1, help="number of parts (default: 1, all in one file)"
+        "--shards", type=int, default=1, help="number of shards (default: 1, all in one file)"
     )
     add_flags_to(parser, SKIP_CHECKSUMS)
     parser.epilog = (
-        "Everything but the model's parameters is that of the checkpoint with the most updates. "
-        "The result has neither optimizer state nor a moving average: it is to be evaluated, or to "
-        "be trained further with --finetune-from-model."
+        "Everything except the model's parameters comes from the checkpoint with the most updates. "
+        "The result has neither optimizer state nor a moving average. It can be evaluated, or "
+        "trained further with --finetune-from-model."
     )
 
 
 def run(args: argparse.Namespace) -> str:
-    """Writes the average.
+    """Write the average, and return what ``fairseq-sffn average`` prints.
 
     Raises:
-        UsageError: a checkpoint cannot be read, they are not of one model, or the result cannot be
-            written.
+        UsageError: a checkpoint cannot be read, the checkpoints belong to different models, or the
+            result cannot be written.
     """
     check_output(args)
     if len(args.checkpoints) < 2:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> str:
     others = [path for path in args.checkpoints if path != newest]
     state["model"] = average(newest, state["model"], others)
     state["last_optimizer_state"] = None
-    for name in ("ema", "ema_fp32_params"):  # of one of the checkpoints
+    for name in ("ema", "ema_fp32_params"):  # they belong to one checkpoint
         state["extra_state"].pop(name, None)
     if args.shards > 1:
         check_shards(state, args.shards)
@@ -61,18 +61,21 @@ def run(args: argparse.Namespace) -> str:
 
 
 def average(newest: Path, model: dict[str, Tensor], others: list[Path]) -> dict[str, Tensor]:
-    """Return the mean of parameters and buffers, added up in double precision.
+    """Return the mean of the parameters and buffers of all checkpoints.
 
-    Integers and booleans, such as hash tables, are those of the newest checkpoint, which the others
-    must have too.
+    Sums are in fp64. Integers and booleans, such as hash tables, are copied and must be equal in
+    all checkpoints.
 
     Args:
         newest: the checkpoint with the most updates, for messages.
-        model: what it holds; it is replaced piece by piece.
+        model: name -> tensor of the newest checkpoint. The function changes it in place.
         others: the other checkpoints.
 
+    Returns:
+        ``model``, with the means.
+
     Raises:
-        UsageError: they are not of one model.
+        UsageError: the checkpoints belong to different models, or a mean is not finite.
     """
     count = len(others) + 1
     exact = {name for name, tensor in model.items() if is_not_averaged(tensor)}
@@ -94,21 +97,24 @@ def average(newest: Path, model: dict[str, Tensor], others: list[Path]) -> dict[
 def check_same_model(
     first: Path, model: dict[str, Any], second: Path, other: dict[str, Any], exact: set[str]
 ) -> None:
-    """Raises UsageError where two checkpoints cannot be averaged.
+    """Check that two checkpoints can be averaged.
 
     Args:
         first, second: the checkpoints, for the message.
-        model, other: what they hold.
-        exact: names of integers and booleans, which must agree.
+        model, other: name -> tensor of the first and of the second checkpoint.
+        exact: names of the integers and booleans, which must be equal.
+
+    Raises:
+        UsageError: names, shapes, types or exact values differ.
     """
-    pair = f"{first} and {second}: cannot be averaged"
+    both = f"{first} and {second}: cannot be averaged"
     if names := sorted(model.keys() ^ other.keys()):
-        raise UsageError(f"{pair}: only one of them has {names[0]}")
+        raise UsageError(f"{both}: only one of them has {names[0]}")
     for name in model:
         if model[name].shape != other[name].shape:
             shapes = f"{list(model[name].shape)} and {list(other[name].shape)}"
-            raise UsageError(f"{pair}: {name} is {shapes}")
+            raise UsageError(f"{both}: {name} is {shapes}")
         if (name in exact) != is_not_averaged(other[name]):
-            raise UsageError(f"{pair}: {name} is of types {model[name].dtype}, {other[name].dtype}")
+            raise UsageError(f"{both}: {name} is of types {model[name].dtype}, {other[name].dtype}")
         if name in exact and not torch.equal(model[name], other[name]):
-            raise UsageError(f"{pair}: {name} differs, as in models of different seeds or --hash-*")
+            raise UsageError(f"{both}: {name} differs, as in models of different seeds or --hash-*")

@@ -1,8 +1,9 @@
 """The command ``fairseq-sffn``.
 
-A subcommand is a module with ``add_arguments(parser)`` and ``run(args)``, which returns what to
-print, and a row in ``COMMANDS``. It gets flags that its parser does not know in
-``args.other_flags``, if it declares that as a default; otherwise they are errors.
+A subcommand is a module and a row in ``COMMANDS``. The module has ``add_arguments(parser)`` and
+``run(args)``, which returns the text to print. The first line of its docstring is its help text. If
+its parser sets a default for ``other_flags``, ``args.other_flags`` holds the flags that the parser
+does not know. Otherwise, unknown flags are errors.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a subcommand.
+    """Run a subcommand, and print what it returns.
+
+    Args:
+        argv: the command line without the program; ``None``: that of this process.
 
     Raises:
-        UsageError: it cannot do what was asked.
+        UsageError: the subcommand cannot do what was asked.
     """
-    warnings.simplefilter("ignore")  # of libraries, about each other
+    warnings.simplefilter("ignore")  # libraries warn about each other
     logging.getLogger().setLevel(logging.WARNING)  # importing fairseq sets it to DEBUG
     parser = argparse.ArgumentParser(
         prog="fairseq-sffn", description="Tools around sparse feed-forward networks for fairseq."

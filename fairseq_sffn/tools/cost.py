@@ -1,6 +1,6 @@
-"""What a model costs: parameters and FLOPs.
+"""Count the parameters and FLOPs of an architecture.
 
-FLOPs are those of matrix products, a multiply-add counted as 2.
+Only the FLOPs of matrix products count. A multiply-add counts as 2.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from .language_model import build_language_model
 
 @dataclass(frozen=True)
 class Cost:
-    """What a language model, or a part of it, costs.
+    """Cost of a language model, or of a part of it.
 
     Attributes:
-        params: trained parameters, tied ones once.
-        active_params: parameters that one token touches, its selectors' and all embeddings
-            included.
-        flops_per_token: FLOPs of one forward pass, a multiply-add counted as 2: matrix products of
-            attention (with scores against ``context`` positions), FFNs, vocabulary projection and
-            maps between unequal widths, and the selection of blocks.
+        params: trained parameters. Tied parameters count once.
+        active_params: parameters that one token uses, with those of the selectors and all
+            embeddings.
+        flops_per_token: FLOPs of one forward pass for one token. They include the matrix products
+            of attention (with scores against ``context`` positions), of FFNs, of the vocabulary
+            projection and of maps between unequal widths, and the selection of blocks.
     """
 
     params: int = 0
@@ -48,7 +48,7 @@ class Cost:
 
 
 def total(parts: dict[str, Cost]) -> Cost:
-    """Return the cost of all parts."""
+    """Return the sum of the costs of all parts."""
     return sum(parts.values(), Cost())
 
 
@@ -62,6 +62,9 @@ def cost_by_part(model: TransformerLanguageModel, context: int) -> dict[str, Cos
     Args:
         model: a language model of the plugin or fairseq's ``transformer_lm``.
         context: tokens that a token attends to.
+
+    Returns:
+        Name of the part -> cost.
 
     Raises:
         ValueError: the model has adaptive embeddings, whose cost depends on the token.
@@ -93,8 +96,8 @@ def cost_by_part(model: TransformerLanguageModel, context: int) -> dict[str, Cos
 
 
 def _linear_maps(*modules: nn.Module) -> Cost:
-    """Return the cost of modules that compute linear maps only."""
-    together = nn.ModuleList(modules)  # counts tied parameters once
+    """Return the cost of modules that compute linear maps only. Tied parameters count once."""
+    together = nn.ModuleList(modules)
     params = sum(parameter.numel() for parameter in together.parameters())
     maps = [module for module in together.modules() if isinstance(module, nn.Linear)]
     return Cost(params, params, sum(2 * linear.weight.numel() for linear in maps))
@@ -126,8 +129,11 @@ def model_cost(model: TransformerLanguageModel, context: int) -> Cost:
 
 
 def dense_counterpart(model: TransformerLanguageModel, context: int) -> dict[str, Cost]:
-    """Return the cost by part of the same model with a dense FFN of ``decoder_ffn_embed_dim`` in
-    every layer; see :func:`cost_by_part`."""
+    """Return the cost by part of the same model with dense FFNs of width ``decoder_ffn_embed_dim``.
+
+    Args:
+        model, context: see :func:`cost_by_part`.
+    """
     parts = cost_by_part(model, context)
     width, hidden = model.decoder.embed_dim, model.decoder.cfg.decoder.ffn_embed_dim
     params = 2 * width * hidden + hidden + width
@@ -137,28 +143,36 @@ def dense_counterpart(model: TransformerLanguageModel, context: int) -> dict[str
 
 
 def training_flops_per_token(parts: dict[str, Cost]) -> int:
-    """Return the FLOPs to train on a token: those of three forward passes, and of a fourth for the
-    layers, whose activations are recomputed (Narayanan et al. 2021, arXiv 2104.04473, appendix)."""
+    """Return the FLOPs to train on a token.
+
+    Training takes the FLOPs of three forward passes. The layers take a fourth forward pass, which
+    recomputes their activations (Narayanan et al. 2021, arXiv 2104.04473, appendix).
+    """
     outside_layers = parts["vocabulary"] + parts["other"]
     return 4 * total(parts).flops_per_token - outside_layers.flops_per_token
 
 
 def mean_keys_flops(model: TransformerLanguageModel) -> int:
-    """Return the FLOPs that form the mean keys of all layers, once a step: an addition for each
-    number in the key tables. The costs by token do not include them."""
+    """Return the FLOPs of a step that compute the mean keys of all layers.
+
+    Each number in the key tables takes one addition. The costs per token do not include them.
+    """
     configs = [memory.config for memory in _memories(model)]
     return sum(config.selector_class.flops_per_step(config) for config in configs)
 
 
 def checkpoint_cost(path: str, data: str) -> dict[str, Any]:
-    """Return the cost of the model in a checkpoint, at its context in training, as a dictionary.
+    """Return the cost of the model in a checkpoint, at the context of its training.
 
     Args:
-        path: path of the checkpoint.
-        data: folder with its ``dict.txt``.
+        path: the checkpoint.
+        data: folder with the model's ``dict.txt``.
+
+    Returns:
+        Name of each attribute of :class:`Cost` -> value.
 
     Raises:
-        UsageError: the file is no checkpoint, or holds code.
+        UsageError: the file is not a checkpoint, or holds code.
     """
     ensemble, _, task = checkpoint_utils.load_model_ensemble_and_task([path], {"data": data})
     return asdict(model_cost(ensemble[0], task.args.tokens_per_sample))
@@ -168,7 +182,7 @@ def checkpoint_cost(path: str, data: str) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of ``fairseq-sffn cost``. :func:`run` parses the model's own."""
+    """Add the flags of ``fairseq-sffn cost``. :func:`run` parses the model's own flags."""
     parser.add_argument("--arch", required=True, help="a language model, as for fairseq-train")
     parser.add_argument(
         "--vocab-size",
@@ -180,8 +194,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--context",
         type=int,
         default=1024,
-        help="tokens that a token attends to, and positions of the model: what --tokens-per-sample "
-        "is in training (default: 1024, as there)",
+        help="tokens that a token attends to, and positions of the model, as --tokens-per-sample "
+        "in training (default: 1024)",
     )
     parser.add_argument(
         "--tokens", type=float, help="tokens to train on, such as 60e9, for the FLOPs of training"
@@ -189,8 +203,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.epilog = (
         "Every other flag is the model's, such as --decoder-layers 12 --sffn-block-size 256. "
-        "Training takes three forward passes, and a fourth of the layers, whose activations are "
-        "recomputed. FLOPs are those of matrix products, a multiply-add counted as 2."
+        "Training takes three forward passes, and a fourth one of the layers, which recomputes "
+        "their activations. Only the FLOPs of matrix products count. A multiply-add counts as 2."
     )
     parser.set_defaults(other_flags=[])
 
@@ -199,7 +213,7 @@ def run(args: argparse.Namespace) -> str:
     """Return what ``fairseq-sffn cost`` prints.
 
     Raises:
-        UsageError: names the flag, the value and the reason.
+        UsageError: a flag has a wrong value. The message names the flag, the value and the reason.
     """
     for name in ("vocab_size", "context"):
         if getattr(args, name) < 1:
@@ -230,9 +244,13 @@ def cost_figures(
         tokens: training tokens; ``None``: not known.
 
     Returns:
-        the fields of :class:`Cost`; ``train_zettaflops``, in 1e21 FLOPs, or ``None``;
-        ``selection_share`` and ``overhead_vs_dense``, as shares of the training FLOPs of the dense
-        counterpart; ``mean_keys_flops_per_step``, which no other figure includes; ``parts``.
+        A dictionary with the attributes of :class:`Cost`, and:
+
+        - ``train_zettaflops``: training FLOPs in 1e21, or ``None``;
+        - ``selection_share``, ``overhead_vs_dense``: shares of the training FLOPs of the dense
+          counterpart;
+        - ``mean_keys_flops_per_step``: see :func:`mean_keys_flops`;
+        - ``parts``: name of the part -> attributes of its cost.
     """
     parts = cost_by_part(model, context)
     training = training_flops_per_token(parts)
@@ -249,7 +267,7 @@ def cost_figures(
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """Return a table of the parts, and a line for each other figure."""
+    """Return a table of the parts and a line for each other figure, as text."""
     columns = {"params": "parameters", "active_params": "active", "flops_per_token": "FLOPs/token"}
     rows = [["", *columns.values()]]
     for name, part in (*report["parts"].items(), ("total", report)):
@@ -275,7 +293,7 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 def align(rows: list[list[str]]) -> list[str]:
-    """Return the rows of a table as lines, the first column aligned left and numbers right."""
+    """Return the rows of a table as lines: the first column aligned left, all others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

@@ -1,4 +1,4 @@
-"""Perplexity of a language model on several data sets, and how it uses its blocks."""
+"""Compute the perplexity of a language model on several data sets, and how it uses its blocks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLUGIN = Path(__file__).parents[1]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Add the flags of ``fairseq-sffn evaluate``. :func:`run` parses those of fairseq-eval-lm."""
     parser.add_argument("checkpoint", help="as for fairseq-eval-lm --path")
     parser.add_argument(
         "sets",
@@ -36,22 +36,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "DATA-BIN:valid DATA-BIN:test",
     )
     parser.add_argument(
-        "--routing", metavar="FOLDER:SPLIT", help="a set on which to tell how blocks are used"
+        "--routing", metavar="FOLDER:SPLIT", help="a set on which to measure how blocks are used"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.epilog = (
         "Every other flag is fairseq-eval-lm's, such as --cpu --tokens-per-sample 128 "
-        "--batch-size 32, and comes after the sets. Losses are in bits a token. Tokens are those "
-        "that are scored."
+        "--batch-size 32, and comes after the sets. Losses are in bits per token. Only scored "
+        "tokens count."
     )
     parser.set_defaults(other_flags=[])
 
 
 def run(args: argparse.Namespace) -> str:
-    """What the command prints.
+    """Return what ``fairseq-sffn evaluate`` prints.
 
     Raises:
-        UsageError: names what cannot be read.
+        UsageError: the checkpoint or a set cannot be read, or a flag is not supported.
     """
     open_file(args.checkpoint).close()
     sets = {name: split_name(name) for name in [*args.sets, *filter(None, [args.routing])]}
@@ -73,10 +73,10 @@ def run(args: argparse.Namespace) -> str:
 
 
 def split_name(name: str) -> tuple[Path, str]:
-    """Folder and split of a set.
+    """Return the folder and the split of ``FOLDER:SPLIT``.
 
     Raises:
-        UsageError: it is not of that form.
+        UsageError: the name does not have this form.
     """
     folder, colon, split = name.rpartition(":")
     if not (folder and colon and split):
@@ -85,7 +85,12 @@ def split_name(name: str) -> tuple[Path, str]:
 
 
 def configuration(checkpoint: str, folder: Path, split: str, flags: list[str]) -> Any:
-    """That of ``fairseq-eval-lm``."""
+    """Return the configuration of ``fairseq-eval-lm``.
+
+    Args:
+        checkpoint, folder, split: what to evaluate.
+        flags: other flags of ``fairseq-eval-lm``.
+    """
     parser = options.get_eval_lm_parser()
     words = [str(folder), "--user-dir", str(PLUGIN), "--path", checkpoint, "--gen-subset", split]
     parsed = options.parse_args_and_arch(parser, [*words, "--no-progress-bar", *flags])
@@ -93,18 +98,21 @@ def configuration(checkpoint: str, folder: Path, split: str, flags: list[str]) -
 
 
 def on_set(cfg: Any, folder: Path, split: str) -> Any:
-    """The same for another set: to compose a configuration takes seconds."""
+    """Return a copy of a configuration for another set.
+
+    Composing a new configuration takes seconds.
+    """
     cfg = copy.deepcopy(cfg)
     cfg.task.data, cfg.dataset.gen_subset = str(folder), split
     return cfg
 
 
 def perplexity(cfg: Any) -> dict[str, float]:
-    """What ``fairseq-eval-lm`` finds.
+    """Return the results of ``fairseq-eval-lm``.
 
     Returns:
-        ``loss`` in bits a token, ``perplexity``, ``tokens`` that were scored, ``left_out_tokens``
-        that were not.
+        ``loss`` in bits per token, ``perplexity``, and the numbers of scored tokens (``tokens``)
+        and of other tokens (``left_out_tokens``).
     """
     logging.disable(logging.INFO)
     try:
@@ -117,11 +125,12 @@ def perplexity(cfg: Any) -> dict[str, float]:
 
 
 def routing(cfg: Any) -> dict[str, Any]:
-    """How the sparse layers of a model use their blocks.
+    """Measure how the sparse layers of a model use their blocks.
 
     Returns:
-        ``routing``, see :class:`Routing`, empty where it has no sparse layers; ``routing_set``:
-        ``tokens`` that the model read, ``left_out_tokens`` that it did not.
+        ``routing``: see :meth:`.routing.Routing.report`; empty for a model without sparse layers.
+        ``routing_set``: the numbers of tokens that the model read (``tokens``) and of other tokens
+        (``left_out_tokens``).
     """
     split = cfg.dataset.gen_subset
     task = tasks.setup_task(cfg.task)
@@ -156,13 +165,13 @@ def routing(cfg: Any) -> dict[str, Any]:
 
 
 def numbers(counts: dict[str, Any], partly: bool) -> list[str]:
-    """The cells of a set's tokens, and of those left out where there are some."""
+    """Return a table row's numbers of tokens; with ``partly``, also of tokens left out."""
     left_out = [f"{counts['left_out_tokens']:,}"] if partly else []
     return [f"{counts['tokens']:,}", *left_out]
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """Tables for a person."""
+    """Return a table of the sets and, where it was measured, a table of routing, as text."""
     counted = [*report["sets"].values(), *filter(None, [report.get("routing_set")])]
     partly = any(counts["left_out_tokens"] for counts in counted)
     rows = [["", "tokens", *(["left out"] * partly), "bits/token", "perplexity"]]

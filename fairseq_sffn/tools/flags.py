@@ -1,4 +1,4 @@
-"""Prints the page of all flags, in Markdown."""
+"""Print the page of all flags, in Markdown."""
 
 from __future__ import annotations
 
@@ -103,10 +103,10 @@ def models_of(selector: str) -> str:
 
 
 def options_table(options: Iterable[Field[Any]] | Mapping[str, Field[Any]]) -> str:
-    """Return a table of dataclass fields that have a help text.
+    """Return a table of the dataclass fields that have a help text.
 
     Args:
-        options: the fields, or name of the option -> field.
+        options: the fields, or a mapping from the name of an option to its field.
     """
     if not isinstance(options, Mapping):
         options = {option.name: option for option in options}
@@ -119,7 +119,11 @@ def options_table(options: Iterable[Field[Any]] | Mapping[str, Field[Any]]) -> s
 
 
 def choices_of(kind: Any) -> list[str]:
-    """Return what an option can be, of fairseq's ``ChoiceEnum``; empty: anything of its type."""
+    """Return the choices of an option; empty: the option takes any value of its type.
+
+    Args:
+        kind: the option's type; one of fairseq's ``ChoiceEnum`` types has choices.
+    """
     for one in (kind, *get_args(kind)):
         if isinstance(one, type) and issubclass(one, Enum):
             return [str(value) for value in one]
@@ -127,7 +131,7 @@ def choices_of(kind: Any) -> list[str]:
 
 
 def loading_table() -> str:
-    """Return the table of the flags that loading a checkpoint takes."""
+    """Return the table of the flags of commands that load a checkpoint."""
     rows = [
         f"| `{name}` | `{variable}=1` | {escaped(text)} |"
         for name, (variable, text) in loading.FLAGS.items()
@@ -136,8 +140,8 @@ def loading_table() -> str:
 
 
 def command_tables() -> list[str]:
-    """Return heading and table of each subcommand."""
-    from .cli import COMMANDS as modules  # which lists this command too
+    """Return the heading and the table of each subcommand."""
+    from .cli import COMMANDS as modules  # cli imports this module
 
     parts = []
     for name, module in modules.items():
@@ -159,8 +163,8 @@ def table(rows: Iterable[tuple[str, Any, str, list[str]]]) -> str:
     """Return a Markdown table.
 
     Args:
-        rows: flag, default, help text and choices of each. A default of ``None`` is what the help
-            text says in parentheses.
+        rows: (flag, default, help text, choices). If the default is ``None``, the table shows the
+            default that the help text gives in parentheses.
     """
     lines = ["| flag | default | |", "| --- | --- | --- |"]
     for name, default, text, choices in rows:
@@ -181,7 +185,7 @@ def table(rows: Iterable[tuple[str, Any, str, list[str]]]) -> str:
 
 
 def escaped(text: str) -> str:
-    """Return text for a cell of a Markdown table."""
+    """Return text as a cell of a Markdown table: flags and quoted words become code."""
     text = re.sub(r"(?<![`\w])(--[a-z][\w-]*|</s>)", r"`\1`", text)
     text = re.sub(r"(?<!\w)'([\w./]+)'", r"`\1`", text)
     return text.replace("%(default)s", "").replace("|", r"\|")

@@ -1,4 +1,4 @@
-"""Language models from flags alone, without data."""
+"""Build language models from flags alone, without data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..errors import UsageError, flag
 
 MOST_TYPES = 2**24
-"""Most types in a dictionary. It takes a few seconds to make one of that size."""
+"""Largest number of types in a dictionary. Making such a dictionary takes a few seconds."""
 
 UNCOUNTED = {
     "adaptive_input": "the cost of adaptive embeddings depends on the token",
@@ -25,7 +25,7 @@ UNCOUNTED = {
     "character_embeddings": "the convolutions of character embeddings are not counted",
     "base_layers": "fairseq's BASE layers are not counted",
 }
-"""Option of a model -> why its cost is not known."""
+"""Option of a model -> why the cost of such a model is not known."""
 
 
 def build_language_model(
@@ -36,12 +36,12 @@ def build_language_model(
     Args:
         arch: name of the architecture.
         vocab_size: types in the dictionary, fairseq's special ones included.
-        context: positions.
+        context: number of positions.
         flags: the model's flags.
-        strict: refuse other flags, such as a criterion's, instead of ignoring them.
+        strict: whether to refuse other flags, such as a criterion's, instead of ignoring them.
 
     Raises:
-        UsageError: names the flag, the value and the reason.
+        UsageError: the model cannot be built. The message names the flag, the value and the reason.
     """
     check_language_model(arch)
     if vocab_size > MOST_TYPES:
@@ -66,7 +66,7 @@ def build_language_model(
         try:
             with torch.device("meta"):
                 return models.build_model(config, task)
-        except RuntimeError:  # a table is computed from values, which the meta device lacks
+        except RuntimeError:  # hash tables are computed from values; the meta device has none
             return models.build_model(config, task)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -77,7 +77,7 @@ def check_language_model(arch: str) -> None:
     """Refuse an architecture that is not a Transformer language model.
 
     Raises:
-        UsageError: names similar architectures, or the kind of model that it is.
+        UsageError: the message names similar architectures, or the kind of the model.
     """
     known, names = models.ARCH_MODEL_REGISTRY, models.ARCH_MODEL_NAME_REGISTRY
     counted = [
@@ -100,15 +100,16 @@ def check_language_model(arch: str) -> None:
 
 
 def model_config(arch: str, context: int, options: argparse.Namespace) -> DictConfig:
-    """Return the configuration of a model whose defaults are the architecture's.
+    """Return the configuration of a model, with the architecture's defaults.
 
     Args:
         arch: name of the architecture.
-        context: positions.
-        options: what the command line sets.
+        context: number of positions.
+        options: the options that the command line sets.
 
     Raises:
-        UsageError: names the flag, the value and the reason.
+        UsageError: the cost of the model is not known, or its widths differ. The message names the
+            flag, the value and the reason.
     """
     asked = set(vars(options))
     options.arch, options.task, options.tokens_per_sample = arch, "language_modeling", context

@@ -1,4 +1,4 @@
-"""Log-likelihood of a continuation, given its context, under a language model of fairseq."""
+"""Log-likelihood of a continuation, given its context, under a fairseq language model."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from torch import Tensor
 
 
 class Encoder:
-    """Text to token ids, as a model was trained on them: a line break is ``</s>``, which
-    ``fairseq-preprocess`` puts at the end of each line.
+    """Converts text to the token ids that a model was trained on.
+
+    A line break is ``</s>``, which ``fairseq-preprocess`` puts at the end of each line.
 
     Args:
         bpe: one of fairseq's encoders.
-        dictionary: of the model.
+        dictionary: the model's dictionary.
     """
 
     def __init__(self, bpe: Any, dictionary: Dictionary) -> None:
         self.bpe, self.dictionary = bpe, dictionary
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text, without ``</s>`` at its beginning or end."""
+        """Return the token ids of a text, without ``</s>`` at its beginning or end."""
         ids: list[int] = []
         for i, line in enumerate(text.split("\n")):
             if i > 0:
@@ -38,33 +39,45 @@ class Encoder:
         return ids
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], int]:
-        """The token ids of context and continuation together, and how many of them, at the end, are
-        the continuation's.
+        """Return the token ids of context and continuation together.
 
-        The two together may be other tokens than each by itself. The continuation has those beyond
-        as many as the context has by itself, and at least one. White space at the end of the
-        context, line breaks included, is the continuation's, since an encoder that marks the
-        beginnings of words has it there. lm-evaluation-harness splits in the same way
-        (``_encode_pair``), but stops where the continuation has no token of its own.
+        The joined text may have other tokens than its two pieces. If the context alone has n
+        tokens, the continuation has all tokens after the first n, and at least one. White space and
+        line breaks at the end of the context belong to the continuation, because encoders mark the
+        beginnings of words. lm-evaluation-harness splits in the same way (``_encode_pair``), but
+        stops if the continuation has no token.
+
+        Returns:
+            The token ids, and the number of ids at the end that belong to the continuation.
         """
         whole = self.encode(context + continuation)
         return whole, max(len(whole) - len(self.encode(context.rstrip())), 1)
 
 
 class Window(NamedTuple):
-    """What is scored in one go: ``scored`` tokens at the end of ``tokens``, the others before them
-    being their context."""
+    """Tokens that the model reads at once.
+
+    Attributes:
+        tokens: token ids.
+        scored: number of tokens at the end that are scored. The others are their context.
+    """
 
     tokens: list[int]
     scored: int
 
 
 def windows(tokens: list[int], scored: int, positions: int) -> Iterator[Window]:
-    """A sequence as the model takes it: cut at the left to ``positions``, which the last token does
-    not count in, as it is only predicted.
+    """Yield windows that fit the model and together score a continuation.
 
-    A continuation that is longer is scored in pieces of half of the positions, so that each token
-    has at least that much context. lm-evaluation-harness stops at such a continuation.
+    A window has at most ``positions + 1`` tokens, because its last token is only predicted. Longer
+    contexts are cut at the left. A continuation of more than ``positions`` tokens is scored in
+    pieces of half of the positions, so that each token has at least that much context.
+    lm-evaluation-harness stops at such a continuation.
+
+    Args:
+        tokens: token ids of the start token, the context and the continuation.
+        scored: number of tokens of the continuation.
+        positions: the model's positions.
     """
     piece = scored if scored <= positions else max(positions // 2, 1)
     for begin in range(len(tokens) - scored, len(tokens), piece):
@@ -73,8 +86,14 @@ def windows(tokens: list[int], scored: int, positions: int) -> Iterator[Window]:
 
 
 def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of windows, longest first, in batches of at most ``max_tokens`` with padding, or of
-    one window that is longer."""
+    """Yield batches of indices of windows, longest windows first.
+
+    A batch has at most ``max_tokens`` tokens with padding. A longer window is a batch by itself.
+
+    Args:
+        lengths: tokens of each window.
+        max_tokens: tokens of a batch, padding included.
+    """
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batch and lengths[batch[0]] * (len(batch) + 1) > max_tokens:
@@ -86,8 +105,12 @@ def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
 
 
 class Score(NamedTuple):
-    """Of a continuation: its log-likelihood in nats, and whether each of its tokens is the most
-    likely one."""
+    """Score of a continuation.
+
+    Attributes:
+        log_likelihood: log-likelihood in nats.
+        greedy: whether each token of the continuation is the most likely one.
+    """
 
     log_likelihood: float
     greedy: bool
@@ -98,12 +121,12 @@ class Scorer:
     """Scores continuations.
 
     Attributes:
-        model: in evaluation mode.
-        dictionary: its own.
-        start: the token that begins a text.
-        types: that the model predicts; targets beyond them are ``<unk>``, as in training.
-        max_tokens: of a batch, padding included.
-        device: that the model is on.
+        model: the model, in evaluation mode.
+        dictionary: the model's dictionary.
+        start: id of the token that begins a text.
+        types: number of types that the model predicts. Other targets are ``<unk>``, as in training.
+        max_tokens: tokens of a batch, padding included.
+        device: the model's device.
     """
 
     model: FairseqLanguageModel
@@ -119,36 +142,41 @@ class Scorer:
         return int(self.model.max_positions())
 
     def is_cut(self, tokens: list[int]) -> bool:
-        """Whether a sequence, as :meth:`Encoder.encode_pair` gives it, has more tokens than the
-        model takes."""
+        """Return whether a sequence of :meth:`Encoder.encode_pair` has more tokens than the model
+        has positions."""
         return len(tokens) > self.positions
 
     def is_in_pieces(self, scored: int) -> bool:
-        """Whether a continuation has more tokens than the model takes, and is scored in pieces."""
+        """Return whether a continuation of ``scored`` tokens is longer than the model's positions.
+
+        It is then scored in pieces.
+        """
         return scored > self.positions
 
     def score(
         self,
-        pairs: Sequence[tuple[list[int], int]],
+        requests: Sequence[tuple[list[int], int]],
         progress: Callable[[int, int], None] = lambda done, all: None,
     ) -> list[Score]:
-        """Scores of sequences, which do not depend, beyond rounding, on what they are batched with.
+        """Return the score of each request.
+
+        A score depends on the other requests of its batch only by rounding.
 
         Args:
-            pairs: as :meth:`Encoder.encode_pair` gives them.
-            progress: is told how many of how many windows are done.
+            requests: results of :meth:`Encoder.encode_pair`.
+            progress: called after each batch with the numbers of finished and of all windows.
         """
         cut = [
             (i, window)
-            for i, (tokens, scored) in enumerate(pairs)
+            for i, (tokens, scored) in enumerate(requests)
             for window in windows([self.start, *tokens], scored, self.positions)
         ]
-        totals, greedy, done = [0.0] * len(pairs), [True] * len(pairs), 0
+        totals, greedy, done = [0.0] * len(requests), [True] * len(requests), 0
         for batch in batches([len(window.tokens) - 1 for _, window in cut], self.max_tokens):
             scores = self._score_batch([cut[i][1] for i in batch])
-            for (pair, _), score in zip([cut[i] for i in batch], scores, strict=True):
-                totals[pair] += score.log_likelihood
-                greedy[pair] &= score.greedy
+            for (request, _), score in zip([cut[i] for i in batch], scores, strict=True):
+                totals[request] += score.log_likelihood
+                greedy[request] &= score.greedy
             done += len(batch)
             progress(done, len(cut))
         return [Score(*score) for score in zip(totals, greedy, strict=True)]
@@ -166,7 +194,7 @@ class Scorer:
         targets_N = targets_N.to(self.device)
 
         output, *rest = self.model(tokens_BT, src_lengths=lengths.to(self.device))
-        # Softmax of what is scored alone: contexts are most of the tokens.
+        # Softmax of the scored positions only: most tokens are context.
         output_1NV = output[is_scored_BT.to(self.device)].unsqueeze(0)
         normalized = self.model.get_normalized_probs((output_1NV, *rest), log_probs=True)
         log_probs_NV: Tensor = normalized.squeeze(0)

@@ -1,4 +1,4 @@
-"""What the plugin changes in fairseq's own code, why, and until when."""
+"""List the plugin's changes of fairseq's own code, with reasons."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ WIDTH = 98
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Add the flags of ``fairseq-sffn patches``."""
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> str:
-    """Return what the command prints."""
+    """Return what ``fairseq-sffn patches`` prints."""
     rows = [as_row(each) for each in sorted(PATCHES, key=lambda each: each.target)]
     return json.dumps(rows) if args.json else format_rows(rows)
 
 
 def as_row(each: Patch) -> dict[str, Any]:
-    """Return what there is to know of a patch.
+    """Return a patch as a dictionary for JSON.
 
     Returns:
-        ``fits`` tells whether the fairseq beneath is one that the patch was written for, of which
-        ``fingerprint`` is the hash of the target's source, ``None`` where it has none.
+        The attributes of the patch; ``fits``: whether the patch was written for the installed
+        fairseq; ``fingerprint``: the hash of the target's source, ``None`` if there is no source.
     """
     return {
         "target": each.target,
@@ -43,7 +43,7 @@ def as_row(each: Patch) -> dict[str, Any]:
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
-    """Return a paragraph for each patch, and a line that sums them up."""
+    """Return a paragraph for each patch and a line with the total, as text."""
     lines = []
     for row in rows:
         lines += [row["target"], f"  {row['kind']}; {row['module']}"]

@@ -1,6 +1,6 @@
-"""Memory, bytes sent and the share of communication of training on several ranks, estimated.
+"""Estimate memory, bytes sent and the share of communication of training on several ranks.
 
-All figures are for one rank and one update on one micro-batch, and computed from sizes alone.
+All figures are for one rank and for one update on one micro-batch. They follow from sizes alone.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ PRECISIONS = {
     "fp16": (torch.float16, 16),
     "memory_efficient_fp16": (torch.float16, 8),
 }
-"""Precision -> dtype of parameters, gradients and hidden states, and bytes of optimizer state for a
-parameter: Adam's two moments in fp32, and for ``bf16`` and ``fp16`` fp32 copies of parameter and
-gradient."""
+"""Precision -> dtype of parameters, gradients and hidden states, and bytes of optimizer state for
+each parameter. The state is Adam's two moments in fp32. ``bf16`` and ``fp16`` also have fp32 copies
+of parameter and gradient."""
 
 LEFT_OUT = (
     "Not counted: temporary buffers, such as logits, gradients of activations and copies that "
@@ -44,7 +44,7 @@ LEFT_OUT = (
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is trained.
+    """Settings of a training.
 
     Attributes:
         world_size: ranks.
@@ -53,7 +53,7 @@ class Setting:
         tokens_per_sample: tokens that a token attends to.
         precision: a key of ``PRECISIONS``.
         bandwidth: GB/s that a rank sends.
-        flops: TFLOP/s that a rank computes.
+        flops: TFLOP/s that a rank achieves.
     """
 
     world_size: int
@@ -73,10 +73,13 @@ def plan_figures(model: TransformerLanguageModel, setting: Setting) -> dict[str,
         setting: how it is trained.
 
     Returns:
-        ``params`` of a rank, ``replicated`` and ``sharded``; ``memory`` and ``sent``, bytes by
-        part, expected ones where they depend on routing; ``sent_per_sparse_layer``;
-        ``compute_seconds`` and ``communication_seconds``, which do not overlap;
-        ``communication_share``, the share of communication in their sum.
+        A dictionary with the figures of one rank:
+
+        - ``params``: numbers of ``replicated`` and ``sharded`` parameters;
+        - ``memory``, ``activations``, ``sent``: bytes by part, expected values if routing is even;
+        - ``sent_per_sparse_layer``: bytes;
+        - ``compute_seconds``, ``communication_seconds``: times without overlap;
+        - ``communication_share``: share of communication in the sum of both times.
     """
     ranks, shards = setting.world_size, setting.sffn_expert_parallel
     tokens = setting.tokens_per_rank
@@ -108,7 +111,7 @@ def plan_figures(model: TransformerLanguageModel, setting: Setting) -> dict[str,
         "replicated_gradients": round(all_reduce_bytes(replicated * size, ranks)),
         "sharded_gradients": round(all_reduce_bytes(sharded * size, ranks // shards)),
     }
-    # A fourth pass only where activations are recomputed.
+    # A fourth pass only if activations are recomputed.
     parts = cost_by_part(model, context)
     flops = training_flops_per_token(parts) if recomputed else 3 * total(parts).flops_per_token
     compute = tokens * flops / (setting.flops * 1e12)
@@ -129,7 +132,7 @@ def plan_figures(model: TransformerLanguageModel, setting: Setting) -> dict[str,
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of ``fairseq-sffn plan``. :func:`run` parses the model's own."""
+    """Add the flags of ``fairseq-sffn plan``. :func:`run` parses the model's own flags."""
     parser.add_argument("--arch", required=True, help="a language model, as for fairseq-train")
     numbers = {
         "vocab_size": (51200, "types in the dictionary, fairseq's special ones included"),
@@ -157,7 +160,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, with sizes in bytes")
     parser.epilog = (
         "Every other flag is the model's, such as --decoder-layers 12 or --checkpoint-activations. "
-        f"Memory is for Adam and fused attention; routing is taken to be even. {LEFT_OUT}"
+        f"Memory is for Adam and fused attention, with even routing. {LEFT_OUT}"
     )
     parser.set_defaults(other_flags=[])
 
@@ -166,7 +169,7 @@ def run(args: argparse.Namespace) -> str:
     """Return what ``fairseq-sffn plan`` prints.
 
     Raises:
-        UsageError: names the flag, the value and the reason.
+        UsageError: a flag has a wrong value. The message names the flag, the value and the reason.
     """
     whole = ("world_size", "sffn_expert_parallel", "tokens_per_rank", "tokens_per_sample")
     at_least = dict.fromkeys(whole, 1) | {"vocab_size": Dictionary().nspecial + 1}
@@ -191,15 +194,15 @@ def run(args: argparse.Namespace) -> str:
 
 
 def check_shards(model: TransformerLanguageModel, shards: int) -> None:
-    """Refuse a number of ranks over which the blocks of a model cannot be sharded.
+    """Check that the blocks of a model can be sharded over a number of ranks.
 
     Raises:
-        UsageError: names the flag, the value and the reason.
+        UsageError: they cannot. The message names the flag, the value and the reason.
     """
     memories = [module for module in model.modules() if isinstance(module, SparseMemory)]
     reason = "this model has no sparse layers" if shards > 1 and not memories else None
     try:
-        for memory in memories[:1]:  # all alike
+        for memory in memories[:1]:  # all layers have the same config
             check_sharding(memory.config, shards)
     except ConfigError as error:
         reason = error.reason
@@ -208,7 +211,7 @@ def check_shards(model: TransformerLanguageModel, shards: int) -> None:
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """Return tables of memory, and of bytes sent with the time that they take."""
+    """Return a table of memory and a table of bytes sent and their times, as text."""
 
     def label(name: str) -> str:
         return name.replace("_", " ").replace("ffn", "FFN")

@@ -1,4 +1,4 @@
-"""Turns a checkpoint in parts into one file, or into another number of parts, and back."""
+"""Convert a checkpoint, one file or sharded, to another number of shards or to one file."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from ..expert_parallel.parts import Part, cut_part, put_parts, save_part, take_p
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
-    parser.add_argument("checkpoint", type=Path, help="the .pt file, in parts or not")
-    parser.add_argument("output", type=Path, help="the .pt file to write; its parts go beside it")
+    """Add the flags of ``fairseq-sffn reshard``."""
+    parser.add_argument("checkpoint", type=Path, help="the .pt file, sharded or not")
+    parser.add_argument("output", type=Path, help="the .pt file to write; shards go beside it")
     parser.add_argument(
-        "--shards", type=int, default=1, help="number of parts (default: 1, all in one file)"
+        "--shards", type=int, default=1, help="number of shards (default: 1, all in one file)"
     )
     add_flags_to(parser, SKIP_CHECKSUMS)
 
 
 def run(args: argparse.Namespace) -> str:
-    """Writes the checkpoint.
+    """Write the checkpoint, and return what ``fairseq-sffn reshard`` prints.
 
     Raises:
-        UsageError: it cannot be read, not be written, or not be in so many parts.
+        UsageError: the checkpoint cannot be read, written, or divided into this many parts.
     """
     check_output(args)
     state = read(args.checkpoint)
@@ -40,7 +40,11 @@ def run(args: argparse.Namespace) -> str:
 
 
 def check_output(args: argparse.Namespace) -> None:
-    """Raises UsageError where ``--shards`` or the file to write cannot be."""
+    """Check ``--shards`` and the file to write.
+
+    Raises:
+        UsageError: the number is below 1, or the file cannot be written under this name.
+    """
     if args.shards < 1:
         raise UsageError(f"--shards {args.shards}: must be at least 1")
     if args.shards > 1 and args.output.suffix != ".pt":
@@ -54,14 +58,15 @@ def check_output(args: argparse.Namespace) -> None:
 
 
 def read(path: Path, named: bool = True) -> dict[str, Any]:
-    """A checkpoint with all that is in its parts.
+    """Read a checkpoint, and add the parameters and optimizer state of all of its parts.
 
     Args:
         path: the checkpoint.
-        named: the names of its parameters, in the optimizer's order, are needed.
+        named: whether the checkpoint must have the names of its parameters, in the optimizer's
+            order.
 
     Raises:
-        UsageError: it cannot be read.
+        UsageError: the checkpoint cannot be read, or lacks the names.
     """
     state = read_checkpoint(str(path), mapped=True)
     if KEY not in state and not named:
@@ -77,17 +82,17 @@ def read(path: Path, named: bool = True) -> dict[str, Any]:
 
 
 def write(state: dict[str, Any], source: Path, output: Path, shards: int) -> None:
-    """Writes a checkpoint, in so many parts, which it takes out of the state.
+    """Write a checkpoint in a number of parts.
 
     Args:
-        state: the whole checkpoint.
-        source: where it is from, for messages.
+        state: the whole checkpoint. The function moves the sharded parameters out of it.
+        source: the file that it was read from, for messages.
         output: the file to write.
         shards: number of parts.
 
     Raises:
-        UsageError: it cannot be written, or the optimizer's state cannot be cut; nothing is left
-            then.
+        UsageError: the checkpoint cannot be written, or the optimizer's state cannot be cut. No
+            part is left in this case.
     """
     names = state.get(KEY, {})
     folder = new_folder(output, f"{RESHARDED}{output.stem}")
@@ -107,7 +112,11 @@ def write(state: dict[str, Any], source: Path, output: Path, shards: int) -> Non
 
 
 def check_shards(state: dict[str, Any], shards: int) -> None:
-    """Raises UsageError where the layers' blocks cannot be in so many parts."""
+    """Check that the blocks of each layer can be divided into a number of parts.
+
+    Raises:
+        UsageError: the model has no sharded blocks, or the number does not divide them.
+    """
     if not state[KEY]["sharded"]:
         raise UsageError(f"--shards {shards}: this model has no blocks that can be sharded")
     for name in state[KEY]["sharded"]:

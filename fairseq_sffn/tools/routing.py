@@ -1,4 +1,4 @@
-"""Which blocks a model's sparse layers use for which tokens."""
+"""Statistics of the blocks that a model's sparse layers use for each token."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from torch import Tensor, nn
 from ..memory import SparseMemory
 
 POSITIONS = 256
-"""Of which the blocks themselves are kept, to compare models."""
+"""Number of token positions for which the selected blocks are kept, to compare models."""
 MOST_KEPT = 16
-"""Active blocks, up to which they are."""
+"""Most active blocks of a layer for which the selected blocks are kept."""
 MOST_LISTED = 256
-"""Blocks, up to which the tokens of each are listed."""
+"""Most blocks of a layer for which the tokens of each block are listed."""
 MOST_PAIRS = 2**28
-"""Pairs of block and token type, a GiB a layer, up to which they are counted."""
+"""Most (block, token type) pairs of a layer whose uses are counted: 1 GiB of int32 counts."""
 TOP = 8
-"""Tokens listed for a block."""
+"""Number of tokens listed for a block."""
 
 
 class Routing:
-    """Watches a model's sparse layers while it is open.
+    """Context manager that counts the selections of a model's sparse layers.
 
     Args:
         model: a language model.
-        dictionary: of its tokens.
-        tokens: that it is about to read, of which positions are drawn.
+        dictionary: the dictionary of its tokens.
+        tokens: number of tokens that the model will read. Positions are drawn from them.
     """
 
     def __init__(self, model: nn.Module, dictionary: Dictionary, tokens: int) -> None:
@@ -41,9 +41,9 @@ class Routing:
             if isinstance(module, SparseMemory)
         }
         self.counts_B: dict[str, Tensor] = {}
-        """How often each block was used."""
-        self.pairs_BV: dict[str, Tensor] = {}
-        """How often each block was used for each token, where there are not too many pairs."""
+        """Layer -> uses of each block."""
+        self.token_counts_BV: dict[str, Tensor] = {}
+        """Layer -> uses of each block for each token type; without layers above ``MOST_PAIRS``."""
         self.blocks: dict[str, list[list[int]]] = {name: [] for name in self.memories}
         self.ids: list[int] = []
         generator = torch.Generator().manual_seed(0)  # the same positions for every model
@@ -59,7 +59,7 @@ class Routing:
             types = len(self.dictionary)
             self.counts_B[name] = torch.zeros(blocks, dtype=torch.int64)
             if blocks * types <= MOST_PAIRS:
-                self.pairs_BV[name] = torch.zeros(blocks, types, dtype=torch.int32)
+                self.token_counts_BV[name] = torch.zeros(blocks, types, dtype=torch.int32)
 
             def see(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
                 self.see(name, output.selection.blocks)
@@ -77,7 +77,11 @@ class Routing:
             handle.remove()
 
     def tokens(self, ids_BT: Tensor) -> None:
-        """The tokens (batch, time) that the model is about to read."""
+        """Set the tokens that the model reads next.
+
+        Args:
+            ids_BT: (batch, time) token ids.
+        """
         self.ids_N = ids_BT.t().reshape(-1).cpu()  # layers work on (time, batch)
         real_N = self.ids_N != self.dictionary.pad()
         number_N = self.read + real_N.cumsum(0) - 1
@@ -86,7 +90,12 @@ class Routing:
         self.ids += self.ids_N[self.is_drawn_N].tolist()
 
     def see(self, name: str, blocks_NA: Tensor) -> None:
-        """Counts what a layer selected."""
+        """Count the blocks that a layer selected.
+
+        Args:
+            name: name of the layer.
+            blocks_NA: (tokens, active blocks) selected blocks.
+        """
         blocks_NA = blocks_NA.cpu()
         if blocks_NA.shape[1] <= MOST_KEPT:
             self.blocks[name] += blocks_NA[self.is_drawn_N].tolist()
@@ -94,20 +103,28 @@ class Routing:
         blocks_NA, ids_N = blocks_NA[real_N], self.ids_N[real_N]
         counts_B = self.counts_B[name]
         counts_B += blocks_NA.reshape(-1).bincount(minlength=len(counts_B))
-        if (pairs_BV := self.pairs_BV.get(name)) is not None:
-            flat = (blocks_NA * pairs_BV.shape[1] + ids_N[:, None]).reshape(-1)
-            pairs_BV.view(-1).index_add_(0, flat, torch.ones_like(flat, dtype=pairs_BV.dtype))
+        if (token_counts_BV := self.token_counts_BV.get(name)) is not None:
+            flat = (blocks_NA * token_counts_BV.shape[1] + ids_N[:, None]).reshape(-1)
+            token_counts_BV.view(-1).index_add_(
+                0, flat, torch.ones_like(flat, dtype=token_counts_BV.dtype)
+            )
 
     def report(self) -> dict[str, dict[str, Any]]:
-        """What was seen, by layer.
+        """Return the statistics of each layer.
 
         Returns:
-            ``counts``: uses of each block; ``block_bits``: entropy of a use's block;
-            ``token_bits``: its mutual information with the token id, of the sample, which is the
-            entropy less log2 of the active blocks where the id decides alone; ``top_tokens``: of
-            each block, those whose uses exceed the expected the most; ``blocks``: those selected at
-            positions drawn from all, whose tokens are ``positions``. These three are empty, and
-            ``token_bits`` is ``None``, where there are too many blocks.
+            Name of the layer -> a dictionary with:
+
+            - ``counts``: uses of each block;
+            - ``block_bits``: entropy of the used block, in bits;
+            - ``token_bits``: mutual information of the used block and the token id in this sample,
+              in bits. If the token id alone decides, it is the entropy minus log2 of the number of
+              active blocks. ``None``: there are too many blocks;
+            - ``top_tokens``: for each block, the tokens whose uses exceed the expected number most;
+            - ``blocks``: the blocks selected at the drawn positions;
+            - ``positions``: the token ids at the drawn positions.
+
+            The last three are empty if there are too many blocks.
         """
         report = {}
         for name, counts_B in self.counts_B.items():
@@ -124,15 +141,15 @@ class Routing:
         return report
 
     def of_tokens(self, name: str) -> tuple[float | None, list[list[str]]]:
-        """``token_bits`` and ``top_tokens`` of a layer; see :meth:`report`."""
-        if name not in self.pairs_BV:
+        """Return ``token_bits`` and ``top_tokens`` of a layer; see :meth:`report`."""
+        if name not in self.token_counts_BV:
             return None, []
-        pairs_BV = self.pairs_BV[name]
-        joint = pairs_BV.double() / pairs_BV.sum().clamp(min=1)
+        token_counts_BV = self.token_counts_BV[name]
+        joint = token_counts_BV.double() / token_counts_BV.sum().clamp(min=1)
         expected = joint.sum(1)[:, None] * joint.sum(0)[None, :]
         used = joint > 0
         bits = round(float((joint[used] * (joint[used] / expected[used]).log2()).sum()), 4)
-        if len(pairs_BV) > MOST_LISTED:
+        if len(token_counts_BV) > MOST_LISTED:
             return bits, []
         surplus, ids = (joint - expected).topk(TOP)
         return bits, [

@@ -1,5 +1,7 @@
-"""Bytes that a rank sends in an update on one micro-batch: tokens to the blocks of sparse layers
-and back, and gradients. No assignment is dropped.
+"""Bytes that a rank sends in an update on one micro-batch.
+
+A rank sends tokens to the blocks of sparse layers and back, and gradients. No assignment is
+dropped.
 """
 
 from __future__ import annotations
@@ -21,24 +23,25 @@ def sent_bytes(
     assignments_received: float,
     recomputed: bool = False,
 ) -> float:
-    """Return the bytes that a rank sends to others for one sparse layer, forward and backward:
-    exactly what the memory counts as ``sent``.
+    """Return the bytes that a rank sends to others for one sparse layer, forward and backward.
+
+    They equal the bytes that the memory counts as ``sent``.
 
     Args:
         config: the memory.
         shards: ranks over which the blocks are sharded.
         number_bytes: bytes of a number in the model's precision.
-        rows_sent: hidden states sent to other ranks; a token's goes to each of its ranks once.
-        rows_received: hidden states that came from other ranks.
+        rows_sent: hidden states sent to other ranks. A token is sent to a rank once.
+        rows_received: hidden states received from other ranks.
         assignments_sent: assignments (token, block) whose block is on another rank.
         assignments_received: assignments of other ranks' tokens to blocks of this rank.
         recomputed: whether activation checkpointing runs the forward pass twice.
     """
-    rows = (rows_sent + rows_received) * config.embed_dim  # what is received is sent back
+    rows = (rows_sent + rows_received) * config.embed_dim  # outputs return for the received rows
     weighed = config.gate_name != "none"
     forward = (rows + weighed * assignments_sent) * number_bytes
     backward = (rows + weighed * assignments_received) * number_bytes
-    # Row and block of each pair, after the sizes that each rank is to expect.
+    # Row and block of each assignment, and before them the sizes that each rank has to expect.
     indices = 2 * INDEX_BYTES * assignments_sent + SIZES_BYTES * (shards - 1)
     return (forward + indices) * (1 + recomputed) + backward
 
@@ -46,8 +49,12 @@ def sent_bytes(
 def expected_sent_bytes(
     config: MemoryConfig, shards: int, number_bytes: int, tokens: int, recomputed: bool = False
 ) -> float:
-    """Return the expected :func:`sent_bytes` where each rank has ``tokens`` tokens and routing is
-    even."""
+    """Return the expected :func:`sent_bytes` with even routing.
+
+    Args:
+        config, shards, number_bytes, recomputed: see :func:`sent_bytes`.
+        tokens: tokens of each rank.
+    """
     rows = tokens * (shards - 1) * visit_probability(config, shards)
     assignments = tokens * config.active_blocks * (shards - 1) / shards
     return sent_bytes(
@@ -58,11 +65,16 @@ def expected_sent_bytes(
 def mean_keys_bytes(
     config: MemoryConfig, shards: int, number_bytes: int, recomputed: bool = False
 ) -> int:
-    """Return the bytes that a rank sends in a ring so that all ranks have the mean keys and biases
-    of a layer, and for their gradients. The memory does not count them."""
+    """Return the bytes that a rank sends to gather the mean keys and biases of a layer.
+
+    The bytes are those of a ring, and include the gradients. The memory does not count them.
+
+    Args:
+        config, shards, number_bytes, recomputed: see :func:`sent_bytes`.
+    """
     if not issubclass(config.selector_class, AvgK):
         return 0
-    # Only a gate reads scores, so that mean keys have gradients only with one.
+    # Mean keys have gradients only with a gate, which reads the scores.
     passes = 1 + recomputed + (config.gate_name != "none")
     bias = config.bias and not config.selector_options.exclude_bias
     part = config.num_blocks // shards * (config.embed_dim + bias)
@@ -70,12 +82,24 @@ def mean_keys_bytes(
 
 
 def all_reduce_bytes(size: int, ranks: int) -> float:
-    """Return the bytes that a rank sends in a ring to sum tensors of ``size`` bytes over ranks."""
+    """Return the bytes that a rank sends in a ring all-reduce.
+
+    Args:
+        size: bytes of the tensors.
+        ranks: number of ranks.
+    """
     return 2 * (ranks - 1) / ranks * size
 
 
 def visit_probability(config: MemoryConfig, shards: int) -> float:
-    """Return the probability that a token uses any block of a given rank if all sets of blocks are
-    equally likely: one minus that of drawing all blocks from other ranks (hypergeometric)."""
+    """Return the probability that a token uses at least one block of a given rank.
+
+    All sets of blocks are equally likely. The result is 1 minus the hypergeometric probability that
+    all of the token's blocks are on other ranks.
+
+    Args:
+        config: the memory.
+        shards: ranks over which the blocks are sharded.
+    """
     blocks, active = config.num_blocks, config.active_blocks
     return 1 - math.comb(blocks - blocks // shards, active) / math.comb(blocks, active)

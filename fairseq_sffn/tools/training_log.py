@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 RECORD = re.compile(r".*\| INFO \| (train_inner|valid) \| (\{.*\})$")
-"""A record, possibly after the beginning of a line that a killed run did not finish."""
+"""Matches a record. A killed run may have left an unfinished line before it."""
 
 
 def log_records(path: Path) -> list[tuple[str, dict[str, float]]]:
-    """Read the records of a log. Where a run was resumed, records of updates that it repeated
-    replace the earlier ones.
+    """Return the records of a log.
+
+    If a resumed run repeated updates, their later records replace the earlier ones.
 
     Args:
-        path: file of the log.
+        path: the log file.
 
     Returns:
-        Pairs of kind, ``train_inner`` or ``valid``, and logged values, in order of updates.
+        (kind, logged values) of each record in order of updates. The kind is ``train_inner`` or
+        ``valid``.
     """
     records: dict[tuple[str, float], tuple[str, dict[str, float]]] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -28,7 +30,7 @@ def log_records(path: Path) -> list[tuple[str, dict[str, float]]]:
             continue
         try:
             logged = json.loads(match[2])
-        except json.JSONDecodeError:  # lines of two processes run together
+        except json.JSONDecodeError:  # two processes wrote to one line
             continue
         prefix = "valid_" if match[1] == "valid" else ""
         record = {name.removeprefix(prefix): _number(value) for name, value in logged.items()}

@@ -1,4 +1,4 @@
-"""Evaluates a language model on zero-shot tasks: HellaSwag, PIQA, WinoGrande, ARC, ..."""
+"""Evaluate a language model on zero-shot tasks: HellaSwag, PIQA, WinoGrande, ARC, ..."""
 
 from __future__ import annotations
 
@@ -32,21 +32,25 @@ FILES = (
 )
 """Options of fairseq's encoders that name a file."""
 MAX_UNKNOWN = 0.5
-"""Share of tokens outside the dictionary from which on the encoder is not the model's."""
+"""Largest share of tokens outside the dictionary. Above it, the encoder is not the model's."""
 
 
 def load_model(
     checkpoint: Path, data: Path, overrides: dict[str, Any]
 ) -> tuple[FairseqLanguageModel, Any]:
-    """A trained model, and its task, as ``fairseq-eval-lm`` loads them.
+    """Load a trained model and its task, as ``fairseq-eval-lm`` does.
 
     Args:
-        checkpoint: of the model, in parts or not.
-        data: folder with its ``dict.txt``.
-        overrides: options of model or task -> value.
+        checkpoint: the model's checkpoint, sharded or not.
+        data: folder with the model's ``dict.txt``.
+        overrides: option of the model or task -> value.
+
+    Returns:
+        The model in evaluation mode, and the task.
 
     Raises:
-        UsageError: names the flag and the value that cannot be honoured.
+        UsageError: the model cannot be loaded, or cannot be scored. The message names the flag and
+            the value.
     """
     if not (data / "dict.txt").is_file():
         raise UsageError(f"--data {data}: has no dict.txt")
@@ -79,14 +83,14 @@ def load_model(
 
 
 def build_encoder(name: str, flags: list[str]) -> Any:
-    """One of fairseq's encoders.
+    """Return one of fairseq's encoders.
 
     Args:
-        name: of the encoder, for ``--bpe``.
-        flags: of the encoder.
+        name: name of the encoder, as for ``--bpe``.
+        flags: flags of the encoder.
 
     Raises:
-        UsageError: names the flag and the value that cannot be honoured.
+        UsageError: the encoder cannot be built. The message names the flag and the value.
     """
     parser = argparse.ArgumentParser(
         prog="fairseq-sffn zero-shot",
@@ -114,8 +118,8 @@ def build_encoder(name: str, flags: list[str]) -> Any:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of ``fairseq-sffn zero-shot``; the encoder's own are left for :func:`run`."""
-    parser.add_argument("checkpoint", type=Path, help="the .pt file, in parts or not")
+    """Add the flags of ``fairseq-sffn zero-shot``. :func:`run` parses the encoder's own flags."""
+    parser.add_argument("checkpoint", type=Path, help="the .pt file, sharded or not")
     parser.add_argument(
         "--data", type=Path, required=True, help="folder with the model's dict.txt, as in training"
     )
@@ -129,18 +133,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bpe",
         required=True,
         choices=sorted(encoders.BPE_REGISTRY),
-        help="what the training text was encoded with, as for fairseq-interactive",
+        help="encoder of the training text, as for fairseq-interactive",
     )
     parser.add_argument(
-        "--tasks", default=",".join(TASKS), help="separated by commas (default: %(default)s)"
+        "--tasks", default=",".join(TASKS), help="tasks, separated by commas (default: %(default)s)"
     )
     parser.add_argument(
-        "--documents", type=int, default=1000, help="drawn from each task (default: 1000)"
+        "--documents", type=int, default=1000, help="documents drawn from each task (default: 1000)"
     )
-    parser.add_argument("--full", action="store_true", help="all documents of each task")
-    parser.add_argument("--seed", type=int, default=1, help="of the draw (default: 1)")
+    parser.add_argument("--full", action="store_true", help="use all documents of each task")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the draw (default: 1)")
     parser.add_argument(
-        "--max-tokens", type=int, default=4096, help="in a batch, with padding (default: 4096)"
+        "--max-tokens",
+        type=int,
+        default=4096,
+        help="tokens in a batch, with padding (default: 4096)",
     )
     parser.add_argument(
         "--model-overrides", default="{}", metavar="DICT", help="as for fairseq-eval-lm"
@@ -151,27 +158,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Every other flag is the encoder's, such as --sentencepiece-model FILE, or "
         "--gpt2-encoder-json FILE --gpt2-vocab-bpe FILE, and comes after CHECKPOINT. Scores are "
-        "log-likelihoods, or those for each character of the choice."
+        "log-likelihoods of the choices, also divided by the number of characters."
     )
     parser.set_defaults(other_flags=[])
 
 
 def run(args: argparse.Namespace) -> str:
-    """What ``fairseq-sffn zero-shot`` prints.
+    """Return what ``fairseq-sffn zero-shot`` prints.
 
     Raises:
-        UsageError: names the flag and the value that cannot be honoured.
+        UsageError: see :func:`evaluate`.
     """
     report = evaluate(args)
     return json.dumps(report, indent=2) if args.json else format_report(report)
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """The figures of every task, and what they depend on. Everything is read and encoded before a
-    model scores anything.
+    """Return the figures of every task, and the settings that they depend on.
+
+    All requests are read and encoded before the model scores any.
 
     Raises:
-        UsageError: names the flag and the value that cannot be honoured.
+        UsageError: a flag has a wrong value, or names something that cannot be read. The message
+            names the flag and the value.
     """
     for name in ("documents", "max_tokens"):
         if getattr(args, name) < 1:
@@ -188,7 +197,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     scorer = Scorer(
         model.to(device),
         dictionary,
-        # Of a text, as LanguageModelingTask.inference_step has it.
+        # The start of a text, as in LanguageModelingTask.inference_step.
         start=dictionary.bos() if fairseq_task.args.add_bos_token else dictionary.eos(),
         types=len(fairseq_task.target_dictionary),
         max_tokens=args.max_tokens,
@@ -199,17 +208,17 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         task: everything if args.full else draw(everything, task, args.documents, args.seed)
         for task, everything in documents.items()
     }
-    pairs = {
+    requests = {
         task: [
             encoder.encode_pair(*choice) for document in drawn[task] for choice in document.choices
         ]
         for task in tasks
     }
     for task in tasks:
-        check_known(pairs[task], dictionary.unk(), f"--bpe {args.bpe}: {task}", args.data)
+        check_known(requests[task], dictionary.unk(), f"--bpe {args.bpe}: {task}", args.data)
     report = []
     for task in tasks:
-        scores = scorer.score(pairs[task], progress=Progress(task))
+        scores = scorer.score(requests[task], progress=Progress(task))
         if any(math.isnan(score.log_likelihood) for score in scores):
             raise UsageError(f"checkpoint {args.checkpoint}: predicts what is not a number")
         figures = task_figures(task, drawn[task], scores, scorer.types)
@@ -219,9 +228,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
                 "documents": len(drawn[task]),
                 "documents_of_task": len(documents[task]),
                 **asdict(figures),
-                "requests": len(pairs[task]),
-                "cut_requests": sum(scorer.is_cut(tokens) for tokens, _ in pairs[task]),
-                "requests_in_pieces": sum(scorer.is_in_pieces(scored) for _, scored in pairs[task]),
+                "requests": len(requests[task]),
+                "cut_requests": sum(scorer.is_cut(tokens) for tokens, _ in requests[task]),
+                "requests_in_pieces": sum(
+                    scorer.is_in_pieces(scored) for _, scored in requests[task]
+                ),
                 "subset": subset_hash(drawn[task]),
             }
         )
@@ -229,10 +240,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_tasks(names: str) -> list[str]:
-    """The tasks that ``--tasks`` asks for, each once.
+    """Return the tasks that ``--tasks`` names, each once.
 
     Raises:
-        UsageError: one is unknown.
+        UsageError: a task is unknown.
     """
     tasks = list(dict.fromkeys(names.split(",")))
     for task in tasks:
@@ -242,10 +253,10 @@ def parse_tasks(names: str) -> list[str]:
 
 
 def parse_overrides(text: str) -> dict[str, Any]:
-    """The dictionary that ``--model-overrides`` gives.
+    """Return the dictionary that ``--model-overrides`` gives.
 
     Raises:
-        UsageError: it is none.
+        UsageError: the text is not a dictionary.
     """
     try:
         overrides = ast.literal_eval(text)
@@ -256,17 +267,28 @@ def parse_overrides(text: str) -> dict[str, Any]:
     return overrides
 
 
-def check_known(pairs: list[tuple[list[int], int]], unknown: int, what: str, data: Path) -> None:
-    """Raises UsageError where most of the tokens are not in the dictionary, which is then of
-    another encoder; the scores would be those of ``<unk>``."""
-    tokens = [token for ids, _ in pairs for token in ids]
+def check_known(requests: list[tuple[list[int], int]], unknown: int, what: str, data: Path) -> None:
+    """Check that most of the tokens are in the dictionary.
+
+    Otherwise the dictionary belongs to another encoder, and the scores would be those of ``<unk>``.
+
+    Args:
+        requests: results of :meth:`~.likelihood.Encoder.encode_pair`.
+        unknown: id of ``<unk>``.
+        what: what was encoded, for the message.
+        data: folder of the dictionary, for the message.
+
+    Raises:
+        UsageError: too many tokens are unknown.
+    """
+    tokens = [token for ids, _ in requests for token in ids]
     share = tokens.count(unknown) / len(tokens)
     if share > MAX_UNKNOWN:
         raise UsageError(f"{what}: {share:.0%} of the tokens are not in the dict.txt of {data}")
 
 
 class Progress:
-    """Writes to stderr how much of a task is done, in tenths."""
+    """Prints to stderr how much of a task is done, in tenths."""
 
     def __init__(self, task: str) -> None:
         self.task, self.tenths = task, 0

@@ -1,4 +1,4 @@
-"""What ``fairseq-sffn zero-shot`` prints for a person."""
+"""The table that ``fairseq-sffn zero-shot`` prints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .cost import align
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """A table of the tasks."""
+    """Return a table of the tasks, and notes on long requests, as text."""
 
     def percent(share: float | None) -> str:
         return "" if share is None else f"{share:.1%}"
@@ -36,7 +36,7 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 def length_note(figures: dict[str, Any]) -> str:
-    """What of a task's requests is longer than the model's context; empty: nothing is."""
+    """Return how many requests of a task are longer than the model's context; empty: none."""
     cut, pieces = figures["cut_requests"], figures["requests_in_pieces"]
     if not cut:
         return ""

@@ -1,11 +1,13 @@
-"""Zero-shot tasks: their documents, and how right a model is on them.
+"""Zero-shot tasks: their documents, and the accuracy of a model on them.
 
-A choice is scored by the log-likelihood of its continuation, given its context. ``accuracy`` is the
-share of documents whose right choice scores highest (the first of equals counts), and
-``accuracy_norm`` the same of scores divided by the characters of the choice: ``acc`` and
-``acc_norm`` of lm-evaluation-harness. WinoGrande's choices are contexts with the same continuation,
-"partial evaluation" (Trinh and Le 2018, arXiv 1806.02847). LAMBADA's document is right if every
-token of its last word is the most likely one; ``perplexity`` is that of its last words.
+The score of a choice is the log-likelihood of its continuation, given its context. ``accuracy`` is
+the share of documents whose right choice has the highest score; the first of equal scores counts.
+For ``accuracy_norm``, scores are divided by the number of characters of the choice. The two are
+``acc`` and ``acc_norm`` of lm-evaluation-harness.
+
+WinoGrande's choices are contexts with the same continuation, "partial evaluation" (Trinh and Le
+2018, arXiv 1806.02847). A document of LAMBADA is right if every token of its last word is the most
+likely one. ``perplexity`` is the perplexity of the last words.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ class Document:
     """A document with all of its requests.
 
     Attributes:
-        number: in its task.
-        choices: context and continuation of each.
-        label: which is right.
+        number: number of the document in its task.
+        choices: (context, continuation) of each choice.
+        label: index of the right choice.
     """
 
     number: int
@@ -43,10 +45,14 @@ class Document:
 
 
 def read_documents(folder: Path, task: str) -> list[Document]:
-    """The documents of a task, in the order of their numbers.
+    """Return the documents of a task in the order of their numbers.
+
+    Args:
+        folder: folder of the files ``TASK.jsonl``.
+        task: name of the task.
 
     Raises:
-        UsageError: the file is missing, or a document is not what it should be.
+        UsageError: the file is missing or empty, or a document is not well formed.
     """
     path = folder / f"{task}.jsonl"
     if not path.is_file():
@@ -58,7 +64,7 @@ def read_documents(folder: Path, task: str) -> list[Document]:
             request = json.loads(line)
             pair = request["request"]["context"], request["request"]["continuation"]
             doc_id, choice = int(request["doc_id"]), int(request["idx"])
-            # LAMBADA's label is its word, and the right choice the only one.
+            # LAMBADA's label is the word. Its only choice is the right one.
             label = 0 if task == LAMBADA else int(request["label"])
             well_formed = (
                 isinstance(pair[0], str)
@@ -86,8 +92,17 @@ def read_documents(folder: Path, task: str) -> list[Document]:
 
 
 def draw(documents: list[Document], task: str, count: int, seed: int) -> list[Document]:
-    """So many documents, or all if there are fewer, in their order. They are fixed by the seed and
-    their numbers alone, and a smaller draw is part of a larger one."""
+    """Draw documents at random, and return them in their order.
+
+    The draw depends only on the seed, the task and the documents' numbers. A smaller draw is part
+    of a larger one.
+
+    Args:
+        documents: all documents.
+        task: name of the task.
+        count: number of documents to draw. If there are fewer, all are returned.
+        seed: seed of the draw.
+    """
 
     def rank(document: Document) -> bytes:
         return hashlib.sha256(f"{seed} {task} {document.number}".encode()).digest()
@@ -97,22 +112,22 @@ def draw(documents: list[Document], task: str, count: int, seed: int) -> list[Do
 
 
 def subset_hash(documents: list[Document]) -> str:
-    """Names a set of documents, by their numbers."""
+    """Return a short hash of the numbers of documents."""
     numbers = "\n".join(str(document.number) for document in documents)
     return hashlib.sha256(numbers.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Figures:
-    """How a model does on a task.
+    """Results of a model on a task.
 
     Attributes:
-        accuracy: share of the documents that are right.
-        standard_error: of ``accuracy``; ``None`` of one document.
-        accuracy_norm: with scores for each character; ``None`` of LAMBADA.
-        standard_error_norm: of ``accuracy_norm``.
-        random: the accuracy to expect of guesses.
-        perplexity: of the last words of LAMBADA, each with all of its tokens, else ``None``.
+        accuracy: share of documents that are right.
+        standard_error: standard error of ``accuracy``; ``None`` for one document.
+        accuracy_norm: accuracy of the scores per character; ``None`` for LAMBADA.
+        standard_error_norm: standard error of ``accuracy_norm``.
+        random: expected accuracy of random guessing.
+        perplexity: perplexity of the last words of LAMBADA, per word; ``None`` for other tasks.
     """
 
     accuracy: float
@@ -124,11 +139,11 @@ class Figures:
 
 
 def choice_figures(documents: list[Document], scores: list[list[Score]]) -> Figures:
-    """Figures of a task with choices.
+    """Return the figures of a multiple-choice task.
 
     Args:
-        documents: of the task.
-        scores: of their choices.
+        documents: documents of the task.
+        scores: scores of the choices of each document.
     """
     right = right_norm = 0
     for document, of_choices in zip(documents, scores, strict=True):
@@ -150,11 +165,11 @@ def choice_figures(documents: list[Document], scores: list[list[Score]]) -> Figu
 
 
 def word_figures(scores: list[Score], types: int) -> Figures:
-    """Figures of LAMBADA.
+    """Return the figures of LAMBADA.
 
     Args:
-        scores: of the documents' last words.
-        types: that the model predicts.
+        scores: scores of the documents' last words.
+        types: number of types that the model predicts.
     """
     count = len(scores)
     accuracy = sum(score.greedy for score in scores) / count
@@ -170,12 +185,19 @@ def word_figures(scores: list[Score], types: int) -> Figures:
 
 
 def standard_error(share: float, count: int) -> float | None:
-    """Of a share of so many documents: the standard deviation of its mean."""
+    """Return the standard error of a share of ``count`` documents; ``None`` for one document."""
     return math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None
 
 
 def task_figures(task: str, documents: list[Document], scores: list[Score], types: int) -> Figures:
-    """Figures of a task from the scores of all of its requests, one document after another."""
+    """Return the figures of a task.
+
+    Args:
+        task: name of the task.
+        documents: documents of the task.
+        scores: scores of all requests, one document after another.
+        types: number of types that the model predicts.
+    """
     if task == LAMBADA:
         return word_figures(scores, types)
     remaining: Iterator[Score] = iter(scores)
