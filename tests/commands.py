@@ -61,7 +61,7 @@ def write_corpus(folder: Path) -> None:
 
 
 def run(command: str, *arguments: str, stdin: str = "") -> str:
-    """Runs ``fairseq-{command}`` as its script would, and returns what it printed and logged.
+    """Run ``fairseq-{command}`` as its script would, and returns what it printed and logged.
 
     Raises:
         SystemExit: as the command does.
@@ -98,7 +98,7 @@ def preprocess(folder: Path) -> Path:
 
 
 def train(data: Path, save_dir: Path, model: str, *flags: str) -> str:
-    """Trains a small model for 6 updates unless flags say otherwise; later flags win."""
+    """Train a small model for 6 updates unless flags say otherwise; later flags win."""
     return run(
         *("train", data, "--user-dir", USER_DIR, "--task", "language_modeling"),
         *("--arch", f"transformer_lm_{model}_tiny", *small_flags(model)),
@@ -118,20 +118,20 @@ def hydra_config(*overrides: str) -> Any:
 
 
 def override(name: str, path: Path | str) -> str:
-    """Sets an option to a path, whatever characters it has."""
+    """Set an option to a path, whatever characters it has."""
     escaped = str(path).replace("'", "\\'")
     return f"{name}='{escaped}'"
 
 
 def hydra_train(data: Path, save_dir: Path, *overrides: str) -> str:
-    """Trains the example with fairseq-hydra-train."""
+    """Train the example with fairseq-hydra-train."""
     where = {"task.data": data, "checkpoint.save_dir": save_dir, "common.user_dir": USER_DIR}
     config = hydra_config(*(override(*each) for each in where.items()), *overrides)
     return capture(lambda: hydra_command._hydra_main(config))
 
 
 def apply(command: str, data: Path, checkpoint: Path, *flags: str, stdin: str = "") -> str:
-    """Runs a command on a trained model. It has no worker processes: forked from a process with
+    """Run a command on a trained model. It has no worker processes: forked from a process with
     threads they hang for seconds."""
     return run(
         *(command, data, "--user-dir", USER_DIR, "--cpu", "--num-workers", "0"),
@@ -203,7 +203,7 @@ def _captured(output: io.StringIO) -> Iterator[None]:
 
 
 def leave() -> NoReturn:
-    """Ends one of several processes, together with the others. Were it to end by itself, a thread
+    """End one of several processes, together with the others. Were it to end by itself, a thread
     of gloo could abort it, with or without ``destroy_process_group``."""
     if dist.is_initialized():
         dist.barrier()

@@ -98,7 +98,7 @@ def template() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def quick_start(template: Any) -> Iterator[None]:
-    """Starts the Python programs of a file's tests from the template."""
+    """Start the Python programs of a file's tests from the template."""
     with template.used():
         yield
 

@@ -85,7 +85,7 @@ class Template:
             subprocess._fork_exec = self.ordinary
 
     def start(self, *given: Any) -> int:
-        """Stands in for ``_posixsubprocess.fork_exec``, and like it returns the child's number."""
+        """Stand in for ``_posixsubprocess.fork_exec``, and like it returns the child's number."""
         args, _, close, files, cwd, env, stdin, _, _, stdout, _, stderr, _, errors, *rest = given
         words = [os.fsdecode(word) for word in args]
         _, session, group, *_, before, _ = rest
@@ -149,7 +149,7 @@ def begin() -> Iterator[Template]:
 
 
 def kill_all(mark: str) -> None:
-    """Kills the processes that began with a variable in their environment."""
+    """Kill the processes that began with a variable in their environment."""
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):  # it has ended, or is another user's
             if mark.encode() in path.read_bytes().split(b"\0"):
@@ -183,7 +183,7 @@ def main() -> None:
 
 
 def serve(requests: socket.socket) -> tuple[Program, list[int], Template]:
-    """Copies this process for each request.
+    """Copy this process for each request.
 
     Returns:
         In a copy, what it is to become, its files, and the template that it has.
@@ -221,7 +221,7 @@ def serve(requests: socket.socket) -> tuple[Program, list[int], Template]:
 def run(
     program: Program, files: list[int], template: Template, handlers: list[logging.Handler]
 ) -> None:
-    """Runs a program as a process of its own does. Python then ends this one as ever."""
+    """Run a program as a process of its own does. Python then ends this one as ever."""
     import numpy as np
     import torch
 
@@ -278,7 +278,7 @@ def run(
 
 
 def show_command_line(words: Sequence[str]) -> None:
-    """Lets the system show a command line as this process's, where there is room for it."""
+    """Let the system show a command line as this process's, where there is room for it."""
     with open("/proc/self/stat") as stat:
         begin, end = map(int, stat.read().rpartition(")")[2].split()[45:47])
     line = b"".join(os.fsencode(word) + b"\0" for word in words)

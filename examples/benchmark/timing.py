@@ -111,8 +111,7 @@ def compare(
 
     Returns:
         For each name: spreads of ``ratio``, ``seconds`` and ``base_seconds``. ``ratio`` is formed
-            of
-        neighbouring runs, not of medians.
+        of neighbouring runs, not of medians.
     """
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in others}
     for i in range(1 - WARM_UP[device], repeats + 1):

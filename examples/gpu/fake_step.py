@@ -1,5 +1,4 @@
-"""Runs a training step of a language model over CUDA tensors without numbers; see
-``fake_cuda.py``."""
+"""Runs a language model's training step over CUDA tensors without numbers, as ``fake_cuda.py``."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext

@@ -421,7 +421,7 @@ def make_packages(folder: Path) -> Path:
 
 @pytest.fixture
 def small(data: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """Builds the small packages in a folder and returns the manifest."""
+    """Build the small packages in a folder and returns the manifest."""
     settings = data.corpus.Settings(
         pieces=400,
         valid_characters=4000,

@@ -35,7 +35,7 @@ def kit() -> Iterator[dict[str, ModuleType]]:
 
 
 def script(name: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    """Runs a shell script with the Python of the tests."""
+    """Run a shell script with the Python of the tests."""
     bin_folder = str(Path(sys.executable).parent)
     env = {**os.environ, "PATH": bin_folder + os.pathsep + os.environ["PATH"]}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -26,7 +26,7 @@ WORDS = ["union", "congress", "law", "peace", "war", "tariff", "people", "nation
 
 
 def load_script(name: str) -> ModuleType:
-    """Imports a script by its path: examples/ is not a package."""
+    """Import a script by its path: examples/ is not a package."""
     spec = importlib.util.spec_from_file_location(f"quickstart_{name}", SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up

@@ -26,7 +26,7 @@ def torchrun(world_size: int, *command: Any) -> list[str]:
 
 
 def run(world_size: int, *command: Any) -> "subprocess.CompletedProcess[str]":
-    """Runs so many processes to their end. Collective operations give up after half an hour, so a
+    """Run so many processes to their end. Collective operations give up after half an hour, so a
     job that waits for a rank which is gone is told from a slow machine."""
     return subprocess.run(
         torchrun(world_size, *command),
@@ -49,7 +49,7 @@ def training(data: Path, save_dir: Path, model: str, *flags: str) -> list[str]:
 
 
 def train(world_size: int, folder: Path, jobs: dict[str, list[str]]) -> dict[str, str]:
-    """Runs trainings in so many processes, one after the other, and gives rank 0's logs. They are
+    """Run trainings in so many processes, one after the other, and gives rank 0's logs. They are
     copies of this process, which has imported everything; :func:`run` starts them as users do."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -93,7 +93,7 @@ def become_rank(folder: Path, environment: dict[str, str]) -> NoReturn:
 
 
 def run_jobs(jobs: Path) -> NoReturn:
-    """Trains what a JSON file of {name: arguments} says. Logs go to NAME.RANK.log beside it."""
+    """Train what a JSON file of {name: arguments} says. Logs go to NAME.RANK.log beside it."""
     for name, arguments in json.loads(jobs.read_text()).items():
         log = commands.run("train", *arguments)
         (jobs.parent / f"{name}.{os.environ['RANK']}.log").write_text(log)

@@ -50,7 +50,7 @@ class Meter:
 
 
 def compare(case: str, shards: int, groups: dict, gate: str) -> None:
-    """Raises AssertionError where anything differs."""
+    """Raise AssertionError where anything differs."""
     torch.manual_seed(0)
     case, changes = OTHERS.get(case, (case, {}))
     alone = build(case, gate=gate, **changes)

@@ -250,7 +250,7 @@ def test_what_is_cut_shares_no_memory_with_the_files():
 
 
 def in_one_piece(path: Path) -> None:
-    """Makes the optimizer's state what --fp16 flattens it to."""
+    """Make the optimizer's state what --fp16 flattens it to."""
     state = torch.load(path, weights_only=True)
     group = {**state["last_optimizer_state"]["param_groups"][0], "params": [0]}
     state["last_optimizer_state"] = {"state": {}, "param_groups": [group]}

@@ -21,14 +21,14 @@ from fairseq_sffn.patches.trainer import SFFNTrainer  # noqa: E402
 
 
 def send(trainer: Any, number: int, target: int | None = None) -> None:
-    """Sends a signal to a process, by default to this one, and waits until it has come here."""
+    """Send a signal to a process, by default to this one, and waits until it has come here."""
     os.kill(target or os.getpid(), number)
     while not trainer.interruption.receiver.received:
         time.sleep(0.01)
 
 
 def at(patch: pytest.MonkeyPatch, place: str, update: int, action: Any) -> None:
-    """Does something with the trainer once: in an update, where the validation after it begins,
+    """Do something with the trainer once: in an update, where the validation after it begins,
     where that ends, or while the update is saved."""
     owner, name, position = {
         "update": (Trainer, "train_step", 0),

@@ -250,7 +250,7 @@ def _activation(config: MemoryConfig, z: Tensor) -> Tensor:
 
 
 def assert_balanced(blocks_N: Tensor, scores_NB: Tensor) -> None:
-    """Loads differ by at most one, and the scores sum to what ``balanced_assignment`` promises."""
+    """Load differ by at most one, and the scores sum to what ``balanced_assignment`` promises."""
     num_tokens, num_blocks = scores_NB.shape
     scores_NB = scores_NB.double()
     assert blocks_N.shape == (num_tokens,) and blocks_N.dtype == torch.int64

@@ -443,7 +443,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def zero_shot(folder: Path, model: str, *flags: str) -> None:
-    """Runs the command on a model of the folder; later flags win."""
+    """Run the command on a model of the folder; later flags win."""
     checkpoint = folder / model / "checkpoint_last.pt"
     cli.main(
         [

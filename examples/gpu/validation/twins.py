@@ -93,8 +93,7 @@ def forced(blocks_NA: Tensor) -> Iterator[list[float]]:
 
     Yields:
         A list to which each selection appends the largest amount by which a token's scores are
-        below
-        the best ones.
+        below the best ones.
     """
     losses: list[float] = []
     rest_nA = blocks_NA

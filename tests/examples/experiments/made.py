@@ -81,7 +81,7 @@ def swept(loss: float | None) -> Any:
 
 
 def fill(results: Results, rows: Iterable[Row], make: Callable[[Row, Run], Any | None]) -> Results:
-    """Adds results of all trainings of rows: of sweeps, that choose 0.002, and those that a
+    """Add results of all trainings of rows: of sweeps, that choose 0.002, and those that a
     function makes, ``None`` where one is missing."""
     for row in rows:
         for run in sweep_runs(row, results.scale):
