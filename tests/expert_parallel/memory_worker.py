@@ -1,6 +1,8 @@
-"""One of four processes that compare memories which share tokens and blocks with one that does not:
-initial tables, outputs, selections, losses, counts, gradients, bytes sent. Started by torchrun;
-rank 0 writes what it found to the file that is named."""
+"""Runs one of four processes that compare sharded memories with a memory in one process.
+
+It compares initial tables, outputs, selections, losses, counts, gradients and bytes sent. torchrun
+starts it with the name of a file, to which rank 0 writes the result.
+"""
 
 import copy
 import json
@@ -23,7 +25,7 @@ from tests import commands  # noqa: E402
 from tests.memory.cases import CASES, UNSCORED, build, close, tokens  # noqa: E402
 
 TOKENS = (7, 0, 12, 3)
-"""Of each rank: uneven, and one without."""
+"""Tokens of each rank. The numbers are uneven, and one rank has none."""
 
 
 OTHERS = {
@@ -31,11 +33,11 @@ OTHERS = {
     "avgk-balanced": ("avgk-g4", dict(selector=AvgK.Config(balance_rate=0.3))),
     "avgk-centered": ("avgk-g4", dict(selector=AvgK.Config(center=True))),
 }
-"""Options that several processes need, or that are no case of their own."""
+"""Options that several processes need, or that have no case of their own."""
 
 
 class Meter:
-    """Counts the bytes of ``all_to_all_single`` that go to others."""
+    """Counts the bytes of ``all_to_all_single`` that go to other ranks."""
 
     def __init__(self) -> None:
         self.sent, self.original = 0, dist.all_to_all_single
@@ -50,7 +52,7 @@ class Meter:
 
 
 def compare(case: str, shards: int, groups: dict, gate: str) -> None:
-    """Raise AssertionError where anything differs."""
+    """Raise AssertionError if anything differs."""
     torch.manual_seed(0)
     case, changes = OTHERS.get(case, (case, {}))
     alone = build(case, gate=gate, **changes)
@@ -58,7 +60,7 @@ def compare(case: str, shards: int, groups: dict, gate: str) -> None:
     groups = ProcessGroups(dist.group.WORLD, blocks)
     torch.manual_seed(0)
     shared = build(case, gate=gate, groups=groups, **changes)
-    for name, parameter in shared.named_parameters():  # initialised alike
+    for name, parameter in shared.named_parameters():  # all are initialised alike
         whole = dict(alone.named_parameters())[name]
         cut = name in SHARDED and shards > 1
         assert hasattr(parameter, "expert") == cut
@@ -83,7 +85,7 @@ def compare(case: str, shards: int, groups: dict, gate: str) -> None:
         outcomes.append((x, out))
     dist.all_to_all_single = meter.original
     assert int(outcomes[1][1].usage.sent) == meter.sent, (case, shards, "bytes")
-    assert (shards > 1) == (meter.sent > 0)  # at least the numbers of rows
+    assert (shards > 1) == (meter.sent > 0)  # at least the numbers of rows are sent
     (x, want), (own_x, got) = outcomes
     assert torch.equal(got.selection.blocks, want.selection.blocks[own])
     close(got.output, want.output[own], "output")
