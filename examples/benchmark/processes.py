@@ -49,8 +49,8 @@ class Run(NamedTuple):
         """Return the flags of fairseq-train."""
         if self == APART:
             return "--distributed-world-size 1"
-        shared = "" if model == "dense" else f" --sffn-expert-parallel {self.expert_parallel}"
-        return f"--ddp-backend {self.ddp_backend}{shared}"
+        sharding = "" if model == "dense" else f" --sffn-expert-parallel {self.expert_parallel}"
+        return f"--ddp-backend {self.ddp_backend}{sharding}"
 
 
 APART = Run("none, apart")

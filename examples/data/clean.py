@@ -1,5 +1,4 @@
-"""Makes clean text of what the readers return: normal characters and whitespace, text lines
-only."""
+"""Cleans the text of the readers: normal characters and white space, no lines without text."""
 
 from __future__ import annotations
 

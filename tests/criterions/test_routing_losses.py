@@ -107,7 +107,7 @@ def test_a_step_outside_of_fairseqs_loops_gives_its_ratios():
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_bytes_sent_are_logged_where_blocks_are_shared_out(shards, monkeypatch):
+def test_bytes_sent_are_logged_where_blocks_are_sharded(shards, monkeypatch):
     monkeypatch.setattr(PluginModel, "expert_parallel", shards)
     log = criterion()(small_lm("switch"), sample(5))[2]
     assert ("routing_sent_layer1" in log) == ("sent_bytes" in reduced([log])) == (shards > 1)

@@ -348,14 +348,14 @@ def test_processes(scripts: dict[str, ModuleType]) -> None:
         *(("avgk", backend, count) for backend in backends for count in (1, 2)),
     ]
     for row in rows:
-        shared = row["expert_parallel"] > 1
+        sharded = row["expert_parallel"] > 1
         check_figures(
-            row, {"speedup", "seconds", "base_seconds"} | ({"ratio"} if shared else set())
+            row, {"speedup", "seconds", "base_seconds"} | ({"ratio"} if sharded else set())
         )
         expected = 2 * row["base_seconds"]["median"] / row["seconds"]["median"]
         assert row["speedup"]["median"] == pytest.approx(expected)
-        assert row.get("sent_bytes", 0) > 0 if shared else "ratio" not in row
-        assert ("--sffn-expert-parallel 2" in row["stands_for"]) == shared
+        assert row.get("sent_bytes", 0) > 0 if sharded else "ratio" not in row
+        assert ("--sffn-expert-parallel 2" in row["stands_for"]) == sharded
     assert "| avgk | 1 |" in scripts["report"].processes_table({"rows": rows})
 
 

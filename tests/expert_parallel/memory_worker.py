@@ -59,8 +59,8 @@ def compare(case: str, shards: int, groups: dict, gate: str) -> None:
     blocks, replicas = groups[shards]
     groups = ProcessGroups(dist.group.WORLD, blocks)
     torch.manual_seed(0)
-    shared = build(case, gate=gate, groups=groups, **changes)
-    for name, parameter in shared.named_parameters():  # all are initialised alike
+    sharded = build(case, gate=gate, groups=groups, **changes)
+    for name, parameter in sharded.named_parameters():  # all are initialised alike
         whole = dict(alone.named_parameters())[name]
         cut = name in SHARDED and shards > 1
         assert hasattr(parameter, "expert") == cut
@@ -73,7 +73,7 @@ def compare(case: str, shards: int, groups: dict, gate: str) -> None:
     own = slice(sum(TOKENS[:rank]), sum(TOKENS[: rank + 1]))
     outcomes = []
     meter = Meter()
-    for memory, part in ((alone, slice(None)), (shared, own)):
+    for memory, part in ((alone, slice(None)), (sharded, own)):
         x = x_ND[part].clone().requires_grad_()
         out = memory(x, ids_N2[part], padding_mask=padding_N[part])
         objective = (out.output * cotangent_ND[part]).sum()
@@ -96,20 +96,22 @@ def compare(case: str, shards: int, groups: dict, gate: str) -> None:
     for total, part in zip(want.usage[:3], got.usage[:3], strict=True):
         dist.all_reduce(part := part.clone())
         close(part.double(), total.double(), "usage", 1e-5)
-    for (name, parameter), whole in zip(shared.named_parameters(), alone.parameters(), strict=True):
+    for (name, parameter), whole in zip(
+        sharded.named_parameters(), alone.parameters(), strict=True
+    ):
         if whole.grad is None:
             continue
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
         cut = hasattr(parameter, "expert")
         dist.all_reduce(grad, group=replicas if cut else dist.group.WORLD)
         close(grad, whole.grad[groups.part_of(len(whole))] if cut else whole.grad, name)
-    for name, buffer in shared.named_buffers():
+    for name, buffer in sharded.named_buffers():
         close(buffer.double(), dict(alone.named_buffers())[name].double(), name, 1e-5)
-    assert copy.deepcopy(shared).groups is groups
-    assert shards > 1 or pickle.loads(pickle.dumps(shared)).groups == ProcessGroups()
-    shared.eval(), alone.eval()
+    assert copy.deepcopy(sharded).groups is groups
+    assert shards > 1 or pickle.loads(pickle.dumps(sharded)).groups == ProcessGroups()
+    sharded.eval(), alone.eval()
     with torch.no_grad():
-        close(shared(x_ND[own], ids_N2[own]).output, alone(x_ND, ids_N2).output[own], "evaluation")
+        close(sharded(x_ND[own], ids_N2[own]).output, alone(x_ND, ids_N2).output[own], "evaluation")
 
 
 def main() -> None:

@@ -304,8 +304,8 @@ class Code:
 def malicious(
     request: pytest.FixtureRequest, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Path, Path]:
-    """Make a checkpoint with code in it, in either file format of PyTorch, and return the file that
-    the code would make. "forced" tells PyTorch to run such code."""
+    """Make a checkpoint with code in it, in either file format of PyTorch. Return it and the
+    file that the code would make. "forced" tells PyTorch to run such code."""
     if "forced" in request.param:
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     state = torch.load(runs / "avgk/checkpoint_last.pt", weights_only=True)

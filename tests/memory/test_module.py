@@ -83,7 +83,7 @@ def test_flops_of_the_backward_pass_are_twice_the_forward():
 def test_kept_for_backward_is_what_a_dense_ffn_keeps(gate, score_tables, activation):
     """The losses keep scores and probabilities (N, B). The rest is what the dense FFN keeps, and an
     index."""
-    num_tokens, width, pairs, active = 256, 64, 256 * 4, 4 * 64
+    num_tokens, width, assignments, active = 256, 64, 256 * 4, 4 * 64
     memory = build(
         "avgk-g4",
         torch.float32,
@@ -102,7 +102,7 @@ def test_kept_for_backward_is_what_a_dense_ffn_keeps(gate, score_tables, activat
     hidden_tables = 1 if activation == "relu" else 2
     assert dense_bytes == 4 * num_tokens * (width + hidden_tables * active)
     scores = score_tables * 4 * num_tokens * memory.config.num_blocks
-    plan = 4 * pairs  # the tokens, which the hooks do not see
+    plan = 4 * assignments  # the tokens, which the hooks do not see
     assert _bytes_kept(lambda: memory(x), memory) + plan - scores <= 1.15 * dense_bytes
 
 

@@ -91,12 +91,12 @@ def test_blocks_of_other_processes_take_no_memory() -> None:
     args = small_config("avgk", sffn_expansion=1000)
     alone = {part.name: part.params for part in parts_of(args, language_modeling())}
     args.sffn_expert_parallel = 4
-    shared = {part.name: part.params for part in parts_of(args, language_modeling())}
+    sharded = {part.name: part.params for part in parts_of(args, language_modeling())}
     table = 1000 * 32 * 16
     assert alone.pop("tables") == 2 * table
     # The process's share, and a table that is drawn as a whole.
-    assert shared.pop("tables") == 2 * table // 4 + table
-    assert alone == shared
+    assert sharded.pop("tables") == 2 * table // 4 + table
+    assert alone == sharded
 
 
 def test_processes_share_the_memory_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:

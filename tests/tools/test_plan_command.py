@@ -408,16 +408,16 @@ def test_time_and_what_is_sent_of_gradients() -> None:
     model = lm("avgk")
     alone = plan_figures(model, setting())
     assert set(alone["sent"].values()) == {0} and alone["communication_share"] == 0
-    shared = plan_figures(model, setting(world_size=8, sffn_expert_parallel=2, bandwidth=1.0))
-    params, sent = shared["params"], shared["sent"]
+    sharded = plan_figures(model, setting(world_size=8, sffn_expert_parallel=2, bandwidth=1.0))
+    params, sent = sharded["params"], sharded["sent"]
     assert alone["params"]["replicated"] == params["replicated"] + 2 * params["sharded"]
     assert sent["replicated_gradients"] == round(2 * 7 / 8 * 4 * params["replicated"])
     assert sent["sharded_gradients"] == 2 * 3 / 4 * 4 * params["sharded"]
-    assert sent["sparse_layers"] == shared["sent_per_sparse_layer"]
+    assert sent["sparse_layers"] == sharded["sent_per_sparse_layer"]
     assert sent["total"] == sum(sent.values()) - sent["total"]
-    seconds = shared["compute_seconds"], shared["communication_seconds"]
+    seconds = sharded["compute_seconds"], sharded["communication_seconds"]
     assert seconds[1] == sent["total"] / 1e9
-    assert shared["communication_share"] == pytest.approx(seconds[1] / sum(seconds))
+    assert sharded["communication_share"] == pytest.approx(seconds[1] / sum(seconds))
     parts = cost_by_part(model, LENGTH)
     assert seconds[0] * 100e12 == pytest.approx(3 * TOKENS * total(parts).flops_per_token)
     checkpointed = plan_figures(lm("avgk", checkpoint_activations=True), setting())

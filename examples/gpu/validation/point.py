@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 class Setting(NamedTuple):
-    """How a point runs.
+    """The setting of a run.
 
     Attributes:
         device: ``cuda``, or ``cpu`` for ``--fake``.

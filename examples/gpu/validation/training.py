@@ -235,11 +235,11 @@ def dispatched(setting: Setting) -> Row:
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         memory, inputs = build(Case("switch", 64, engine="tiled"))
-        shared = SparseMemory(memory.config, ProcessGroups(blocks=dist.group.WORLD))
-        shared.load_state_dict(memory.state_dict())
+        sharded = SparseMemory(memory.config, ProcessGroups(blocks=dist.group.WORLD))
+        sharded.load_state_dict(memory.state_dict())
         inputs = inputs.to(setting.device, torch.float32)
         _, want = forward_backward(memory.to(setting.device), inputs)
-        _, got = forward_backward(shared.to(setting.device), inputs)
+        _, got = forward_backward(sharded.to(setting.device), inputs)
     finally:
         dist.destroy_process_group()
     by_name = errors(got, {name: value.double() for name, value in want.items()})

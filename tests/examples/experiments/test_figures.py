@@ -27,7 +27,7 @@ def experiments(tmp_path: Path) -> Experiments:
     results = made.empty(tmp_path)
 
     def make(row: Row, run: Any) -> Any:
-        """The validation split would say the opposite."""
+        """Make a result whose validation split says the opposite."""
         test = TEST[row.label] + run.seed
         return made.result(test, BLOCKS[row.label], run.seed, valid=1000 / test)
 

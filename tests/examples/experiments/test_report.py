@@ -376,7 +376,7 @@ def test_rows_with_other_sparse_layers(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "figures" / "small" / "r.png").stat().st_size > 1000
 
 
-def test_blocks_shared_out_in_training_are_no_matter(folder: Path, tmp_path: Path) -> None:
+def test_blocks_sharded_in_training_are_no_matter(folder: Path, tmp_path: Path) -> None:
     """Costs belong to the whole model."""
     shutil.copytree(folder / "scales", tmp_path / "scales")
     row, flags = 'model = "avgk"', 'model = "avgk", flags = "--sffn-expert-parallel 8"'

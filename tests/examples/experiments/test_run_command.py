@@ -506,7 +506,7 @@ def test_tables_of_the_same_name(tmp_path: Path, data_bin: Path, calls: list[lis
     assert calls == []
 
 
-def test_two_runs_train_a_cell_once(
+def test_two_commands_train_a_run_once(
     tmp_path: Path, data_bin: Path, calls: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The second waits for the first, and uses its result."""
@@ -574,7 +574,7 @@ def test_a_batch_system_gets_each_training_once(
         trial.run("--only", "dense-x")
 
 
-def test_a_study_without_texts_out_of_domain(
+def test_experiments_without_texts_out_of_domain(
     tmp_path: Path, data_bin: Path, calls: list[list[str]]
 ) -> None:
     trial = Trial(tmp_path, data_bin, '{ label = "dense", model = "dense" }')
@@ -646,7 +646,7 @@ def test_a_launcher_that_takes_all_gpus_has_them_alone(
     assert jobs == [7, 7, 1, 1, 3, 3, 1, 1]
 
 
-def test_a_dry_run_of_blocks_that_are_shared_out(
+def test_a_dry_run_of_blocks_that_are_sharded(
     tmp_path: Path, data_bin: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = f"{{ {AVGK[:-1]} --sffn-expert-parallel 8\" }}, {{ label = 'd', model = 'dense' }}"
