@@ -22,7 +22,7 @@ TESTS=(
     tests/memory/test_*.py tests/memory/selectors
     tests/memory/compute/test_{chunks,engines,grouped_mm,sorted_assignments,tiles,tiled_products,triton_kernels}.py
     tests/models tests/optim tests/criterions tests/tasks
-    # Checkpoints, patches, commands
+    # Checkpoints, commands, and what fairseq needs.
     tests/checkpoints/test_{reading,writing}.py tests/patches/test_{callers,registry}.py
     tests/integration/test_command_line.py::test_{training_learns,script_trains_from_the_project_root}
     tests/integration/test_command_line.py::test_eval_lm_finds_the_perplexity_that_training_logged
