@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Measures how fast sparse FFN layers are, against dense ones and other libraries. About 45 minutes
-# on 2 cores, which should have nothing else to do.
+# Measures how fast sparse FFN layers are, against dense ones and other libraries. It takes about 45
+# minutes on 2 cores, which should be idle otherwise.
 #
 #   bash examples/benchmark.sh                           everything
 #   bash examples/benchmark.sh --force                   everything again
 #   BENCHMARK_REPEATS=2 bash examples/benchmark.sh       fewer repeats (default 20)
-#   BENCHMARK_PARTS="layer decode" bash examples/benchmark.sh   some parts, of
+#   BENCHMARK_PARTS="layer decode" bash examples/benchmark.sh   some of the parts
 #       layer memory selection train_step processes decode scaling tables peers
 #
-# Results are in runs/benchmark: results.json, table.md, scaling.png. A second run reuses what was
-# measured with the same settings and code.
+# Results are in runs/benchmark: results.json, table.md, scaling.png. A second run reuses parts that
+# were measured with the same settings and code.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/venv.sh
@@ -33,10 +33,10 @@ COMMAND="BENCHMARK_REPEATS=$REPEATS BENCHMARK_PARTS=\"$PARTS\" bash examples/ben
 RUNS=runs/benchmark
 VENV=$RUNS/peers-venv
 mkdir -p $RUNS/parts
-export KINETO_LOG_LEVEL=6  # memory.py's profiler tells of each start and stop
+export KINETO_LOG_LEVEL=6  # otherwise memory.py's profiler logs each start and stop
 
-# measure PYTHON NAME THREADS SCRIPT ARGUMENTS...: a process of its own for each part, so that its
-# threads are set from its start.
+# measure PYTHON NAME THREADS SCRIPT ARGUMENTS...: measures a part in a new process, so that its number of
+# threads is set from the start.
 measure() {
     local python=$1 name=$2 threads=$3 script=$4
     shift 4
@@ -45,9 +45,9 @@ measure() {
         --output "$RUNS/parts/$name-$threads.json" --repeats "$REPEATS" --threads "$threads"
 }
 
-# Rows are cut where they would take the time of everything else: each method by every block size
-# only in the smallest size, one thread; in the largest size and with two threads in the middle one
-# those that are within a few times of dense.
+# Slow rows are left out, as they would take most of the time. Only the smallest size with one thread
+# has each method with every block size. The largest size, and the middle one with two threads, have
+# the methods that take a few times as long as dense.
 layer() {
     measure python layer-2048x256 1 layer --tokens 2048 --width 256 --rows all
     measure python layer-2048x256 2 layer --tokens 2048 --width 256 --rows defaults
@@ -57,7 +57,7 @@ layer() {
     measure python layer-4096x1024 2 layer --tokens 4096 --width 1024 --rows main
 }
 
-# Libraries that cannot be installed are left to peers.py to report.
+# peers.py reports libraries that cannot be installed.
 peers_venv() {
     local pins=examples/benchmark/peers-requirements.txt
     local pip=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
@@ -69,14 +69,14 @@ peers_venv() {
     for pin in $(sed '/^# What these need/,$d; /^#/d' $pins); do
         "${pip[@]}" --constraint $pins "$pin" || { echo "not installable: $pin" >&2; missing=1; }
     done
-    # Tried again the next time, since a network can fail.
+    # The next run tries again, since a network can fail.
     [ $missing = 1 ] || cp $pins $VENV/made-from.txt
 }
 
 for name in $PARTS; do
     case $name in
         layer) layer ;;
-        processes) measure python processes 1 processes ;;  # starts two of its own, 1 thread each
+        processes) measure python processes 1 processes ;;  # starts two processes with 1 thread each
         peers) peers_venv; measure $VENV/bin/python peers 1 peers ;;
         *) measure python "$name" 1 "$name" ;;
     esac

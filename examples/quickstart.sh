@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Trains a dense language model and three sparse ones (HashLayer, Switch, Avg-K) of the same active
-# size on the State of the Union addresses, and compares them. Under 20 minutes on 2 cores.
+# size on the State of the Union addresses, and compares them. It takes under 20 minutes on 2 cores.
 #
 #   bash examples/quickstart.sh                          everything
 #   QUICKSTART_UPDATES=100 bash examples/quickstart.sh   shorter training
 #   QUICKSTART_MODELS="dense avgk pkm_ffn" bash examples/quickstart.sh   other models
 #
-# Results are in runs/quickstart. A second run reuses what was made with the same settings and code.
+# Results are in runs/quickstart. A second run reuses results with the same settings and code.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/venv.sh
@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 UPDATES=${QUICKSTART_UPDATES:-500}
 [[ $UPDATES =~ ^[1-9][0-9]*$ ]] ||
     { echo "QUICKSTART_UPDATES=$UPDATES: must be a positive whole number" >&2; exit 1; }
-# Words, whatever blanks are between them; read fails at the end of its input.
+# Any white space separates words. read fails at the end of its input.
 read -r -d '' -a MODELS <<<"${QUICKSTART_MODELS:-dense hash_layer switch avgk}" || true
 python -W ignore - "${MODELS[@]}" <<'END'
 import sys
@@ -40,7 +40,7 @@ fresh() {
     fi
 }
 
-# once FILE COMMAND...: runs the command unless it completed before, which the file tells.
+# once FILE COMMAND...: runs the command unless the file shows that it completed before.
 once() {
     local marker=$1
     shift
@@ -58,7 +58,7 @@ prepare() {
         { tail -n 3 $RUNS/data/preprocess.log >&2; return 1; }
 }
 
-# The recipe, the same for all models: 16 x 128 tokens an update, dropout 0.1 (fairseq's default).
+# The recipe is the same for all models: 16 x 128 tokens per update, dropout 0.1 (fairseq's default).
 train_command() {
     echo fairseq-train $DATA --user-dir fairseq_sffn --task sffn_language_modeling \
         --arch "transformer_lm_$1_tiny" --criterion sffn_cross_entropy \
@@ -100,8 +100,8 @@ run_model() {
     once $RUNS/"$1"/evaluated evaluate "$1"
 }
 
-# Two models at a time on one thread each: as fast as one after the other on two threads, and not
-# stalled by other programs. In process groups of their own, which end with this script.
+# Two models train at a time on one thread each. This is as fast as one after the other on two threads,
+# and other programs stall it less. Each has its own process group, which ends with this script.
 export OMP_NUM_THREADS=1
 set -m
 trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done' EXIT

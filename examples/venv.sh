@@ -3,7 +3,7 @@
 
 python_for_venv() {
     for candidate in python3.11 python3.12 python3; do
-        # A name on PATH may lead nowhere, as pyenv's do.
+        # A name on PATH may be a shim without a Python, as with pyenv.
         if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
             2>/dev/null; then
             echo "$candidate"
@@ -21,12 +21,13 @@ make_venv() {
     python=$(python_for_venv)
     [ -x .venv/bin/python ] || "$python" -m venv .venv
     local pip=(.venv/bin/python -m pip --disable-pip-version-check)
-    # ve-fairseq comes without its dependencies: torchaudio must not (requirements.txt says why).
+    # ve-fairseq is installed without its dependencies, as torchaudio must not be installed
+    # (requirements.txt says why).
     "${pip[@]}" install --quiet --requirement <(grep -v '^ve-fairseq==' examples/requirements.txt)
     "${pip[@]}" install --quiet --no-deps --requirement examples/requirements.txt
     "${pip[@]}" -qq uninstall --yes torchaudio
     "${pip[@]}" install --quiet --no-deps --no-build-isolation --editable .
-    # Last, so that an interrupted installation is taken up again.
+    # This is the last step, so that an interrupted installation is repeated.
     cat examples/requirements.txt setup.py >.venv/made-from.txt
 }
 

@@ -33,23 +33,23 @@ SMALL = (
     *("--decoder-layers", "2", "--decoder-embed-dim", "16", "--decoder-ffn-embed-dim", "32"),
     *("--decoder-attention-heads", "2"),
 )
-"""Makes a ``_tiny`` model smaller still."""
+"""Flags that make a ``_tiny`` model smaller still."""
 OF_MODEL = {
     "avgk": ("--sffn-block-size", "8"),
     "rand_hash": ("--sffn-block-size", "8"),
     "pkm": ("--sffn-active-blocks", "16"),
     "sffn": ("--sffn-selector", "avgk", "--sffn-block-size", "8", "--sffn-gate", "sigmoid"),
 }
-"""What a model needs besides."""
+"""Further flags that a model needs."""
 
 
 def small_flags(model: str) -> tuple[str, ...]:
-    """``SMALL``, with blocks that fit it."""
+    """Return ``SMALL`` with a block size that fits the model."""
     return (*SMALL, *OF_MODEL.get(model, ()))
 
 
 def write_corpus(folder: Path) -> None:
-    """Train, valid and test text of a small grammar, so that a model has something to learn."""
+    """Write train, valid and test text of a small grammar, which a model can learn."""
     rng = random.Random(0)
     words = {kind: [f"{kind}{i}" for i in range(count)] for kind, count in (("n", 30), ("v", 20))}
     for split, lines in (("train", 400), ("valid", 40), ("test", 40)):
@@ -61,7 +61,7 @@ def write_corpus(folder: Path) -> None:
 
 
 def run(command: str, *arguments: str, stdin: str = "") -> str:
-    """Runs ``fairseq-{command}`` as its script would, and returns what it printed and logged.
+    """Run ``fairseq-{command}`` as its script would, and return its output and log.
 
     Raises:
         SystemExit: as the command does.
@@ -79,7 +79,7 @@ def run(command: str, *arguments: str, stdin: str = "") -> str:
 
 
 def capture(command: Callable[[], Any]) -> str:
-    """What a command printed and logged, run as in a process of its own."""
+    """Run a command as in a new process, and return its output and log."""
     output = io.StringIO()
     with _fresh_process_state(), _captured(output):
         command()
@@ -87,7 +87,7 @@ def capture(command: Callable[[], Any]) -> str:
 
 
 def preprocess(folder: Path) -> Path:
-    """The corpus in ``folder``, binarised."""
+    """Binarise the corpus in ``folder``, and return the folder of the data."""
     write_corpus(folder)
     run(
         *("preprocess", "--only-source", "--workers", "1", "--destdir", folder / "bin"),
@@ -98,7 +98,7 @@ def preprocess(folder: Path) -> Path:
 
 
 def train(data: Path, save_dir: Path, model: str, *flags: str) -> str:
-    """Trains a small model for 6 updates unless flags say otherwise; later flags win."""
+    """Train a small model for 6 updates, unless flags say otherwise. Later flags win."""
     return run(
         *("train", data, "--user-dir", USER_DIR, "--task", "language_modeling"),
         *("--arch", f"transformer_lm_{model}_tiny", *small_flags(model)),
@@ -110,7 +110,7 @@ def train(data: Path, save_dir: Path, model: str, *flags: str) -> str:
 
 
 def hydra_config(*overrides: str) -> Any:
-    """What fairseq-hydra-train composes from the example."""
+    """Return the configuration that fairseq-hydra-train composes from the example."""
     hydra_init("avgk_tiny")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(EXAMPLES / "config"), version_base="1.1"):
@@ -118,21 +118,21 @@ def hydra_config(*overrides: str) -> Any:
 
 
 def override(name: str, path: Path | str) -> str:
-    """Sets an option to a path, whatever characters it has."""
+    """Return the override that sets an option to a path, whatever characters the path has."""
     escaped = str(path).replace("'", "\\'")
     return f"{name}='{escaped}'"
 
 
 def hydra_train(data: Path, save_dir: Path, *overrides: str) -> str:
-    """Trains the example with fairseq-hydra-train."""
+    """Train the example with fairseq-hydra-train."""
     where = {"task.data": data, "checkpoint.save_dir": save_dir, "common.user_dir": USER_DIR}
     config = hydra_config(*(override(*each) for each in where.items()), *overrides)
     return capture(lambda: hydra_command._hydra_main(config))
 
 
 def apply(command: str, data: Path, checkpoint: Path, *flags: str, stdin: str = "") -> str:
-    """Runs a command on a trained model. It has no worker processes: forked from a process with
-    threads they hang for seconds."""
+    """Run a command on a trained model, without worker processes. They would hang for seconds,
+    because they are forked from a process with threads."""
     return run(
         *(command, data, "--user-dir", USER_DIR, "--cpu", "--num-workers", "0"),
         *("--path", checkpoint, *flags),
@@ -141,13 +141,13 @@ def apply(command: str, data: Path, checkpoint: Path, *flags: str, stdin: str = 
 
 
 def evaluate(data: Path, checkpoint: Path, *flags: str) -> float:
-    """Perplexity of a trained model on the validation split."""
+    """Return the perplexity of a trained model on the validation split."""
     flags = ("--gen-subset", "valid", "--tokens-per-sample", "16", *flags)
     return perplexity(apply("eval-lm", data, checkpoint, *flags))
 
 
 def sffn(*words: Any) -> str:
-    """What ``fairseq-sffn`` prints.
+    """Run ``fairseq-sffn`` and return its output.
 
     Raises:
         SystemExit: as the command does.
@@ -156,18 +156,18 @@ def sffn(*words: Any) -> str:
 
 
 def records(log: str, tag: str = "train_inner") -> list[dict[str, Any]]:
-    """The JSON records of a log, in the format of fairseq's commands or of hydra."""
+    """Parse the JSON records of a log, in the format of fairseq's commands or of hydra."""
     pattern = rf"[|\[] ?{tag}[ \]].*?(\{{.*\}})"
     return [json.loads(match) for match in re.findall(pattern, log)]
 
 
 def losses(log: str) -> dict[int, str]:
-    """Update -> training loss, as logged."""
+    """Return update -> training loss, as logged."""
     return {int(record["num_updates"]): record["loss"] for record in records(log)}
 
 
 def perplexity(log: str) -> float:
-    """What fairseq-eval-lm found."""
+    """Return the perplexity that fairseq-eval-lm found."""
     match = re.search(r"Perplexity: ([\d.]+)", log)
     assert match, log[-2000:]
     return float(match[1])
@@ -175,7 +175,7 @@ def perplexity(log: str) -> float:
 
 @contextlib.contextmanager
 def _fresh_process_state() -> Iterator[None]:
-    """fairseq keeps state between runs in attributes of functions; a process starts without."""
+    """Clear the state that fairseq keeps in attributes of functions, as a new process has none."""
     for name in ("best",):
         if hasattr(checkpoint_utils.save_checkpoint, name):
             delattr(checkpoint_utils.save_checkpoint, name)
@@ -203,8 +203,8 @@ def _captured(output: io.StringIO) -> Iterator[None]:
 
 
 def leave() -> NoReturn:
-    """Ends one of several processes, together with the others. Were it to end by itself, a thread
-    of gloo could abort it, with or without ``destroy_process_group``."""
+    """End this process and its peers at once. If it ended normally, a thread of gloo could abort
+    it, with or without ``destroy_process_group``."""
     if dist.is_initialized():
         dist.barrier()
     sys.stdout.flush()

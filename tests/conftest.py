@@ -1,4 +1,4 @@
-"""What every test runs under: one thread, a fixed seed, the project on the path."""
+"""The setup of every test: one thread, a fixed seed, the project on the path."""
 
 import copy
 import functools
@@ -31,8 +31,8 @@ LONGEST = (
     "optim/test_half_precision.py",
     "examples/test_fake_cuda.py",
 )
-"""Files that take more than 40 seconds of a processor. They come first: where several workers take
-files one by one, a long one at the end would be waited for."""
+"""Files that take more than 40 seconds of CPU time. They come first, as several workers take files
+one by one and would wait for a long file at the end."""
 
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "examples")]
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -40,14 +40,14 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads when it is imported
-# For each command hydra copies the schemas of all models, which it then copies again one by one,
-# and parses 340 options, of which most have the values that they had in the command before.
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
+# For each command hydra copies the schemas of all models, then copies each copy, and parses 340
+# options. Most options have the values of the command before.
 ConfigStore.__deepcopy__ = lambda self, memo: self
 parse, parser = OverridesParser.parse_rule, OverridesParser.create()
 parsed = functools.lru_cache(50_000)(lambda text, rule: parse(parser, text, rule))
 OverridesParser.parse_rule = lambda self, text, rule: copy.copy(parsed(text, rule))
-# Before a test imports the framework alone. Triton has its variable by now.
+# This must precede a test that imports the framework alone. Triton has its variable by now.
 import fairseq_sffn.plugin  # noqa: E402, F401
 
 FOLDERS = {
@@ -55,7 +55,7 @@ FOLDERS = {
     "examples": "integration",
     "expert_parallel": "distributed",
 }
-"""Folder -> the marker of its tests."""
+"""Folder -> marker of its tests."""
 STARTERS = {"data_bin", "quick_start"}
 """Fixtures of tests that run whole commands or start other programs."""
 
@@ -72,8 +72,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Thousands of tests are objects that stay: to look through them in every collection of garbage
-    took a quarter of the time."""
+    """Exclude the collected tests from garbage collection, which took a quarter of the time to scan
+    thousands of objects that stay."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
@@ -86,7 +86,7 @@ def seed() -> None:
 
 @pytest.fixture(scope="session")
 def template() -> Iterator[Any]:
-    """See ``templates.py``."""
+    """Start the template of ``templates.py``."""
     from tests import templates
 
     with templates.begin() as template:
@@ -95,14 +95,14 @@ def template() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def quick_start(template: Any) -> Iterator[None]:
-    """Starts the Python programs of a file's tests from the template."""
+    """Start the Python programs of a file's tests from the template."""
     with template.used():
         yield
 
 
 @pytest.fixture(scope="session")
 def data_bin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small binarised corpus."""
+    """Make a small binarised corpus."""
     from tests import commands
 
     return commands.preprocess(tmp_path_factory.mktemp("corpus"))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every check there is: format, lint, types, tests. With --fast, the tests are those of the core. Other
-# arguments go to pytest.
+# Runs every check: format, lint, types, tests. --fast runs the tests of the core only. Other arguments
+# go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/venv.sh
@@ -16,7 +16,7 @@ fi
 ruff format --check .
 ruff check .
 mypy
-# A file's tests share what they train, so a file is one worker's. Files come in the order of
-# conftest.py, rather than those of few tests last, which are the longest.
+# A file's tests share what they train, so one worker runs a file. Files come in the order of
+# conftest.py. By default, files with few tests would come last, and these take longest.
 OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
     --no-loadscope-reorder --durations 10 "$@"

@@ -1,7 +1,8 @@
 """Finds where the host would wait for an accelerator, on a machine without one.
 
-A value that the host reads, a size that depends on values, and a copy from the host's memory all
-wait. :class:`Synchronisations` notes them over tensors on a CPU, where they cost nothing.
+The host waits when it reads a value, when a size depends on values, and when data is copied from
+the host's memory. :class:`Synchronisations` records these operations on CPU tensors, where they
+cost nothing.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ FOLDERS = {
     "": Path(__file__).parents[1] / "fairseq_sffn",
     "fairseq/": Path(fairseq.__file__).parent,
 }
-"""What begins the name of a place -> where its files are."""
+"""First part of a place's name -> folder of its files."""
 
 READS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "bincount"}
 READS |= {"_unique", "_unique2", "unique_dim", "unique_consecutive", "argwhere"}
-"""Operations whose result the host needs, or whose size it does."""
+"""Operations whose result or size the host needs."""
 
 MASKABLE = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 
@@ -35,14 +36,14 @@ COPIES = {
     torch.Tensor: ("tolist", "numpy", "__array__", "cpu", "to", "new_tensor"),
     torch: ("tensor", "as_tensor", "asarray", "from_numpy", "frombuffer"),
 }
-"""Owner -> functions that copy between the host and a device, which are no operations on a CPU."""
+"""Owner -> functions that copy between the host and a device. On a CPU they start no operation."""
 
 
 class Synchronisations:
-    """While open, counts what would wait for an accelerator, by place: ``file:line operation``.
+    """Counts operations that would wait for an accelerator, by place: ``file:line operation``.
 
-    Places are in this package, or in fairseq, whose begin with ``fairseq/``. A place is
-    ``backward`` where autograd's own nodes wait.
+    It counts while its context is open. Places are in this package or in fairseq; the latter begin
+    with ``fairseq/``. A place is ``backward`` if autograd's own nodes wait.
 
     Args:
         leave_out: folders of the package whose places do not count.
@@ -64,7 +65,7 @@ class Synchronisations:
         self.open.close()
 
     def noting(self, name: str, function: Any) -> Any:
-        """The function, which is noted at each call but where it only changes a type or does not
+        """Wrap a function so that each call is recorded, unless it only changes a dtype or does not
         wait."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -83,12 +84,12 @@ class Synchronisations:
 
 
 def operations(places: Counter[str]) -> list[str]:
-    """What waits, by name, as often as it does."""
+    """Return the names of the waiting operations, as often as they wait."""
     return sorted(place.partition(" ")[2] for place in places.elements())
 
 
 class _Operations(TorchDispatchMode):
-    """Notes operations that read values, in the forward and the backward pass."""
+    """Records operations that read values, in the forward and the backward pass."""
 
     def __init__(self, found: Synchronisations) -> None:
         super().__init__()
@@ -112,7 +113,8 @@ class _Operations(TorchDispatchMode):
 
 
 def _caller() -> tuple[str, int]:
-    """File and line that called PyTorch; an empty name where none of the folders' did."""
+    """Return the file and line that called PyTorch. The name is empty if the caller is in none of
+    the folders."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)

@@ -1,16 +1,16 @@
-"""Starts Python programs from a template: a process that has imported PyTorch and fairseq, and
-copies itself. A program that starts so takes a tenth of a second rather than three.
+"""Starts Python programs from a template: a process that has imported PyTorch and fairseq.
 
-A template does nothing but import and copy: it has one thread, none of the project's code and the
-state of a process that has just begun. The fixture ``quick_start`` puts :meth:`Template.start` in
-the place of the function by which ``subprocess`` starts programs. A copy is a child of the process
-that asked, with the files, environment and folder that ``subprocess`` gives it, and has a template
-of its own for the programs that it starts. Programs that are not Python's start as ever.
+A program starts as a copy of the template, in a tenth of a second instead of three seconds.
 
-A copy differs from a process that has just begun in what imports leave behind: environment
-variables that PyTorch reads when it is imported have no effect, and a script finds logging set up
-as importing ``fairseq`` does, to the standard error. Tests of a start, of imports or of console
-scripts are for real processes.
+A template only imports and copies itself. It has one thread, none of the project's code, and the
+state of a new process. The fixture ``quick_start`` makes ``subprocess`` start programs with
+:meth:`Template.start`. A copy is a child of the process that asked, with the files, environment and
+folder that ``subprocess`` gives it. It has its own template for the programs that it starts.
+Programs that are not Python's start as usual.
+
+A copy differs from a new process in the effects of imports. Environment variables that PyTorch
+reads when it is imported have no effect. A script finds logging set up to standard error, as
+importing ``fairseq`` does. Tests of a start, of imports or of console scripts need real processes.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ LIBC = ctypes.CDLL(None)
 PR_SET_CHILD_SUBREAPER = 36
 SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}
 ABOVE = 512
-"""Files of a program have lower numbers than this."""
+"""The files of a program have numbers below this one."""
 ROOM = "." * 32768
-"""An argument of the template, in whose place its copies have their command lines."""
+"""Argument of the template that makes room for the command lines of its copies."""
 
 
 class Program(NamedTuple):
-    """What a copy becomes.
+    """The program that a copy runs.
 
     Args:
         arguments: words after ``python``.
-        environment: variables.
-        folder: to work in.
-        files: number of each file that the program has.
-        session: it begins one.
-        group: of processes that it joins or, if 0, begins; -1: that of the template.
+        environment: environment variables.
+        folder: working directory.
+        files: numbers of the program's files.
+        session: whether it begins a session.
+        group: process group to join; 0: a new group; -1: the template's group.
     """
 
     arguments: list[str]
@@ -64,11 +64,13 @@ class Program(NamedTuple):
 
 
 class Template:
-    """The process that asks has one end of a socket, and the template has the other. It ends when
-    the socket is closed, so with the process that asks.
+    """A template process, as seen by the process that uses it.
+
+    Each of the two processes has one end of a socket. The template ends when the socket is closed,
+    and therefore with the process that uses it.
 
     Args:
-        requests: the end of the socket.
+        requests: the user's end of the socket.
     """
 
     def __init__(self, requests: socket.socket) -> None:
@@ -77,7 +79,7 @@ class Template:
 
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
-        """``subprocess`` starts programs from the template."""
+        """Make ``subprocess`` start programs from the template."""
         subprocess._fork_exec = self.start
         try:
             yield
@@ -85,7 +87,7 @@ class Template:
             subprocess._fork_exec = self.ordinary
 
     def start(self, *given: Any) -> int:
-        """Stands in for ``_posixsubprocess.fork_exec``, and like it returns the child's number."""
+        """Replace ``_posixsubprocess.fork_exec``, and like it return the child's number."""
         args, _, close, files, cwd, env, stdin, _, _, stdout, _, stderr, _, errors, *rest = given
         words = [os.fsdecode(word) for word in args]
         _, session, group, *_, before, _ = rest
@@ -101,7 +103,7 @@ class Template:
         folder = os.fsdecode(cwd or os.getcwd())
         program = Program(words[1:], variables, folder, [*sources], session, group)
         with self.lock:
-            # An orphan of its descendants becomes this process's child.
+            # An orphaned descendant becomes a child of this process.
             LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
             try:
                 socket.send_fds(self.requests, [json.dumps(program).encode()], [*sources.values()])
@@ -111,7 +113,7 @@ class Template:
 
 
 def can_start(words: Sequence[str]) -> bool:
-    """Whether a command line is of a Python module, text or file."""
+    """Return whether a command line runs a Python module, text or file."""
     if words[0] != sys.executable:
         return False
     _, rest = split_options(words[1:])
@@ -119,7 +121,7 @@ def can_start(words: Sequence[str]) -> bool:
 
 
 def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The options of ``python`` about warnings and buffers, and what comes after them."""
+    """Split the options of ``python`` about warnings and buffers from the rest."""
     left, options = [*words], []
     while left and left[0] in ("-W", "-u"):
         options += [left.pop(0)] if left[0] == "-u" else [left.pop(0) + left.pop(0)]
@@ -128,9 +130,10 @@ def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 @contextlib.contextmanager
 def begin() -> Iterator[Template]:
-    """A template, until the end of the context. Nothing that it started runs on."""
+    """Start a template that lasts until the end of the context. All programs that it started end
+    too."""
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    # The system shows it as a variable of all its copies, whatever their environment is.
+    # The system shows this variable for all copies, whatever their environment is.
     mark = f"TEMPLATE_OF={os.getpid()}"
     with (
         ours,
@@ -149,19 +152,19 @@ def begin() -> Iterator[Template]:
 
 
 def kill_all(mark: str) -> None:
-    """Kills the processes that began with a variable in their environment."""
+    """Kill the processes that started with a variable in their environment."""
     for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
             if mark.encode() in path.read_bytes().split(b"\0"):
                 os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 def main() -> None:
-    """The template."""
+    """Run the template."""
     show, warnings.showwarning = warnings.showwarning, lambda *_, **__: None
     import fairseq  # noqa: F401
 
-    handlers = logging.root.handlers[:]  # as importing fairseq leaves them
+    handlers = logging.root.handlers[:]  # importing fairseq leaves these handlers
     import fairseq_cli.generate
     import fairseq_cli.hydra_train
     import fairseq_cli.interactive
@@ -172,7 +175,7 @@ def main() -> None:
     import torch.utils.flop_counter  # noqa: F401
 
     warnings.showwarning = show
-    # They set up logging where they are imported first.
+    # These modules set up logging when they are first imported.
     for name in [name for name in sys.modules if name.startswith("fairseq_cli")]:
         del sys.modules[name]
     for number in SIGNALS:
@@ -183,10 +186,10 @@ def main() -> None:
 
 
 def serve(requests: socket.socket) -> tuple[Program, list[int], Template]:
-    """Copies this process for each request.
+    """Copy this process for each request.
 
     Returns:
-        In a copy, what it is to become, its files, and the template that it has.
+        In a copy: its program, its files, and its template.
     """
     while True:
         try:
@@ -201,7 +204,7 @@ def serve(requests: socket.socket) -> tuple[Program, list[int], Template]:
             middle = os.getpid()
             if child := os.fork():
                 os.write(write, b"%d" % child)
-                os._exit(0)  # so that its child becomes that of the process that asks
+                os._exit(0)  # its child becomes a child of the process that asks
             while os.getppid() == middle:
                 time.sleep(0.001)
             ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -221,7 +224,7 @@ def serve(requests: socket.socket) -> tuple[Program, list[int], Template]:
 def run(
     program: Program, files: list[int], template: Template, handlers: list[logging.Handler]
 ) -> None:
-    """Runs a program as a process of its own does. Python then ends this one as ever."""
+    """Run a program as a new process would. Python then ends this process as usual."""
     import numpy as np
     import torch
 
@@ -260,7 +263,7 @@ def run(
     sys.warnoptions[:] = [*by_environment, *(word[2:] for word in options if word != "-u")]
     warnings._processoptions(sys.warnoptions)
     kind = words.pop(0) if words[0] in ("-m", "-c") else ""
-    # They set up logging before they import fairseq.
+    # These programs set up logging before they import fairseq.
     first = kind == "-c" or (kind == "-m" and words[0].startswith("fairseq_cli"))
     logging.root.handlers[:] = [] if first else handlers
     sys.argv = ["-c", *words[1:]] if kind == "-c" else words
@@ -278,7 +281,7 @@ def run(
 
 
 def show_command_line(words: Sequence[str]) -> None:
-    """Lets the system show a command line as this process's, where there is room for it."""
+    """Make the system show a command line as this process's, if there is room for it."""
     with open("/proc/self/stat") as stat:
         begin, end = map(int, stat.read().rpartition(")")[2].split()[45:47])
     line = b"".join(os.fsencode(word) + b"\0" for word in words)

@@ -131,7 +131,7 @@ def test_flags_exist(document: str) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_scripts_exist(document: str) -> None:
-    """What a command starts is there, seen from the project's root."""
+    """A command starts an existing file, relative to the project's root."""
     called = re.findall(
         r"\b(?:bash|python(?: -W ignore)?) ([\w./-]+\.(?:sh|py))", text_of(document)
     )
@@ -153,7 +153,7 @@ def test_names_and_phrases(document: str) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_python_examples_run(document: str) -> None:
-    """Blocks that begin with an import of torch are whole programs."""
+    """Blocks that begin with an import of torch are complete programs."""
     for block in re.findall(r"```python\n(.*?)```", text_of(document), flags=re.DOTALL):
         if block.startswith("import torch"):
             exec(compile(block, document, "exec"), {"__name__": "example"})

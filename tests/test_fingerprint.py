@@ -8,7 +8,7 @@ from fairseq_sffn.fingerprint import PACKAGES, code_fingerprint
 
 
 def test_names_and_contents_of_sources_count(tmp_path: Path) -> None:
-    """Kernels count too, other files do not."""
+    """Kernels count too. Other files do not."""
     folder = tmp_path / "memory"
     folder.mkdir()
     (folder / "kernels.cpp").write_text("1")

@@ -1,4 +1,4 @@
-"""The order of packages: each imports only those below it."""
+"""The layers of packages: each package imports only packages below it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ LAYERS = (
     ("tools",),
     ("__main__",),
 )
-"""From the lowest. Packages of one layer do not import each other."""
+"""Layers from the lowest. Packages of one layer do not import each other."""
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 FAIRSEQ = {"fairseq", "fairseq_cli", "fairscale", "hydra", "omegaconf"}
 WITHOUT_FAIRSEQ = ("memory", "errors", "versions", "fingerprint")
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Absolute names of what a file of the package imports."""
+    """Yield the absolute names that a file of the package imports."""
     package = ["fairseq_sffn", *path.relative_to(ROOT).parts[:-1]]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -43,7 +43,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def unit(path: Path) -> str:
-    """The package, or module at the top, that a file belongs to."""
+    """Return the package, or top-level module, that a file belongs to."""
     first, *_ = path.relative_to(ROOT).with_suffix("").parts
     return first
 

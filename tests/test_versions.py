@@ -1,4 +1,4 @@
-"""What an old PyTorch is told."""
+"""An old PyTorch is refused with a message."""
 
 import pytest
 import torch

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Installs the project as .github/SUPPORT.md says beside several versions of Python and PyTorch, and runs the
-# fast tests with each: some ten minutes a pair on two cores, and up to 6 GB of disk.
+# Installs the project as .github/SUPPORT.md says with several versions of Python and PyTorch, and runs
+# fast tests with each pair. A pair takes about ten minutes on two cores and up to 6 GB of disk.
 #
 #   bash tests/versions.sh                        all pairs of the table
 #   bash tests/versions.sh 3.12 2.11              one pair, or several
-#   bash tests/versions.sh --in FOLDER 3.12 2.11  keeps the environments in FOLDER, or takes those there
+#   bash tests/versions.sh --in FOLDER 3.12 2.11  keeps the environments in FOLDER, and reuses them
 #
-# Where PyTorch comes from is up to pip's own settings: PIP_INDEX_URL may name an index of CPU builds.
+# pip's own settings choose the source of PyTorch: PIP_INDEX_URL may name an index of CPU builds.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,7 +18,7 @@ TABLE="
 3.12 2.15
 "
 TESTS=(
-    # Engines, selectors, models, optimizers.
+    # Engines, selectors, models, optimizers
     tests/memory/test_*.py tests/memory/selectors
     tests/memory/compute/test_{chunks,engines,grouped_mm,sorted_assignments,tiles,tiled_products,triton_kernels}.py
     tests/models tests/optim tests/criterions tests/tasks
@@ -26,7 +26,7 @@ TESTS=(
     tests/checkpoints/test_{reading,writing}.py tests/patches/test_{callers,registry}.py
     tests/integration/test_command_line.py::test_{training_learns,script_trains_from_the_project_root}
     tests/integration/test_command_line.py::test_eval_lm_finds_the_perplexity_that_training_logged
-    # Expert parallel, by gloo.
+    # Expert parallelism with gloo
     tests/expert_parallel/test_{checkpoints,collectives,gradients,launch,memory,precision,uneven}.py
 )
 
@@ -44,7 +44,7 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 trap 'exit 130' INT
 
-# find_python VERSION: a Python of that version, of PATH or pyenv. A shim on PATH may lead nowhere.
+# find_python VERSION: finds a Python of a version on PATH or in pyenv. A shim on PATH may not work.
 find_python() {
     local candidate
     for candidate in "python$1" "$(pyenv root 2>/dev/null)/versions/$1".*/bin/"python$1"; do
@@ -58,7 +58,7 @@ find_python() {
 
 version_of() { "$1" -W ignore -c "import torch; print(torch.__version__)"; }
 
-# install ENVIRONMENT PYTHON PYTORCH: says what went wrong, if it did.
+# install ENVIRONMENT PYTHON PYTORCH: installs into an environment, and prints errors.
 install() {
     local before after pip=("$1/bin/python" -m pip --disable-pip-version-check)
     echo "making the environment: PyTorch" >&2

@@ -1,4 +1,4 @@
-"""Prints how long BASE's assignment of tokens to blocks takes on the host.
+"""Measures how long BASE's assignment of tokens to blocks takes on the host.
 
 python examples/benchmark/assignment.py --repeats 5
 """
@@ -15,11 +15,12 @@ from fairseq_sffn.memory.assignment import balanced_assignment
 
 TOKENS, BLOCKS = 8192, (16, 64)
 SKEWS = (0.0, 2.0)
-"""Standard deviations of what a block's scores have in common; a token's own have 1."""
+"""Standard deviations of the part of a block's scores that all tokens share. The part of each token
+has standard deviation 1."""
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure the assignment and print the times."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Prints what comparing a checkpoint with its checksums adds to reading it, for each gigabyte.
+"""Measures how much longer reading a checkpoint takes with checksums, per gigabyte.
 
 python examples/benchmark/checksums.py --repeats 5
 """
@@ -16,11 +16,11 @@ from timing import Work, compare
 from fairseq_sffn.checkpoints.reading import read_file
 
 TENSORS, EACH = 16, 2**24
-"""A gigabyte of fp32 numbers."""
+"""Number of fp32 tensors and numbers in each: a gigabyte together."""
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure both ways to read and print the times."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()

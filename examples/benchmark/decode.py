@@ -1,7 +1,7 @@
-"""Decoding: a few tokens at a time in evaluation, against a dense FFN of as many cells.
+"""Measures decoding: evaluation with a few tokens at a time, against a dense FFN of as many cells.
 
-Each call has other hidden states and token ids than the one before, so that the blocks that a call
-uses are not in cache just because the last one used them.
+Each call gets other hidden states and token ids than the call before. Otherwise the blocks of a
+call would be in the cache.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def measure(
     at_least: float = 0.01,
     place: Place = CPU,
 ) -> list[dict[str, Any]]:
-    """JSON rows. Calls are timed in groups that take about ``at_least`` seconds of a dense FFN."""
+    """Return JSON rows. Calls are timed in groups that take about ``at_least`` seconds with the
+    dense FFN."""
     rows: list[dict[str, Any]] = []
     for width in widths:
         ffn = 4 * width

@@ -1,7 +1,7 @@
-"""Forward + backward of a sparse layer, selection included, against a dense FFN of as many cells.
+"""Measures forward + backward of a sparse layer with selection, against an equally large dense FFN.
 
-Token ids are uniform, hidden states normal: blocks get about equally many tokens, except in the
-rows marked skewed, where half of the tokens use one block besides their others.
+Token ids are uniform and hidden states are normal, so blocks get about equally many tokens. In rows
+marked skewed, half of the tokens also use one common block.
 """
 
 from __future__ import annotations
@@ -39,20 +39,25 @@ class Row(NamedTuple):
 
 
 def block_sizes(ffn: int) -> list[int]:
-    """The FFN's width and the sizes that divide it, largest first."""
+    """Return the FFN's width and the sizes that divide it, largest first."""
     return sorted({ffn, *(g for g in BLOCK_SIZES if g < ffn and not ffn % g)}, reverse=True)
 
 
 def default_rows(ffn: int) -> list[Row]:
-    """Every selector at its default block size."""
+    """Return every selector at its default block size."""
     registry = Selector.registry
     return [Row(name, min(ffn, registry[name].default_block_size(ffn))) for name in registry]
 
 
 def choose_rows(ffn: int, which: str) -> list[Row]:
-    """``all``: every selector by every block size that it can have, and skewed routing;
-    ``defaults``: every selector at its default, and Avg-K by block size; ``main``: the fast ones.
-    Avg-K with blocks of one cell is slow, and in ``all`` only."""
+    """Choose the rows to measure.
+
+    Args:
+        ffn: width of the dense FFN.
+        which: ``all``: every selector with every block size it allows, and skewed routing;
+            ``defaults``: every selector at its default, and Avg-K by block size; ``main``: the fast
+            rows. Only ``all`` has Avg-K with blocks of one cell, which is slow.
+    """
     sizes = block_sizes(ffn)
     rows = [Row("avgk", g) for g in sizes if g > 1]
     if which == "main":
@@ -65,7 +70,7 @@ def choose_rows(ffn: int, which: str) -> list[Row]:
 
 
 def memory_config(row: Row, width: int, ffn: int, expansion: int = EXPANSION) -> MemoryConfig:
-    """With as many active cells as the FFN has units, but for PKM."""
+    """Configure a memory with as many active cells as the FFN has units. PKM has ``PKM_CELLS``."""
     active = min(PKM_CELLS, ffn) if row.selector == "pkm" else ffn
     return MemoryConfig(
         embed_dim=width,
@@ -78,10 +83,10 @@ def memory_config(row: Row, width: int, ffn: int, expansion: int = EXPANSION) ->
 
 
 def build_memory(row: Row, config: MemoryConfig, place: Place = CPU) -> SparseMemory:
-    """In training mode."""
+    """Build a memory in training mode."""
     memory = SparseMemory(config)
     if row.skewed:
-        # Half of the token ids get block 0 for one of theirs, unless they have it.
+        # Half of the token ids get block 0 in place of one of their blocks, unless they have it.
         table_VA: Any = memory.selector.table
         without_V = (table_VA != 0).all(dim=1)
         without_V[VOCABULARY // 2 :] = False
@@ -90,7 +95,7 @@ def build_memory(row: Row, config: MemoryConfig, place: Place = CPU) -> SparseMe
 
 
 def training_work(memory: SparseMemory, x: Tensor, token_ids: Tensor) -> Work:
-    """Forward + backward as in training: with the balance loss where the method has one."""
+    """Prepare forward + backward as in training, with the balance loss where the method has one."""
     weight = memory.config.selector_class.default_balance_weight
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -108,7 +113,7 @@ def measure(
     ffn: int | None = None,
     place: Place = CPU,
 ) -> list[dict[str, Any]]:
-    """A JSON row for each of ``rows``."""
+    """Return a JSON row for each of ``rows``."""
     ffn = ffn or 4 * width
     x = hidden_states(tokens, width, place)
     token_ids = torch.randint(VOCABULARY, (tokens,), device=place.device)

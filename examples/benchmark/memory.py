@@ -1,11 +1,11 @@
-"""Memory that a layer keeps for the backward pass and needs at its peak, against a dense FFN.
+"""Measures the memory that a layer keeps for the backward pass and its peak, against a dense FFN.
 
-`saved`: bytes of the distinct storages that autograd saves, parameters, buffers and the input left
-out. `live`: what the forward pass allocated and still holds, its output left out; it also sees what
-a custom function keeps on its context. `peak`: the most that forward and backward together had
-allocated at once, gradients included (those of all tables, 16 times the dense ones).
-`temporary`: the same without the gradients of parameters. Allocations are PyTorch's own report to
-its profiler, so nothing depends on the process's other memory.
+`saved`: bytes of the distinct storages that autograd saves, without parameters, buffers and input.
+`live`: bytes that the forward pass allocated and still holds, without its output. They include what
+a custom function keeps on its context. `peak`: the largest number of bytes that forward and
+backward had allocated at once, with gradients. The gradients of the tables are 16 times the dense
+ones. `temporary`: the peak without the gradients of parameters. PyTorch reports the allocations to
+its profiler, so other memory of the process does not count.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class Saved:
-    """A tensor saved for the backward pass; lives as long as the graph that saved it."""
+    """A tensor saved for the backward pass. It lives as long as the graph that saved it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
 def saved_bytes(run: Callable[[], object], excluded: list[Tensor]) -> int:
-    """Bytes of the distinct storages that are saved for the backward pass of ``run``'s result."""
+    """Count the bytes of the distinct storages saved for the backward pass of ``run``'s result."""
     known = {tensor.untyped_storage().data_ptr() for tensor in excluded}
     alive: weakref.WeakSet[Saved] = weakref.WeakSet()
 
@@ -47,7 +47,7 @@ def saved_bytes(run: Callable[[], object], excluded: list[Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         result = run()
-    # Graphs that do not lead to the result are gone, and what they saved with them.
+    # Graphs that do not lead to the result are gone, and so is what they saved.
     storages = [saved.tensor.untyped_storage() for saved in alive]
     del result
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
@@ -55,7 +55,7 @@ def saved_bytes(run: Callable[[], object], excluded: list[Tensor]) -> int:
 
 
 def allocations(run: Callable[[], object]) -> tuple[int, int]:
-    """Bytes allocated and still held after ``run``, and the most at once."""
+    """Return the bytes still held after ``run``, and the largest number held at once."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = run()
     kineto = profiler.profiler.kineto_results  # type: ignore[union-attr]
@@ -69,9 +69,9 @@ def allocations(run: Callable[[], object]) -> tuple[int, int]:
 
 
 def figures(module: nn.Module, work: Work, forward: Callable[[], Any], x: Tensor) -> dict[str, int]:
-    """Bytes, by name as above."""
+    """Return the four numbers of bytes by name."""
     work.prepare()
-    work.run()  # what is allocated once and for all
+    work.run()  # allocate what stays from then on
     work.prepare()
     saved = saved_bytes(forward, [*module.parameters(), *module.buffers(), x])
     live, _ = allocations(forward)
@@ -88,7 +88,7 @@ def figures(module: nn.Module, work: Work, forward: Callable[[], Any], x: Tensor
 def measure(
     tokens: int, width: int, rows: list[Row] | None = None, ffn: int | None = None
 ) -> list[dict[str, Any]]:
-    """A JSON row each, the dense FFN's first."""
+    """Return a JSON row for each layer, the dense FFN first."""
     ffn = ffn or 4 * width
     if rows is None:
         rows = [Row("avgk", g) for g in block_sizes(ffn)]
@@ -105,7 +105,7 @@ def measure(
 
         def forward(memory: Any = memory, losses: bool = weight > 0) -> Any:
             out = memory(x, token_ids, losses=losses)
-            # Without what a training step drops at once.
+            # Without the statistics, which a training step drops at once.
             return (out.output, out.balance_loss) if losses else out.output
 
         its = figures(memory, work, forward, x)

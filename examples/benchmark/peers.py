@@ -1,7 +1,7 @@
-"""Other libraries' mixtures of experts, each against a dense FFN of its own active size.
+"""Measures mixtures of experts of other libraries, each against a dense FFN of its active size.
 
-Runs in an environment of its own, which benchmark.sh makes from peers-requirements.txt, and does
-not need this project. A peer that is not installed or does not run gets a row that says so.
+Runs in its own environment, which benchmark.sh makes from peers-requirements.txt, without this
+project. A peer that is not installed or does not run gets a row that says so.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ class Peer(NamedTuple):
     Attributes:
         package: its name in peers-requirements.txt.
         layer: the module measured.
-        build: from width and cells, the module, how to call it on (N, width) and its active cells.
-        active: how its active cells come about.
+        build: function from width and number of cells to the module, a function that calls it on
+            (N, width), and its number of active cells.
+        active: description of how many cells are active.
     """
 
     package: str
@@ -49,8 +50,11 @@ class Peer(NamedTuple):
 
 
 def gated_width(cells: int, experts: int) -> int:
-    """Units of a gated expert, of which ``experts`` are active: three matrices, so that 1.5 units
-    cost what a plain FFN's unit costs. A multiple of 8, as grouped_mm wants."""
+    """Return the units of a gated expert, of which ``experts`` are active.
+
+    A gated unit has three matrices, so 1.5 plain units cost as much as one gated unit. The result
+    is a multiple of 8, as grouped_mm requires.
+    """
     return max(8, round(cells / 1.5 / experts / 8) * 8)
 
 
@@ -115,7 +119,7 @@ def st_moe(width: int, cells: int) -> tuple[nn.Module, Forward, int]:
     from st_moe_pytorch import MoE
 
     units = gated_width(cells, 2)
-    # It takes int(width * mult * 2 / 3) units.
+    # The library uses int(width * mult * 2 / 3) units.
     layer = MoE(width, EXPERTS, expert_hidden_mult=(units + 0.5) * 1.5 / width, gating_top_n=2)
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,13 +155,13 @@ PEERS = (
 
 
 def draw(module: nn.Module) -> None:
-    """Weights for a block that is left empty outside its model."""
+    """Initialise the weights of a block that its library leaves empty outside a model."""
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.02)
 
 
 def wanted_versions(requirements: str) -> dict[str, str]:
-    """Package -> version."""
+    """Return package -> version."""
     lines = (line.partition("#")[0].strip() for line in requirements.splitlines())
     return dict(line.split("==") for line in lines if line)
 
@@ -165,7 +169,7 @@ def wanted_versions(requirements: str) -> dict[str, str]:
 def measure_peer(
     peer: Peer, tokens: int, width: int, repeats: int, place: Place = CPU
 ) -> dict[str, Any]:
-    """A peer's figures, or an ``error``."""
+    """Measure a peer; the row has an ``error`` where that fails."""
     cells = 4 * width
     try:
         layer, forward, active = peer.build(width, cells)
@@ -173,7 +177,7 @@ def measure_peer(
         x = hidden_states(tokens, width, place)
         work = forward_backward(layer, x, forward)
         work.run()
-    except Exception as error:  # whatever it is, it is what a user of the peer would meet
+    except Exception as error:  # any error that a user of the peer would meet
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
     dense_cells = cells if peer.build is product_key_memory else active
     dense = forward_backward(dense_ffn(width, dense_cells, place), x)
@@ -189,7 +193,7 @@ def measure(
     peers: tuple[Peer, ...] = PEERS,
     place: Place = CPU,
 ) -> list[dict[str, Any]]:
-    """A JSON row each."""
+    """Return a JSON row for each peer."""
     wanted = wanted_versions(REQUIREMENTS.read_text())
     rows: list[dict[str, Any]] = []
     for peer in peers:

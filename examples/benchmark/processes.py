@@ -1,9 +1,9 @@
-"""Whole training steps of two processes on this machine against one, data and expert parallel.
+"""Measures training steps of two processes on one machine, data and expert parallel.
 
-Each process keeps its batch (weak scaling), so that ideal are twice the tokens per second. The
-processes are started once, by torchrun, and take all steps in turn; one process is rank 0 with a
-model and Trainer that know of no other, while rank 1 waits. Both at once with such a model each
-tell what is the machine's share of what two do not gain.
+Each process keeps its batch (weak scaling), so ideal scaling doubles the tokens per second.
+torchrun starts the processes once, and they take all steps in turn. For the times of one process,
+rank 0 trains a model and a Trainer without process groups while rank 1 waits. When both ranks train
+such models at once, their times show how much the machine itself slows two processes down.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ BACKENDS = ("legacy_ddp", "pytorch_ddp")
 
 
 class Run(NamedTuple):
-    """How the processes train together."""
+    """A way in which the processes train together."""
 
     ddp_backend: str
     expert_parallel: int = 1
 
     def flags(self, model: str) -> str:
-        """Of fairseq-train."""
+        """Return the flags of fairseq-train."""
         if self == APART:
             return "--distributed-world-size 1"
-        shared = "" if model == "dense" else f" --sffn-expert-parallel {self.expert_parallel}"
-        return f"--ddp-backend {self.ddp_backend}{shared}"
+        sharding = "" if model == "dense" else f" --sffn-expert-parallel {self.expert_parallel}"
+        return f"--ddp-backend {self.ddp_backend}{sharding}"
 
 
 APART = Run("none, apart")
-"""At the same time, each a model of its own: what the machine leaves when nothing is exchanged."""
+"""Both ranks train separate models at the same time: the machine's limit without communication."""
 
 
 # In each process that torchrun starts.
 
 
 class Step:
-    """A training step of all processes, together or apart."""
+    """A training step of all processes, together or separate."""
 
     def __init__(self, folder: Path, model: str, run: Run, context: int, sentences: int) -> None:
         more = run.flags(model)
@@ -77,7 +77,7 @@ class Step:
         self.sent_bytes = 0.0
 
     def prepare(self) -> None:
-        metrics.reset()  # they are the process's, and models differ in theirs
+        metrics.reset()  # metrics belong to the process and differ between models
         dist.barrier()
 
     def run(self) -> None:
@@ -89,8 +89,8 @@ class Step:
 
 
 def step_seconds(works: list[Work], repeats: int, label: str) -> list[list[float]]:
-    """Times of each work, in rounds of all in turn; the slowest process's, for which the others
-    wait. A first round is not counted."""
+    """Time each work in rounds of all works in turn. The slowest process counts, as the others wait
+    for it. The first round is not counted."""
     own: list[list[float]] = []
     for i in range(repeats + 1):
         own.append([seconds(work) for work in works])
@@ -104,7 +104,7 @@ def step_seconds(works: list[Work], repeats: int, label: str) -> list[list[float
 def measure_model(
     model: str, folder: Path, repeats: int, context: int, sentences: int
 ) -> list[dict[str, Any]]:
-    """A JSON row for each way to train a model in several processes."""
+    """Return a JSON row for each way to train a model in several processes."""
     counts = (1,) if model == "dense" else (1, PROCESSES)
     runs = [APART, *(Run(backend, count) for backend in BACKENDS for count in counts)]
     steps = [Step(folder, model, run, context, sentences) for run in runs]
@@ -133,7 +133,7 @@ def measure_model(
 
 
 def work(folder: Path) -> None:
-    """Measures what is asked for there, and leaves the rows there."""
+    """Measure as a file in the folder says, and write the rows beside it."""
     logging.disable(logging.INFO)
     asked = json.loads((folder / "asked.json").read_text())
     torch.set_num_threads(asked.pop("threads"))
@@ -155,7 +155,7 @@ def measure(
     context: int = CONTEXT,
     sentences: int = SENTENCES,
 ) -> list[dict[str, Any]]:
-    """A JSON row for each model and way to train it."""
+    """Return a JSON row for each model and way to train it."""
     asked = {"repeats": repeats, "threads": threads, "models": models}
     asked |= {"context": context, "sentences": sentences}
     variables = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}

@@ -28,7 +28,7 @@ Part = dict[str, Any]
 
 
 def machine() -> dict[str, Any]:
-    """What the times are of."""
+    """Describe the machine and the versions of the measurement."""
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -39,7 +39,7 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The project's commit, marked where its files differ from it."""
+    """Return the project's commit, marked if files differ from it."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -50,7 +50,7 @@ def commit() -> str:
 
 
 def read_parts(folder: Path) -> list[Part]:
-    """The parts that are there, each marked whether it is of the code that is there now."""
+    """Read the parts, each marked whether it belongs to the current code."""
     parts = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     for part in parts:
         code = fingerprint(part["part"], of_project=part["part"] != "peers")
@@ -59,14 +59,14 @@ def read_parts(folder: Path) -> list[Part]:
 
 
 def table(headers: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """Markdown."""
+    """Format a Markdown table."""
     headers = list(headers)
     lines = [headers, ["---"] * len(headers), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def show(ratio: dict[str, float] | None) -> str:
-    """Median and quartiles."""
+    """Format median and quartiles."""
     if ratio is None:
         return ""
     low, median, high = (f"{ratio[name]:.3g}" for name in ("low", "median", "high"))
@@ -93,7 +93,7 @@ def goals_table(parts: list[Part]) -> str:
 
 
 def layer_tables(parts: list[Part]) -> str:
-    """A table for each size and device, with a column for each number of threads."""
+    """Make a table for each size and device, with a column for each number of threads."""
     sizes: dict[tuple[str, int, int], dict[int, list[dict[str, Any]]]] = {}
     for part in of(parts, "layer"):
         settings = part["settings"]
@@ -171,7 +171,7 @@ def processes_table(part: Part) -> str:
 
 
 def decode_tables(part: Part) -> str:
-    """A table for each width and mode, with a column for each number of tokens."""
+    """Make a table for each width and mode, with a column for each number of tokens."""
     texts = []
     for width, mode in dict.fromkeys((row["width"], row["mode"]) for row in part["rows"]):
         rows = [row for row in part["rows"] if (row["width"], row["mode"]) == (width, mode)]
@@ -236,7 +236,7 @@ SECTIONS = {
 
 
 def report(parts: list[Part], about: dict[str, Any]) -> str:
-    """All tables, as Markdown."""
+    """Render all tables as Markdown."""
     repeats = sorted({part["settings"]["repeats"] for part in parts})
     facts = [
         f"{about['cpu']}, {about['cores']} cores; torch {', '.join(about['torch'])}",
@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
     (args.runs / "results.json").write_text(json.dumps({**about, "parts": parts}, indent=1) + "\n")
     (args.runs / "table.md").write_text(text)
     for part in of(parts, "scaling"):
-        from scaling import write_plot  # it needs the project, the tables do not
+        from scaling import write_plot  # the figure needs the project, the tables do not
 
         logging.getLogger().setLevel(logging.WARNING)  # importing fairseq sets it to DEBUG
         write_plot(part, args.runs / "scaling.png")

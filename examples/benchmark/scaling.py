@@ -1,4 +1,4 @@
-"""How Avg-K's cost (g = 64, d = 256, forward + backward) grows with tokens, active cells and E."""
+"""Measures how Avg-K's cost (g = 64, d = 256) grows with tokens, active cells and expansion."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def measure(
     width: int = WIDTH,
     block_size: int = BLOCK_SIZE,
 ) -> list[dict[str, Any]]:
-    """A JSON row for each point of each axis; ``selection`` is the time of the selector alone."""
+    """Return a JSON row for each point of each axis; ``selection`` is the time of the selector
+    alone."""
     rows: list[dict[str, Any]] = []
     for axis, values in axes.items():
         for value in values:
@@ -60,7 +61,7 @@ def measure(
 
 
 def draw_panel(axes: Any, rows: list[dict[str, Any]], axis: str) -> None:
-    """One axis: dense, the whole layer with its quartiles and, against E, the selection."""
+    """Draw one axis: the dense FFN, the layer with quartiles, and the selection against E."""
     at = [row[axis] for row in rows]
     curves = {"base_seconds": ("dense FFN", "black"), "seconds": ("Avg-K, g = 64", "tab:blue")}
     if axis == "expansion":
@@ -81,7 +82,7 @@ def draw_panel(axes: Any, rows: list[dict[str, Any]], axis: str) -> None:
 
 
 def plot(rows: list[dict[str, Any]], threads: int = 1) -> bytes:
-    """The bytes of a PNG."""
+    """Return the bytes of a PNG."""
     from matplotlib.figure import Figure  # not before fairseq's log level is undone
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")

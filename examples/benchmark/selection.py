@@ -1,8 +1,8 @@
-"""Selection alone and the optimizer's step alone, in units of a dense FFN's forward + backward.
+"""Measures selection and the optimizer's step alone, in units of a dense FFN's forward + backward.
 
-Selection is the selector's forward pass in training. The optimizer's step is over all parameters
-of a layer, each with the gradient of a real backward pass. The unit grows with the tokens, the step
-does not.
+Selection is the selector's forward pass in training. The optimizer's step updates all parameters of
+a layer, with the gradients of a real backward pass. The unit grows with the number of tokens, the
+step does not.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ def selection_work(memory: SparseMemory, x: Tensor, token_ids: Tensor) -> Work:
 
 
 def optimizer_work(name: str, module: nn.Module, backward: Work) -> Work:
-    """A step of fairseq's optimizer ``name``, with its own defaults, from one batch's gradients."""
+    """Prepare a step of fairseq's optimizer ``name`` with its defaults, from the gradients of a
+    batch."""
     config = training_config("dense", name).optimizer
     optimizer = optim.build_optimizer(config, list(module.parameters()))
     backward.prepare()
     backward.run()
     gradients = {p: p.grad for p in module.parameters()}
 
-    def prepare() -> None:  # another work may have dropped them
+    def prepare() -> None:  # another work may have dropped the gradients
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
 
@@ -53,7 +54,7 @@ def optimizer_work(name: str, module: nn.Module, backward: Work) -> Work:
 def measure(
     tokens: int, width: int, repeats: int, rows: list[Row] | None = None, ffn: int | None = None
 ) -> list[dict[str, Any]]:
-    """JSON rows: ``what`` is selection, or an optimizer's name."""
+    """Return JSON rows; ``what`` is selection or the name of an optimizer."""
     ffn = ffn or 4 * width
     if rows is None:
         rows = [Row("avgk", g) for g in block_sizes(ffn)]
@@ -74,7 +75,7 @@ def measure(
         work = selection_work(memory, x, token_ids)
         add(work, what="selection", selector=row.selector, block_size=row.block_size)
     for name in OPTIMIZERS:
-        # Layers of their own: the base's gradients come and go.
+        # These layers are separate because the base changes its gradients.
         ffn_layer = dense_ffn(width, ffn)
         add(
             optimizer_work(name, ffn_layer, forward_backward(ffn_layer, x)),

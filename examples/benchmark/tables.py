@@ -1,9 +1,9 @@
-"""What keeps large blocks from the cost of a dense FFN: the size of the tables.
+"""Measures how the size of the tables makes large blocks slower than a dense FFN.
 
-The matrix products of a layer whose tokens are sorted already, against the one product of the dense
-FFN: in as many parts as there are blocks with the same matrix; with a matrix of its own for each
-block, which comes from memory and not from cache; and, for the gradient of the table, into fresh
-memory, as each step of a training gives it.
+Matrix products of a layer with sorted tokens are compared with the single product of the dense FFN.
+The variants are: a product for each block, all with the same matrix; a product for each block with
+its own matrix, which is read from memory instead of cache; and, for the gradient of the table,
+results in newly allocated memory, as in each step of a training.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from timing import Work, arguments, compare, run_part
 def measure(
     repeats: int, tokens: int = 2048, width: int = 256, cells: int = 1024, blocks: int = 16
 ) -> list[dict[str, Any]]:
-    """A JSON row for each product and way to compute it, with ``ratio`` to the dense one."""
+    """Return a JSON row for each product and way to compute it, with the ``ratio`` to the dense
+    one."""
     x_ND, grad_NK = torch.randn(tokens, width), torch.randn(tokens, cells)
     one_KD, own_BKD = torch.randn(cells, width), torch.randn(blocks, cells, width)
     each = tokens // blocks

@@ -1,6 +1,6 @@
-"""What every part of the benchmark shares: interleaved timing, its statistics, and its JSON file.
+"""Interleaved timing, its statistics, and its JSON file, for all parts of the benchmark.
 
-Plain PyTorch, so that peers.py can use it in an environment without this project.
+It needs PyTorch only, so peers.py can use it in an environment without this project.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ SEED = 1
 ROOT = Path(__file__).parents[2]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WARM_UP = {"cpu": 1, "cuda": 3}
-"""Device -> first rounds that are not counted."""
+"""Device -> number of first rounds that are not counted."""
 
 
 class Work(NamedTuple):
-    """Something to time. ``prepare`` runs before each ``run``, outside the time."""
+    """A function to time. ``prepare`` runs before each ``run`` and is not timed."""
 
     run: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
 
 
 class Place(NamedTuple):
-    """Where and in which numbers a layer is measured."""
+    """The device and dtype with which a layer is measured."""
 
     device: str = "cpu"
     dtype: str = "fp32"
 
     @property
     def tensors(self) -> dict[str, Any]:
-        """Arguments of ``Tensor.to`` and of functions that make tensors."""
+        """Return arguments for ``Tensor.to`` and for functions that make tensors."""
         return {"device": self.device, "dtype": DTYPES[self.dtype]}
 
     def describe(self) -> dict[str, Any]:
-        """Device, card, dtype and versions, for a row of results."""
+        """Return device, card, dtype and versions, for a row of results."""
         result: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         if self.device == "cuda":
             result |= {"card": torch.cuda.get_device_name(), **versions()}
@@ -55,7 +55,7 @@ class Place(NamedTuple):
 
 
 def versions() -> dict[str, str | None]:
-    """PyTorch, its CUDA, and Triton."""
+    """Return the versions of PyTorch, its CUDA, and Triton."""
     triton = None
     if importlib.util.find_spec("triton") is not None:
         triton = importlib.import_module("triton").__version__
@@ -65,8 +65,7 @@ def versions() -> dict[str, str | None]:
 def seconds(
     work: Work, clock: Callable[[], float] = time.perf_counter, device: str = "cpu"
 ) -> float:
-    """One run's time. On a GPU it is the time between two CUDA events, which the clock does not
-    change."""
+    """Time one run. On a GPU, CUDA events measure the time, so the clock does not change it."""
     work.prepare()
     if device == "cuda":
         return event_seconds(work.run)
@@ -76,7 +75,7 @@ def seconds(
 
 
 def event_seconds(run: Callable[[], object]) -> float:
-    """Time on the GPU from before the first kernel of ``run`` to after its last."""
+    """Return the time on the GPU from before the first kernel of ``run`` to after its last."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -87,7 +86,7 @@ def event_seconds(run: Callable[[], object]) -> float:
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:
-    """Median and quartiles."""
+    """Return median and quartiles."""
     values = list(values)
     low, median, high = (
         statistics.quantiles(values, n=4, method="inclusive")
@@ -105,14 +104,14 @@ def compare(
     clock: Callable[[], float] = time.perf_counter,
     device: str = "cpu",
 ) -> dict[str, dict[str, Any]]:
-    """Times each work right after ``base``, in turn: base, a, base, b, base, a, ...
+    """Time each work right after ``base``, in turn: base, a, base, b, base, a, ...
 
-    So what slows the machine for a while slows both sides of a ratio. The first round is not
-    counted, nor the first three on a GPU, where they compile kernels.
+    A slow phase of the machine then affects both sides of a ratio. The first round is not counted;
+    on a GPU the first three are not, as they compile kernels.
 
     Returns:
-        For each name: spreads of ``ratio`` (of neighbours, not of medians), ``seconds`` and
-        ``base_seconds``.
+        For each name: spreads of ``ratio``, ``seconds`` and ``base_seconds``. ``ratio`` is formed
+        of neighbouring runs, not of medians.
     """
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in others}
     for i in range(1 - WARM_UP[device], repeats + 1):
@@ -132,7 +131,7 @@ def compare(
 
 
 def progress(text: str, last: bool = False) -> None:
-    """One line that is written over on a terminal; in a file, its last state only."""
+    """Show a line that overwrites itself on a terminal. A file gets its last state only."""
     if sys.stderr.isatty():
         print(f"\r   {text:<60}", end="\n" if last else "", file=sys.stderr, flush=True)
     elif last:
@@ -143,25 +142,27 @@ CPU = Place()
 
 
 def dense_ffn(width: int, cells: int, place: Place = CPU) -> nn.Module:
-    """What a sparse layer is compared with."""
+    """Build the FFN that sparse layers are compared with."""
     layers = nn.Linear(width, cells), nn.ReLU(), nn.Linear(cells, width)
     return nn.Sequential(*layers).to(**place.tensors)
 
 
 def hidden_states(tokens: int, width: int, place: Place = CPU) -> Tensor:
-    """(tokens, width) with a gradient, as a layer in the middle of a model gets."""
+    """Return (tokens, width) normal numbers that require a gradient, as in the middle of a
+    model."""
     return torch.randn(tokens, width, **place.tensors).requires_grad_()
 
 
 def forward_backward(
     module: nn.Module, x: Tensor, forward: Callable[[Tensor], Any] | None = None
 ) -> Work:
-    """Forward and backward pass.
+    """Prepare forward and backward of a module.
 
     Args:
-        module: whose gradients are None before each pass, as fairseq's zero_grad leaves them.
-        x: requires a gradient.
-        forward: gives the output, or the output and a loss to add; by default ``module``.
+        module: the module; its gradients are None before each pass, as after fairseq's zero_grad.
+        x: input; requires a gradient.
+        forward: function that returns the output, or the output and a loss to add; by default
+            ``module``.
     """
     gradient = torch.randn_like(x)
 
@@ -181,7 +182,8 @@ def forward_backward(
 
 
 def fingerprint(part: str, of_project: bool) -> str:
-    """Of the code that a part measures: its own file, this one and, mostly, the project."""
+    """Hash the code that a part measures: its own file, this file and, for most parts, the
+    project."""
     files = [Path(__file__), Path(__file__).with_name(f"{part}.py")]
     if of_project:
         files += sorted(
@@ -191,9 +193,10 @@ def fingerprint(part: str, of_project: bool) -> str:
 
 
 def arguments(description: str | None, places: bool = False) -> argparse.ArgumentParser:
-    """A part's command line.
+    """Make a part's parser.
 
     Args:
+        description: text of ``--help``.
         places: whether the part can be measured on a GPU and in half precision.
     """
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
@@ -208,7 +211,7 @@ def arguments(description: str | None, places: bool = False) -> argparse.Argumen
 
 
 def place_of(args: argparse.Namespace) -> Place:
-    """Where a part is to be measured. Exits in one line where there is no GPU for it."""
+    """Return where to measure a part. Exits with one line if there is no such GPU."""
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: PyTorch finds no GPU here")
     return Place(args.device, args.dtype)
@@ -220,7 +223,8 @@ def run_part(
     measure: Callable[[], list[dict[str, Any]]],
     of_project: bool = True,
 ) -> None:
-    """Measures a part and writes its JSON, unless it is there with the same settings and code."""
+    """Measure a part and write its JSON, unless the file is there with the same settings and
+    code."""
     if args.repeats < 1:
         sys.exit(f"--repeats {args.repeats}: must be at least 1")
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "force")}

@@ -1,8 +1,8 @@
-"""A whole training step of fairseq-train: each method's model against the dense one.
+"""Measures a training step of fairseq-train: each method's model against the dense one.
 
-Model, criterion, optimizer and Trainer are built from the arguments of the command that each row
-shows, and `Trainer.train_step` is what fairseq-train calls for each update. Only reading data is
-left out: a batch of random tokens with Zipf's frequencies is used again and again.
+Model, criterion, optimizer and Trainer are built from the command line that each row shows.
+fairseq-train calls `Trainer.train_step` for each update. Only reading data is left out: every step
+trains on the same batch of random tokens, drawn by Zipf's law.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def flags(
     size: str = "tiny",
     place: Place = CPU,
 ) -> list[str]:
-    """Arguments of fairseq-train after the data."""
+    """Return the arguments of fairseq-train after the data."""
     where = "--cpu" if place.device == "cpu" else "--distributed-world-size 1"
     return (
         f"--user-dir fairseq_sffn --task language_modeling --arch transformer_lm_{model}_{size} "
@@ -60,7 +60,7 @@ def training_config(
     size: str = "tiny",
     place: Place = CPU,
 ) -> DictConfig:
-    """What fairseq-train makes of its arguments."""
+    """Return the configuration that fairseq-train makes of its arguments."""
     asked = flags(model, optimizer, context, sentences, more, size, place)
     asked = asked[2:]  # the plugin is imported already
     parser = options.get_training_parser()
@@ -68,13 +68,13 @@ def training_config(
 
 
 def write_dictionary(folder: Path, vocabulary: int = VOCABULARY) -> None:
-    """All that is read of the data."""
+    """Write the dictionary, the only file of the data that is read."""
     words = "".join(f"w{i} {vocabulary // (i + 1) + 1}\n" for i in range(vocabulary - 4))
     Path(folder, "dict.txt").write_text(words)
 
 
 def random_batch(context: int, sentences: int, vocabulary: int = VOCABULARY) -> dict[str, Any]:
-    """As fairseq's language modelling data gives one."""
+    """Make a batch in the form of fairseq's language modelling data."""
     frequency = 1 / torch.arange(1, vocabulary - 3).float()
     tokens = 4 + frequency.multinomial(sentences * (context + 1), replacement=True)
     tokens = tokens.view(sentences, context + 1)
@@ -90,7 +90,7 @@ def random_batch(context: int, sentences: int, vocabulary: int = VOCABULARY) -> 
 
 
 def build_trainer(config: DictConfig) -> SFFNTrainer:
-    """As fairseq-train does, before the first update."""
+    """Build a Trainer as fairseq-train does, ready for the first update."""
     task = tasks.setup_task(config.task)
     model, criterion = task.build_model(config.model), task.build_criterion(config.criterion)
     trainer = SFFNTrainer(config, task, model, criterion)
@@ -107,7 +107,8 @@ def measure(
     place: Place = CPU,
     vocabulary: int = VOCABULARY,
 ) -> list[dict[str, Any]]:
-    """A JSON row for each of ``runs``, with ``ratio`` to dense with the same optimizer."""
+    """Return a JSON row for each of ``runs``, with the ``ratio`` to dense with the same
+    optimizer."""
     batch = random_batch(context, sentences, vocabulary)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +118,7 @@ def measure(
         def step(model: str, optimizer: str) -> Work:
             config = training_config(model, optimizer, folder, context, sentences, **sizes)
             trainer = build_trainer(config)
-            # Metrics are the process's, and models differ in theirs.
+            # Metrics belong to the process, and models differ in theirs.
             return Work(lambda: trainer.train_step([batch]), prepare=metrics.reset)
 
         for optimizer in dict.fromkeys(name for _, name in runs):

@@ -12,14 +12,15 @@ from pathlib import Path
 
 
 def is_wanted(name: str, files: Iterable[str], exclude: Iterable[str]) -> bool:
-    """Whether a name matches a pattern of `files` and none of `exclude`; * matches / too."""
+    """Return whether a name matches a pattern of `files` and none of `exclude`; * matches / too."""
     return any(fnmatchcase(name, p) for p in files) and not any(
         fnmatchcase(name, p) for p in exclude
     )
 
 
 def archive_files(path: Path, files: list[str], exclude: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Name and contents of the wanted files of a .deb, .whl, .zip or .tar.*, in order of name.
+    """Yield name and contents of the wanted files of a .deb, .whl, .zip or .tar.*, in order of
+    name.
 
     A file of another kind is the only file of its package.
     """
@@ -31,10 +32,10 @@ def archive_files(path: Path, files: list[str], exclude: list[str]) -> Iterator[
 
 
 def read_archive(path: Path, files: list[str], exclude: list[str]) -> dict[str, bytes]:
-    """The same, in no order.
+    """Read the wanted files into memory, in any order.
 
     Raises:
-        EOFError, TarError, BadZipFile: it is damaged.
+        EOFError, TarError, BadZipFile: the archive is damaged.
     """
     if path.suffix == ".deb":
         command = ["dpkg-deb", "--fsys-tarfile", str(path)]

@@ -1,5 +1,4 @@
-"""Makes text of what the readers give: normal characters and whitespace, and no lines that are not
-text."""
+"""Cleans the text of the readers: normal characters and white space, no lines without text."""
 
 from __future__ import annotations
 
@@ -11,13 +10,13 @@ from collections import Counter
 
 MAX_LINE_LENGTH = 2000  # characters; longer paragraphs are cut at a space
 MAX_WORD_LENGTH = 120  # characters; longer ones are data
-MIN_LETTERS = 0.55  # of all characters but spaces; less is a table, a drawing or a dump
+MIN_LETTERS = 0.55  # share of characters that are not spaces; less is a table, a drawing or a dump
 MIN_DOCUMENT_LENGTH = 200  # characters
-LISTING = 12  # consecutive paragraphs that are entries are a table of contents or an index
+LISTING = 12  # so many consecutive short paragraphs are a table of contents or an index
 MAX_ENTRY_LENGTH = 60  # characters
-MIN_PROSE = 0.3  # of a document's characters in longer paragraphs than entries
+MIN_PROSE = 0.3  # share of a document's characters in paragraphs that are longer than entries
 EDGE = 4  # paragraphs at either end of a document, where page headers and footers are
-BOILERPLATE_SHARE = 0.05  # of a source's documents; what as many have at an edge is no text
+BOILERPLATE_SHARE = 0.05  # of a source's documents; boilerplate is at an edge of more
 BOILERPLATE_DOCUMENTS = 8
 
 # Controls, formats (such as zero-width spaces), surrogates, private use, unassigned.
@@ -31,14 +30,15 @@ LEADERS = re.compile(r"([-=_*.~#+·•─━═│┃|])\1{3,}")  # rules, dotte
 
 
 def normalise(text: str) -> str:
-    """NFC, one space for any whitespace in a paragraph, no control characters."""
+    """Normalise to NFC, with one space for any whitespace in a paragraph and no control
+    characters."""
     text = NO_CHARACTER.sub(" ", unicodedata.normalize("NFC", text).translate(REPLACED))
     lines = (" ".join(LEADERS.sub(" ", line).split()) for line in text.split("\n"))
     return "\n".join(line for line in lines if line)
 
 
 def is_text(paragraph: str) -> bool:
-    """Whether a paragraph is mostly of letters, in words."""
+    """Return whether a paragraph consists mostly of letters, in words."""
     letters = sum(map(str.isalpha, paragraph))
     spaces = paragraph.count(" ")
     return (
@@ -49,7 +49,7 @@ def is_text(paragraph: str) -> bool:
 
 
 def is_entry(paragraph: str) -> bool:
-    """Whether a paragraph could be a line of a table of contents or of an index."""
+    """Return whether a paragraph could be a line of a table of contents or of an index."""
     return len(paragraph) <= MAX_ENTRY_LENGTH and paragraph[-1] not in ".:;!?,)”\"'"
 
 
@@ -68,14 +68,14 @@ def edge_key(paragraph: str) -> str:
 
 
 def edges(paragraphs: list[str]) -> list[str]:
-    """The paragraphs at both ends, each once."""
+    """Return the paragraphs at both ends, each once."""
     if len(paragraphs) <= 2 * EDGE:
         return paragraphs
     return paragraphs[:EDGE] + paragraphs[-EDGE:]
 
 
 def boilerplate(documents: list[list[str]]) -> set[str]:
-    """Paragraphs that many documents have at an edge."""
+    """Return paragraphs that many documents have at an edge."""
     counts = Counter(key for d in documents for key in {edge_key(p) for p in edges(d)})
     least = max(BOILERPLATE_DOCUMENTS, BOILERPLATE_SHARE * len(documents))
     return {key for key, count in counts.items() if count >= least}
@@ -84,9 +84,14 @@ def boilerplate(documents: list[list[str]]) -> set[str]:
 def clean_documents(
     documents: list[tuple[str, str]], listings: bool
 ) -> tuple[list[tuple[str, str]], dict[str, int]]:
-    """Returns the documents of one source that have text, and how much was dropped and why.
+    """Clean the documents of one source.
 
-    `listings` keeps rows of short paragraphs: verses, definitions.
+    Args:
+        documents: names and texts.
+        listings: whether to keep rows of short paragraphs, such as verses and definitions.
+
+    Returns:
+        The documents that have text left, and counts of what was dropped, by reason.
     """
     split = [(name, normalise(text).split("\n")) for name, text in documents]
     repeated = boilerplate([paragraphs for _, paragraphs in split])

@@ -1,4 +1,4 @@
-"""From documents that were read to binarised splits and domains, with a manifest.
+"""Makes binarised splits and domains with a manifest from documents that were read.
 
 Reads OUTPUT/work/read/SOURCE.jsonl. Writes to OUTPUT: text/ and bin/ with train, valid and test,
 text/domains/ and domains/ with a test set a domain, spm.model, dict.txt and manifest.json.
@@ -25,40 +25,40 @@ from files import Steps, read_documents, sha256, write_documents
 from splits import Documents
 
 HELD_OUT = ("valid", "test")
-STEPS = ("deduplicate", "split", "encode", "check", "binarise")  # after those of each source
+STEPS = ("deduplicate", "split", "encode", "check", "binarise")  # after the steps of each source
 PACKAGES = ("sentencepiece", "lxml", "numpy", "ve-fairseq")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides how a collection is split and encoded."""
+    """Settings that determine how a collection is split and encoded."""
 
     pieces: int  # of the SentencePiece model
     valid_characters: int
     test_characters: int
-    max_document_share: float  # of valid and test that one document may have
+    max_document_share: float  # largest share of valid and of test that one document may have
     domain_tokens: int
     seed: int
 
 
 @dataclass(frozen=True)
 class Source:
-    """What was read from one package or folder."""
+    """The documents that were read from one package or folder."""
 
     name: str
     role: str  # "train", or "domain" for a test set of its own
     listings: bool  # whether rows of short paragraphs are text
-    history: Any  # the settings that decided what was read
+    history: Any  # the settings that determined what was read
 
 
 def code(*modules: Any) -> list[str]:
-    """Checksums of modules and of this one, which are settings of the steps that they do."""
+    """Hash modules and this one, as their code is a setting of the steps that they do."""
     paths = [__file__, files.__file__, *(module.__file__ for module in modules)]
     return [sha256(Path(path)) for path in paths]
 
 
 def source_steps(output: Path, name: str) -> Steps:
-    """The steps of one source, and those of all sources together, which come after."""
+    """Return the steps of one source, and after them those of all sources together."""
     return Steps(output, [f"read-{name}", f"clean-{name}", *STEPS])
 
 
@@ -74,7 +74,7 @@ def clean_settings(source: Source) -> Any:
 
 
 def clean_step(output: Path, source: Source) -> dict[str, int]:
-    """Returns how much was dropped and why."""
+    """Clean a source and return counts of what was dropped, by reason."""
     return source_steps(output, source.name).run(
         f"clean-{source.name}",
         clean_settings(source),
@@ -96,7 +96,7 @@ def deduplicate_sources(output: Path, names: Iterable[str]) -> dict[str, dict[st
 
 
 def dropped_documents(reports: Iterable[dict[str, int]]) -> str:
-    """How many documents cleaning and de-duplication dropped and why, as the end of a message."""
+    """Say how many documents were dropped and why, as the end of a message."""
     least = clean.MIN_DOCUMENT_LENGTH
     reasons = {
         "short": f"with less than {least} characters of text",
@@ -112,7 +112,11 @@ def dropped_documents(reports: Iterable[dict[str, int]]) -> str:
 
 
 def check_documents(reports: dict[str, dict[str, int]], use: str) -> None:
-    """Raises ValueError if of no source a document is left."""
+    """Check that some documents are left.
+
+    Raises:
+        ValueError: no source has a document left.
+    """
     if not any(report["documents_kept"] for report in reports.values()):
         read = sum(report["documents_read"] for report in reports.values())
         dropped = dropped_documents(reports.values())
@@ -120,7 +124,7 @@ def check_documents(reports: dict[str, dict[str, int]], use: str) -> None:
 
 
 def named_documents(output: Path, stage: str, name: str) -> Documents:
-    """Documents of a source, with names that are unique over all sources."""
+    """Return the documents of a source, with names that are unique over all sources."""
     documents = read_documents(output / f"work/{stage}/{name}.jsonl")
     return [(f"{name}:{document}", text) for document, text in documents]
 
@@ -132,10 +136,13 @@ def split_sources(
     settings: Settings,
     dropped: str,
 ) -> dict[str, dict[str, int]]:
-    """Splits the training sources, and takes what is in train out of everything else.
+    """Split the training sources, and remove the text of train from everything else.
 
-    Raises ValueError where nothing is left to evaluate on. `dropped` ends the message if there
-    are too few documents.
+    Args:
+        dropped: end of the message if there are too few documents.
+
+    Raises:
+        ValueError: nothing is left to evaluate on.
     """
     collection = [d for name in train_names for d in named_documents(output, "distinct", name)]
     sizes = {"valid": settings.valid_characters, "test": settings.test_characters}
@@ -171,7 +178,7 @@ def encode_split(
     documents: Documents,
     name: str,
 ) -> list[str]:
-    """Writes text and pieces; returns the latter."""
+    """Write text and pieces, and return the pieces."""
     lines = lines_of(documents)
     encoded = encode.encode_lines(tokenizer, lines)
     encode.write_lines(output / f"text/{name}.txt", lines)
@@ -180,7 +187,7 @@ def encode_split(
 
 
 def figures(documents: Documents, encoded: list[str]) -> dict[str, Any]:
-    """Counts of a split; tokens have an end of line each."""
+    """Count documents and tokens of a split. Each line has an end-of-line token."""
     lines = lines_of(documents)
     sources: dict[str, dict[str, int]] = {}
     tokens = iter([len(line.split()) + 1 for line in encoded])
@@ -200,7 +207,7 @@ def figures(documents: Documents, encoded: list[str]) -> dict[str, Any]:
 
 
 def encode_splits(output: Path, domain_names: list[str], settings: Settings) -> dict[str, Any]:
-    """Trains the tokenizer on train, cuts the domains, and encodes everything."""
+    """Train the tokenizer on train, cut the domains, and encode everything."""
 
     def documents_of(name: str) -> Documents:
         return read_documents(output / f"work/split/{name}.jsonl")
@@ -232,7 +239,11 @@ def encode_splits(output: Path, domain_names: list[str], settings: Settings) -> 
 
 
 def check_overlap(output: Path, names: list[str]) -> dict[str, Any]:
-    """Compares the finished texts; raises ValueError at an overlap."""
+    """Compare the finished texts.
+
+    Raises:
+        ValueError: they overlap.
+    """
 
     def lines(name: str) -> list[str]:
         return (output / f"text/{name}.txt").read_text(encoding="utf-8").splitlines()
@@ -248,13 +259,13 @@ def check_overlap(output: Path, names: list[str]) -> dict[str, Any]:
 
 
 def binarised(output: Path, domain_names: list[str]) -> dict[str, Path]:
-    """FOLDER/SPLIT of what fairseq-preprocess makes."""
+    """Return FOLDER/SPLIT of each split that fairseq-preprocess makes."""
     domains = {f"domains/{name}": output / f"domains/{name}/test" for name in domain_names}
     return {split: output / f"bin/{split}" for split in ("train", *HELD_OUT)} | domains
 
 
 def binarise(output: Path, domain_names: list[str], workers: int) -> dict[str, dict[str, str]]:
-    """Returns checksums of what fairseq-preprocess made."""
+    """Run fairseq-preprocess and return the checksums of its files."""
     encoded = output / "work/encoded"
     prefixes = {split: encoded / f"{split}.bpe" for split in ("train", *HELD_OUT)}
     encode.binarise(output / "dict.txt", prefixes, output / "bin", workers)
@@ -272,9 +283,10 @@ def binarise(output: Path, domain_names: list[str], workers: int) -> dict[str, d
 
 
 def build(output: Path, sources: list[Source], settings: Settings, workers: int) -> dict[str, Any]:
-    """Runs all steps after reading that are not done yet, and returns the manifest's figures.
+    """Run all steps after reading that are not done yet, and return the manifest's figures.
 
-    Of what several sources have, training sources keep it, and of these the first.
+    If several sources share a text, a training source keeps it, and the first of several such
+    sources.
     """
     steps = Steps(output, STEPS)
     train_names = [source.name for source in sources if source.role == "train"]

@@ -1,4 +1,4 @@
-"""Drops near-copies of documents and repeated paragraphs over a whole collection."""
+"""Drops near-copies of documents and repeated paragraphs from a whole collection."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ngrams import WordHashes, ngram_hashes
 
 MIN_PARAGRAPH_LENGTH = 40  # characters; shorter ones, such as headings, may repeat
 SHINGLE = 8  # words
-SHINGLE_SAMPLE = 8  # one of as many shingles is looked at
-MAX_SEEN = 0.5  # of a document's shingles; with more of them in earlier documents it is a copy
+SHINGLE_SAMPLE = 8  # one shingle of so many is compared
+MAX_SEEN = 0.5  # share of a document's shingles; a copy has more in earlier documents
 
 
 def paragraph_key(paragraph: str) -> str:
@@ -19,7 +19,7 @@ def paragraph_key(paragraph: str) -> str:
 
 
 class Deduplicator:
-    """Keeps the first of all documents and paragraphs that are much the same."""
+    """Keeps the first of all documents and paragraphs that are nearly the same."""
 
     def __init__(self) -> None:
         self.words = WordHashes()
@@ -27,7 +27,7 @@ class Deduplicator:
         self.paragraphs: set[bytes] = set()
 
     def is_copy(self, text: str) -> bool:
-        """Whether most of a document was in earlier ones; remembers it if not."""
+        """Return whether earlier documents have most of a document. Remember it if not."""
         hashes = np.unique(ngram_hashes(self.words(text), SHINGLE))
         sample = set(hashes[hashes % SHINGLE_SAMPLE == 0].tolist())
         copy = len(sample & self.shingles) > MAX_SEEN * len(sample)
@@ -47,7 +47,7 @@ class Deduplicator:
     def documents(
         self, documents: list[tuple[str, str]], min_length: int
     ) -> tuple[list[tuple[str, str]], dict[str, int]]:
-        """Returns what is new in the documents of one source, and how much was not."""
+        """Return the new documents of one source, and counts of what was dropped."""
         dropped = {"copies": 0, "short_without_copied_paragraphs": 0, "paragraphs_copied": 0}
         kept = []
         for name, text in documents:

@@ -1,4 +1,4 @@
-"""SentencePiece model and fairseq dictionary of a training text, and binarised data."""
+"""Trains a SentencePiece model, makes a fairseq dictionary, and binarises data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SENTENCEPIECE: dict[str, Any] = {
 
 
 def sample_lines(lines: list[str], characters: int, seed: int) -> list[str]:
-    """Lines drawn at random until they have as many characters, or all."""
+    """Draw lines at random until they have so many characters, or return all lines."""
     order = list(range(len(lines)))
     random.Random(seed).shuffle(order)
     chosen = []
@@ -46,9 +46,18 @@ def sample_lines(lines: list[str], characters: int, seed: int) -> list[str]:
 
 
 def train_sentencepiece(lines: list[str], pieces: int, seed: int) -> bytes:
-    """Returns the file of a BPE model with `pieces` pieces, <unk> among them.
+    """Train a BPE model.
 
-    Raises ValueError where the text is too small for so many.
+    Args:
+        lines: training text.
+        pieces: size of the vocabulary with <unk>.
+        seed: seed of the sample.
+
+    Returns:
+        The bytes of the model's file.
+
+    Raises:
+        ValueError: the text is too small for so many pieces.
     """
     model = io.BytesIO()
     try:
@@ -64,9 +73,9 @@ def train_sentencepiece(lines: list[str], pieces: int, seed: int) -> bytes:
 
 
 def dictionary_text(tokenizer: sentencepiece.SentencePieceProcessor, encoded: Iterable[str]) -> str:
-    """Returns a fairseq dict.txt: a line `piece count` for every piece, most frequent first.
+    """Return a fairseq dict.txt: a line `piece count` for every piece, most frequent first.
 
-    Pieces that `encoded` never uses are kept: bytes that only a held-out text needs are among them.
+    It includes the pieces that `encoded` never uses, as a held-out text may need them (bytes).
     """
     counts = Counter(piece for line in encoded for piece in line.split())
     pieces = [
@@ -76,7 +85,11 @@ def dictionary_text(tokenizer: sentencepiece.SentencePieceProcessor, encoded: It
 
 
 def encode_lines(tokenizer: sentencepiece.SentencePieceProcessor, lines: list[str]) -> list[str]:
-    """Each line as pieces separated by spaces; raises ValueError if they do not make it again."""
+    """Encode each line as pieces separated by spaces.
+
+    Raises:
+        ValueError: the pieces of a line do not decode to it.
+    """
     encoded = []
     for line in lines:
         pieces = tokenizer.encode(line, out_type=str)
@@ -87,9 +100,9 @@ def encode_lines(tokenizer: sentencepiece.SentencePieceProcessor, lines: list[st
 
 
 def binarise(dictionary: Path, prefixes: dict[str, Path], output: Path, workers: int = 1) -> None:
-    """Runs fairseq-preprocess on encoded texts, with the given dictionary, into a new folder.
+    """Run fairseq-preprocess on encoded texts, with the given dictionary, into a new folder.
 
-    The number of workers has no influence on the result.
+    The number of workers does not change the result.
     """
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -100,13 +113,13 @@ def binarise(dictionary: Path, prefixes: dict[str, Path], output: Path, workers:
         argv += [f"--{split}pref", str(path)]
     logging.getLogger("fairseq_cli.preprocess").setLevel(logging.WARNING)
     preprocess.main(options.get_preprocessing_parser().parse_args(argv))
-    (partial / "preprocess.log").unlink(missing_ok=True)  # has no more than the command
+    (partial / "preprocess.log").unlink(missing_ok=True)  # it holds only the command
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)
 
 
 def binarised_files(prefixes: Iterable[Path]) -> list[Path]:
-    """The files that `binarise` makes for each split, given as FOLDER/SPLIT."""
+    """Return the files that `binarise` makes for each split, given as FOLDER/SPLIT."""
     return [
         file
         for path in prefixes

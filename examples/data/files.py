@@ -1,4 +1,4 @@
-"""Files that are complete or not there, checksums, and steps that are done once."""
+"""Writes files atomically, computes checksums, and runs each step of a build once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_documents(path: Path, documents: Iterable[tuple[str, str]]) -> None:
-    """A document a line: {"id": ..., "text": ...}."""
+    """Write a document per line: {"id": ..., "text": ...}."""
     lines = (json.dumps({"id": i, "text": t}, ensure_ascii=False) + "\n" for i, t in documents)
     write_atomically(path, "".join(lines).encode("utf-8"))
 
@@ -40,13 +40,13 @@ def sha256(path: Path) -> str:
 
 
 def check_at_least_1(flag: str, value: int) -> None:
-    """Ends the program in one line where the value of a flag is less."""
+    """End the program with one line if the value of a flag is less than 1."""
     if value < 1:
         sys.exit(f"{flag} {value}: must be at least 1")
 
 
 def make_output(path: Path) -> None:
-    """Makes the folder to build in; ends the program in one line where that cannot be."""
+    """Make the folder to build in. End the program with one line if that fails."""
     try:
         (path / "work").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -58,9 +58,11 @@ def fingerprint(value: Any) -> str:
 
 
 class Steps:
-    """Runs each step of a build once for the same settings, and keeps what it reports.
+    """Runs each step of a build once for the same settings, and keeps its report.
 
-    `names` has the steps in the order in which they are run.
+    Args:
+        output: folder of the build.
+        names: names of the steps, in the order in which they run.
     """
 
     def __init__(self, output: Path, names: Sequence[str]) -> None:
@@ -68,10 +70,14 @@ class Steps:
         self.manifest = output / "manifest.json"
 
     def run(self, name: str, settings: Any, made: Iterable[Path], step: Callable[[], Any]) -> Any:
-        """Returns what `step()` returned, now or when it last completed with these settings.
+        """Run a step unless it is done with these settings, and return its report.
 
-        `settings` is whatever decides the result: also the code and the settings of the steps
-        before. `made` are the files that the step makes: without one of them it is run again.
+        Args:
+            name: name of the step.
+            settings: everything that determines the result, including the code and the settings of
+                earlier steps.
+            made: files that the step makes; if one is missing, the step runs again.
+            step: function that does the work and returns a report.
         """
         marker = self.markers[name]
         wanted = fingerprint(settings)
@@ -79,8 +85,8 @@ class Steps:
             done = json.loads(marker.read_text(encoding="utf-8"))
             if done["settings"] == wanted:
                 return done["report"]
-        # Before the first file is replaced: from here on, until all is done again, the files are of
-        # different builds.
+        # This comes before the first file is replaced: until all steps are done again, the files
+        # belong to different builds.
         self.undo(name)
         start = time.monotonic()
         print(f"== {name}", flush=True)
@@ -90,7 +96,7 @@ class Steps:
         return report
 
     def undo(self, name: str) -> None:
-        """Forgets that a step, those after it and the whole build were done."""
+        """Mark a step, all steps after it and the whole build as not done."""
         names = list(self.markers)
         for later in names[names.index(name) :]:
             self.markers[later].unlink(missing_ok=True)

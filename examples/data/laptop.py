@@ -27,7 +27,7 @@ SETTINGS = corpus.Settings(
 
 
 def read_source(output: Path, source: fetch.Source, path: Path) -> dict[str, int]:
-    """Reads the documents of a fetched package."""
+    """Read the documents of a fetched package."""
     documents: list[readers.Document] = []
     found = 0
     for name, data in archives.archive_files(path, source["files"], source.get("exclude", [])):
@@ -55,7 +55,7 @@ def read_and_clean(output: Path, source: fetch.Source, path: Path, checksum: str
 
 
 def compare(manifest: dict[str, Any], expected: dict[str, Any]) -> str:
-    """Says whether a corpus is the one that a manifest describes, and if not, where it differs."""
+    """Say whether a corpus is the one that a manifest describes, and if not, where it differs."""
     keys = [key for key in manifest if key != "versions" and manifest[key] != expected.get(key)]
     if not keys:
         return "the same corpus as in laptop-manifest.json: every checksum agrees"

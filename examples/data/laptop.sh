@@ -4,7 +4,7 @@
 #
 #   bash examples/data/laptop.sh
 #
-# A second run takes up what an interrupted one has done.
+# A second run continues an interrupted one.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . examples/venv.sh

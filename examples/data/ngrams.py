@@ -1,4 +1,4 @@
-"""Hashes of word n-grams, the same on every machine, and what two texts have in common."""
+"""Hashes word n-grams, the same on every machine, and finds text that two texts share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no bits are lost
 
 
 class WordHashes(dict[str, int]):
-    """Maps a word to 64 bits, and a text to those of its words in lower case."""
+    """Maps a word to 64 bits. A call maps a text to the hashes of its words in lower case."""
 
     @staticmethod
     def digest(text: str) -> bytes:
@@ -31,7 +31,7 @@ class WordHashes(dict[str, int]):
 
 
 def ngram_hashes(words: Hashes, n: int) -> Hashes:
-    """A hash of each n consecutive words; none if there are fewer."""
+    """Hash each n consecutive words. The result is empty if there are fewer."""
     count = max(len(words) - n + 1, 0)
     result = np.zeros(count, dtype=np.uint64)
     for offset in range(n):
@@ -40,7 +40,7 @@ def ngram_hashes(words: Hashes, n: int) -> Hashes:
 
 
 class Overlap:
-    """Which paragraphs share an n-gram of words with given texts."""
+    """Finds paragraphs that share a word n-gram with given texts."""
 
     def __init__(self, texts: Iterable[str], n: int) -> None:
         self.n = n
@@ -49,11 +49,13 @@ class Overlap:
         self.known = np.unique(np.concatenate(hashes)) if hashes else np.zeros(0, np.uint64)
 
     def contains(self, paragraph: str) -> bool:
-        """Whether a paragraph has an n-gram of the texts, which may run over their paragraphs."""
+        """Return whether a paragraph has an n-gram of the texts. An n-gram may cross their
+        paragraphs."""
         return self.common(paragraph) != ""
 
     def common(self, paragraph: str) -> str:
-        """The first n words of a paragraph that the texts have, in lower case; "" if none."""
+        """Return the first n words that a paragraph shares with the texts, in lower case; "" if
+        none."""
         words = self.words(paragraph)
         if len(words) < self.n or not len(self.known):
             return ""

@@ -1,4 +1,4 @@
-"""Turns the files of a package into documents: pairs of an id and paragraphs separated by newlines.
+"""Turns the files of a package into documents: an id and paragraphs separated by newlines.
 
 A reader takes the name and the bytes of one file and yields its documents. Cleaning comes later.
 """
@@ -23,7 +23,7 @@ from lxml import etree, html
 Document = tuple[str, str]
 Reader = Callable[..., Iterable[Document]]
 
-RECORDS_PER_DOCUMENT = 50  # of collections of short records, such as the glosses of a dictionary
+RECORDS_PER_DOCUMENT = 50  # for collections of short records, such as the glosses of a dictionary
 MIN_FIELD_LENGTH = 40  # characters
 
 
@@ -31,7 +31,7 @@ def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Where the text of a page is, most specific first.
+# Elements with the text of a page, most specific first.
 HTML_ROOTS = (
     '//*[@role="main"]',
     "//main",
@@ -58,7 +58,7 @@ HTML_SKIPPED = words(
     sphinxsidebar spirit-nav synopsis table-of-contents toc toctree-wrapper tocset tocview
     topsection versions viewcode-link"""
 )
-HTML_ONE_PARAGRAPH = words("RktBlk highlighttable")  # code that is set as a table
+HTML_ONE_PARAGRAPH = words("RktBlk highlighttable")  # code that is formatted as a table
 
 WIKI_END = re.compile(
     r"^==\s*(References|Notes|External links|See also|Further reading|Bibliography|Sources|"
@@ -73,12 +73,12 @@ def one_line(text: str) -> str:
 
 
 def blank_line_paragraphs(text: str) -> str:
-    """Joins the lines of each paragraph of text in which empty lines separate paragraphs."""
+    """Join the lines of each paragraph of a text in which empty lines separate paragraphs."""
     return "\n".join(one_line(p) for p in re.split(r"\n\s*\n", text) if p.strip())
 
 
 def records(name: str, lines: Iterable[str]) -> Iterator[Document]:
-    """Documents of consecutive records, a record a paragraph."""
+    """Group consecutive records into documents, a record per paragraph."""
     paragraphs = [line for line in map(one_line, lines) if line]
     for start in range(0, len(paragraphs), RECORDS_PER_DOCUMENT):
         chunk = paragraphs[start : start + RECORDS_PER_DOCUMENT]
@@ -96,7 +96,7 @@ def is_skipped(element: etree._Element) -> bool:
 
 
 def html_paragraphs(root: etree._Element) -> Iterator[str]:
-    """The text of each block; a block of code or a row of a table is one paragraph."""
+    """Yield the text of each block. A block of code or a row of a table is one paragraph."""
     parts: list[str] = []
 
     def flush() -> Iterator[str]:
@@ -139,7 +139,7 @@ def read_html(name: str, data: bytes) -> Iterator[Document]:
     parser = html.HTMLParser(encoding=declared[1].decode() if declared else "utf-8")
     try:
         page = html.document_fromstring(data, parser=parser)
-    except (etree.ParserError, LookupError):  # nothing in it, or an unknown encoding
+    except (etree.ParserError, LookupError):  # an empty page, or an unknown encoding
         return
     if not (page.get("lang") or "en").startswith("en"):
         return
@@ -150,7 +150,7 @@ def read_html(name: str, data: bytes) -> Iterator[Document]:
 
 
 def read_text(name: str, data: bytes, document_start: str = "") -> Iterator[Document]:
-    """One document, or several, which begin where a pattern matches."""
+    """Yield one document, or several, which begin where a pattern matches."""
     text = data.decode("utf-8", errors="replace")
     if not document_start:
         yield name, blank_line_paragraphs(text)
@@ -160,7 +160,7 @@ def read_text(name: str, data: bytes, document_start: str = "") -> Iterator[Docu
 
 
 def read_addresses(name: str, data: bytes) -> Iterator[Document]:
-    """xz-compressed; a line `== name` starts each document."""
+    """Read an xz-compressed file in which a line `== name` starts each document."""
     text = lzma.decompress(data).decode("utf-8")
     for document in re.split(r"^== ", text, flags=re.MULTILINE)[1:]:
         title, body = document.split("\n", 1)
@@ -168,7 +168,7 @@ def read_addresses(name: str, data: bytes) -> Iterator[Document]:
 
 
 def read_wordnet(name: str, data: bytes) -> Iterator[Document]:
-    """Words and gloss of each synset."""
+    """Yield the words and the gloss of each synset."""
 
     def glosses() -> Iterator[str]:
         for line in data.decode("utf-8", errors="replace").splitlines():
@@ -187,7 +187,7 @@ def read_fortunes(name: str, data: bytes) -> Iterator[Document]:
 
 
 def read_sqlite(name: str, data: bytes, query: str) -> Iterator[Document]:
-    """A row of the query is a record, its columns joined by colons."""
+    """Yield the rows of a query as records, their columns joined by colons."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(data)
         file.flush()
@@ -198,7 +198,7 @@ def read_sqlite(name: str, data: bytes, query: str) -> Iterator[Document]:
 
 
 def read_factbook(name: str, data: bytes) -> Iterator[Document]:
-    """`field: text` of the fields of a country that have more than a figure or a name."""
+    """Yield `field: text` for the fields of a country that have more than a number or a name."""
 
     def fields(title: str, value: Any) -> Iterator[str]:
         if isinstance(value, str):
@@ -220,14 +220,14 @@ def read_quran(name: str, data: bytes) -> Iterator[Document]:
 
 
 def read_licence(name: str, data: bytes) -> Iterator[Document]:
-    """The text after the description in YAML, of licences in English."""
+    """Yield the text after the YAML description, for licences in English."""
     _, description, text = re.split(r"^---$", data.decode("utf-8"), maxsplit=2, flags=re.MULTILINE)
     if not re.search(r"^language: (?!en)", description, re.MULTILINE):
         yield name, blank_line_paragraphs(text)
 
 
 def read_dictd(name: str, data: bytes) -> Iterator[Document]:
-    """The paragraphs of a dictionary in dictd's format, without what it says of itself."""
+    """Yield the paragraphs of a dictionary in dictd's format, without its own description."""
     paragraphs = blank_line_paragraphs(data.decode("utf-8")).split("\n")
     yield from records(name, (p for p in paragraphs if not p.startswith("00-database")))
 
@@ -238,7 +238,7 @@ def is_docstring(statement: ast.stmt) -> bool:
 
 
 def read_python(name: str, data: bytes) -> Iterator[Document]:
-    """A program without comments and docstrings; a function is a paragraph."""
+    """Yield a program without comments and docstrings, a function per paragraph."""
     tree = ast.parse(data)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -247,7 +247,7 @@ def read_python(name: str, data: bytes) -> Iterator[Document]:
 
 
 def remove_nested(text: str, start: str, end: str) -> str:
-    """Without what is between start and end, which may be nested."""
+    """Remove the text between start and end, which may be nested."""
     pieces = re.split(f"({re.escape(start)}|{re.escape(end)})", text)
     depth, kept = 0, []
     for piece in pieces:
@@ -261,7 +261,7 @@ def remove_nested(text: str, start: str, end: str) -> str:
 
 
 def plain_wikitext(text: str) -> str:
-    """Prose of an article: no templates, tables, references, media and markup."""
+    """Return the prose of an article without templates, tables, references, media and markup."""
     if end := WIKI_END.search(text):
         text = text[: end.start()]
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
@@ -277,7 +277,7 @@ def plain_wikitext(text: str) -> str:
 
 
 def read_wikipedia(name: str, data: bytes) -> Iterator[Document]:
-    """Articles of a dump, which may be cut off; no redirects."""
+    """Yield the articles of a dump, which may be cut off, without redirects."""
     parser: Any = ElementTree.XMLPullParser(events=["end"])
     parser.feed(bz2.decompress(data))
     for _, page in parser.read_events():
@@ -306,7 +306,7 @@ READERS: dict[str, Reader] = {
 
 
 def read_file(reader: str, options: dict, name: str, data: bytes) -> Iterator[Document]:
-    """Documents of one file; a file that ends in .gz or .dz is unpacked first."""
+    """Yield the documents of one file. A file that ends in .gz or .dz is unpacked first."""
     if name.endswith((".gz", ".dz")):
         name, data = name[:-3], gzip.decompress(data)
     yield from functools.partial(READERS[reader], **options)(name, data)

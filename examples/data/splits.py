@@ -1,4 +1,4 @@
-"""Deals whole documents to train, valid and test, and takes what training has out of the others."""
+"""Deals whole documents to train, valid and test, and removes training text from the others."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from collections.abc import Iterable, Mapping
 from ngrams import Overlap
 
 OVERLAP_NGRAM = 13  # words
-MAX_DOMAIN_SHARE = 0.1  # of a domain's tokens that one document may have
+MAX_DOMAIN_SHARE = 0.1  # largest share of a domain's tokens that one document may have
 
 Documents = list[tuple[str, str]]
 
 
 def size(text: str) -> int:
-    """Characters, with an end of line each."""
+    """Return the number of characters, with an end of line for each line."""
     return len(text) + 1
 
 
 def shuffled(documents: Documents, seed: int) -> list[int]:
-    """Places of the documents in an order that depends on their names and the seed alone."""
+    """Return the indices of the documents, in an order that depends on their names and the seed
+    only."""
     rng = random.Random(seed)
     order = sorted(range(len(documents)), key=lambda i: documents[i][0])
     rng.shuffle(order)
@@ -29,10 +30,10 @@ def shuffled(documents: Documents, seed: int) -> list[int]:
 def split_documents(
     documents: Documents, sizes: dict[str, int], max_share: float, seed: int
 ) -> dict[str, Documents]:
-    """Draws documents for each held-out split until it has `sizes[split]` characters.
+    """Draw documents for each held-out split until it has `sizes[split]` characters.
 
-    Documents that have more than `max_share` of them stay in train, as does the rest: a held-out
-    text is not that of a few documents. Within a split the documents keep their order.
+    The rest stays in train. So do documents with more than `max_share` of the characters, as a few
+    of them would dominate a held-out split. Within a split the documents keep their order.
     """
     order = iter(shuffled(documents, seed))
     chosen: dict[str, list[int]] = {"train": []}
@@ -60,7 +61,7 @@ def split_documents(
 
 
 def remove_overlap(documents: Documents, overlap: Overlap) -> tuple[Documents, dict[str, int]]:
-    """Takes out the paragraphs that share an n-gram of words with the texts of `overlap`."""
+    """Remove the paragraphs that share a word n-gram with the texts of `overlap`."""
     kept = []
     dropped = {"documents_overlapping": 0, "paragraphs_overlapping": 0, "characters_overlapping": 0}
     for name, text in documents:
@@ -76,10 +77,14 @@ def remove_overlap(documents: Documents, overlap: Overlap) -> tuple[Documents, d
 
 
 def check_no_overlap(train: Iterable[str], held_out: Mapping[str, Iterable[str]], n: int) -> int:
-    """Returns how many paragraphs were looked at; raises ValueError at one that is in train too.
+    """Check the finished texts. In contrast to :func:`remove_overlap`, it searches train for the
+    n-grams of held-out paragraphs.
 
-    A second look, at the finished texts and from the other side: training is searched for the
-    n-grams of the held-out paragraphs.
+    Returns:
+        The number of paragraphs that were checked.
+
+    Raises:
+        ValueError: a held-out paragraph overlaps with train.
     """
     looked_at = 0
     lines = [(name, line) for name, texts in held_out.items() for line in texts]
@@ -94,9 +99,11 @@ def check_no_overlap(train: Iterable[str], held_out: Mapping[str, Iterable[str]]
 def cut_documents(
     documents: Documents, tokens: dict[str, list[int]], wanted: int, seed: int
 ) -> Documents:
-    """Draws documents until they have `wanted` tokens, cut at a paragraph where they are too long.
+    """Draw documents until they have `wanted` tokens. Documents that are too long are cut at a
+    paragraph.
 
-    `tokens` has the number of tokens of each paragraph of each document.
+    Args:
+        tokens: for each document, the number of tokens of each paragraph.
     """
     have = 0
     chosen: dict[int, str] = {}

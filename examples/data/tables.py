@@ -14,7 +14,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def kept_documents(manifest: dict[str, Any], name: str) -> str:
-    """How many documents of a source were read and used, in all splits together."""
+    """Return how many documents of a source were read and used, in all splits together."""
     used = sum(
         split["sources"].get(name, {"documents": 0})["documents"]
         for split in manifest["splits"].values()
@@ -49,7 +49,7 @@ def splits_table(manifest: dict[str, Any]) -> str:
 
 
 def train_table(manifest: dict[str, Any]) -> str:
-    """What training consists of."""
+    """Make a table of the sources of the training split."""
     split = manifest["splits"]["train"]
     rows = []
     for name, source in split["sources"].items():

@@ -1,5 +1,5 @@
-"""Checks runs that are too large for this machine: builds each model without memory for its
-parameters, parses all flags, and trains a narrow copy for one update."""
+"""Checks runs that are too large for this machine. It builds each model without memory for its
+parameters, parses all flags, and trains a small copy for one update."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def update(arguments: list[str]) -> None:
-    """Train the narrow copy for one update."""
+    """Train the small copy for one update."""
     narrow = [word for word in arguments if word not in ON_GPUS]
     if any(word.startswith(ONE_PROCESS[0]) for word in narrow):
         narrow += ONE_PROCESS

@@ -20,7 +20,8 @@ from .tables.perplexity import flops_unit
 from .tables.routing import dependence
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
-"""Okabe and Ito's, which the colour-blind tell apart, and one more in the place of their yellow."""
+"""Colors of Okabe and Ito, which the colour-blind can tell apart; another one replaces their
+yellow."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", ":", "-.")
 GREY = "#666666"

@@ -58,7 +58,7 @@ REFUSED = {
 
 @dataclass(frozen=True, config=CONFIG)
 class Launcher:
-    """How the processes of a run are started."""
+    """The way in which the processes of a run are started."""
 
     command: str = ""
     processes: Count = 1
@@ -69,7 +69,7 @@ class Launcher:
 
 @dataclass(frozen=True, config=CONFIG)
 class Scale:
-    """How large models are and how they are trained, the same for every row of every table."""
+    """Size of the models and settings of their training, the same for every row of every table."""
 
     name: str
     size: str

@@ -17,11 +17,11 @@ from .plan import Run, row_flags, row_runs, sweep_runs
 from .results import EVALUATED, IN_DOMAIN, Results, is_done, valid_loss
 
 ONE_PROCESS = ("--sffn-expert-parallel", "1")
-"""Flags that build the whole model in this process, wherever it is trained."""
+"""Flags that build the whole model in this process, even if training shards it."""
 
 
 class Model(NamedTuple):
-    """What is known of a model without training it.
+    """Properties of a model that are known without training it.
 
     Attributes:
         cost: see :func:`cost_figures`.

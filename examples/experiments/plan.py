@@ -48,7 +48,8 @@ class Run:
         return self.updates * self.batch_size * scale.tokens_per_sample
 
     def expected_seconds(self, scale: Scale) -> float:
-        """Estimate the time of the run, on one core or on the hardware that the scale is for."""
+        """Estimate the seconds of the run, on one core or on the hardware that the scale
+        assumes."""
         relative = scale.relative_time.get(self.model, 1.0)
         return self.tokens(scale) * relative / scale.tokens_per_second
 

@@ -1,4 +1,4 @@
-"""The processes that do the work, and what they run on: cores, versions, machine."""
+"""Starts processes, and describes what they run on: cores, versions, machine."""
 
 from __future__ import annotations
 

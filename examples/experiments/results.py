@@ -81,7 +81,7 @@ RESULT = (
     shape(training=shape(train=list[dict[str, float]])),
     shape(evaluation=shape(valid=shape(loss=OPTIONAL))),
 )
-"""What reports read of every result."""
+"""Shape of the part of every result that reports read."""
 LAYER: Any = shape(
     **{"counts": list[int], "block_bits": float, "token_bits": OPTIONAL},
     **{"top_tokens": list[list[str]], "blocks": list[list[int]], "positions": list[int]},
@@ -95,7 +95,7 @@ SECTIONS = {
     EVALUATED: (*EVALUATION, shape(routing=dict[str, LAYER])),
     "zero_shot": (*EVALUATION, shape(zero_shot=shape(tasks=list[TASK]))),
 }
-"""What reports read of a result with that section, unless its run diverged."""
+"""Further shape of a result with the section ``EVALUATED``, unless its run diverged."""
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class Runner(Training):
             return []
         if isinstance(error, UsageError):
             return [str(error)]
-        print("".join(traceback.format_exception(error)), flush=True)  # a full disk, say
+        print("".join(traceback.format_exception(error)), flush=True)  # for example a full disk
         return [f"{type(error).__name__}: {error}"]
 
     def stop(self) -> None:

@@ -3,8 +3,9 @@
 #
 #   bash examples/gpu/collect_wheels.sh DIR [PYTHON_VERSION]
 #
-# DIR takes the wheels. PYTHON_VERSION is that of the other machine, such as 3.12; by default the one
-# here. The other machine has the same operating system and processor as this one, and PyTorch.
+# DIR is the folder for the wheels. PYTHON_VERSION is the other machine's version, such as 3.12; the
+# default is this machine's. The other machine needs PyTorch and the operating system and processor of
+# this one.
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")" && pwd)
 fail() { echo "collect_wheels.sh: $1" >&2; exit 1; }
@@ -21,7 +22,8 @@ for name in $(grep -v '^#' "$HERE/packages.txt"); do
     pin=$(grep -i "^$name==" "$HERE/../requirements.txt") || fail "$name: has no version"
     log=$("${PIP[@]}" download --quiet --no-deps --only-binary :all: --python-version "$VERSION" \
         --dest "$FOLDER" "$pin" 2>&1) && continue
-    # Some packages have no wheel. What is built is checked below to run on any Python.
+    # Some packages have no wheel and are built. The check below makes sure that a built wheel runs on any
+    # Python.
     built=$(mktemp -d)
     "${PIP[@]}" wheel --quiet --no-deps --wheel-dir "$built" "$pin" >&2 ||
         { echo "$log" >&2; fail "$pin: there is no wheel for Python $VERSION, and it cannot be built"; }

@@ -1,10 +1,10 @@
-"""Compile the kernels in Triton for cards that need not be here.
+"""Compile the kernels in Triton for cards, without a GPU.
 
     python examples/gpu/compile_kernels.py [--capabilities 80 90 120] [--json FILE]
 
 Prints a line for each kernel: the shared memory of a program, the instructions of its matrix
-products, and whether it fits the card. Needs the package triton, but no GPU. Exit status 1 where a
-kernel does not compile or fit.
+products, and whether it fits the card. Needs the package triton. The exit status is 1 if a kernel
+does not compile or fit.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SHARED_BYTES = {
 "Technical Specifications per Compute Capability")."""
 
 SIZES = ((4096, 128), (64, 128), (64, 16), (24, 32), (16, 128))
-"""Cells of a block, rows of a tile."""
+"""Pairs of block size (cells) and tile size (rows)."""
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 WIDTH = 1024
@@ -35,7 +35,7 @@ KERNELS = ("gathered", "scattered", "scattered by assignment", "table")
 def compiled(
     kernel: str, block_size: int, rows: int, dtype: Any, capability: int
 ) -> dict[str, Any]:
-    """What came of one kernel."""
+    """Compile one kernel and return a row about it."""
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -59,7 +59,7 @@ def compiled(
     kinds |= {"out": "*fp32"} if name == "scattered" else {}
     kinds |= dict.fromkeys(constants, "constexpr")
     signature = {name: kinds.get(name, f"*{number}") for name in function.arg_names}
-    # As of PyTorch's allocations, and of sizes that are multiples of 16.
+    # Allocations of PyTorch have this alignment, and sizes are multiples of 16.
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())

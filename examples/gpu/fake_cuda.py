@@ -2,10 +2,10 @@
 
     python examples/gpu/fake_cuda.py [--quick] [--json FILE]
 
-Looks for what would fail on a GPU, or make the host wait for it: tensors on two devices, values
-that are read, products that are refused or are done a block at a time. Prints how many kernels a
-layer starts and how many bytes it moves. Says nothing about numbers or time. Needs a C++ compiler.
-Exit status 1 where something is found.
+Finds code that would fail on a GPU or make the host wait for it: operands on two devices, values
+that the host reads, products that a GPU refuses or computes block by block. Prints the number of
+kernels that a layer starts and the bytes it moves. Neither numbers nor times are checked. Needs a
+C++ compiler. The exit status is 1 if something is found.
 """
 
 import argparse
@@ -36,13 +36,13 @@ SIZES = {
 EXPANSION = 16
 BLOCK_SIZES = (1, 4, 16, 64, 256)
 MOST_LAUNCHES = 250
-"""Kernels of a layer, forward and backward, with its losses and statistics: more would be a kernel
-for each block or chunk."""
+"""Largest number of kernels of a layer, forward and backward, with losses and statistics. More
+would mean a kernel for each block or chunk."""
 
 
 @dataclass
 class Case:
-    """One layer and how it is used."""
+    """A layer and how it is used."""
 
     size: str
     selector: str
@@ -65,7 +65,7 @@ class Case:
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """All selectors, gates, block sizes and kinds, each with some of the rest."""
+    """Yield all selectors, gates, block sizes and precisions, each with some of the rest."""
     chance = random.Random(0)
     for selector, cls in sorted(Selector.registry.items()):
         gates = [None, *GATES] if cls.scores_blocks else [None]
@@ -112,7 +112,7 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 def build(case: Case) -> Any:
-    """The memory of a case, without its numbers."""
+    """Build the memory of a case, without numbers."""
     sizes, cls = SIZES[case.size], Selector.registry[case.selector]
     ffn = sizes["ffn_embed_dim"]
     active = 1 if case.selector in ("hash_layer", "base") else max(1, ffn // case.block_size)
@@ -140,7 +140,7 @@ def build(case: Case) -> Any:
 
 
 def run(case: Case) -> Outcome:
-    """Forward and backward of one layer."""
+    """Run forward and backward of one layer."""
     outcome = Outcome(str(case), MOST_LAUNCHES, WAITS_OF.get(case.selector, 0))
     record = recorder.Recorder()
     dtype, autocast = KINDS[case.kind]
@@ -165,7 +165,7 @@ def run(case: Case) -> Outcome:
                 grad = tensor.grad
                 if grad is not None and (grad.device.type, grad.dtype) != ("cuda", tensor.dtype):
                     outcome.faults[f"the gradient of {name} is {grad.dtype} on {grad.device}"] = 1
-        except Exception as error:  # a row of the report, as the others
+        except Exception as error:  # reported as a row
             outcome.error = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     outcome.take(record)
     return outcome
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="also write what was found there")
     args = parser.parse_args()
     recorder.run_with_guard(sys.argv)
-    warnings.simplefilter("ignore")  # of libraries, about each other
+    warnings.simplefilter("ignore")  # libraries warn about each other
     logging.disable(logging.CRITICAL)
     layers, steps = list(cases(args.quick)), list(fake_step.steps(args.quick))
     runs = [partial(run, case) for case in layers]

@@ -1,4 +1,4 @@
-"""A training step of a language model over CUDA tensors without numbers; see ``fake_cuda.py``."""
+"""Runs a language model's training step over CUDA tensors without numbers, as ``fake_cuda.py``."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -23,12 +23,12 @@ from fairseq_sffn.tools.language_model import build_language_model
 
 TYPES, PAD = 1000, 1
 MOST_LAUNCHES = {"tiny": 1500, "gpt3_medium": 6000}
-"""Kernels of a step with its losses and optimizer."""
+"""Largest number of kernels of a step, with losses and optimizer, by size of the model."""
 
 
 @dataclass
 class Step:
-    """One training step and how it is computed."""
+    """A training step and how it is computed."""
 
     method: str
     size: str
@@ -42,7 +42,7 @@ class Step:
 
 
 def steps(quick: bool) -> Iterator[Step]:
-    """The paper's model with blocks of 64 and 16 cells, and each method small."""
+    """Yield the paper's model with blocks of 64 and 16 cells, and a small model of each method."""
     for block_size in (64, 16):
         for kind in ("bf16",) if quick else ("bf16", "fp16", "autocast bf16", "autocast fp16"):
             flags = f"--sffn-block-size {block_size}"
@@ -55,7 +55,7 @@ def steps(quick: bool) -> Iterator[Step]:
 
 
 def run(step: Step) -> Outcome:
-    """Forward, losses, backward and update."""
+    """Run forward, losses, backward and update."""
     # Two of the four layers of the small models are sparse.
     outcome = Outcome(str(step), MOST_LAUNCHES[step.size], 2 * WAITS_OF.get(step.method, 0))
     record = recorder.Recorder(answer=step.padding)
@@ -82,14 +82,14 @@ def run(step: Step) -> Outcome:
                 optimizer.multiply_grads(1 / sample_size)
                 optimizer.clip_grad_norm(1.0)
                 optimizer.step()
-        except Exception as error:  # a row of the report, as the others
+        except Exception as error:  # reported as a row
             outcome.error = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     outcome.take(record)
     return outcome
 
 
 def build_criterion(scores_blocks: bool) -> SFFNCrossEntropyCriterion:
-    """Cross entropy, with balance and z losses where there are scores for them."""
+    """Build cross entropy, with balance and z losses if the model scores blocks."""
     dictionary = Dictionary()
     for i in range(TYPES - len(dictionary)):
         dictionary.add_symbol(f"w{i}")
@@ -108,7 +108,8 @@ def build_criterion(scores_blocks: bool) -> SFFNCrossEntropyCriterion:
 
 
 def build_optimizer(parameters: list[torch.nn.Parameter], kind: str) -> Any:
-    """As fairseq's trainer makes it for ``--bf16`` and ``--fp16``; plain otherwise."""
+    """Build the optimizer as fairseq's trainer does for ``--bf16`` and ``--fp16``; plain
+    otherwise."""
     adam = {
         "_name": "sffn_adam",
         "lr": [1e-3],

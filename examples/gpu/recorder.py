@@ -1,4 +1,4 @@
-"""CUDA tensors without a GPU, and what is done to them.
+"""Makes CUDA tensors without a GPU, and records the operations on them.
 
 PyTorch's fake tensors have a device, a type and a shape, but no numbers. ``guard.cpp`` lets
 autograd run over fake CUDA tensors in a PyTorch that was built without CUDA.
@@ -29,8 +29,8 @@ HERE = Path(__file__).parent
 PRELOADED = "FAIRSEQ_SFFN_FAKE_CUDA"
 
 WAITS_OF = {"base": 1}
-"""Selector -> how often the host waits for the device in a layer: it assigns tokens on the host.
-The others never do."""
+"""Selector -> how often the host waits for the device in a layer. ``base`` assigns tokens on the
+host. No other selector waits."""
 
 KINDS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "fp32": (torch.float32, None),
@@ -40,7 +40,7 @@ KINDS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "autocast bf16": (torch.float32, torch.bfloat16),
     "autocast fp16": (torch.float32, torch.float16),
 }
-"""Name -> dtype of parameters and hidden states, and that of autocast."""
+"""Name -> dtype of parameters and hidden states, and dtype of autocast."""
 
 WAITS = ("nonzero", "masked_select", "bincount", "_unique2", "equal")
 """Operators whose result the host waits for."""
@@ -52,7 +52,7 @@ FAKED = (
     "get_rng_state",
     "set_rng_state",
 )
-"""Functions of ``torch.cuda`` that have an answer without a GPU."""
+"""Functions of ``torch.cuda`` that are answered without a GPU."""
 
 VIEWS = (
     "_reshape_alias",
@@ -91,14 +91,14 @@ VIEWS = (
 """Operators that start no kernel."""
 
 OWN_KERNELS = {"gathered_products": 1, "scattered_products": 3, "table_products": 1}
-"""Kernels that our operators start: fp32 sums are zeroed first, and rounded last."""
+"""Number of kernels that our operators start. fp32 sums are zeroed first and rounded last."""
 
 
 def run_with_guard(arguments: list[str]) -> None:
-    """Run this program again with the guard, unless it has it.
+    """Run this program again with the guard, unless it has the guard already.
 
     Raises:
-        SystemExit: it ran again, and this is its exit status; or there is no C++ compiler.
+        SystemExit: with the exit status of the second run, or because there is no C++ compiler.
     """
     if os.environ.get(PRELOADED):
         return
@@ -123,8 +123,8 @@ def run_with_guard(arguments: list[str]) -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """End the program: the threads that autograd has for a device that is not there would make an
-    error of its end."""
+    """End the program at once. Autograd has threads for a device that does not exist, and they
+    would turn a normal end into an error."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -132,7 +132,7 @@ def leave(status: int) -> NoReturn:
 
 @contextmanager
 def fake_cuda() -> Iterator[None]:
-    """Makes tensors fake, those of CUDA too."""
+    """Make all tensors fake, CUDA tensors included."""
     real = {name: getattr(torch.cuda, name) for name in FAKED}
     balanced_assignment = base_layer.balanced_assignment
     tensor, shape_as_tensor = torch.tensor, torch.onnx.operators.shape_as_tensor
@@ -141,7 +141,7 @@ def fake_cuda() -> Iterator[None]:
         made = tensor(data, *args, **kwargs)
         return made if device is None or torch.device(device).type == "cpu" else made.to(device)
 
-    torch.cuda.is_available = lambda: False  # which the mode would start CUDA for
+    torch.cuda.is_available = lambda: False  # the mode would start CUDA otherwise
     mode = FakeTensorMode()
     try:
         with mode:
@@ -165,16 +165,16 @@ def fake_cuda() -> Iterator[None]:
 
 
 class Recorder(TorchDispatchMode):
-    """Counts what is done while it is active.
+    """Counts operations while it is active.
 
     Args:
-        answer: what a number is said to be that is read.
+        answer: value that reading a number returns.
 
     Attributes:
-        waits: where the host would wait for the device -> how often.
-        faults: what a GPU would refuse, or do a block at a time -> how often.
-        launches: operator -> kernels that it starts on the device, at least.
-        bytes: read and written by them, each operand once.
+        waits: place where the host would wait for the device -> count.
+        faults: operation that a GPU would refuse or compute block by block -> count.
+        launches: operator -> least number of kernels that it starts on the device.
+        bytes: bytes that kernels read and write, each operand once.
     """
 
     def __init__(self, answer: bool = True) -> None:
@@ -241,15 +241,16 @@ class Recorder(TorchDispatchMode):
 
 @dataclass
 class Outcome:
-    """What came of a case.
+    """The result of a case.
 
     Attributes:
-        most_launches, allowed_waits: not too many.
-        error: what was raised, if anything.
+        most_launches: largest allowed number of kernels.
+        allowed_waits: allowed number of waits.
+        error: the exception, if one was raised.
         waits, faults: see :class:`Recorder`.
-        fairseq_waits: those in fairseq's own code.
-        launches: kernels in all.
-        bytes: moved by them.
+        fairseq_waits: waits in fairseq's own code.
+        launches: number of kernels.
+        bytes: bytes that kernels move.
     """
 
     name: str
@@ -263,7 +264,7 @@ class Outcome:
     bytes: int = 0
 
     def take(self, record: Recorder) -> None:
-        """Adds what was counted."""
+        """Add the counts of a recorder."""
         for where, number in record.waits.items():
             waits = self.fairseq_waits if " at fairseq/" in where else self.waits
             waits[where] = number
@@ -273,7 +274,7 @@ class Outcome:
 
     @property
     def problems(self) -> list[str]:
-        """A line for each."""
+        """Return a line for each problem."""
         lines = [f"{self.name}: {self.error}"] if self.error else []
         if sum(self.waits.values()) > self.allowed_waits:
             lines += [f"{self.name}: waits {n} times: {what}" for what, n in self.waits.items()]
@@ -284,8 +285,8 @@ class Outcome:
 
 
 def to_cuda(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Gives a module parameters of this dtype, and buffers, on the fake device. A parameter that
-    several modules share stays one."""
+    """Move a module to the fake device and its parameters and buffers to a dtype. A parameter that
+    several modules share stays shared."""
     moved: dict[torch.Tensor, torch.nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():
@@ -298,18 +299,18 @@ def to_cuda(module: torch.nn.Module, dtype: torch.dtype) -> None:
             if buffer is not None:
                 new = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
                 part._buffers[name] = new
-        # fairseq's sinusoidal positions are none of these.
+        # fairseq's sinusoidal positions are neither parameters nor buffers.
         for name, value in vars(part).items():
             if isinstance(value, torch.Tensor):
                 setattr(part, name, torch.empty(value.shape, dtype=dtype, device="cuda"))
 
 
 def bytes_of(name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:
-    """Bytes that an operator moves, at least."""
+    """Return the least number of bytes that an operator moves."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in [*inputs, *outputs])
     if name not in OWN_KERNELS:
         return size
-    # The rows of tokens are read, or added to, once for each assignment.
+    # An operator reads or updates the row of a token once for each of its assignments.
     assignments = max(
         len(tensor) for tensor in inputs if tensor.dtype == torch.int32 and tensor.dim() == 1
     )
@@ -326,7 +327,7 @@ def _tensors(nested: Any) -> list[torch.Tensor]:
 
 
 def _where() -> str:
-    """The line of ours or of fairseq's that called, or a word for what did."""
+    """Return the calling line in this project or in fairseq, or else a word for the caller."""
     for frame in reversed(traceback.extract_stack()):
         for package in ("fairseq_sffn", "fairseq"):
             _, found, path = frame.filename.rpartition(f"/{package}/")

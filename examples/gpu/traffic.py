@@ -1,13 +1,13 @@
-"""What a sparse layer moves and starts on a GPU, beside the least that gathering rows needs.
+"""Counts the bytes that a sparse layer moves on a GPU, and the kernels that it starts.
 
     python examples/gpu/traffic.py [--json FILE]
 
-Counted over CUDA tensors without numbers (see ``fake_cuda.py``), on any machine: forward and
-backward of a layer with 8,192 tokens, width 1,024 and 65,536 cells of which each token uses 4,096,
-in bf16, selection included. Bytes are those of all kernels, each operand once. The floor is x, the
-output and their gradients, the tables and theirs, and hidden activations twice, each once; and for
-each assignment (token, block) a row that is gathered twice and one that is added twice. Times are
-not measured.
+The operations run over CUDA tensors without numbers (see ``fake_cuda.py``), on any machine: forward
+and backward with selection, in bf16, of a layer with 8,192 tokens, width 1,024 and 65,536 cells, of
+which each token uses 4,096. The bytes are the operands of all kernels, each once. They are compared
+with a floor for layers that gather rows: x, the output, the tables and all their gradients once;
+the hidden activations twice; and for each assignment (token, block) two gathered rows and two added
+rows. Times are not measured.
 """
 
 import argparse
@@ -27,7 +27,7 @@ ROWS = (
 
 
 def floor_bytes(block_size: int) -> int:
-    """The least that a layer moves that gathers rows."""
+    """Return the least number of bytes that a layer moves if it gathers rows."""
     sizes, itemsize = fake_cuda.SIZES["paper"], 2
     tokens, width, active = sizes["tokens"], sizes["embed_dim"], sizes["ffn_embed_dim"]
     cells = fake_cuda.EXPANSION * active

@@ -1,10 +1,10 @@
-"""Checks and measures the project on a GPU, in ten minutes. Started by validate.sh.
+"""Checks and measures the project on a GPU, in ten minutes. validate.sh starts it.
 
     python examples/gpu/validate.py [--fake] [--output FILE] [--only POINT ...] [--minutes N]
     python examples/gpu/validate.py --table FILE
 
-Exit status 1 where a check fails, a point does not come to its end, or there is no GPU. A missed
-goal for a time is reported, and is no failure.
+The exit status is 1 if a check fails, if a point does not end, or if there is no GPU. A missed goal
+for a time is reported, but is no failure.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# The project need not be installed, and each point's process finds it likewise.
+# The project need not be installed. The process of each point finds it by this path too.
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -29,7 +29,7 @@ from validation.points import POINTS  # noqa: E402
 from validation.runner import Result, child, child_command, run_points  # noqa: E402
 
 ENVIRONMENT = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # which deterministic algorithms need
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic algorithms need it
     "KINETO_LOG_LEVEL": "6",
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -40,7 +40,7 @@ def progress(text: str) -> None:
 
 
 def run(points: list[Point], setting: Setting, output: Path, minutes: float) -> list[Result]:
-    """Runs points, and writes the JSON file after each."""
+    """Run points, and write the JSON file after each."""
     results: list[Result] = []
     mode = "without a GPU" if setting.fake else "on a GPU"
     about = {"mode": mode, **report.environment(setting.device)}

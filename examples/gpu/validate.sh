@@ -8,7 +8,7 @@
 #   bash examples/gpu/validate.sh --output FILE          default: runs/gpu/results.json
 #   bash examples/gpu/validate.sh --only methods curves  some points
 #
-# It uses the PyTorch that is there, and never installs one. Packages that are missing go to
+# It uses the installed PyTorch and never installs one. Missing packages are installed into
 # runs/gpu/packages-VERSION. collect_wheels.sh makes DIR on a machine with a network.
 set -euo pipefail
 CALLER=$PWD
@@ -19,12 +19,12 @@ WHEELS=
 ARGUMENTS=()
 FAKE=
 while [ $# -gt 0 ]; do
-    # Written as one word, a flag and its value are two all the same.
+    # --flag=value is the same as --flag value.
     if [[ $1 == --*=* ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
     case $1 in
         --wheels | --output)
             [ $# -ge 2 ] || fail "$1: needs a value"
-            # Paths are the caller's, and this script has changed its folder.
+            # Relative paths start at the caller's folder, and this script has changed folders.
             path=$2
             [[ $path == /* ]] || path=$CALLER/$path
             if [ "$1" = --wheels ]; then WHEELS=$path; else ARGUMENTS+=(--output "$path"); fi
@@ -73,7 +73,7 @@ if [ -n "$MISSING" ]; then
     echo "installing into $PACKAGES:" $MISSING
     FROM=()
     [ -z "$WHEELS" ] || FROM=(--no-index --find-links "$WHEELS")
-    # Without their dependencies, among which is PyTorch.
+    # --no-deps, as PyTorch is among the dependencies.
     $PYTHON -m pip --disable-pip-version-check install --quiet --no-deps "${FROM[@]}" \
         --target "$PACKAGES" $MISSING || fail "the packages that are missing cannot be installed"
 fi

@@ -1,8 +1,8 @@
-"""Perplexity of a unigram and a bigram model, the yardstick for a trained language model.
+"""Computes the perplexity of a unigram and a bigram model, as baselines for a language model.
 
-Counts and scores exactly the tokens that `fairseq-eval-lm` scores for --task language_modeling with
---sample-break-mode none: a split is one stream and every token of it is a target, the </s> at the
-end of each line included; the first is predicted from </s>. Perplexity is per token.
+The models score exactly the tokens that `fairseq-eval-lm` scores for --task language_modeling with
+--sample-break-mode none. A split is one stream, and each of its tokens is a target, including the
+</s> at each end of line. The first token is predicted from </s>. Perplexity is per token.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DISCOUNTS = np.arange(1, 100) / 100
 
 
 def read_tokens(data: Path, split: str, dictionary: Dictionary) -> np.ndarray:
-    """Returns the token ids of a binarised split, one line after the other: (tokens,) int64."""
+    """Return the token ids of a binarised split, one line after the other: (tokens,) int64."""
     dataset = data_utils.load_indexed_dataset(str(data / split), dictionary)
     if dataset is None:
         sys.exit(f"--data {data}: no split `{split}` there; fairseq-preprocess makes it")
@@ -30,29 +30,31 @@ def read_tokens(data: Path, split: str, dictionary: Dictionary) -> np.ndarray:
 
 
 def contexts(tokens: np.ndarray, eos: int) -> np.ndarray:
-    """Returns the token before each token; before the first one, `eos`."""
+    """Return the token before each token. Before the first token it is `eos`."""
     return np.concatenate([[eos], tokens[:-1]])
 
 
 def unigram_probs(train: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Returns add-one-smoothed probabilities of all tokens: (vocab_size,)."""
+    """Return add-one-smoothed probabilities of all tokens: (vocab_size,)."""
     counts = np.bincount(train, minlength=vocab_size)
     return (counts + 1) / (len(train) + vocab_size)
 
 
 @dataclass(frozen=True)
 class BigramTerms:
-    """What the bigram probability of each target is made of, without the discount: (targets,)."""
+    """The terms of the bigram probability of each target, without the discount: (targets,)."""
 
-    pair_count: np.ndarray  # how often context and target were seen together in train
-    context_count: np.ndarray  # how often the context was seen
-    followers: np.ndarray  # how many different tokens followed the context
+    pair_count: np.ndarray  # how often train has the context before the target
+    context_count: np.ndarray  # how often train has the context
+    followers: np.ndarray  # how many different tokens follow the context
     unigram: np.ndarray  # unigram probability of the target
 
     def probs(self, discount: float) -> np.ndarray:
-        """Interpolated absolute discounting (Ney, Essen and Kneser 1994): each seen pair gives up
-        `discount` of its count, and the unigram shares out what they gave. An unseen context leaves
-        the unigram."""
+        """Compute interpolated absolute discounting (Ney, Essen and Kneser 1994).
+
+        Each seen bigram loses `discount` of its count, and the unigram model distributes the
+        discounted probability. An unseen context has the unigram probabilities.
+        """
         kept = np.maximum(self.pair_count - discount, 0)
         given_up = discount * self.followers
         seen = np.maximum(self.context_count, 1)
@@ -61,7 +63,7 @@ class BigramTerms:
 
 
 def bigram_terms(train: np.ndarray, targets: np.ndarray, vocab_size: int, eos: int) -> BigramTerms:
-    """Looks up the counts of `train` for every token of `targets`."""
+    """Look up the counts of `train` for every token of `targets`."""
     train_contexts = contexts(train, eos)
     pairs, pair_counts = np.unique(train_contexts * vocab_size + train, return_counts=True)
     context_counts = np.bincount(train_contexts, minlength=vocab_size)
@@ -79,14 +81,15 @@ def bigram_terms(train: np.ndarray, targets: np.ndarray, vocab_size: int, eos: i
 
 
 def perplexity(probs: np.ndarray) -> float:
-    """Returns exp of the mean negative log of the targets' probabilities."""
+    """Return exp of the mean negative log probability of the targets."""
     return float(np.exp(-np.log(probs).mean()))
 
 
 def ngram_rows(data: Path) -> list[dict[str, str | float]]:
-    """Fits both models on train, chooses the bigram's discount on valid, and scores valid and test.
+    """Fit both models on train, choose the bigram's discount on valid, and score valid and test.
 
-    Returns a row {"arch", "valid_ppl", "test_ppl"} for "unigram" and one for "bigram".
+    Returns:
+        A row {"arch", "valid_ppl", "test_ppl"} for "unigram" and one for "bigram".
     """
     dict_path = data / "dict.txt"
     if not dict_path.is_file():
@@ -114,7 +117,7 @@ def ngram_rows(data: Path) -> list[dict[str, str | float]]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file that is either complete or not there."""
+    """Write a file atomically: it is either complete or missing."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""Split a collection of documents by document and encode it with its own SentencePiece model.
+"""Splits a collection by document and encodes it with its own SentencePiece model.
 
 Writes to --output: {train,valid,test}.txt (a sentence a line), {train,valid,test}.bpe (the same
 lines as space-separated pieces), spm.model, and dict.txt, the fairseq dictionary of all pieces with
@@ -22,7 +22,7 @@ from pathlib import Path
 import sentencepiece
 
 SPLITS = ("train", "valid", "test")
-HELD_OUT_SHARE = 0.03  # of all characters, for valid and for test each
+HELD_OUT_SHARE = 0.03  # share of all characters, for valid and for test each
 MAX_LINE_LENGTH = 2000  # characters
 FAIRSEQ_SPECIALS = 4  # <s> <pad> </s> <unk>, which are in every fairseq dictionary
 
@@ -31,10 +31,11 @@ SENTENCE_END = re.compile(r"(?<=[.?!])(?<!\bMr\.) (?=[A-Z])")
 
 
 def read_documents(path: Path) -> tuple[list[str], int]:
-    """Reads an xz-compressed file in which a line `== name` starts each document.
+    """Read an xz-compressed file in which a line `== name` starts each document.
 
-    Returns the distinct, non-empty documents in order, each with every run of whitespace made one
-    space, and how many copies were dropped.
+    Returns:
+        The distinct, non-empty documents in order, with single spaces for whitespace; and the
+        number of copies that were dropped.
     """
     try:
         text = lzma.decompress(path.read_bytes()).decode("utf-8")
@@ -49,10 +50,10 @@ def read_documents(path: Path) -> tuple[list[str], int]:
 
 
 def split_documents(documents: list[str], seed: int) -> dict[str, list[str]]:
-    """Deals whole documents to valid and test, 3% of all characters each, and the rest to train.
+    """Deal whole documents to valid and test, 3% of all characters each, and the rest to train.
 
-    The documents are drawn at random from the whole collection, so that the held-out ones are of
-    all periods; within a split they keep their order. The same seed gives the same splits.
+    Held-out documents are drawn at random from the whole collection, so that they cover all
+    periods. Within a split the documents keep their order. The same seed gives the same splits.
     """
     rng = random.Random(seed)
     shuffled = sorted(range(len(documents)), key=lambda _: rng.random())
@@ -72,8 +73,11 @@ def split_documents(documents: list[str], seed: int) -> dict[str, list[str]]:
 
 
 def split_sentences(document: str) -> list[str]:
-    """Cuts a document before a capital letter that follows . ? or !, and sentences of more than
-    2000 characters at a space. The lines, joined by spaces, are the document."""
+    """Cut a document into sentences.
+
+    It is cut before a capital letter that follows . ? or !. Sentences of more than 2000 characters
+    are cut at a space. The lines, joined by spaces, are the document.
+    """
     return [
         line
         for sentence in SENTENCE_END.split(document)
@@ -82,10 +86,12 @@ def split_sentences(document: str) -> list[str]:
 
 
 def train_sentencepiece(lines: Iterable[str], vocab_size: int) -> bytes:
-    """Trains a BPE model and returns its file's bytes.
+    """Train a BPE model and return its file's bytes.
 
-    `vocab_size` counts the fairseq dictionary: all pieces but SentencePiece's <unk>, and fairseq's
-    4 specials. Characters that are not in `lines` become bytes, so that nothing is ever <unk>.
+    Args:
+        lines: training text. Other characters are encoded as bytes, so no token is ever <unk>.
+        vocab_size: size of the fairseq dictionary: all pieces except SentencePiece's <unk>, and
+            fairseq's 4 special tokens.
     """
     model = io.BytesIO()
     try:
@@ -109,9 +115,9 @@ def train_sentencepiece(lines: Iterable[str], vocab_size: int) -> bytes:
 
 
 def dictionary_text(tokenizer: sentencepiece.SentencePieceProcessor, encoded: Iterable[str]) -> str:
-    """Returns a fairseq dict.txt: a line `piece count` for every piece, most frequent first.
+    """Return a fairseq dict.txt: a line `piece count` for every piece, most frequent first.
 
-    Pieces that `encoded` never uses are kept: bytes that only a held-out text needs are among them.
+    It includes the pieces that `encoded` never uses, as a held-out text may need them (bytes).
     """
     counts = Counter(piece for line in encoded for piece in line.split())
     pieces = [
@@ -121,14 +127,14 @@ def dictionary_text(tokenizer: sentencepiece.SentencePieceProcessor, encoded: It
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file that is either complete or not there."""
+    """Write a file atomically: it is either complete or missing."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Writes a line each, in UTF-8."""
+    """Write the lines in UTF-8."""
     write_atomically(path, "".join(f"{line}\n" for line in lines).encode("utf-8"))
 
 

@@ -12,7 +12,8 @@ RECORD = re.compile(r"\| INFO \| (train_inner|valid) \| (\{.*\})$")
 
 
 def summary(line: str, updates: int) -> str | None:
-    """What a person wants to see of a log line with --log-format json; None: nothing."""
+    """Return a short line for a log line with --log-format json; ``None`` if there is nothing to
+    show."""
     match = RECORD.search(line.rstrip())
     if match is None:
         return None

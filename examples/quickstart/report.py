@@ -1,8 +1,9 @@
-"""Table, results.json and perplexity.png of the quickstart's runs, with n-gram models beside them.
+"""Makes the quickstart's table, results.json and perplexity.png, with n-gram models as baselines.
 
-Reads of each model's directory RUNS/NAME: train.log (fairseq-train with --log-format json),
-eval_valid.log and eval_test.log (fairseq-eval-lm), checkpoints/checkpoint_best.pt and, where it is
-there, command.txt. Every figure of a model but its speed and its curve is of checkpoint_best.
+It reads from each model's directory RUNS/NAME: train.log (fairseq-train with --log-format json),
+eval_valid.log and eval_test.log (fairseq-eval-lm), checkpoints/checkpoint_best.pt and, if it
+exists, command.txt. All figures of a model belong to checkpoint_best, except its speed and its
+curve.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ COLUMNS = {
 
 
 def eval_perplexity(path: Path) -> float:
-    """Returns the perplexity per token that fairseq-eval-lm logged."""
+    """Return the perplexity per token that fairseq-eval-lm logged."""
     match = EVAL_RESULT.search(path.read_text(encoding="utf-8"))
     if match is None:
         sys.exit(
@@ -56,10 +57,13 @@ def eval_perplexity(path: Path) -> float:
 
 
 def model_result(run: Path, data: Path) -> tuple[dict[str, Any], list[tuple[int, float]]]:
-    """Returns a model's row, of RESULT_KEYS, and its curve: (updates, validation perplexity) pairs.
+    """Read the results of a model.
 
-    `updates` are those of the whole run, `tokens_per_second` is the median over the training log
-    without its first record, which holds the start-up.
+    `updates` is the number for the whole run. `tokens_per_second` is the median over the training
+    log without its first record, which includes the start-up.
+
+    Returns:
+        A row with RESULT_KEYS, and a curve of (updates, validation perplexity).
     """
     log_path, checkpoint_path = run / "train.log", run / "checkpoints" / "checkpoint_best.pt"
     evals = {split: run / f"eval_{split}.log" for split in ("valid", "test")}
@@ -100,7 +104,7 @@ def model_result(run: Path, data: Path) -> tuple[dict[str, Any], list[tuple[int,
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """Returns an aligned table of COLUMNS, the first to the left; `-` where there is no value."""
+    """Format a table of COLUMNS, the first one aligned to the left; `-` where there is no value."""
     cells = [[header for header, _ in COLUMNS.values()]] + [
         ["-" if row[key] is None else form.format(row[key]) for key, (_, form) in COLUMNS.items()]
         for row in rows
@@ -118,9 +122,12 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 def plot_perplexity(
     curves: dict[str, list[tuple[int, float]]], levels: dict[str, float], data_name: str
 ) -> bytes:
-    """Draws a validation curve per model, and a dashed level per n-gram model.
+    """Draw a validation curve for each model, and a dashed level for each n-gram model.
 
-    A level above all curves is left out: it would squash them. Returns the bytes of a PNG.
+    A level above all curves is left out, as it would squash them.
+
+    Returns:
+        The bytes of a PNG.
     """
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()

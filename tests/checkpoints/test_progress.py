@@ -1,4 +1,4 @@
-"""What a training counts survives an interruption, and stays that training's own."""
+"""The counters of a training survive an interruption, and do not leak into another training."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from fairseq_cli import train as train_command
 
 from tests import commands
 
-# Nothing is learnt, so that no validation is better than the first one.
+# The model learns nothing, so no validation is better than the first one.
 PATIENCE = (
     *("--patience", "4", "--lr", "1e-12", "--dropout", "0", "--validate-interval-updates", "2"),
     *("--save-interval-updates", "2", "--max-update", "40", "--no-epoch-checkpoints"),
@@ -23,7 +23,7 @@ def updates(log: str) -> list[int]:
 
 @pytest.mark.parametrize("stops", [(), (4,), (2, 6), (2, 4, 6, 8)])
 def test_patience_counts_on(stops: tuple[int, ...], data_bin: Path, tmp_path: Path) -> None:
-    """It ends at the same update, however often it was interrupted."""
+    """Training ends at the same update, however often it was interrupted."""
     trained: list[int] = []
     for stop in (*stops, 40):
         flags = (*PATIENCE, "--max-update", f"{stop}")
@@ -43,7 +43,7 @@ def test_patience_begins_anew_where_asked(
 def test_trainings_of_one_process_do_not_share_their_best(
     data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a sweep of hydra: whatever is left of another one."""
+    """A sweep of hydra runs several trainings in one process."""
     first = commands.train(data_bin, tmp_path / "first", "avgk", *PATIENCE)
     monkeypatch.setattr(train_command.should_stop_early, "best", -1.0, raising=False)
     monkeypatch.setattr(train_command.should_stop_early, "num_runs", 3, raising=False)
@@ -53,7 +53,7 @@ def test_trainings_of_one_process_do_not_share_their_best(
     assert (tmp_path / "second" / "checkpoint_best.pt").is_file()
 
 
-# Without the optimizer's state.
+# Flags that leave the optimizer's state out of a checkpoint.
 
 BARE = ("--no-save-optimizer-state", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "4")
 
@@ -65,7 +65,7 @@ def test_a_finished_training_stays_finished(data_bin: Path, tmp_path: Path) -> N
 
 
 def test_an_interrupted_training_goes_on(data_bin: Path, tmp_path: Path) -> None:
-    """With its schedule, its data and its best loss."""
+    """Its schedule, its position in the data and its best loss continue."""
 
     def learning_rates(log: str) -> dict[int, Any]:
         return {int(r["num_updates"]): r["lr"] for r in commands.records(log)}

@@ -1,4 +1,4 @@
-"""Checkpoint files: nothing in them is run, and damage is noticed."""
+"""Reading a checkpoint runs none of its contents, and notices damage."""
 
 import argparse
 import random
@@ -35,7 +35,8 @@ def test_plain_values(mapped: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [1.0, 0.9, 0.02])
 def test_file_of_old_pytorch(size: float, tmp_path: Path) -> None:
-    """That of before 1.6 is read without running anything in it, too."""
+    """PyTorch before 1.6 had another file format. It is read without running anything in the file,
+    too."""
     path = tmp_path / "old.pt"
     state = {"model": {"w": torch.arange(1000.0)}, "args": argparse.Namespace(arch="a")}
     torch.save(state, path, _use_new_zipfile_serialization=False)
@@ -73,7 +74,8 @@ def test_file_that_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_every_flipped_bit_is_noticed_or_without_consequence(tmp_path: Path) -> None:
-    """In tensors' data always; elsewhere, what is read is what was written, or nothing."""
+    """Damage to the data of tensors is always noticed. Elsewhere the reader returns what was
+    written, or fails."""
     tensors, text = {"w": torch.arange(3000.0), "n": torch.arange(50)}, "word" * 20
     path = save({**tensors, "text": text}, tmp_path / "whole.pt")
     whole = path.read_bytes()
@@ -104,7 +106,7 @@ def test_every_flipped_bit_is_noticed_or_without_consequence(tmp_path: Path) -> 
 
 
 def test_checksums_can_be_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of tensors' data: the rest is always compared."""
+    """Only the checksums of tensor data can be skipped. The rest is always compared."""
     path = save({"w": torch.zeros(1000)}, tmp_path / "flipped.pt")
     content = bytearray(path.read_bytes())
     content[content.index(bytes(400)) + 200] ^= 1
@@ -116,7 +118,7 @@ def test_checksums_can_be_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert read_file(path)["w"].count_nonzero() == 1
 
 
-# Fingerprints.
+# Fingerprints
 
 
 def test_fingerprint_is_that_of_names_types_shapes_and_contents() -> None:

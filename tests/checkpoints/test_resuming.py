@@ -1,4 +1,4 @@
-"""A training goes on from the newest whole checkpoint, and says so where it is not the last."""
+"""Training resumes from the newest whole checkpoint, and warns if that is not the last one."""
 
 import os
 import shutil
@@ -16,7 +16,8 @@ FLAGS = ("--save-interval-updates", "2", "--no-epoch-checkpoints", "--disable-va
 
 @pytest.fixture(scope="module")
 def saved(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of updates 2, 4, 6 and 7; the last one is only ``checkpoint_last.pt``."""
+    """Train a model with checkpoints of updates 2, 4, 6 and 7. Only ``checkpoint_last.pt`` has
+    update 7."""
     folder = tmp_path_factory.mktemp("saved")
     commands.train(data_bin, folder, "avgk", *FLAGS, "--max-update", "7")
     return folder
@@ -24,7 +25,7 @@ def saved(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(saved: Path, tmp_path: Path) -> Path:
-    """A copy of them, written in the same order."""
+    """Copy the checkpoints, written in the same order."""
     folder = Path(shutil.copytree(saved, tmp_path / "run"))
     for number, name in enumerate(("_1_2", "_1_4", "_1_6", "_last")):
         os.utime(folder / f"checkpoint{name}.pt", (1e9 + number, 1e9 + number))
@@ -32,7 +33,7 @@ def run(saved: Path, tmp_path: Path) -> Path:
 
 
 def resume(data: Path, run: Path, *flags: str) -> tuple[int, str]:
-    """Train to update 10. Returns the first update, and the log."""
+    """Train to update 10 and return the first update and the log."""
     log = commands.train(data, run, "avgk", *FLAGS, "--max-update", "10", *flags)
     return min(commands.losses(log)), log
 
@@ -100,7 +101,8 @@ def test_none_is_whole(data_bin: Path, run: Path) -> None:
 
 
 def test_a_last_one_that_was_not_written(data_bin: Path, run: Path) -> None:
-    """As where the disk was full: it is older than another by updates and by time."""
+    """After a full disk, ``checkpoint_last.pt`` has fewer updates and an earlier time than another
+    file."""
     shutil.copy(run / "checkpoint_1_4.pt", run / "checkpoint_last.pt")
     os.utime(run / "checkpoint_last.pt", (1e9 + 1, 1e9 + 1))
     first, log = resume(data_bin, run)
@@ -136,7 +138,7 @@ def test_named_file_beside_the_last_one(data_bin: Path, run: Path) -> None:
 
 
 def test_finetuning_that_was_interrupted_goes_on(data_bin: Path, run: Path, tmp_path: Path) -> None:
-    """Not from the model that it began with, also where ``checkpoint_last.pt`` is damaged."""
+    """It does not start from its initial model again, even if ``checkpoint_last.pt`` is damaged."""
     other = shutil.copy(run / "checkpoint_1_2.pt", tmp_path / "pretrained.pt")
     assert resume(data_bin, tmp_path / "new", "--finetune-from-model", str(other))[0] == 1
     flip(run / "checkpoint_last.pt")

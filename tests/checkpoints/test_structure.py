@@ -1,4 +1,4 @@
-"""What a checkpoint holds: whatever else a file holds, a line says what is wrong."""
+"""A checkpoint with unexpected contents is refused in one line."""
 
 import argparse
 import copy
@@ -17,7 +17,7 @@ from tests import commands
 ODD: tuple[Any, ...] = (None, 3, -1, 0.5, True, "word", [], [1], [{}], {}, {"a": 1}, {1: 2})
 
 MORE = ("--max-update", "2", "--no-epoch-checkpoints")
-"""Trains an update more."""
+"""Flags to train an update more."""
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_real_checkpoints_fit(saved: Path) -> None:
 
 
 def entries(kind: Record, where: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Path to every entry that is described."""
+    """Yield the path of every described entry."""
     for name, of in {**kind.required, **kind.optional}.items():
         yield (*where, name)
         if isinstance(of, Record):
@@ -45,7 +45,7 @@ def entries(kind: Record, where: tuple[str, ...] = ()) -> Iterator[tuple[str, ..
 
 
 def changed(state: Any, where: tuple[str, ...], value: Any) -> Any:
-    """A checkpoint with another value at one place, or without an entry."""
+    """Copy a checkpoint with another value at one place, or without an entry."""
     state = copy.copy(state)
     name, *rest = where
     if rest:
@@ -61,7 +61,7 @@ DELETED = object()
 
 
 def refusal(use: Callable[[], Any]) -> str | None:
-    """The line that a use ends with; ``None``: it works."""
+    """Return the line that a use ends with; ``None`` if it works."""
     try:
         use()
     except UsageError as error:
@@ -72,8 +72,8 @@ def refusal(use: Callable[[], Any]) -> str | None:
 
 @pytest.mark.parametrize("where", [(), *entries(CHECKPOINT)], ids="-".join)
 def test_odd_values(where: tuple[str, ...], saved: Path, data_bin: Path, tmp_path: Path) -> None:
-    """Every described entry, with values that are no such thing, or without it: loading works or
-    ends in one line, and so does training with what is not refused, or the first that is."""
+    """Replace or remove every described entry. Loading works or ends in one line. So does training
+    with values that loading accepts, and with the first value that it refuses."""
     state = torch.load(saved, weights_only=True)
     path = tmp_path / "checkpoint_last.pt"
     tried = set()
@@ -102,7 +102,7 @@ def test_odd_values(where: tuple[str, ...], saved: Path, data_bin: Path, tmp_pat
 def test_meter_of_a_checkpoint_is_a_meter(
     meter: Any, saved: Path, data_bin: Path, tmp_path: Path
 ) -> None:
-    """fairseq looks up the class by the name that the checkpoint gives."""
+    """fairseq looks up the class by the name in the checkpoint."""
     state = torch.load(saved, weights_only=True)
     state["extra_state"]["metrics"]["default"][0] = meter
     path = tmp_path / "checkpoint_last.pt"

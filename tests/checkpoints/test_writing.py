@@ -1,4 +1,4 @@
-"""A checkpoint is written whole, or not at all; a failure is one line."""
+"""A checkpoint is written completely or not at all, and a failure is one line."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ FULL = Path("/dev/full")
 """A device on which every write fails for lack of space."""
 
 
-# Plain containers.
+# Plain containers
 
 
 def test_numpy_is_saved_as_plain_values(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_numpy_is_saved_as_plain_values(tmp_path: Path) -> None:
     saved = torch.load(path, weights_only=True)
     assert saved["meters"] == [(1, {"sum": [1, 2], "best": 0.5})] and saved["count"] == 3
     assert saved["model"]["w"].tolist() == [1, 1] and saved["model"]._metadata == model._metadata
-    assert isinstance(state["meters"][0][1]["sum"], np.ndarray)  # the caller's is as it was
+    assert isinstance(state["meters"][0][1]["sum"], np.ndarray)  # the caller's object is unchanged
     checkpoint_utils.torch_persistent_save(state, str(path))
     with pytest.raises(UsageError, match="refused, it holds more than tensors"):
         read_file(path)
@@ -67,7 +67,7 @@ def test_meters_of_arrays_go_on_from_saved_lists(kind: type) -> None:
     np.testing.assert_array_equal(resumed.smoothed_value, meter.smoothed_value)
 
 
-# One file.
+# One file
 
 
 def names(folder: Path) -> list[str]:
@@ -88,7 +88,7 @@ def test_copy_replaces(tmp_path: Path) -> None:
 def test_a_failure_leaves_what_was_there(
     number: int, kind: str, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At each step of writing. Errors that may pass are tried again."""
+    """Each step of writing may fail. Errors that may pass are tried again."""
     tries = []
 
     def fail(*args: Any, **kwargs: Any) -> None:
@@ -141,12 +141,12 @@ def test_size_counts_each_storage_once() -> None:
     assert writing.size_of(state) == 400 + 24
 
 
-# Trainings.
+# Trainings
 
 
 @pytest.fixture
 def full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Names of files for which there is no space."""
+    """Collect the names of files for which there is no space."""
     if not FULL.exists():
         pytest.skip(f"no {FULL} here")
     refused: list[str] = []
@@ -157,7 +157,7 @@ def full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[
 
     def open_on_full(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         if "w" in mode and full(path):
-            original_open(path, mode).close()  # the empty file that is left there
+            original_open(path, mode).close()  # the empty file that stays there
             path = FULL
         return original_open(path, mode, *args, **kwargs)
 
@@ -184,7 +184,8 @@ def test_full_disk(
     data_bin: Path,
     tmp_path: Path,
 ) -> None:
-    """One line; earlier checkpoints are whole; the next start goes on from the newest."""
+    """The error is one line, earlier checkpoints stay whole, and the next start resumes from the
+    newest."""
     flags = (*SAVING, *asynchronous)
     commands.train(data_bin, tmp_path, "avgk", *flags, "--max-update", "3")
     commands.train(data_bin, tmp_path, "avgk", *flags, "--max-update", "3")
@@ -207,7 +208,7 @@ def test_full_disk(
 def test_a_thread_that_cannot_write_ends_the_training_soon(
     full_disk: list[str], data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not only where the next checkpoint is due."""
+    """The error does not wait for the next checkpoint."""
     submit = writing.Writer.submit
 
     def submit_and_wait(self: Any, *args: Any) -> None:
@@ -269,12 +270,12 @@ def test_folder_that_goes_is_made_again(
     assert names(save_dir) == ["checkpoint_1_6.pt", "checkpoint_last.pt"]
 
 
-# In the background.
+# In the background
 
 
 def test_background_writes_what_the_foreground_does(data_bin: Path, tmp_path: Path) -> None:
-    """All files, with the same contents; a thread reads none of the tensors that training goes on
-    to change."""
+    """All files have the same contents. The thread reads no tensor that training goes on to
+    change."""
     flags = ("--save-interval-updates", "2", "--keep-best-checkpoints", "2")
     flags = (*flags, "--keep-interval-updates", "2", "--max-update", "9")
     states = {}
@@ -286,7 +287,8 @@ def test_background_writes_what_the_foreground_does(data_bin: Path, tmp_path: Pa
             for path in (tmp_path / name).glob("checkpoint*.pt")
         }
     assert {"checkpoint_last.pt", "checkpoint_best.pt"} <= states["back"].keys()
-    assert states["front"].keys() <= states["back"].keys()  # which one is removed at the next save
+    # The next save removes one of the others.
+    assert states["front"].keys() <= states["back"].keys()
     for file, state in states["front"].items():
         for part in ("model", "last_optimizer_state"):
             other = states["back"][file][part]
@@ -296,7 +298,7 @@ def test_background_writes_what_the_foreground_does(data_bin: Path, tmp_path: Pa
 def test_training_goes_on_while_a_thread_writes(
     data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first file is held back until an update more is made: it has the tensors of its own."""
+    """The first file is written only after another update. It has the tensors of its own update."""
     updated, save, train_step = threading.Event(), writing.save, Trainer.train_step
     waited = []
 
@@ -325,7 +327,7 @@ def test_training_goes_on_while_a_thread_writes(
 
 
 def test_hydra_writes_in_the_background(data_bin: Path, tmp_path: Path) -> None:
-    """It builds its own training function before the plugin is there."""
+    """hydra builds its training function before the plugin is loaded."""
     log = commands.hydra_train(
         *(data_bin, tmp_path, "checkpoint.write_checkpoints_asynchronously=true"),
         *("common.log_format=json", "common.log_interval=1", "common.no_progress_bar=true"),

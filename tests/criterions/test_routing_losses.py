@@ -1,4 +1,4 @@
-"""On an accelerator, the losses and statistics of an update do not make the host wait."""
+"""The losses and statistics of an update do not make the host wait for an accelerator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.models.small_lm import METHODS, PAD, random_tokens, small_lm
 from tests.synchronisations import Synchronisations, operations
 
 LEFT_OUT = ("memory/compute/", "memory/assignment.py", "fairseq/")
-"""The engines, what the host computes from its own copy of the scores, and fairseq."""
+"""Code that may wait: the engines, the host's own copy of the scores, and fairseq."""
 SPARSE = [method for method in METHODS if method != "dense"]
 
 
@@ -31,7 +31,7 @@ class Plain(FairseqCriterion):
 
 
 class OnlyRouting(RoutingLosses, Plain):
-    """What is logged of the routing."""
+    """A criterion that logs the routing alone."""
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def test_decoding_a_token():
 
 
 def logs(log_format: str = "json") -> list[dict[str, Any]]:
-    """Logs of three updates of a layer that is as one that sends to other processes."""
+    """Return the logs of three updates of a layer that seems to send to other processes."""
     model = small_lm("switch", sffn_freq=1, sffn_capacity_factor=1.0)
     made = logs_of(model, [sample(5, 3), sample(1), sample(4, 4)], log_format=log_format)
     for i, log in enumerate(made):
@@ -77,16 +77,16 @@ def logs(log_format: str = "json") -> list[dict[str, Any]]:
 @pytest.mark.parametrize("loop", ["train_inner", "valid"])
 def test_updates_read_no_value(loop):
     updates = logs()
-    metrics.reset()  # of trainings that this process did before
+    metrics.reset()  # earlier trainings of this process left some
     with metrics.aggregate(new_root=True) as root, metrics.aggregate(loop):
         for log in updates:
-            with metrics.aggregate() as step, Synchronisations() as places:  # as the trainer does
+            with metrics.aggregate() as step, Synchronisations() as places:  # as in the trainer
                 OnlyRouting.reduce_metrics([log])
                 assert not step.get_smoothed_values()
             assert not places
     with Synchronisations() as places:
         values = root.get_smoothed_values()
-    assert places  # the log interval
+    assert places  # the log interval waits
     expected = reduced(updates)
     expected = {name: expected[name] for name in expected if name not in ("loss", "ppl")}
     assert values.keys() == expected.keys()
@@ -97,7 +97,7 @@ def test_updates_read_no_value(loop):
 
 
 def test_a_step_outside_of_fairseqs_loops_gives_its_ratios():
-    """As in a script that calls the trainer itself."""
+    """A script may call the trainer itself."""
     update = logs()[0]
     with metrics.aggregate(new_root=True), metrics.aggregate("train"):
         with metrics.aggregate() as step:
@@ -107,7 +107,7 @@ def test_a_step_outside_of_fairseqs_loops_gives_its_ratios():
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_bytes_sent_are_logged_where_blocks_are_shared_out(shards, monkeypatch):
+def test_bytes_sent_are_logged_where_blocks_are_sharded(shards, monkeypatch):
     monkeypatch.setattr(PluginModel, "expert_parallel", shards)
     log = criterion()(small_lm("switch"), sample(5))[2]
     assert ("routing_sent_layer1" in log) == ("sent_bytes" in reduced([log])) == (shards > 1)

@@ -1,4 +1,4 @@
-"""The loss, and what is logged beside it."""
+"""The loss, and the values that are logged with it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def criterion(**options: Any) -> SFFNCrossEntropyCriterion:
 
 
 def sample(*lengths: int) -> dict[str, Any]:
-    """Sentences of random tokens, padded to the longest."""
+    """Make sentences of random tokens, padded to the longest."""
     rows = [random_tokens(length + 1) for length in lengths]
     target = pad([row[1:] for row in rows])
     return {
@@ -71,7 +71,7 @@ def sample(*lengths: int) -> dict[str, Any]:
 
 
 def two_layers(method: str, **options: Any) -> nn.Module:
-    """A model with two sparse layers; evaluated, so that passes agree."""
+    """Build a model with two sparse layers in evaluation mode, so that passes agree."""
     return small_lm(method, sffn_freq=1, **options).eval()
 
 
@@ -87,7 +87,7 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
 
 
 def test_the_adaptive_loss_of_many_tokens_in_half_precision():
-    """It is a sum, which would overflow."""
+    """The loss is a sum, which would overflow."""
     logits = torch.randn(20_000, 30, dtype=torch.float16, requires_grad=True)
     target = torch.randint(2, 30, (20_000,))
     model = SimpleNamespace(
@@ -116,7 +116,7 @@ def test_the_adaptive_loss_of_many_tokens_in_half_precision():
     ],
 )
 def test_loss(method, options, balance_weight, z_weight, sentence_avg):
-    """``balance_weight`` and ``z_weight``: of the sums over the two sparse layers."""
+    """``balance_weight`` and ``z_weight`` weigh the sums over the two sparse layers."""
     model, batch = two_layers(method), sample(5, 3, 1)
     base = CrossEntropyCriterion(TASK, sentence_avg)
     plain, plain_size, plain_log = base(model, batch)
@@ -127,7 +127,7 @@ def test_loss(method, options, balance_weight, z_weight, sentence_avg):
     z = sum(layer.z_loss for layer in layers)
     assert (balance > 1.5) == (z > 1.5) == (method != "hash_layer")
     close(loss, plain + size * (balance_weight * balance + z_weight * z))
-    # What is logged is the language model's alone.
+    # The log has the loss of the language model alone.
     assert {key: log[key] for key in plain_log} == plain_log
 
 
@@ -187,7 +187,7 @@ ADAPTIVE = dict(share_decoder_input_output_embed=False, adaptive_softmax_cutoff=
 
 
 def adaptive_sample() -> dict[str, Any]:
-    """Targets of every cluster."""
+    """Make targets in every cluster."""
     batch = sample(5, 3)
     batch["target"][batch["target"] != PAD] = torch.tensor([4, 7, 8, 10, 13, 14, 16, 19])
     return batch
@@ -203,13 +203,13 @@ def test_adaptive_softmax_is_fairseqs_adaptive_loss(method, sentence_avg):
     assert size == expected_size
     close(log.pop("loss"), expected_log.pop("loss"))
     assert {key: log[key] for key in expected_log} == expected_log
-    # What fairseq-eval-lm finds.
+    # The value that fairseq-eval-lm finds.
     close(loss, CrossEntropyCriterion(TASK, sentence_avg)(model, batch)[0])
 
 
 @pytest.mark.parametrize("token", [9, 15])
 def test_adaptive_softmax_counts_every_token(token):
-    """fairseq takes these, 1 from the start of their clusters, for padding."""
+    """fairseq takes these tokens for padding: id 1 counted from the start of their clusters."""
     model, batch = small_lm("avgk", **ADAPTIVE).eval(), sample(3)
     batch["target"].fill_(token)
     loss, *_ = criterion()(model, batch)
@@ -247,7 +247,7 @@ def test_adaptive_softmax_is_refused_where_unused_clusters_would_hang(world_size
 
 
 def reduced(logs: list[dict[str, Any]]) -> dict[str, Any]:
-    """What would be logged."""
+    """Return the values that would be logged."""
     with metrics.aggregate(new_root=True) as meters:
         SFFNCrossEntropyCriterion.reduce_metrics(logs)
     return dict(meters.get_smoothed_values())
@@ -297,7 +297,7 @@ def test_ratios_of_several_batches_are_those_of_one(method):
         for key in (name, f"{name}_layer0", f"{name}_layer1"):
             assert actual[key] == expected[key]
     close(actual["loss"], expected["loss"], 1e-3)
-    # Which none of the parts has by itself.
+    # No part has these values by itself.
     assert actual["load_entropy"] not in [reduced([log])["load_entropy"] for log in logs]
 
 
@@ -346,7 +346,7 @@ def test_losses_are_formed_where_something_reads_them(method, options, training)
     assert [balance is not None for balance in seen] == [wanted]
     assert ("balance_loss" in reduced([log])) == wanted
     loss.backward()
-    # Nor are they where nobody asks; who asks the model itself gets them.
+    # Without a reader they are not formed. A caller of the model itself gets them.
     plain = model(**sample(5)["net_input"])[1]["routing"]
     assert not any(layer.balance_loss > 0 for layer in plain.values())
     assert all(layer.balance_loss > 0 for layer in routing(model, sample(5)).values())
@@ -381,11 +381,11 @@ def test_perplexity_is_fairseqs():
 
 
 def test_skipped_layers_are_logged():
-    """LayerDrop: the first batch skips a layer, the second does not."""
+    """LayerDrop skips a layer in the first batch but not in the second."""
     model, parts = small_lm("switch", sffn_freq=1, decoder_layerdrop=1.0), batches()[:2]
     skipped = logs_of(model.train(), parts[:1], log_format="json")
     ran = logs_of(model.eval(), parts[1:], log_format="json")
-    assert reduced(skipped)["unused_blocks_layer1"] == 0  # nothing is known of it
+    assert reduced(skipped)["unused_blocks_layer1"] == 0  # nothing is known of the layer
     both, second = reduced(skipped + ran), reduced(ran)
     for name in ("load_max_layer1", "balance_loss_layer1", "balance_loss"):
         assert both[name] == second[name] > 0
@@ -424,7 +424,7 @@ def test_meters_survive_a_checkpoint(method):
 
 @pytest.mark.parametrize("method", SPARSE)
 def test_fairseq_can_sum_what_workers_log(method, monkeypatch):
-    """Two workers, of which one has two micro-batches and the other one."""
+    """One worker has two micro-batches and the other has one."""
     assert SFFNCrossEntropyCriterion.logging_outputs_can_be_summed()
     model = two_layers(method, sffn_eval_capacity_factor=1.0)
     logs = logs_of(model, batches(), log_format="json")
@@ -442,13 +442,13 @@ def test_fairseq_can_sum_what_workers_log(method, monkeypatch):
         sync(other, lambda buffer, group, sent=sent: sent.append(buffer.clone()), ignore)
         log = sync(logs[:2], lambda buffer, group, sent=sent: buffer.add_(sent.pop(0)))
         expected = reduced(counted)
-        # A flag that is a sum of flags.
+        # A flag that is a sum of flags
         assert reduced([log]) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("method", ["switch", "rand_hash"])
 def test_layers_that_were_skipped_do_not_count(method):
-    """A skipped layer routes nothing: what is logged is of the batches and layers that ran."""
+    """A skipped layer routes nothing. The logged values cover the batches and layers that ran."""
     model, (first, second) = two_layers(method), batches()[:2]
     both = logs_of(model, [first, second], log_format="json")
     skipped = [dict(log) for log in both]

@@ -27,7 +27,7 @@ FIGURES = {"ratio", "seconds", "base_seconds"}
 
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[dict[str, ModuleType]]:
-    """The scripts, which import each other by name as they do when run."""
+    """Import the scripts. They import each other by name, as when they run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(SCRIPTS))
         before = {name: sys.modules.pop(name, None) for name in NAMES}
@@ -40,7 +40,7 @@ def scripts() -> Iterator[dict[str, ModuleType]]:
 
 @pytest.fixture(autouse=True)
 def process_state() -> Iterator[None]:
-    """What the scripts change, which are processes of their own."""
+    """Restore the state that scripts change, as each script normally has its own process."""
     level = logging.getLogger().level
     metrics.reset()
     yield
@@ -63,7 +63,7 @@ def check_figures(row: dict[str, Any], names: set[str] = FIGURES) -> None:
 
 
 class FakeClock:
-    """Time passes where a work says so."""
+    """A clock that only moves when a work says so."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -82,7 +82,7 @@ class FakeClock:
 
 def test_a_ratio_is_of_neighbours_and_the_first_round_is_not_counted(timing: ModuleType) -> None:
     clock = FakeClock()
-    # The machine is ten times slower in the last round, of which no ratio tells.
+    # The machine is ten times slower in the last round, which no ratio shows.
     base = timing.Work(clock.wait([99, 99, 1, 1, 2, 2, 10, 10]))
     works = {
         "a": timing.Work(clock.wait([1, 3, 6, 30])),
@@ -152,7 +152,7 @@ def test_no_repeats_are_refused(timing: ModuleType, tmp_path: Path) -> None:
 
 
 class FakeEvent:
-    """A CUDA event of a device that runs with the host."""
+    """A CUDA event of a device that runs in step with the host."""
 
     log: list[str]
 
@@ -170,7 +170,7 @@ class FakeEvent:
 
 
 def test_a_gpu_is_timed_by_events(timing: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After preparation and what ran before, and not on the host's clock."""
+    """The time excludes preparation and earlier work, and does not come from the host's clock."""
     log: list[str] = []
     monkeypatch.setattr(FakeEvent, "log", log, raising=False)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
@@ -280,7 +280,7 @@ def test_memory(scripts: dict[str, ModuleType]) -> None:
     memory, layer = scripts["memory"], scripts["layer"]
     tokens, width, ffn = 64, 16, 32
     dense, sparse = memory.measure(tokens, width, [layer.Row("avgk", 32)], ffn=ffn)
-    # The activations after ReLU, of which nothing else is needed.
+    # Only the activations after ReLU are needed.
     assert dense["saved"] == dense["live"] == tokens * ffn * 4
     assert sparse["live_ratio"] == sparse["live"] / dense["live"]
     for row in (dense, sparse):
@@ -296,7 +296,7 @@ def test_saved_bytes_count_a_storage_once_and_parameters_never(
         y = x.exp()  # saves its result
         return y * y.view(8) * x
 
-    # y, its square.
+    # Autograd saves y and its square.
     assert scripts["memory"].saved_bytes(run, [x]) == 2 * 8 * 4
 
 
@@ -348,14 +348,14 @@ def test_processes(scripts: dict[str, ModuleType]) -> None:
         *(("avgk", backend, count) for backend in backends for count in (1, 2)),
     ]
     for row in rows:
-        shared = row["expert_parallel"] > 1
+        sharded = row["expert_parallel"] > 1
         check_figures(
-            row, {"speedup", "seconds", "base_seconds"} | ({"ratio"} if shared else set())
+            row, {"speedup", "seconds", "base_seconds"} | ({"ratio"} if sharded else set())
         )
         expected = 2 * row["base_seconds"]["median"] / row["seconds"]["median"]
         assert row["speedup"]["median"] == pytest.approx(expected)
-        assert row.get("sent_bytes", 0) > 0 if shared else "ratio" not in row
-        assert ("--sffn-expert-parallel 2" in row["stands_for"]) == shared
+        assert row.get("sent_bytes", 0) > 0 if sharded else "ratio" not in row
+        assert ("--sffn-expert-parallel 2" in row["stands_for"]) == sharded
     assert "| avgk | 1 |" in scripts["report"].processes_table({"rows": rows})
 
 
@@ -460,7 +460,7 @@ def part(name: str, rows: list[dict[str, Any]], **settings: Any) -> dict[str, An
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """A run's folder with every part."""
+    """Make the folder of a run with every part."""
     spread = {"median": 2.0, "low": 1.5, "high": 2.5}
     figures = dict.fromkeys(FIGURES, spread)
     bytes_ = dict.fromkeys(("saved", "live", "peak", "temporary"), 2**20)

@@ -1,4 +1,4 @@
-"""The recipes of examples/data on small synthetic packages; nothing is fetched over a network."""
+"""The recipes of examples/data on small synthetic packages, without a network."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MODULES = (
 
 @pytest.fixture(scope="module")
 def data() -> Iterator[SimpleNamespace]:
-    """The scripts, which find each other in their folder: examples/ is not a package."""
+    """Import the scripts. examples/ is not a package, so they find each other in their folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(SCRIPTS))
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
@@ -335,7 +335,7 @@ def test_too_few_documents_are_refused(data: SimpleNamespace) -> None:
 
 def test_overlap_of_13_words_is_removed_and_of_12_is_not(data: SimpleNamespace) -> None:
     words = [f"word{i}" for i in range(40)]
-    train = [" ".join(words[:10]) + "\n" + " ".join(words[10:])]  # runs on over a paragraph
+    train = [" ".join(words[:10]) + "\n" + " ".join(words[10:])]  # crosses a paragraph
     overlap = data.ngrams.Overlap(train, n=13)
     texts = {
         "same": "So: " + ", ".join(words[5:18]).upper() + "!",
@@ -386,7 +386,8 @@ def page(text: str) -> bytes:
 
 
 def make_packages(folder: Path) -> Path:
-    """Fetched packages of three sources in folder/downloads; returns the file that lists them."""
+    """Make fetched packages of three sources in folder/downloads, and return the file that lists
+    them."""
     quoted = make_text(("poems", 2)).split("\n")[1]
     contents = {
         "manual": {f"doc/{i}.html": page(make_text(("manual", i))) for i in range(80)},
@@ -421,7 +422,7 @@ def make_packages(folder: Path) -> Path:
 
 @pytest.fixture
 def small(data: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """Builds the small packages in a folder and returns the manifest."""
+    """Return a function that builds the small packages in a folder and returns the manifest."""
     settings = data.corpus.Settings(
         pieces=400,
         valid_characters=4000,
@@ -478,7 +479,7 @@ def test_laptop_recipe(
             assert [counts[i] for i in range(4, len(dictionary))] == dictionary.count[4:]
     assert 1500 <= splits["domains/poems"]["tokens"] < 1600
 
-    # What the package holds twice is there once; a quoted poem is not in the domain's text.
+    # A text that the package has twice is there once. A quoted poem is not in the domain's text.
     everything = [line for name in splits for line in lines(tmp_path / f"text/{name}.txt")]
     assert len(everything) == len(set(everything))
     assert manifest["documents"]["guide"]["copies"] == 1
@@ -493,7 +494,7 @@ def test_laptop_recipe_is_deterministic(
     assert "since packages are others" in capsys.readouterr().out
     make_packages(tmp_path / "b")
     (tmp_path / "b" / "reference.json").write_text(json.dumps(first))
-    for name in ("manual/manual.whl", "guide/guide.tgz", "poems/poems.tgz"):  # which hold dates
+    for name in ("manual/manual.whl", "guide/guide.tgz", "poems/poems.tgz"):  # they contain dates
         source = tmp_path / "a" / "downloads" / name
         (tmp_path / "b" / "downloads" / name).write_bytes(source.read_bytes())
     assert small(tmp_path / "b", "--workers", "2") == first
@@ -554,7 +555,7 @@ def test_what_is_gone_is_made_again_and_so_is_what_depends_on_it(
     manifest = small(tmp_path)
     steps = ["deduplicate", "split", "encode", "check", "binarise"]
     for gone, first in (
-        ("work/read/guide.jsonl", "deduplicate"),  # after two steps in a process of their own
+        ("work/read/guide.jsonl", "deduplicate"),  # after two steps in a separate process
         ("work/distinct", "deduplicate"),
         ("work/split/poems.jsonl", "split"),
         ("spm.model", "encode"),
@@ -713,7 +714,7 @@ def test_folder_recipe(data: SimpleNamespace, tmp_path: Path) -> None:
     assert 6 <= documents["test"] <= 7
     assert manifest["documents"]["folder"]["copies"] == 1
     assert len(Dictionary.load(str(tmp_path / "out/bin/dict.txt"))) == 350 - 1 + 4
-    # As the README says: what the laptop corpus has, without domains and downloads.
+    # The README says: the files of the laptop corpus, without domains and downloads.
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("bin", "text", "spm.model", "dict.txt", "manifest.json", "work")
     }
@@ -746,7 +747,7 @@ def test_folder_recipe_refuses_in_one_line(data: SimpleNamespace, tmp_path: Path
 
 
 def refusal(script: ModuleType, *argv: object) -> str:
-    """The one line with which a script refuses its arguments."""
+    """Return the one line with which a script refuses its arguments."""
     with pytest.raises(SystemExit) as stop:
         script.main(list(map(str, argv)))
     assert isinstance(stop.value.code, str)
@@ -812,7 +813,7 @@ def test_folder_recipe_refuses_to_leave_held_out_splits_empty(
 
 
 def make_bpe(path: Path) -> Path:
-    """A byte-level BPE with two merges."""
+    """Make a byte-level BPE with two merges."""
     path.mkdir()
     space = bytes_to_unicode()[ord(" ")]
     tokens = [*bytes_to_unicode().values(), "th", f"{space}th", "<|endoftext|>"]

@@ -1,5 +1,5 @@
-"""Layers and training steps over CUDA tensors without numbers: what fails on a GPU, or waits for
-it, shows here."""
+"""Layers and training steps over CUDA tensors without numbers. They show what fails on a GPU, or
+waits for it."""
 
 import json
 import re
@@ -45,7 +45,7 @@ FAULTS = {
         "kernels, more than",
     ),
 }
-"""Name -> how a layer is broken, and what is said of it."""
+"""Name -> how a layer is broken, and the expected message."""
 
 BROKEN = """
 import json, sys
@@ -72,7 +72,7 @@ def run(*command):
 
 
 def test_nothing_fails_or_waits_over_all_selectors_and_types(tmp_path):
-    """And a whole training step of each method, and of the paper's model."""
+    """The script also runs a training step of each method and of the paper's model."""
     done = run(GPU / "fake_cuda.py", "--json", tmp_path / "found.json")
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes = json.loads((tmp_path / "found.json").read_text())
@@ -94,7 +94,7 @@ def test_nothing_fails_or_waits_over_all_selectors_and_types(tmp_path):
     ):
         assert any(words in name for name in names), words
     assert all(outcome["launches"] for outcome in outcomes)
-    # fairseq's own, of which we know: padding is looked for, the loss scale needs the norm.
+    # Known waits of fairseq: it looks for padding, and the loss scale needs the norm.
     known = re.compile(r"(number is read|copy to the device) at fairseq/(models|optim)/")
     for outcome in outcomes:
         assert all(known.search(where) for where in outcome["fairseq_waits"]), outcome
@@ -112,7 +112,8 @@ def test_faults_are_found(tmp_path):
 
 
 def test_what_a_layer_moves_is_counted(tmp_path):
-    """Near the floor of gathered rows, and for VanillaM below it: no rows are gathered there."""
+    """The bytes are near the floor of gathered rows. VanillaM is below it, as it gathers no
+    rows."""
     done = run(GPU / "traffic.py", "--json", tmp_path / "rows.json")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -121,7 +122,8 @@ def test_what_a_layer_moves_is_counted(tmp_path):
     for row in rows[:-1]:
         assert 1 <= row["bytes"] / row["floor"] < 3
     assert rows[-1]["bytes"] < rows[-1]["floor"] / 5
-    # x, output, their gradients; tables, theirs; hidden activations; four rows per assignment.
+    # x, output, their gradients; tables and their gradients; hidden activations; four rows per
+    # assignment.
     assert rows[2]["floor"] == 2 * (
         4 * 8192 * 1024 + 4 * 65536 * 1024 + 4 * 8192 * 4096 + 4 * 8192 * 64 * 1024
     )

@@ -1,4 +1,4 @@
-"""The validation kit of examples/gpu, without a GPU: what it runs, and that it notices faults."""
+"""The validation kit of examples/gpu without a GPU: it runs, and it notices faults."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 
 @pytest.fixture(scope="module")
 def kit() -> Iterator[dict[str, ModuleType]]:
-    """The modules of the package ``validation``."""
+    """Import the modules of the package ``validation``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(GPU))
         yield {name: importlib.import_module(f"validation.{name}") for name in NAMES}
 
 
 def script(name: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    """Runs a shell script with the Python of the tests."""
+    """Run a shell script with the Python of the tests."""
     bin_folder = str(Path(sys.executable).parent)
     env = {**os.environ, "PATH": bin_folder + os.pathsep + os.environ["PATH"]}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -44,7 +44,7 @@ def script(name: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
 
 
 def refusal(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line that a command leaves when it refuses."""
+    """Return the one line with which a command refuses."""
     assert done.returncode != 0
     (line,) = (done.stdout + done.stderr).splitlines()
     return line
@@ -120,7 +120,7 @@ def test_points_that_need_a_gpu_are_refused_without_one(tmp_path: Path) -> None:
 
 
 def checked(kit: dict[str, ModuleType], *checks: Any) -> list[Any]:
-    """Results of points that are checked in this process."""
+    """Check points in this process and return their results."""
     runner, point = kit["runner"], kit["point"]
     points = [point.Point(f"p{i}", i, "a point", check, 10) for i, check in enumerate(checks)]
     results, rows = [], []
@@ -184,7 +184,8 @@ def test_numbers_beyond_a_tolerance_fail(kit: dict[str, ModuleType], value: floa
 def test_a_wrong_product_is_noticed(
     name: str, kit: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Numbers that are 30% off, gradients for other blocks, and numbers that are not finite."""
+    """The faults are numbers that are 30% off, gradients for other blocks, and numbers that are not
+    finite."""
     layers = kit["layers"]
     case = layers.Case("avgk", 16, engine="tiled")
     assert layers.check_case(case, "cpu")["passed"]
@@ -221,7 +222,7 @@ def test_a_layer_that_fails_is_recorded_and_the_rest_goes_on(
     failed = [row for row in rows if row["passed"] is False]
     assert {row["error"] for row in failed} == {"RuntimeError: no kernel"}
     assert len(rows) == len(list(kit["layers"].cases(fake=True))) + 1
-    reason = "CUDA error: an illegal memory access"  # after which nothing runs
+    reason = "CUDA error: an illegal memory access"  # nothing runs after it
     (result,) = checked(kit, lambda _: kit["layers"].every_method(setting))
     assert result.status == "failed" and len(result.rows) == 1
     assert "no later kernel" in result.error
@@ -244,7 +245,7 @@ def test_worse_blocks_than_the_best_are_noticed(kit: dict[str, ModuleType]) -> N
 
 
 def test_every_case_of_a_gpu_can_be_built(kit: dict[str, ModuleType]) -> None:
-    """Those whose sizes a selector refuses would fail on the GPU."""
+    """A case whose sizes a selector refuses would fail on the GPU."""
     layers = kit["layers"]
     cases = list(layers.cases(fake=False))
     assert len(cases) == len(set(cases)) > 300
@@ -279,7 +280,7 @@ HANGS = "time.sleep(600)\n"
 def run_group(
     kit: dict[str, ModuleType], tmp_path: Path, program: str, seconds: float = 60
 ) -> list[Any]:
-    """Results of two points in a process that runs a program."""
+    """Run two points in a process that runs a program, and return their results."""
     point, runner = kit["point"], kit["runner"]
     points = [point.Point(f"p{i}", i, "a point", lambda setting: iter(()), 60) for i in range(2)]
 
@@ -342,7 +343,7 @@ def test_each_point_has_a_process_of_its_own_on_a_gpu(
     assert [result.status for result in results] == ["passed", "passed"]
 
 
-# What only a GPU has
+# Operations that need a GPU
 
 
 def test_waits_are_counted_after_a_first_run(

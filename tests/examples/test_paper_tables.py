@@ -23,8 +23,8 @@ DOCUMENTS = (PAPER / "README.md",)
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """This one, in a folder of an odd name, with the Python that runs the tests as its virtual
-    environment."""
+    """Link this checkout in a folder with an odd name. Its virtual environment has the Python of
+    the tests."""
     tmp_path = tmp_path / "a b'c $d [e] (f) & g"
     tmp_path.mkdir()
     for name in ("examples", "fairseq_sffn", "setup.py"):

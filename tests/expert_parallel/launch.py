@@ -1,4 +1,4 @@
-"""Several processes for the tests of this folder."""
+"""Starts several processes, for the tests of this folder."""
 
 import json
 import os
@@ -16,18 +16,19 @@ from tests import commands
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SAME_SENTENCES = ("--curriculum", "1000000", "--dropout", "0")
-"""fairseq deals consecutive batches to the ranks, so that they share the batch of one process."""
+"""fairseq deals consecutive batches to the ranks, so with these flags they share the batch of one
+process."""
 
 
 def torchrun(world_size: int, *command: Any) -> list[str]:
-    """The command line that starts so many processes."""
+    """Return the command line that starts so many processes."""
     launcher = (sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone")
     return [*launcher, "--nproc_per_node", str(world_size), *map(str, command)]
 
 
 def run(world_size: int, *command: Any) -> "subprocess.CompletedProcess[str]":
-    """Runs so many processes to their end. Collective operations give up after half an hour, so a
-    job that waits for a rank which is gone is told from a slow machine."""
+    """Run so many processes to their end. Collective operations time out after half an hour, which
+    tells a job that waits for a dead rank from a slow machine."""
     return subprocess.run(
         torchrun(world_size, *command),
         **{"env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 1200},
@@ -35,7 +36,7 @@ def run(world_size: int, *command: Any) -> "subprocess.CompletedProcess[str]":
 
 
 def training(data: Path, save_dir: Path, model: str, *flags: str) -> list[str]:
-    """The arguments of ``commands.train``."""
+    """Return the arguments of ``commands.train``."""
     arguments: list[str] = []
     original, commands.run = (
         commands.run,
@@ -49,8 +50,9 @@ def training(data: Path, save_dir: Path, model: str, *flags: str) -> list[str]:
 
 
 def train(world_size: int, folder: Path, jobs: dict[str, list[str]]) -> dict[str, str]:
-    """Runs trainings in so many processes, one after the other, and gives rank 0's logs. They are
-    copies of this process, which has imported everything; :func:`run` starts them as users do."""
+    """Run trainings in so many processes, one after the other, and return rank 0's logs. The
+    processes are copies of this one, which has imported everything. :func:`run` starts them as
+    users do."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
     with socket.socket() as free:
@@ -63,7 +65,7 @@ def train(world_size: int, folder: Path, jobs: dict[str, list[str]]) -> dict[str
             become_rank(folder, {**environment, "LOCAL_RANK": str(rank)})
         ranks[pid] = rank
     while ranks:
-        # One by one: a test may have other children.
+        # A test may have other children, so the processes are waited for one by one.
         for pid, rank in list(ranks.items()):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
@@ -78,7 +80,7 @@ def train(world_size: int, folder: Path, jobs: dict[str, list[str]]) -> dict[str
 
 
 def become_rank(folder: Path, environment: dict[str, str]) -> NoReturn:
-    """The rest of a process that was forked."""
+    """Continue as a rank in a forked process."""
     try:
         with open(folder / f"{environment['RANK']}.err", "w") as said:
             os.dup2(said.fileno(), 1)
@@ -93,7 +95,7 @@ def become_rank(folder: Path, environment: dict[str, str]) -> NoReturn:
 
 
 def run_jobs(jobs: Path) -> NoReturn:
-    """Trains what a JSON file of {name: arguments} says. Logs go to NAME.RANK.log beside it."""
+    """Run the trainings of a JSON file of {name: arguments}. Logs go to NAME.RANK.log beside it."""
     for name, arguments in json.loads(jobs.read_text()).items():
         log = commands.run("train", *arguments)
         (jobs.parent / f"{name}.{os.environ['RANK']}.log").write_text(log)

@@ -1,6 +1,8 @@
-"""One of four processes that compare memories which share tokens and blocks with one that does not:
-initial tables, outputs, selections, losses, counts, gradients, bytes sent. Started by torchrun;
-rank 0 writes what it found to the file that is named."""
+"""Runs one of four processes that compare sharded memories with a memory in one process.
+
+It compares initial tables, outputs, selections, losses, counts, gradients and bytes sent. torchrun
+starts it with the name of a file, to which rank 0 writes the result.
+"""
 
 import copy
 import json
@@ -23,7 +25,7 @@ from tests import commands  # noqa: E402
 from tests.memory.cases import CASES, UNSCORED, build, close, tokens  # noqa: E402
 
 TOKENS = (7, 0, 12, 3)
-"""Of each rank: uneven, and one without."""
+"""Tokens of each rank. The numbers are uneven, and one rank has none."""
 
 
 OTHERS = {
@@ -31,11 +33,11 @@ OTHERS = {
     "avgk-balanced": ("avgk-g4", dict(selector=AvgK.Config(balance_rate=0.3))),
     "avgk-centered": ("avgk-g4", dict(selector=AvgK.Config(center=True))),
 }
-"""Options that several processes need, or that are no case of their own."""
+"""Options that several processes need, or that have no case of their own."""
 
 
 class Meter:
-    """Counts the bytes of ``all_to_all_single`` that go to others."""
+    """Counts the bytes of ``all_to_all_single`` that go to other ranks."""
 
     def __init__(self) -> None:
         self.sent, self.original = 0, dist.all_to_all_single
@@ -50,15 +52,15 @@ class Meter:
 
 
 def compare(case: str, shards: int, groups: dict, gate: str) -> None:
-    """Raises AssertionError where anything differs."""
+    """Raise AssertionError if anything differs."""
     torch.manual_seed(0)
     case, changes = OTHERS.get(case, (case, {}))
     alone = build(case, gate=gate, **changes)
     blocks, replicas = groups[shards]
     groups = ProcessGroups(dist.group.WORLD, blocks)
     torch.manual_seed(0)
-    shared = build(case, gate=gate, groups=groups, **changes)
-    for name, parameter in shared.named_parameters():  # initialised alike
+    sharded = build(case, gate=gate, groups=groups, **changes)
+    for name, parameter in sharded.named_parameters():  # all are initialised alike
         whole = dict(alone.named_parameters())[name]
         cut = name in SHARDED and shards > 1
         assert hasattr(parameter, "expert") == cut
@@ -71,7 +73,7 @@ def compare(case: str, shards: int, groups: dict, gate: str) -> None:
     own = slice(sum(TOKENS[:rank]), sum(TOKENS[: rank + 1]))
     outcomes = []
     meter = Meter()
-    for memory, part in ((alone, slice(None)), (shared, own)):
+    for memory, part in ((alone, slice(None)), (sharded, own)):
         x = x_ND[part].clone().requires_grad_()
         out = memory(x, ids_N2[part], padding_mask=padding_N[part])
         objective = (out.output * cotangent_ND[part]).sum()
@@ -83,7 +85,7 @@ def compare(case: str, shards: int, groups: dict, gate: str) -> None:
         outcomes.append((x, out))
     dist.all_to_all_single = meter.original
     assert int(outcomes[1][1].usage.sent) == meter.sent, (case, shards, "bytes")
-    assert (shards > 1) == (meter.sent > 0)  # at least the numbers of rows
+    assert (shards > 1) == (meter.sent > 0)  # at least the numbers of rows are sent
     (x, want), (own_x, got) = outcomes
     assert torch.equal(got.selection.blocks, want.selection.blocks[own])
     close(got.output, want.output[own], "output")
@@ -94,20 +96,22 @@ def compare(case: str, shards: int, groups: dict, gate: str) -> None:
     for total, part in zip(want.usage[:3], got.usage[:3], strict=True):
         dist.all_reduce(part := part.clone())
         close(part.double(), total.double(), "usage", 1e-5)
-    for (name, parameter), whole in zip(shared.named_parameters(), alone.parameters(), strict=True):
+    for (name, parameter), whole in zip(
+        sharded.named_parameters(), alone.parameters(), strict=True
+    ):
         if whole.grad is None:
             continue
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
         cut = hasattr(parameter, "expert")
         dist.all_reduce(grad, group=replicas if cut else dist.group.WORLD)
         close(grad, whole.grad[groups.part_of(len(whole))] if cut else whole.grad, name)
-    for name, buffer in shared.named_buffers():
+    for name, buffer in sharded.named_buffers():
         close(buffer.double(), dict(alone.named_buffers())[name].double(), name, 1e-5)
-    assert copy.deepcopy(shared).groups is groups
-    assert shards > 1 or pickle.loads(pickle.dumps(shared)).groups == ProcessGroups()
-    shared.eval(), alone.eval()
+    assert copy.deepcopy(sharded).groups is groups
+    assert shards > 1 or pickle.loads(pickle.dumps(sharded)).groups == ProcessGroups()
+    sharded.eval(), alone.eval()
     with torch.no_grad():
-        close(shared(x_ND[own], ids_N2[own]).output, alone(x_ND, ids_N2).output[own], "evaluation")
+        close(sharded(x_ND[own], ids_N2[own]).output, alone(x_ND, ids_N2).output[own], "evaluation")
 
 
 def main() -> None:

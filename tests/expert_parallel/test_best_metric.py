@@ -1,4 +1,4 @@
-"""The metric of the best checkpoint, which several processes look at together."""
+"""Several processes look for the metric of the best checkpoint together."""
 
 import json
 from pathlib import Path

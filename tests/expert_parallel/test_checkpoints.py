@@ -1,4 +1,4 @@
-"""Checkpoints in parts: written by any number of processes, read by any other."""
+"""Sharded checkpoints, written by any number of processes and read by any other number."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ FLAGS = (
 
 
 FOLDERS = [f"shards-{update}-{update}2345678" for update in (2, 4, 6)]
-"""Such as training writes."""
+"""Names of folders that training writes."""
 
 
 def flags(world: int, shards: int, updates: int) -> tuple[str, ...]:
@@ -34,7 +34,7 @@ def flags(world: int, shards: int, updates: int) -> tuple[str, ...]:
 
 
 def train(data: Path, save_dir: Path, world: int, shards: int, updates: int) -> dict[int, str]:
-    """Update -> loss."""
+    """Train and return update -> loss."""
     arguments = ("avgk", *flags(world, shards, updates))
     if world == 1:
         return commands.losses(commands.train(data, save_dir, *arguments))
@@ -55,27 +55,27 @@ def assert_near(got: dict[int, str], want: dict[int, str]) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The losses of one process, and where it saved."""
+    """Train in one process, and return the losses and the folder of the checkpoints."""
     save_dir = tmp_path_factory.mktemp("uninterrupted") / "saved"
     return train(data_bin, save_dir, 1, 1, 8), save_dir
 
 
 @pytest.fixture(scope="module")
 def in_four(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The losses of four processes that shard the blocks, after two updates, and where they
-    saved."""
+    """Train two updates in four processes that shard the blocks, and return the losses and the
+    folder of the checkpoints."""
     save_dir = tmp_path_factory.mktemp("in_four") / "saved"
     return train(data_bin, save_dir, 4, 4, 2), save_dir
 
 
 @pytest.fixture
 def saved(in_four: Any, tmp_path: Path) -> Path:
-    """A copy of where four processes saved."""
+    """Copy the folder of the four processes."""
     return Path(shutil.copytree(in_four[1], tmp_path / "saved"))
 
 
 def whole(path: Path) -> dict[str, Any]:
-    """Model and optimizer of a checkpoint, by name, whatever its parts."""
+    """Read model and optimizer of a checkpoint by name, sharded or not."""
     from fairseq import checkpoint_utils
 
     state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
@@ -125,8 +125,8 @@ def test_no_file_has_all(saved):
 
 
 def test_there_and_back(saved, uninterrupted, data_bin, tmp_path, capsys):
-    """Four parts into one file, two parts and four again: nothing changes; and one process's file
-    into parts."""
+    """Converting four parts into one file, two parts and four again changes nothing. One process's
+    file can be sharded too."""
     original = saved / "checkpoint_last.pt"
     one, two, four = (tmp_path / f"{name}.pt" for name in ("one", "two", "four"))
     cli.main(["reshard", str(original), str(one)])
@@ -177,7 +177,7 @@ def test_a_part_that_cannot_be_read_is_named(damage, command, saved, data_bin, t
         part.unlink()
     elif damage == "truncated":
         part.write_bytes(part.read_bytes()[:1000])
-    elif damage == "flipped":  # a bit of a tensor
+    elif damage == "flipped":  # flip a bit of a tensor
         table = next(iter(torch.load(part, weights_only=True)["model"].values()))
         content = bytearray(part.read_bytes())
         content[content.index(table.numpy().tobytes()) + 9] ^= 4
@@ -186,7 +186,7 @@ def test_a_part_that_cannot_be_read_is_named(damage, command, saved, data_bin, t
         part.write_bytes(b"no checkpoint")
     elif damage == "another":
         shutil.copy(part.with_name("part2-of-4.pt"), part)
-    elif damage == "alien":  # of the same shapes
+    elif damage == "alien":  # a part with the same shapes
         state = torch.load(part, weights_only=True)
         torch.save({**state, "folder": "shards-9-abc"}, part)
     else:
@@ -232,14 +232,15 @@ def test_training_survives_a_folder_that_cannot_be_removed(tmp_path, caplog):
     *others, link = FOLDERS
     for name in others:
         (tmp_path / name).mkdir()
-    (tmp_path / link).symlink_to(tmp_path / others[0])  # which rmtree refuses
+    (tmp_path / link).symlink_to(tmp_path / others[0])  # rmtree refuses links
     remove_unnamed(tmp_path)
     assert not any((tmp_path / name).exists() for name in others)
     assert f"{tmp_path / link}: not removed: " in caplog.text
 
 
 def test_what_is_cut_shares_no_memory_with_the_files():
-    """They are mapped, and may be removed: neither cut tensors nor others."""
+    """The files are mapped and may be removed. Neither cut tensors nor the others may refer to
+    them."""
     table = torch.ones(4, 2)
     state = {"step": torch.tensor(3.0), "exp_avg": torch.ones(4, 2), "count": 3}
     own = _cut([state], [table], Part())
@@ -250,7 +251,7 @@ def test_what_is_cut_shares_no_memory_with_the_files():
 
 
 def in_one_piece(path: Path) -> None:
-    """Makes the optimizer's state what --fp16 flattens it to."""
+    """Flatten the optimizer's state into one tensor, as --fp16 does."""
     state = torch.load(path, weights_only=True)
     group = {**state["last_optimizer_state"]["param_groups"][0], "params": [0]}
     state["last_optimizer_state"] = {"state": {}, "param_groups": [group]}
@@ -258,14 +259,14 @@ def in_one_piece(path: Path) -> None:
 
 
 def test_resetting_the_optimizer_needs_no_state(uninterrupted, data_bin, tmp_path):
-    """One in one piece is no obstacle then, to loading in two processes."""
+    """A flattened state would otherwise prevent loading in two processes."""
     saved = Path(shutil.copytree(uninterrupted[1], tmp_path / "saved"))
     last = saved / "checkpoint_last.pt"
     in_one_piece(last)
     with pytest.raises(UsageError, match="add --reset-optimizer"):
         put_parts(torch.load(last, weights_only=True), last, Part(0, 2))
     arguments = ("avgk", *flags(2, 2, 2))
-    # Without --reset-lr-scheduler and the like, the epoch of the checkpoint goes on.
+    # Without --reset-lr-scheduler and similar flags, the epoch of the checkpoint continues.
     jobs = {
         "reset": launch.training(
             *(data_bin, tmp_path / "reset", *arguments, "--reset-optimizer"),
@@ -280,7 +281,8 @@ def test_resetting_the_optimizer_needs_no_state(uninterrupted, data_bin, tmp_pat
 
 
 def test_parts_do_not_become_one_piece(saved):
-    """Which --fp16 without --fp16-no-flatten-grads wants, of which PyTorch would say nothing."""
+    """--fp16 without --fp16-no-flatten-grads needs a flattened state, and PyTorch would not report
+    the difference."""
     last = saved / "checkpoint_last.pt"
     with pytest.raises(UsageError, match="wants one piece; add that, or --reset-optimizer"):
         put_parts(torch.load(last, weights_only=True), last, Part(flat=True))
@@ -292,7 +294,7 @@ def test_training_goes_on_from_a_checkpoint_of_old_pytorch(uninterrupted, data_b
     losses = train(data_bin, saved, 1, 1, 4)
     state = torch.load(saved / "checkpoint_last.pt", weights_only=True)
     torch.save(state, saved / "checkpoint_last.pt", _use_new_zipfile_serialization=False)
-    (saved / FOLDERS[0]).mkdir()  # which makes training look into it
+    (saved / FOLDERS[0]).mkdir()  # training looks into the checkpoint because of it
     assert_near(losses | train(data_bin, saved, 1, 1, 8), uninterrupted[0])
     assert parts(saved) == {}
 

@@ -1,4 +1,4 @@
-"""Collective operations by their names of today, and of PyTorch before 2.12."""
+"""Collective operations under the names of current PyTorch, and of PyTorch before 2.12."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_either_name(old: bool, world: None, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_lists_of_cpus_beside_a_gpu(world: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``--cpu`` on a machine that has a GPU."""
+    """``--cpu`` works on a machine that has a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     data = {"loss": torch.ones(2), "name": "a"}
     (gathered,) = distributed_utils.all_gather_list(data, dist.group.WORLD)

@@ -1,4 +1,4 @@
-"""What happens when one of several processes fails, or differs."""
+"""One of several processes fails, or differs from the others."""
 
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,15 @@ SHARED = ("--sffn-expert-parallel", "2")
 
 
 def run(data: Path, save_dir: Path, fault: str, rank: int, *flags: str) -> Any:
-    """How two processes end, if they do long before a collective operation gives up."""
+    """Run two processes to their end, which must come long before a collective operation times
+    out."""
     arguments = launch.training(data, save_dir, "avgk", *FLAGS, *flags)
     return launch.run(2, launch.HERE / "faulty_worker.py", fault, rank, *arguments)
 
 
 @pytest.fixture(scope="module")
 def healthy(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
-    """Update -> the loss of a training that does not fail."""
+    """Train without a fault and return update -> loss."""
     folder = tmp_path_factory.mktemp("healthy")
     job = launch.training(data_bin, folder / "saved", "avgk", *FLAGS, *SHARED)
     return commands.losses(launch.train(2, folder, {"job": job})["job"])
@@ -42,9 +43,8 @@ def healthy(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[in
     ],
 )
 def test_a_process_that_is_killed(fault, rank, healthy, data_bin, tmp_path):
-    """The job stops and says which process was killed; nothing half-written is
-    left under a checkpoint's name; training resumes from the last one, of update 2, and ends as if
-    nothing had happened."""
+    """The job stops and names the killed process. No half-written file has a checkpoint's name.
+    Training resumes from the last checkpoint, of update 2, and ends as if nothing had happened."""
     save_dir = tmp_path / "saved"
     done = run(data_bin, save_dir, fault, rank, *SHARED)
     assert done.returncode != 0
@@ -54,7 +54,7 @@ def test_a_process_that_is_killed(fault, rank, healthy, data_bin, tmp_path):
     job = launch.training(data_bin, save_dir, "avgk", *FLAGS, *SHARED)
     resumed = commands.losses(launch.train(2, tmp_path / "jobs", {"job": job})["job"])
     assert resumed == {update: healthy[update] for update in (3, 4, 5, 6)}
-    assert len(list(save_dir.glob("shards-*"))) == 1  # what was left of the other is gone
+    assert len(list(save_dir.glob("shards-*"))) == 1  # the rest of the other checkpoint is gone
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,8 @@ def test_a_process_that_is_killed(fault, rank, healthy, data_bin, tmp_path):
     [("no room for a part", 0), ("no room for a part", 1), ("no room for the file", 0)],
 )
 def test_full_disk(fault, rank, healthy, data_bin, tmp_path):
-    """One line, from one rank; nothing is left of the checkpoint; training resumes from the one
-    before."""
+    """One rank prints one line. Nothing of the failed checkpoint stays, and training resumes from
+    the one before."""
     save_dir = tmp_path / "saved"
     done = run(data_bin, save_dir, fault, rank, *SHARED)
     assert done.returncode != 0
@@ -93,7 +93,7 @@ def test_processes_that_differ_do_not_start(fault, message, data_bin, tmp_path):
 
 @pytest.mark.parametrize("flags", [(), SHARED])
 def test_a_process_that_is_out_of_memory(flags, data_bin, tmp_path):
-    """Ends the job: fairseq would skip its micro-batch, and the others wait for it."""
+    """It ends the job. fairseq would skip the micro-batch, and the other rank would wait for it."""
     done = run(data_bin, tmp_path / "saved", "out of memory", 1, *flags)
     assert done.returncode != 0
     assert "RuntimeError: out of memory" in done.stderr

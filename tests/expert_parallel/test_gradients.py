@@ -1,4 +1,4 @@
-"""What becomes of the gradients of blocks that are sharded, in one process."""
+"""The gradients of sharded blocks, in one process."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from fairseq_sffn.expert_parallel.gradients import square_norm
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_norm_is_in_single_precision(dtype: torch.dtype) -> None:
-    """Loss-scaled gradients in half precision, whose squares overflow."""
+    """The squares of loss-scaled gradients overflow in half precision."""
     gradients = [torch.full((1000, 100), 100.0, dtype=dtype), torch.full((7,), 3.0, dtype=dtype)]
     found = square_norm(gradients)
     assert found.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""What is refused before anything is trained, and what torchrun's environment means."""
+"""Settings that are refused before training, and the environment of torchrun."""
 
 import inspect
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from tests import commands
 
 
 def settings(**changes: Any) -> SimpleNamespace:
-    """The parts of fairseq's configuration that matter here."""
+    """Make the parts of fairseq's configuration that matter here."""
     groups = {
         "distributed_training": dict(
             **dict(ddp_backend="pytorch_ddp", zero_sharding="none"),
@@ -64,7 +64,7 @@ def test_refused(changes, message):
     with pytest.raises(UsageError, match=message) as caught:
         check_settings(settings(**changes))
     assert "\n" not in str(caught.value)
-    if "fully_sharded" not in message:  # without blocks to share out they are fairseq's matter
+    if "fully_sharded" not in message:  # without blocks to shard, fairseq handles these
         check_settings(settings(**changes, sffn_expert_parallel=1))
 
 
@@ -76,12 +76,12 @@ def test_layerdrop_is_refused_in_several_processes(side, shards):
         check_settings(settings(**changes))
     if shards == 1:
         check_settings(settings(**changes, distributed_world_size=1))
-    # As in the configuration of an encoder-decoder model.
+    # The configuration of an encoder-decoder model has these names.
     grouped = settings(sffn_expert_parallel=shards)
     setattr(grouped.model, side, SimpleNamespace(layerdrop=0.5))
     with pytest.raises(UsageError, match=f"--{side}-layerdrop 0.5: not with sparse layers"):
         check_settings(grouped)
-    # Other models drop what they like.
+    # Other models may drop any layers.
     del grouped.model.sffn_expert_parallel
     check_settings(grouped)
 
@@ -120,8 +120,8 @@ def test_where_hydra_logs_does_not_count():
 
 
 def test_processes_that_would_train_alone(data_bin, tmp_path, monkeypatch):
-    """fairseq-hydra-train reads the plugin after it has looked for torchrun, and then in vain where
-    there is no GPU."""
+    """fairseq-hydra-train reads the plugin after it has looked for torchrun. On a machine without a
+    GPU, it looks in vain."""
     for name in launch.LAUNCHED:
         monkeypatch.setenv(name, "2")
     call_main = inspect.unwrap(distributed_utils.call_main)
@@ -145,7 +145,7 @@ def test_versions_count():
         dict(ddp_backend="legacy_ddp", _name="sffn_adam"),
         dict(fp16=True, fp16_no_flatten_grads=True),
         dict(fp16=True, memory_efficient_fp16=True),
-        dict(bf16=True),  # which fairseq never flattens
+        dict(bf16=True),  # fairseq never flattens bf16 with it
     ],
 )
 def test_not_refused(changes):
@@ -170,7 +170,7 @@ def test_more_processes_than_gpus_are_torchruns(data_bin, tmp_path):
 
 
 def test_fairseqs_own_processes_need_gpus(data_bin, tmp_path, monkeypatch):
-    """Without any it would start none, and end as if it had trained."""
+    """Without a GPU fairseq would start no process, and end as if it had trained."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     method = ("--distributed-init-method", "tcp://localhost:29999", "--distributed-rank", "0")
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Memories that share tokens and blocks with other processes equal one that does not."""
+"""Memories whose tokens and blocks are sharded equal a memory in one process."""
 
 import json
 
@@ -14,7 +14,7 @@ WHOLE = {
     **{case: "has keys of its own" for case in CASES if case.startswith(("lorkm", "pkm"))},
     "pkm_ffn": None,
 }
-"""Why a method's blocks cannot be sharded."""
+"""Method -> reason why its blocks cannot be sharded."""
 CASES_HERE = [
     *(case for case in CASES if case != "gshard-sampled"),
     "avgk-balanced",

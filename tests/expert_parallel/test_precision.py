@@ -22,7 +22,7 @@ TOGETHER = ("--batch-size", "4", "--sffn-expert-parallel", "2")
 
 @pytest.fixture(scope="module")
 def logs(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Name of a training -> what is logged, by one process and by two."""
+    """Return name of a training -> logs of one process and of two."""
     folder = tmp_path_factory.mktemp("precision")
     result, jobs = {}, {}
     with pytest.MonkeyPatch.context() as patch:

@@ -16,7 +16,7 @@ from tests.expert_parallel import launch
 pytestmark = pytest.mark.usefixtures("quick_start")
 PROGRAM = Path(__file__).parents[1] / "integration" / "interrupted.py"
 UPDATES = 10
-"""An epoch has eight, in two processes."""
+"""Number of updates. An epoch has eight in two processes."""
 FLAGS = (
     *("--batch-size", "16", "--max-update", f"{UPDATES}", "--dropout", "0.1"),
     *("--no-epoch-checkpoints", "--required-batch-size-multiple", "1"),
@@ -50,7 +50,7 @@ def final_state(save_dir: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Kind of training -> what it logs, and its final state."""
+    """Return kind of training -> its log and its final state."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     jobs = {
         kind: launch.training(data_bin, folder / "saved" / kind, "avgk", *FLAGS, *flags)
@@ -81,8 +81,8 @@ def test_one_signal_interrupts_all(
     data_bin: Path,
     tmp_path: Path,
 ) -> None:
-    """In whichever process it comes; torchrun passes on its own to all. Then training goes on as
-    if it had never been interrupted."""
+    """Any process may get the signal; torchrun passes its own signal to all. Training then resumes
+    as if it had never been interrupted."""
     save_dir = tmp_path / "saved"
     job = launch.training(data_bin, save_dir, "avgk", *FLAGS, *KINDS[kind])
     done = launch.run(2, PROGRAM, place, update, int(signal.SIGTERM), target, *job)
@@ -90,7 +90,7 @@ def test_one_signal_interrupts_all(
     assert "SIGKILL" not in done.stderr and "Connection closed" not in done.stderr
     if target != "parent":
         assert f"exitcode  : {128 + signal.SIGTERM}" in done.stderr
-        # Only one rank at least takes notice in this update.
+        # At least one rank notices the signal in this update.
         assert final_state(save_dir)["updates"] == update
     logs = launch.train(2, tmp_path / "resumed", {"job": job})
     saved = final_state(save_dir)
@@ -100,7 +100,7 @@ def test_one_signal_interrupts_all(
 
 
 def run_by_hand(data: Path, save_dir: Path, number: int, target: str) -> list[tuple[int, str]]:
-    """Status and errors of two ranks that are started without a launcher."""
+    """Start two ranks without a launcher, and return their exit statuses and errors."""
     job = launch.training(data, save_dir, "avgk", *FLAGS)
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -121,7 +121,7 @@ def run_by_hand(data: Path, save_dir: Path, number: int, target: str) -> list[tu
         for rank in range(2)
     ]
     try:
-        # Ranks that wait for each other are told from a slow machine.
+        # The timeout tells ranks that wait for each other from a slow machine.
         errors = [rank.communicate(timeout=1200)[1] for rank in ranks]
     finally:
         for rank in ranks:
@@ -133,7 +133,7 @@ def run_by_hand(data: Path, save_dir: Path, number: int, target: str) -> list[tu
 def test_exit_status_of_processes_started_by_hand(
     number: int, data_bin: Path, tmp_path: Path
 ) -> None:
-    """128 + n on every rank, whichever got the signal."""
+    """The status is 128 + n on every rank, whichever rank got the signal."""
     ended = run_by_hand(data_bin, tmp_path / "saved", number, "1")
     assert [status for status, _ in ended] == [128 + number] * 2, ended
     assert not any("Traceback" in said for _, said in ended)
@@ -142,7 +142,7 @@ def test_exit_status_of_processes_started_by_hand(
 
 @pytest.mark.parametrize("target", ["lost", "lost and unseen"])
 def test_a_process_is_lost_after_a_signal(target: str, data_bin: Path, tmp_path: Path) -> None:
-    """The other one ends with a line, also where the system does not tell of it."""
+    """The other process ends with a line, even if the system does not report the loss."""
     (status, said), (lost, _) = run_by_hand(data_bin, tmp_path / "saved", signal.SIGTERM, target)
     assert (status, lost) == (128 + signal.SIGTERM, -signal.SIGKILL)
     lines = [line for line in said.splitlines() if line.startswith("SIGTERM: ")]

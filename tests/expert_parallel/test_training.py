@@ -1,5 +1,5 @@
-"""Several processes train as one does with all their sentences: 2 and 4 of them, gloo, every model,
-blocks sharded over 1, 2 and 4."""
+"""Several processes train as one process does with all their sentences. They are 2 and 4 with gloo,
+with every model, and with blocks sharded over 1, 2 and 4."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from tests import commands
 from tests.expert_parallel import launch
 
 UPDATES = 20
-"""An epoch is 15 batches of 16 sentences, the last of one sentence: in four processes three
-of them have none."""
+"""Number of updates. An epoch is 15 batches of 16 sentences, and its last batch has one sentence.
+In four processes, three of them have none of it."""
 FLAGS = (
     *launch.SAME_SENTENCES,
     *("--max-update", f"{UPDATES}", "--required-batch-size-multiple", "1", "--clip-norm", "0.5"),
@@ -49,7 +49,7 @@ def logged(log: str) -> dict[int, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def alone(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Model -> what one process logs."""
+    """Return model -> log of one process."""
     folder = tmp_path_factory.mktemp("alone")
     return {
         model: logged(commands.train(data_bin, folder / model, model, *flags(model)))
@@ -59,7 +59,7 @@ def alone(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 @pytest.fixture(scope="module")
 def together(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Run -> what several processes log, with the folder they saved to."""
+    """Return run -> log of several processes, with the folder of the checkpoints."""
     folder, logs = tmp_path_factory.mktemp("together"), {}
     for world in BACKENDS:
         jobs = {
@@ -82,8 +82,8 @@ def together(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 @pytest.mark.parametrize(("model", "world", "shards"), RUNS)
 def test_loss_curve_of_one_process(model, world, shards, alone, together):
-    """The first update's gradients, selections and balance are those of one process; 20 updates
-    later losses differ by what rounding makes of it (Adam divides by tiny gradients)."""
+    """The gradients, selections and balance of the first update are those of one process. 20
+    updates later, rounding makes losses differ, as Adam divides by tiny gradients."""
     want, (got, _) = alone[model], together[f"{world}-{model}-{shards}"]
     assert list(got) == list(want) == list(range(1, UPDATES + 1))
     for key in ("loss", "gnorm", "wpb", "bsz", *LOADS):
@@ -92,7 +92,7 @@ def test_loss_curve_of_one_process(model, world, shards, alone, together):
             assert float(got[1][key]) == pytest.approx(float(want[1][key]), abs=tolerance), key
     for update, record in want.items():
         assert got[update]["wpb"] == record["wpb"]
-        # The best assignment changes with a rounding.
+        # Rounding changes the best assignment.
         tolerance = 0.05 if model == "base" else 0.02
         assert float(got[update]["loss"]) == pytest.approx(float(record["loss"]), abs=tolerance)
     assert ("sent_bytes" in got[1]) == (shards > 1)
@@ -100,8 +100,8 @@ def test_loss_curve_of_one_process(model, world, shards, alone, together):
 
 @pytest.mark.parametrize(("model", "world"), SHARDS)
 def test_evaluated_by_one_process(model, world, together, data_bin):
-    """fairseq-eval-lm takes a checkpoint in parts as any other, and finds what the processes found
-    in validation, but for the batches that fairseq's training leaves out."""
+    """fairseq-eval-lm reads a sharded checkpoint as any other. It finds the perplexity of the
+    processes' validation, except for the batches that fairseq's training leaves out."""
     perplexities = []
     for shards in SHARDS[model, world]:
         folder = together[f"{world}-{model}-{shards}"][1]
@@ -116,8 +116,8 @@ def test_evaluated_by_one_process(model, world, together, data_bin):
 
 
 def test_several_batches_an_update(alone, together):
-    """Two processes that shard the blocks, two batches of each an update; at the end of an epoch
-    one has a batch of one sentence, and the other none."""
+    """Two processes shard the blocks, with two batches each per update. At the end of an epoch one
+    has a batch of one sentence, and the other has none."""
     want, (got, _) = alone["avgk"], together["2-several"]
     assert list(got) == list(want)
     for update, record in want.items():

@@ -1,5 +1,5 @@
-"""Processes that have differently much to do: in training, micro-batches that some have not; in
-validation, other numbers of steps to decode."""
+"""Processes with different amounts of work: missing micro-batches in training, and different
+numbers of decoding steps in validation."""
 
 import random
 from pathlib import Path
@@ -20,7 +20,7 @@ LETTERS = "abcdefgh"
 
 
 def preprocess(folder: Path, lines: dict[str, int], *flags: str) -> Path:
-    """Sentences of different lengths, binarised."""
+    """Binarise sentences of different lengths."""
     rng = random.Random(0)
     source = "--only-source" in flags
     for split, count in lines.items():
@@ -34,8 +34,8 @@ def preprocess(folder: Path, lines: dict[str, int], *flags: str) -> Path:
 
 @pytest.fixture(scope="module")
 def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """7 batches: of two processes that take two an update, one has a last one that the other has
-    not."""
+    """Make 7 batches for two processes that take two per update. Only one process has a last
+    batch."""
     folder = tmp_path_factory.mktemp("sentences")
     return preprocess(folder, {"train": 27, "valid": 4}, "--only-source")
 
@@ -86,10 +86,11 @@ def test_each_micro_batch_counts_by_itself(shards, sentences, together, tmp_path
             assert record[key] == reference[key], key
         for key in ("loss", "gnorm", "load_max", "load_entropy"):
             assert float(record[key]) == pytest.approx(float(reference[key]), abs=5e-3), key
-        # Dummies are sent too.
+        # Dummy batches are sent too.
         assert ("sent_bytes" in record) == (shards == "2")
 
 
 def test_decoding_in_validation(together):
-    """Nobody asks for the losses of what is decoded, for which processes would wait."""
+    """Nothing reads the losses of decoded tokens. Processes would wait for each other to form
+    them."""
     assert "valid_bleu" in commands.records(together["decoding"], "valid")[-1]

@@ -1,5 +1,5 @@
-"""One of several processes that run jobs of fairseq-train, one after the other. Started by torchrun
-with a JSON file of {name: arguments}; the log of each rank goes to NAME.RANK.log beside it."""
+"""Runs jobs of fairseq-train, one after the other, as one of several processes. torchrun starts it
+with a JSON file of {name: arguments}. The log of each rank goes to NAME.RANK.log beside it."""
 
 import sys
 from pathlib import Path

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs fairseq's own tests on the installed fairseq, without the plugin and with it. Prints the tests
-# that pass without it only; the exit status is then 1.
+# Runs fairseq's own tests on the installed fairseq, without and with the plugin. Prints the tests that
+# pass only without it. If there are any, the exit status is 1.
 #
-#   bash tests/integration/fairseq_tests.sh FOLDER                          all but those for GPUs, an hour
+#   bash tests/integration/fairseq_tests.sh FOLDER                          all that need no GPU, an hour
 #   bash tests/integration/fairseq_tests.sh FOLDER tests/test_train.py ...  some files
 #
 # FOLDER is a checkout of fairseq.
@@ -27,7 +27,7 @@ if [ $# -eq 0 ]; then
     set -- "${files[@]}"
 fi
 
-# passed ARGUMENTS...: the names of the tests that pass.
+# passed ARGUMENTS...: prints the names of the tests that pass.
 passed() {
     python -W ignore -m pytest -p no:cacheprovider --tb=no -rp "$@" 2>/dev/null |
         sed -n 's/^PASSED //p' | sort || true

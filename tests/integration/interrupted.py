@@ -1,5 +1,5 @@
-"""fairseq-train that sends itself a signal. Also a program: where, when and which signal, to whom,
-then fairseq-train's arguments."""
+"""Runs fairseq-train, which sends itself a signal. As a program, it takes the place, the update,
+the signal, the target, and fairseq-train's arguments."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from fairseq_sffn.patches.trainer import SFFNTrainer  # noqa: E402
 
 
 def send(trainer: Any, number: int, target: int | None = None) -> None:
-    """Sends a signal to a process, by default to this one, and waits until it has come here."""
+    """Send a signal to a process, by default to this one, and wait until it has arrived here."""
     os.kill(target or os.getpid(), number)
     while not trainer.interruption.receiver.received:
         time.sleep(0.01)
 
 
 def at(patch: pytest.MonkeyPatch, place: str, update: int, action: Any) -> None:
-    """Does something with the trainer once: in an update, where the validation after it begins,
-    where that ends, or while the update is saved."""
+    """Call a function with the trainer once: in an update, at the beginning or end of the
+    validation after it, or while the update is saved."""
     owner, name, position = {
         "update": (Trainer, "train_step", 0),
         "validation": (Trainer, "begin_valid_epoch", 0),
@@ -50,7 +50,7 @@ def at(patch: pytest.MonkeyPatch, place: str, update: int, action: Any) -> None:
 
 
 def main() -> None:
-    """What the program does."""
+    """Run the program."""
     place, update, number, target, *arguments = sys.argv[1:]
     rank = os.environ.get("RANK", "0")
     sys.argv = ["fairseq-train", *arguments]
@@ -59,7 +59,7 @@ def main() -> None:
 
     def act(trainer: Any) -> None:
         if target == "group":
-            # Another process, since those that load data obey their parent.
+            # The signal comes from another process, as processes that load data obey their parent.
             kill = ("kill", f"-{number}", "--", f"-{os.getpgrp()}")
             subprocess.run(kill, check=True, start_new_session=True)
         elif target == "parent" and rank == "0":

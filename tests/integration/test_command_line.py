@@ -1,4 +1,4 @@
-"""Every model through fairseq's commands: train, evaluate, generate, in process and as scripts."""
+"""Every model with fairseq's commands: train, evaluate, generate, in process and as scripts."""
 
 import math
 import os
@@ -25,12 +25,12 @@ from tests.commands import ROOT, USER_DIR, losses, override, records
 MODELS = (*commands.MODELS, "sffn")
 SPARSE = ("avgk", "switch", "hash_layer")
 EVERY_SAMPLE = ("--required-batch-size-multiple", "1")
-"""fairseq-train otherwise leaves out the last batch where its size is no multiple of 8."""
+"""Flags without which fairseq-train leaves out a last batch whose size is no multiple of 8."""
 SENTENCES = ("--task", "language_modeling", "--sample-break-mode", "eos")
 
 
 def logged(log: str, *names: str) -> list[tuple[str, ...]]:
-    """What was logged under these names at each update."""
+    """Return the values that were logged under these names at each update."""
     return [tuple(record[name] for name in names) for record in records(log)]
 
 
@@ -42,7 +42,7 @@ def valid_ppl(log: str) -> float:
     return float(records(log, "valid")[-1]["valid_ppl"])
 
 
-# Each command, on each model.
+# Each command, on each model
 
 
 @dataclass
@@ -63,7 +63,7 @@ def trained(
 
 
 def hypotheses(output: str) -> dict[str, tuple[str, list[float]]]:
-    """Sample -> text and the scores (base 2) of its tokens, as generation printed them."""
+    """Return sample -> text and scores (base 2) of its tokens, as generation printed them."""
     texts = dict(re.findall(r"^H-(\d+)\t\S+\t(.*)$", output, re.M))
     scores = dict(re.findall(r"^P-(\d+)\t(.*)$", output, re.M))
     return {n: (texts[n], [float(score) for score in scores[n].split()]) for n in texts}
@@ -82,7 +82,7 @@ def test_eval_lm_finds_the_perplexity_that_training_logged(
 
 
 def test_generation_scores_sentences_as_eval_lm_does(trained: Trained, data_bin: Path) -> None:
-    """Generation decodes token by token, and is made to repeat the sentences of the split."""
+    """Generation decodes token by token. It is made to repeat the sentences of the split."""
     evaluated = commands.evaluate(data_bin, trained.checkpoint, *SENTENCES)
     output = commands.apply(
         *("generate", data_bin, trained.checkpoint, *SENTENCES, "--gen-subset", "valid"),
@@ -101,11 +101,11 @@ def test_interactive_continues_each_prompt(trained: Trained, data_bin: Path) -> 
     )
     long, short, again = hypotheses(output).values()
     assert short[0].startswith("the n1 ") and long[0].startswith("the n2 v3 the n4 ")
-    # Text and scores do not depend on what was asked before.
+    # Text and scores do not depend on earlier prompts.
     assert again == long
 
 
-# What is logged.
+# Logs
 
 
 @pytest.mark.parametrize("model", commands.MODELS)
@@ -175,7 +175,7 @@ def test_divergence_is_reported_as_fairseq_does(data_bin: Path, tmp_path: Path) 
         commands.train(data_bin, tmp_path, "avgk", "--lr", "1e20", "--max-update", "10")
 
 
-# Options.
+# Options
 
 ADAPTIVE = (
     *("--adaptive-input", "--adaptive-input-cutoff", "20,40", "--tie-adaptive-weights"),
@@ -246,7 +246,7 @@ def test_adaptive_softmax_loss_counts_every_token(data_bin: Path, tmp_path: Path
 
 @pytest.mark.parametrize("model", SPARSE)
 def test_activation_checkpoints_change_nothing(model: str, data_bin: Path, tmp_path: Path) -> None:
-    """With balance and z losses, so that the router's gradients are compared, and with dropout."""
+    """Balance and z losses make the comparison include the router's gradients. Dropout is on."""
     scores = model != "hash_layer"
     extra = ("--balance-loss-weight", "0.5", "--z-loss-weight", "0.1") if scores else ()
     keys = ("loss", "gnorm", "load_max_layer1", *(("balance_loss",) if scores else ()))
@@ -295,7 +295,7 @@ def test_ema_has_every_parameter(data_bin: Path, tmp_path: Path) -> None:
 
 
 def test_hash_counts_of_the_training_split_spread_it_better(data_bin: Path, tmp_path: Path) -> None:
-    """The dictionary does not know how often a sentence ends; the training split does."""
+    """The dictionary does not know how often a sentence ends. The training split does."""
     loads = {}
     for counts in ("dictionary", "train"):
         flags = ("--task", "sffn_language_modeling", "--hash-table", "balanced")
@@ -333,7 +333,7 @@ def test_hash_counts_are_of_the_split_that_trains(command, subset, data_bin, tmp
     table = state["model"]["decoder.layers.1.fc1.memory.selector.table"]
     assert table.flatten().tolist() == balanced_table(counts.tolist(), 16).flatten().tolist()
 
-    # Loading counts nothing: the split need not be there, nor an earlier version's option.
+    # Loading counts nothing. It needs neither the split nor an option of an earlier version.
     held_out = shutil.copytree(data_bin, tmp_path / "bin")
     for split in {"train", subset} - {"test"}:
         (held_out / f"{split}.idx").unlink()
@@ -404,7 +404,7 @@ def test_smaller_output_dictionary(data_bin: Path, tmp_path: Path) -> None:
     assert len(losses(log)) == 6
 
 
-# --arch and fairseq-hydra-train.
+# --arch and fairseq-hydra-train
 
 CONFIG_DIR = commands.EXAMPLES / "config"
 EXAMPLE = OmegaConf.load(CONFIG_DIR / "avgk_tiny.yaml")
@@ -415,14 +415,14 @@ RECIPE = (
     *("--total-num-update", f"{EXAMPLE.lr_scheduler.total_num_update}"),
     *("--lr-scheduler", "polynomial_decay"),
 )
-"""The example in flags, but for what ``commands.train`` sets."""
+"""The example as flags, without those that ``commands.train`` sets."""
 SMALLER = (
     *("common.log_format=json", "common.log_interval=1", "common.no_progress_bar=true"),
     *("task.tokens_per_sample=16", "dataset.batch_size=8", "dataset.num_workers=0"),
     *("optimization.max_update=6", "+model.decoder_layers=2", "+model.decoder_embed_dim=16"),
     *("+model.decoder_ffn_embed_dim=32", "+model.decoder_attention_heads=2"),
 )
-"""What ``commands.train`` sets, for hydra."""
+"""The settings of ``commands.train`` for hydra."""
 OF_MODEL = {
     "avgk": ("+model.sffn_block_size=8",),
     "rand_hash": ("+model.sffn_block_size=8",),
@@ -533,11 +533,11 @@ def test_flags_tie_and_untie_the_built_model(data_bin: Path) -> None:
     assert tied.layer_norm is not None and untied.layer_norm is None
 
 
-# The real scripts.
+# The real scripts
 
 
 def script(name: str, *arguments: object, cwd: Path, stdin: str = "") -> str:
-    """What the console script printed."""
+    """Run a console script and return its output."""
     process = subprocess.run(
         [Path(sys.executable).parent / f"fairseq-{name}", *map(str, arguments)],
         cwd=cwd,
@@ -554,7 +554,8 @@ def script(name: str, *arguments: object, cwd: Path, stdin: str = "") -> str:
 def scripted(
     data_bin: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path, dict[int, str]]:
-    """The command of the README, from the project root: data, save dir and losses."""
+    """Train by the README's command from the project root. Return data, folder of the checkpoints,
+    and losses."""
     folder = tmp_path_factory.mktemp("scripts")
     data = shutil.copytree(data_bin, folder / "data")
     for kind in ("bin", "idx"):  # the validation split is too short for a batch at 128 tokens

@@ -28,7 +28,7 @@ LIMIT_SECONDS = 3.0
 
 
 def python(script: str, *arguments: str, cwd: Path = ROOT) -> str:
-    """Return what a script printed, run in a process that has just begun."""
+    """Run a script in a new process, and return its output."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script, *arguments],
         cwd=cwd,
@@ -55,7 +55,8 @@ print("trained")
 
 
 def test_the_framework_is_imported_fast() -> None:
-    """The best of three, beyond PyTorch: other processes may run."""
+    """The test takes the best of three times beyond PyTorch's import, as other processes may
+    run."""
     script = f"import time, torch; begin = time.monotonic(){MEMORY}print(time.monotonic() - begin)"
     assert min(float(python(BLOCK + script)) for _ in range(3)) < LIMIT_SECONDS
 
@@ -105,7 +106,7 @@ def test_the_plugin_is_loaded(way: str) -> None:
 
 @pytest.mark.parametrize("command", ["train", "eval_lm"])
 def test_a_command_as_a_module(command: str, tmp_path: Path) -> None:
-    """Its own copy of the command's functions is patched too."""
+    """The copy of the command's functions in the main module is patched too."""
     done = subprocess.run(
         [sys.executable, "-m", f"fairseq_cli.{command}", "nowhere", "--user-dir", USER_DIR, "--cpu"]
         + ["--batch-size", "-1", "--path" if command == "eval_lm" else "--save-dir", "nothing"]

@@ -1,5 +1,5 @@
-"""Training that is interrupted by a signal saves, ends with 128 + n, and goes on as if it never
-had."""
+"""A training that a signal interrupts saves, ends with 128 + n, and resumes as if it had not
+stopped."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("quick_start")
 HERE = Path(__file__).parent
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 UPDATES = 10
-"""An epoch has seven."""
+"""Number of updates. An epoch has seven."""
 FLAGS = ("--batch-size", "32", "--max-update", f"{UPDATES}", "--dropout", "0.1")
 TRAININGS: dict[str, tuple[str, ...]] = {
     "plain": (),
@@ -44,7 +44,7 @@ PLACES = [
 
 
 def train(data: Path, save_dir: Path, *flags: str) -> dict[int, Any]:
-    """Update -> what was logged about the training."""
+    """Train, and return update -> training log."""
     return logged(commands.train(data, save_dir, "avgk", *FLAGS, *flags))
 
 
@@ -90,7 +90,7 @@ def run_interrupted(data: Path, save_dir: Path, *flags: str, status: int) -> Non
 def uninterrupted(
     data_bin: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[dict[int, Any], dict[str, Any]]]:
-    """Training -> what it logged, and its final state."""
+    """Return training -> its log and its final state."""
     result = {}
     for name, flags in TRAININGS.items():
         save_dir = tmp_path_factory.mktemp("uninterrupted")
@@ -108,8 +108,8 @@ def test_interrupted_training_goes_on(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Within an epoch, at its end and in the next one, at the last update, while it validates, and
-    while it saves: no update is lost, and none is made after the signal."""
+    """The signal comes within an epoch, at its end and in the next one, at the last update, during
+    validation, and during a save. No update is lost, and none is made after the signal."""
     with monkeypatch.context() as patch:
         interrupted.at(patch, place, update, lambda t: interrupted.send(t, signal.SIGTERM))
         run_interrupted(data_bin, tmp_path, *TRAININGS[kind], status=128 + signal.SIGTERM)
@@ -150,7 +150,7 @@ def test_saved_before_validation_ends(
     saved: list[int] = []
     interrupted.at(monkeypatch, place, 7, lambda t: interrupted.send(t, signal.SIGTERM))
     interrupted.at(monkeypatch, "validated", 7, lambda _: saved.append(updates(tmp_path)))
-    batches = ("--batch-size-valid", "8")  # several, so that one comes after the signal
+    batches = ("--batch-size-valid", "8")  # several batches, so that one comes after the signal
     run_interrupted(data_bin, tmp_path, *batches, status=128 + signal.SIGTERM)
     assert saved == [7]
 
@@ -182,7 +182,7 @@ def test_signals_of_the_caller_stay_the_callers(
 
 
 def program(data: Path, save_dir: Path, target: str, *flags: str) -> Any:
-    """How a process ends in whose second update a signal is sent."""
+    """Run a process that gets a signal in its second update, and return how it ended."""
     words: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(commands, "run", lambda *given: words.extend(map(str, given[1:])) or "")
@@ -198,8 +198,8 @@ def program(data: Path, save_dir: Path, target: str, *flags: str) -> Any:
 
 @pytest.mark.parametrize("buffer", ["10", "0"])
 def test_a_signal_to_the_whole_group(buffer: str, data_bin: Path, tmp_path: Path) -> None:
-    """The processes that load data survive it until the update has its batches. The signal comes
-    twice to the training: itself, and as ``timeout`` sends it."""
+    """Processes that load data survive the signal until the update has its batches. The training
+    gets the signal twice: by itself and from ``timeout``."""
     flags = ("--num-workers", "1", "--data-buffer-size", buffer, "--batch-size", "4")
     done = program(data_bin, tmp_path, "group", *flags)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr[-2000:]
@@ -208,7 +208,7 @@ def test_a_signal_to_the_whole_group(buffer: str, data_bin: Path, tmp_path: Path
 
 
 def test_a_second_signal_ends_at_once(data_bin: Path, tmp_path: Path) -> None:
-    """Also where the main thread is waiting."""
+    """It also ends while the main thread is waiting."""
     done = program(data_bin, tmp_path, "twice")
     assert done.returncode == 128 + signal.SIGTERM
     assert done.stderr.endswith("SIGTERM: this is the second signal; ends without saving\n")

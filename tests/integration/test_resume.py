@@ -1,4 +1,4 @@
-"""Training that stops, or is killed while it saves, goes on as if it never had."""
+"""A training that stops, or is killed while it saves, resumes as if it had not stopped."""
 
 import os
 import signal
@@ -15,12 +15,12 @@ from tests.commands import records
 
 pytestmark = pytest.mark.usefixtures("quick_start")
 EPOCH = 7
-"""Updates in an epoch of the small corpus at this batch size."""
+"""Number of updates in an epoch of the small corpus at this batch size."""
 BATCH = ("--batch-size", "32")
 
 
 def train(data: Path, save_dir: Path, model: str, updates: int, *flags: str) -> dict[int, Any]:
-    """Update -> what was logged about the training."""
+    """Train, and return update -> training log."""
     log = commands.train(data, save_dir, model, *BATCH, "--max-update", f"{updates}", *flags)
     keys = ("epoch", "loss", "gnorm", "lr", "wpb", "load_entropy", "balance_loss")
     return {
@@ -47,7 +47,7 @@ def assert_identical(actual: Any, expected: Any) -> None:
 def uninterrupted(
     request: pytest.FixtureRequest, data_bin: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[int, Any], dict[str, Any]]:
-    """A model, what its training logged, and its final checkpoint."""
+    """Train without a stop. Return model, log, and final checkpoint."""
     save_dir = tmp_path_factory.mktemp("uninterrupted")
     logged = train(data_bin, save_dir, request.param, 2 * EPOCH - 2)
     assert [record["epoch"] for record in logged.values()] == [1] * EPOCH + [2] * (EPOCH - 2)
@@ -61,7 +61,7 @@ def test_resumed_training_is_uninterrupted_training(
     data_bin: Path,
     tmp_path: Path,
 ) -> None:
-    """Stopped within an epoch, at its end, and in the next one; dropout included."""
+    """Training stops within an epoch, at its end, and in the next one. Dropout is on."""
     model, logged, final = uninterrupted
     first = train(data_bin, tmp_path, model, stop)
     second = train(data_bin, tmp_path, model, 2 * EPOCH - 2)
@@ -72,7 +72,7 @@ def test_resumed_training_is_uninterrupted_training(
 
 @pytest.mark.parametrize("model", commands.MODELS)
 def test_resume_with_update_freq(model: str, data_bin: Path, tmp_path: Path) -> None:
-    """Seven batches make four updates an epoch, the last of one batch."""
+    """Seven batches make four updates per epoch. The last update has one batch."""
     flags = ("--update-freq", "2", "--checkpoint-activations")
     whole = train(data_bin, tmp_path / "whole", model, 6, *flags)
     assert [record["epoch"] for record in whole.values()] == [1, 1, 1, 1, 2, 2]
@@ -86,8 +86,8 @@ def test_resume_with_update_freq(model: str, data_bin: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("model", [model for model in commands.MODELS if model != "base"])
 def test_update_freq_is_a_larger_batch(model: str, data_bin: Path, tmp_path: Path) -> None:
     """fairseq groups consecutive batches, and with ``--curriculum`` they keep the order of the
-    sentences, so that batches 2i and 2i + 1 of 16 are batch i of 32. What is left is rounding: with
-    SGD (Adam divides by tiny gradients) within 1e-5 after six updates."""
+    sentences. So batches 2i and 2i + 1 of 16 sentences are batch i of 32. Rounding leaves a
+    difference below 1e-5 after six updates with SGD, as Adam would divide by tiny gradients."""
     flags = ("--curriculum", "1000000", "--dropout", "0", "--balance-loss-weight", "0")
     flags += ("--optimizer", "nag", "--momentum", "0", "--lr", "0.5")
     large = train(data_bin, tmp_path / "large", model, 6, *flags)
@@ -104,7 +104,8 @@ def test_update_freq_is_a_larger_batch(model: str, data_bin: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("optimizer", ["adafactor", "sgd"])
 def test_resume_with_other_optimizers(optimizer: str, data_bin: Path, tmp_path: Path) -> None:
-    """fairseq configures these, adadelta, adagrad and adamax by arguments, not by a dataclass."""
+    """fairseq configures these optimizers, adadelta, adagrad and adamax by arguments, not by a
+    dataclass."""
     train(data_bin, tmp_path, "avgk", 1, "--optimizer", optimizer)
     assert list(train(data_bin, tmp_path, "avgk", 2, "--optimizer", optimizer)) == [2]
 
@@ -116,7 +117,7 @@ def test_finished_run_trains_nothing(data_bin: Path, tmp_path: Path) -> None:
     assert_identical(final_state(tmp_path), before)
 
 
-# Killed while saving.
+# Killed while saving
 
 KILLER = """
 import io, os, shutil, signal, sys
@@ -160,8 +161,9 @@ original_replace, os.replace = os.replace, replace
 from fairseq_cli.train import cli_main
 cli_main()
 """
-"""Runs fairseq-train and kills it at one stage of the n-th save: half-way through writing the first
-file, before it gets its name, half-way through copying it, or before the copy gets its name."""
+"""Program that runs fairseq-train and kills it at one stage of the n-th save: in the middle of
+writing the first file, before its renaming, in the middle of copying it, or before the copy's
+renaming."""
 
 SAVING = ("--save-interval-updates", "2", "--dropout", "0.1")
 
@@ -182,8 +184,8 @@ def test_killed_while_saving(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The second save, of update 4, is cut short: training resumes from update 2, or from 4 where
-    only the copy to ``checkpoint_last.pt`` is missing."""
+    """The second save, of update 4, is cut short. Training resumes from update 2, or from update 4
+    if only the copy to ``checkpoint_last.pt`` is missing."""
     with monkeypatch.context() as patch:
         command: list[str] = []
         patch.setattr(commands, "run", lambda *words: command.extend(map(str, words[1:])) or "")

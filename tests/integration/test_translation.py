@@ -21,7 +21,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def pairs_bin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A binarised corpus of words and what is to be written."""
+    """Binarise a corpus of words and their translations."""
     folder = tmp_path_factory.mktemp("pairs")
     rng = random.Random(1)
     for split, lines in (("train", 2000), ("valid", 96), ("test", 48)):
@@ -50,7 +50,7 @@ def train(data: Path, save_dir: Path, arch: str, updates: int, *flags: str) -> s
 
 
 def generated(data: Path, checkpoint: Path, *flags: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Sample -> what it should be, and what was generated."""
+    """Return sample -> target, and sample -> generated text."""
     output = commands.apply("generate", data, checkpoint, "--batch-size", "16", *flags)
     wanted = dict(re.findall(r"^T-(\d+)\t(.*)$", output, re.M))
     return wanted, dict(re.findall(r"^H-(\d+)\t[-\d.e]+\t(.*)$", output, re.M))
@@ -109,7 +109,8 @@ def test_every_selector_resumes_exactly(selector: str, pairs_bin: Path, tmp_path
 
 
 def test_training_that_computes_bleu_resumes(pairs_bin: Path, tmp_path: Path) -> None:
-    """fairseq sums its counts in arrays, within an epoch across validations, and saves them."""
+    """fairseq sums the counts of BLEU in arrays over validations within an epoch, and saves
+    them."""
     flags = ("--sffn-block-size", "16", "--eval-bleu", "--validate-interval-updates", "2")
     flags += ("--eval-bleu-args", '{"beam": 1, "max_len_b": 8}', "--batch-size-valid", "48")
     whole = train(pairs_bin, tmp_path / "whole", "transformer_avgk", 4, *flags)

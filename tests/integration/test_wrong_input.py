@@ -23,11 +23,11 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def refusal(command: Callable[[], Any]) -> str:
-    """The line that a command stops with, with an exit status that is not 0."""
+    """Return the line that a command stops with. Its exit status must not be 0."""
     stderr = io.StringIO()
     with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as stopped:
         command()
-    if stopped.value.code == 2:  # argparse: the usage, then the message
+    if stopped.value.code == 2:  # argparse prints the usage, then the message
         return stderr.getvalue().strip().splitlines()[-1]
     assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code
     return stopped.value.code
@@ -35,7 +35,7 @@ def refusal(command: Callable[[], Any]) -> str:
 
 @pytest.fixture(scope="module")
 def runs(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A save dir of each model, trained."""
+    """Train each model, and return their folders."""
     folder = tmp_path_factory.mktemp("runs")
     for model in (*commands.MODELS, "sffn"):
         commands.train(data_bin, folder / model, model, "--max-update", "2")
@@ -45,7 +45,7 @@ def runs(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def refused_training(
     data: Path, save_dir: Path, model: str, *flags: str, task: str = "language_modeling"
 ) -> str:
-    """The line with which training stops, having left the save dir as it was."""
+    """Return the line with which training stops. The folder of the checkpoints must not change."""
     before = contents(save_dir)
     flags = ("--task", task, "--max-update", "4", *flags)
     line = refusal(lambda: commands.train(data, save_dir, model, *flags))
@@ -54,7 +54,7 @@ def refused_training(
 
 
 TRAINING = [
-    # Sizes.
+    # Sizes
     ("avgk", "--sffn-block-size 7", "does not divide --decoder-ffn-embed-dim 32"),
     ("avgk", "--sffn-block-size 64", "does not divide --decoder-ffn-embed-dim 32"),
     ("avgk", "--sffn-block-size 7 --sffn-active-blocks 2", "does not divide the 512 cells"),
@@ -70,7 +70,7 @@ TRAINING = [
     ("avgk", "--sffn-freq 3", "must be 1 to --decoder-layers 2"),
     ("avgk", "--sffn-freq 0", "must be 1 to --decoder-layers 2"),
     ("avgk", "--sffn-freq -1", "must be 1 to --decoder-layers 2"),
-    # Numbers out of range.
+    # Numbers out of range
     ("switch", "--sffn-capacity-factor -1.0", "must be positive and finite, or 0 for dropless"),
     ("switch", "--sffn-capacity-factor nan", "must be positive and finite, or 0 for dropless"),
     ("switch", "--sffn-capacity-factor inf", "must be positive and finite, or 0 for dropless"),
@@ -93,7 +93,7 @@ TRAINING = [
     ("avgk", "--decoder-embed-dim 0", "must be at least 1"),
     ("avgk", "--decoder-ffn-embed-dim -32", "must be at least 1"),
     ("avgk", "--decoder-layers 0", "must be at least 1"),
-    # Choices that contradict each other.
+    # Choices that contradict each other
     ("sffn", "--hash-table random", "is for the selector hash_layer"),
     ("avgk", "--sffn-selector switch", "this model selects by avgk"),
     ("hash_layer", "--sffn-selector avgk", "this model selects by hash_layer"),
@@ -105,7 +105,7 @@ TRAINING = [
     ("hash_layer", "--z-loss-weight 0.1", "hash_layer gives blocks no score"),
     ("pkm", "--sffn-value-lr-scale -1", "must be positive"),
     ("avgk", "--sffn-engine grouped --sffn-block-size 2", "cannot multiply blocks of 2 x 16"),
-    # Options of fairseq that the layer, or a CPU, cannot honour.
+    # Options of fairseq that the layer, or a CPU, does not support
     ("avgk", "--scale-fc", "normalises the hidden units of a dense FFN"),
     ("avgk", "--quant-noise-pq 0.1", "quantization noise does not reach"),
     ("switch", "--quant-noise-scalar 0.1", "quantization noise does not reach"),
@@ -205,7 +205,7 @@ def test_script_exits_with_status_1_and_the_line_alone(data_bin: Path, tmp_path:
     assert contents(tmp_path) == {}
 
 
-# Checkpoints.
+# Checkpoints
 
 RESUMING = [
     ("dense", "avgk", "", "only the model has decoder.layers.1.fc1.memory.keys"),
@@ -239,7 +239,7 @@ def test_checkpoint_of_another_model(
 
 @pytest.fixture(scope="module")
 def larger_dictionary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus like ``data_bin``, with more words."""
+    """Make a corpus like ``data_bin`` with more words."""
     folder = tmp_path_factory.mktemp("larger")
     commands.write_corpus(folder)
     more = "nine more words make a dictionary of another size\n"
@@ -277,7 +277,7 @@ def test_truncated_checkpoint(kept: float, data_bin: Path, runs: Path, tmp_path:
     expected = f"checkpoint {checkpoint}: truncated, or not a checkpoint"
     assert refused_use("eval-lm", data_bin, checkpoint) == expected
     for other in save_dir.glob("checkpoint*.pt"):
-        if other != checkpoint:  # from which training would go on
+        if other != checkpoint:  # training would resume from it
             other.unlink()
     expected += f"; there is no whole checkpoint in --save-dir {save_dir}"
     assert refused_training(data_bin, save_dir, "avgk") == expected
@@ -304,8 +304,8 @@ class Code:
 def malicious(
     request: pytest.FixtureRequest, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Path, Path]:
-    """A checkpoint with code in it, in either file format of PyTorch, and what the code would make.
-    "forced": PyTorch is told to run such code."""
+    """Make a checkpoint with code in it, in either file format of PyTorch. Return it and the
+    file that the code would make. "forced" tells PyTorch to run such code."""
     if "forced" in request.param:
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     state = torch.load(runs / "avgk/checkpoint_last.pt", weights_only=True)
@@ -338,7 +338,7 @@ def test_seed_of_moving_average_with_code(
     assert line.startswith(f"checkpoint {checkpoint}: ") and not witness.exists()
 
 
-# Data, and evaluation.
+# Data and evaluation
 
 
 @pytest.mark.parametrize("task", ["language_modeling", "sffn_language_modeling"])

@@ -18,7 +18,7 @@ NATIVE = pytest.mark.skipif(kernels.load() is None, reason="no C++ compiler here
 NATIVE_ENGINES = ("native_loop", "native_embedding_bag")
 CPU_ENGINES = ["loop", "embedding_bag", "masked", "tiled"]
 CPU_ENGINES += [pytest.param(name, marks=NATIVE) for name in NATIVE_ENGINES]
-"""Those that compute in fp64."""
+"""Engines that compute in fp64."""
 
 BIGRAM = HashLayer.Config(table="bigram")
 SAMPLED = GShard.Config(second_expert="sampled")
@@ -67,8 +67,8 @@ def build(
     groups: ProcessGroups | None = None,
     **changes,
 ) -> SparseMemory:
-    """A memory of one of the cases, without a gate where it has no scores. Scores and gates differ
-    clearly: init_scale is 2, and norms are not those they start as."""
+    """Build a memory of a case, without a gate if it has no scores. init_scale is 2 and norms are
+    not at their initial values, so that scores and gates differ clearly."""
     sizes = dict(embed_dim=8, vocab_size=VOCAB_SIZE, init_scale=2.0)
     if case in UNSCORED:
         changes.pop("gate", None)
@@ -81,14 +81,14 @@ def build(
 
 
 def tokens(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Hidden states (*shape, 8), and the last two token ids at each of them (*shape, 2)."""
+    """Draw hidden states (*shape, 8) and the last two token ids at each position (*shape, 2)."""
     return torch.randn(*shape, 8, dtype=dtype), torch.randint(VOCAB_SIZE, (*shape, 2))
 
 
 def grads_of(
     memory: SparseMemory, x: Tensor, token_ids: Tensor | None, cotangent: Tensor, losses=True
 ) -> tuple[MemoryOutput, dict[str, Tensor]]:
-    """What a memory returns, and its output and all gradients by name."""
+    """Return a memory's result, and its output and all gradients by name."""
     x = x.clone().requires_grad_()
     out = memory(x, token_ids, losses=losses)
     (out.output * cotangent).sum().backward()

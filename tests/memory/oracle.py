@@ -1,6 +1,6 @@
-"""The sparse memory in plain loops over tokens, blocks and cells: what the tests compare with.
+"""Computes the sparse memory in plain loops over tokens, blocks and cells, for comparison.
 
-:mod:`.oracle_methods` says which blocks a token uses; the rest is the same for all methods.
+:mod:`.oracle_methods` selects the blocks of a token. The rest is the same for all methods.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def lookup(
     made: Selection,
     rng: Tensor,
 ) -> Expected:
-    """What ``memory`` must give, by the definitions, one cell at a time."""
+    """Compute by the definitions what ``memory`` must return, one cell at a time."""
     config = memory.config
     active = config.active_blocks
     all_tokens, all_blocks = range(len(x_ND)), range(config.num_blocks)
@@ -53,7 +53,7 @@ def lookup(
         totals = [[sum(head) for head in row] for row in exps]
         heads = range(len(scores[0]))
 
-    # Gate.
+    # Gate
     weights = None
     if config.gate_name != "none":
         weights = []
@@ -68,8 +68,8 @@ def lookup(
                 }[config.gate_name]
             )
 
-    # What the selector left out is no assignment. Capacity: first choices of all tokens in order,
-    # then second ones; padding always fits.
+    # An assignment that the selector left out does not exist. Capacity is given to the first
+    # choices of all tokens in order, then to second choices. Padding always fits.
     kept = choice.kept or [[True] * active for _ in all_tokens]
     assigned = [(n, a) for a in range(active) for n in valid if kept[n][a]]
     kept = [list(row) for row in kept]
@@ -80,7 +80,7 @@ def lookup(
             kept[n][a] = room[blocks[n][a]] > 0
             room[blocks[n][a]] -= 1
 
-    # Output.
+    # Output
     rows = []
     for n in all_tokens:
         row = torch.zeros_like(x_ND[n])
@@ -91,7 +91,7 @@ def lookup(
         rows.append(row if memory.value_bias is None else row + memory.value_bias)
     output = torch.stack(rows)
 
-    # Losses and counts.
+    # Losses and counts
     counts, balance_counts = ([0] * config.num_blocks for _ in range(2))
     importance = [0.0] * config.num_blocks
     for n, a in assigned:
@@ -120,8 +120,8 @@ def assert_matches(
     padding_mask: Tensor | None = None,
     losses: bool = True,
 ) -> MemoryOutput:
-    """The memory equals the loops to 1e-10: all that it returns, and the gradients of x and of
-    every parameter. Rows at padding are not compared: nobody reads them."""
+    """Check that a memory equals the loops to 1e-10: all results, and the gradients of x and of
+    every parameter. Rows at padding are not compared, as nothing reads them."""
     x = x.detach().clone().requires_grad_()
     config = memory.config
     padding_N = None if padding_mask is None else padding_mask.flatten()

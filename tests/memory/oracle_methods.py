@@ -1,7 +1,7 @@
-"""How each method selects, in plain loops over tokens, blocks and cells.
+"""Computes the selection of each method in plain loops over tokens, blocks and cells.
 
-A method is one function in ``CHOOSE``. It says which blocks a token uses and what their cells
-contribute.
+A method is a function in ``CHOOSE``. It returns the blocks of each token and the values of their
+cells.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ from fairseq_sffn.memory.assignment import TOLERANCE
 
 
 class Inputs(NamedTuple):
-    """What a method chooses by. ``made`` is what the memory selected, for a method whose best
-    choice is not unique; ``rng`` the state before that, for one that draws lots."""
+    """The inputs of a selection.
+
+    Attributes:
+        made: the memory's own selection, for a method whose best choice is not unique.
+        rng: state of the random generator before the selection, for a method that draws.
+    """
 
     memory: SparseMemory
     x_ND: Tensor
@@ -31,8 +35,14 @@ class Inputs(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """``hidden(n, a, cell)`` is what multiplies the value of a cell of the a-th block of token n;
-    ``scores[n][h][i]`` is what head h gives block i; ``kept`` is all by default."""
+    """A selection.
+
+    Attributes:
+        hidden: ``hidden(n, a, cell)`` is the factor of the value of a cell of the a-th block of
+            token n.
+        scores: ``scores[n][h][i]`` is the score of block i by head h.
+        kept: whether each assignment is kept; all by default.
+    """
 
     blocks: list[list[int]]
     hidden: Callable[[int, int, int], Tensor]
@@ -182,7 +192,7 @@ def _best_by_cells(
 
 
 def _best_products(inputs: Inputs) -> tuple[list[list[int]], list[list[list[Tensor]]]]:
-    """Blocks and scores by product keys, from all products."""
+    """Select blocks and scores by product keys, from all products."""
     selector, active = inputs.memory.selector, inputs.memory.config.active_blocks
     num_heads, _, half = selector.left.shape
     blocks, scores = [], []
@@ -250,7 +260,8 @@ def _activation(config: MemoryConfig, z: Tensor) -> Tensor:
 
 
 def assert_balanced(blocks_N: Tensor, scores_NB: Tensor) -> None:
-    """Loads differ by at most one, and the scores sum to what ``balanced_assignment`` promises."""
+    """Check that loads differ by at most one, and that the scores have the sum that
+    ``balanced_assignment`` guarantees."""
     num_tokens, num_blocks = scores_NB.shape
     scores_NB = scores_NB.double()
     assert blocks_N.shape == (num_tokens,) and blocks_N.dtype == torch.int64
@@ -265,8 +276,9 @@ def assert_balanced(blocks_N: Tensor, scores_NB: Tensor) -> None:
 
 
 def best_balanced_sum(scores_NB: Tensor) -> float:
-    """The highest sum of scores of an assignment whose loads differ by at most one, by scipy: each
-    block has places that must be taken, worth a bonus, and one that may stay empty."""
+    """Return the highest sum of scores of an assignment whose loads differ by at most one. scipy
+    solves it: each block has places that must be taken, which get a bonus, and one that may stay
+    empty."""
     from scipy.optimize import linear_sum_assignment
 
     num_tokens, num_blocks = scores_NB.shape

@@ -50,7 +50,7 @@ def test_any_size(seed):
 
 def test_the_tolerance_is_kept_to():
     scores_NB = torch.randint(100, (40, 8)).double()
-    # Sums of integers: within less than 1 of the best is the best.
+    # Sums of integers within less than 1 of the best sum are the best.
     tolerance = 0.9 / (40 * float(scores_NB.std(correction=0)))
     blocks_N = balanced_assignment(scores_NB, tolerance)
     for other in (tolerance / 10, tolerance / 100):
@@ -125,7 +125,7 @@ def test_scores_are_left_as_they_are():
 def test_what_waits_after_few_rounds_is_inserted_as_well(
     num_tokens, num_blocks, rounds, monkeypatch
 ):
-    """The bound holds wherever the auction stops, also for tokens that are alike."""
+    """The bound holds wherever the auction stops, and for equal tokens too."""
     monkeypatch.setattr(assignment, "ROUNDS", rounds)
     for alike in (1, 4, num_tokens):
         rows_NB = torch.randn(alike, num_blocks)[torch.randint(alike, (num_tokens,))]

@@ -19,7 +19,7 @@ def test_counts():
 @pytest.mark.parametrize("num_blocks", [1, 2, 4, 32])
 @pytest.mark.parametrize("active", [1, 2])
 def test_one_at_perfect_balance(num_blocks, active):
-    # Token n prefers block n, then n + 1: every block gets the same share and probability.
+    # Token n prefers block n, then n + 1, so every block has the same share and probability.
     active = min(active, num_blocks)
     scores_NB = 3 * torch.eye(num_blocks, dtype=DOUBLE)
     scores_NB += torch.eye(num_blocks, dtype=DOUBLE).roll(1, dims=1)

@@ -7,7 +7,7 @@ from tests.memory.cases import build, close, tokens
 
 
 def assert_compiles(memory):
-    """The compiled memory returns the same, and the same gradients."""
+    """Check that the compiled memory returns the same values and gradients."""
     x, token_ids = tokens(6)
     inputs = [x.requires_grad_(), *memory.parameters()]
     torch._dynamo.reset()
@@ -33,7 +33,7 @@ ONE_OF_EACH += ("rand_hash", "hash_layer", "hash_layer-bigram", "switch-top1", "
     [*((case, True) for case in ONE_OF_EACH), ("base", False), ("avgk-g4", False)],
 )
 def test_a_memory_compiles_into_one_graph(case, training):
-    """Except ``base`` in training, where the host assigns the tokens."""
+    """``base`` in training is an exception, as the host assigns the tokens."""
     assert_compiles(build(case).train(training))
 
 

@@ -149,7 +149,8 @@ def test_cost_of_every_token_using_everything(case):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("case", CASES)
 def test_active_params_are_those_that_one_token_reaches(case, bias):
-    """Rows of the tables that get a gradient from one token, and all of the selector's."""
+    """Count the table rows that get a gradient from one token, and all parameters of the
+    selector."""
     if case == "gshard-sampled":
         pytest.skip("counts the second block as used")
     memory = build(case, activation=torch.exp, bias=bias, gate="none")
@@ -188,7 +189,7 @@ def scores_every_key(config):
             2 * 4 * 8 + 4 * 16 * 8,
         ),
         (dict(HASH, block_size=16), 2 * 64 * 8 + 64 + 8, 2 * 16 * 8 + 16 + 8, 4 * 16 * 8),
-        # All keys take part; the active ones are computed once.
+        # All keys take part. The active ones are computed once.
         (
             dict(selector="vanilla_m"),
             2 * 64 * 8 + 64 + 8,

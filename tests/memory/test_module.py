@@ -1,4 +1,4 @@
-"""A memory as a module: copies, checkpoints, costs, initialization and refused inputs."""
+"""A memory as a module: copies, checkpoints, costs, initialisation and refused inputs."""
 
 import copy
 import io
@@ -81,8 +81,9 @@ def test_flops_of_the_backward_pass_are_twice_the_forward():
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize(("gate", "score_tables"), [("none", 2), ("softmax", 3)])
 def test_kept_for_backward_is_what_a_dense_ffn_keeps(gate, score_tables, activation):
-    """The losses keep scores and probabilities (N, B); the rest is the dense FFN's and an index."""
-    num_tokens, width, pairs, active = 256, 64, 256 * 4, 4 * 64
+    """The losses keep scores and probabilities (N, B). The rest is what the dense FFN keeps, and an
+    index."""
+    num_tokens, width, assignments, active = 256, 64, 256 * 4, 4 * 64
     memory = build(
         "avgk-g4",
         torch.float32,
@@ -101,17 +102,17 @@ def test_kept_for_backward_is_what_a_dense_ffn_keeps(gate, score_tables, activat
     hidden_tables = 1 if activation == "relu" else 2
     assert dense_bytes == 4 * num_tokens * (width + hidden_tables * active)
     scores = score_tables * 4 * num_tokens * memory.config.num_blocks
-    plan = 4 * pairs  # the tokens, which the hooks do not see
+    plan = 4 * assignments  # the tokens, which the hooks do not see
     assert _bytes_kept(lambda: memory(x), memory) + plan - scores <= 1.15 * dense_bytes
 
 
 def _bytes_kept(call, module) -> int:
-    """Bytes of the distinct storages saved for backward that are no parameters."""
+    """Count the bytes of the distinct storages saved for backward that are no parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
     kept = {}
 
     def pack(tensor):
-        # Held on to, so that no two of them have the same address.
+        # A reference keeps addresses from being used again.
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 

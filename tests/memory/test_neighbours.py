@@ -1,4 +1,4 @@
-"""What a token gets does not depend on its neighbours or on padding."""
+"""A token's output does not depend on its neighbours or on padding."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_what_stands_at_padding_changes_nothing_else(case, training, scale):
 
     a = call(x, token_ids, padding_mask)
     others = [call(other_x, other_ids, padding_mask)]
-    if not (training and case == "gshard-sampled"):  # fewer tokens draw other lots
+    if not (training and case == "gshard-sampled"):  # fewer tokens give other draws
         others.append(call(x[~padding_mask], token_ids[~padding_mask]))  # no padding at all
     for other in others:
         output = other.output[~padding_mask] if other is others[0] else other.output

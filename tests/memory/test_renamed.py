@@ -1,5 +1,5 @@
-"""Functions of PyTorch by their names of today, and by older ones (the collectives':
-``tests/expert_parallel/test_collectives.py``)."""
+"""Functions of PyTorch under their current names and older ones.
+``tests/expert_parallel/test_collectives.py`` tests the collective operations."""
 
 import pytest
 import torch

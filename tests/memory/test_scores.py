@@ -1,4 +1,4 @@
-"""Scores of product keys against the sums that they stand for."""
+"""Scores of product keys against the sums that they represent."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def product_scores(num_tokens, heads, left, right, dtype=DOUBLE):
 
 
 def summed(scores):
-    """One dense score for each head."""
+    """Return one dense score for each head."""
     sums_NHLR = scores.left.unsqueeze(3) + scores.right.unsqueeze(2)
     return [Scores(logits_NB) for logits_NB in sums_NHLR.flatten(2).unbind(1)]
 
@@ -33,11 +33,11 @@ def close(actual, expected, tolerance=1e-12):
 
 
 def assert_same(actual, expected, scores):
-    """Equal, and so are the gradients of the halves."""
+    """Check that values and the gradients of the halves are equal."""
     close(actual, expected)
     cotangent, halves = torch.randn_like(expected), (scores.left, scores.right)
     for got, wanted in zip(
-        torch.autograd.grad(actual, halves, cotangent, retain_graph=True),  # parts are shared
+        torch.autograd.grad(actual, halves, cotangent, retain_graph=True),  # the graphs share parts
         torch.autograd.grad(expected, halves, cotangent, retain_graph=True),
         strict=True,
     ):
@@ -196,7 +196,7 @@ def test_partial_sorts_find_what_topk_finds(blocks, active, dtype, monkeypatch):
         monkeypatch.setattr(scores_module, name, 1)
     scores_NB = torch.stack([torch.randperm(blocks) for _ in range(7)]).to(dtype) - blocks / 2
     scores_NB[1, 3], scores_NB[2, 5] = torch.inf, -torch.inf
-    scores_NB[3] = 0.0  # all alike
+    scores_NB[3] = 0.0  # all equal
     scores_NB.requires_grad_()
     top = top_blocks(scores_NB, active)
     assert top.dtype == torch.int64 and top.shape == (7, active)

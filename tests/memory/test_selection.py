@@ -1,4 +1,4 @@
-"""What a selector may return beyond blocks, with selectors made up here."""
+"""Selectors defined here that return more than blocks."""
 
 from dataclasses import dataclass
 
@@ -13,16 +13,17 @@ from tests.memory.cases import CPU_ENGINES, build, close, tokens
 
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch):
-    """Selectors defined in a test are gone after it."""
+    """Remove selectors defined in a test afterwards."""
     monkeypatch.setattr(Selector, "registry", dict(Selector.registry))
 
 
 def assert_same(output, expected, inputs):
-    """Equal, and so are the gradients of the inputs."""
+    """Check that values and the gradients of the inputs are equal."""
     close(output, expected)
     cotangent = torch.randn_like(expected)
     for got, wanted in zip(
-        torch.autograd.grad(output, inputs, cotangent, retain_graph=True),  # they may share
+        # The graphs may share parts.
+        torch.autograd.grad(output, inputs, cotangent, retain_graph=True),
         torch.autograd.grad(expected, inputs, cotangent),
         strict=True,
     ):
@@ -30,7 +31,8 @@ def assert_same(output, expected, inputs):
 
 
 def define_own_keys(key_table: str):
-    """Keys of its own, cells of block size 1, scores that are the coefficients."""
+    """Define a selector with its own keys, cells of block size 1, and scores that are the
+    coefficients."""
 
     class OwnKeys(Selector):
         name = "own_keys"
@@ -99,8 +101,7 @@ def test_duplicates_within_a_row_add_up(engine):
 @pytest.mark.parametrize("bias", [True, False])
 def test_pre_activations(bias, gate, capacity_factor, engine):
     class Shifted(Selector):
-        """Has all pre-activations at hand, and shifts them, so that they cannot come from
-        elsewhere."""
+        """Shifts all pre-activations, so that they cannot come from elsewhere."""
 
         name = "shifted"
 
@@ -157,7 +158,7 @@ def test_trailing_tokens_reach_the_selector(context_tokens):
     Trailing.context_tokens = classmethod(lambda cls, config: context_tokens)
     memory = build(selector="trailing", active_blocks=1)
     x, token_ids = tokens(2, 5)[0], torch.randint(10, (2, 5, 3))
-    memory(x, token_ids)  # more than it asks for: the last ones count
+    memory(x, token_ids)  # more tokens than it asks for: the last ones count
     assert torch.equal(seen[0], token_ids[..., 3 - context_tokens :].reshape(10, context_tokens))
     if context_tokens == 1:
         memory(x, token_ids[..., 2])

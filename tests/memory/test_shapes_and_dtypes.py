@@ -89,7 +89,7 @@ def test_one_block(case, capacity_factor):
 
 @pytest.mark.parametrize("case", CASES)
 def test_equal_scores(case):
-    """Whatever a tie picks: distinct blocks (of each head), and alike weights."""
+    """A tie may pick any distinct blocks (of each head), with equal weights."""
     memory, (x, token_ids) = build(case), tokens(9)
     with torch.no_grad():
         for name, parameter in memory.named_parameters():
@@ -113,7 +113,7 @@ def test_equal_scores(case):
 @pytest.mark.parametrize("case", ["avgk-g4", "switch-top2"])
 def test_ties_still_give_distinct_blocks(case):
     memory, (x, _) = build(case), tokens(8)
-    with torch.no_grad():  # every block the same
+    with torch.no_grad():  # all blocks are the same
         for parameter in (memory.keys, memory.key_bias, memory.values):
             parameter.copy_(parameter[:1].expand_as(parameter))
         if case == "switch-top2":
@@ -122,7 +122,7 @@ def test_ties_still_give_distinct_blocks(case):
     assert all(
         len(set(row)) == memory.config.active_blocks for row in out.selection.blocks.tolist()
     )
-    # Whichever blocks a tie leaves out: they are all the same.
+    # A tie may leave out any blocks, as all are the same.
     hidden = torch.relu(x @ memory.keys[0] + memory.key_bias[0])
     weights = 1 if out.selection.weights is None else out.selection.weights.mean()
     wanted = weights * memory.config.active_cells * hidden[:, None] * memory.values[0]
@@ -151,7 +151,7 @@ def test_x_need_not_be_contiguous(case, layout):
     close(*grads, tolerance=1e-12)
 
 
-# Blocks whose choice cannot change with rounding: all of them, or those of the token ids.
+# Blocks whose choice cannot change with rounding: all blocks, or those of the token ids.
 ROBUST = {
     "avgk": ("avgk-g16", dict(num_cells=32, gate="sigmoid")),
     "vanilla_m": ("vanilla_m-avg", dict(num_cells=16, block_size=8, gate="sigmoid")),

@@ -1,6 +1,6 @@
-"""On an accelerator, the host does not wait for what a layer computes: it runs ahead, and launches.
+"""The host does not wait for what a layer computes on an accelerator, so it can run ahead.
 
-The engines, which compute the selected blocks, have tests of their own.
+The engines, which compute the selected blocks, have separate tests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.memory.cases import CASE_GATES, CASES, build, tokens
 from tests.synchronisations import Synchronisations, operations
 
 LEFT_OUT = ("memory/compute/", "memory/assignment.py")
-"""The engines, and what the host computes from its own copy of the scores."""
+"""Code that may wait: the engines, and the host's own copy of the scores."""
 STATEFUL = AvgK.Config(center=True, balance_rate=0.1)
 
 
@@ -41,7 +41,7 @@ def world(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
 def waits(
     memory: SparseMemory, padded: bool = False, losses: bool = True, backward: bool = True
 ) -> Counter[str]:
-    """Where a pass of some tokens waits."""
+    """Count where a pass of some tokens waits."""
     x, token_ids = tokens(3, 7)
     x.requires_grad_()
     padding_mask = torch.rand(3, 7) < 0.3 if padded else None

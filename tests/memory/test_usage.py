@@ -81,7 +81,7 @@ def test_load_kl_of_counts_is_what_the_entropy_lacks():
     assert load_kl(NOTHING) == 0
 
 
-# What the memory counts
+# Counts of the memory
 
 
 @pytest.mark.parametrize("case", ["avgk-g4", "vanilla_m-g1", "pkm-activation", "hash_layer"])

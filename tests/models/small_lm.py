@@ -1,4 +1,4 @@
-"""Small language models built in process, from the configs that fairseq-hydra-train would make."""
+"""Builds small language models from configs in the form of fairseq-hydra-train's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ PAD = 1
 
 
 def dictionary(types: int = TYPES) -> Dictionary:
-    """``types`` types, fairseq's four special ones included, of falling frequency."""
+    """Make a dictionary of ``types`` types of falling frequency, including fairseq's four special
+    ones."""
     result = Dictionary()
     for i in range(types - len(result)):
         result.add_symbol(f"w{i}", n=1000 // (i + 1))
@@ -31,7 +32,7 @@ def dictionary(types: int = TYPES) -> Dictionary:
 
 
 def lm_config(name: str, tokens_per_sample: int = 16, **options: Any) -> DictConfig:
-    """The model's config: its own defaults but for ``options``."""
+    """Make the model's config: its defaults changed by ``options``."""
     config = OmegaConf.structured(FairseqConfig)
     with open_dict(config):
         config.task = {"_name": "language_modeling", "tokens_per_sample": tokens_per_sample}
@@ -41,7 +42,7 @@ def lm_config(name: str, tokens_per_sample: int = 16, **options: Any) -> DictCon
 
 
 def small_config(method: str, **options: Any) -> DictConfig:
-    """Two layers, of which the second is sparse, without dropout."""
+    """Make the config of two layers without dropout, of which the second is sparse."""
     sizes: dict[str, Any] = dict(
         decoder_layers=2,
         decoder_embed_dim=WIDTH,
@@ -49,7 +50,7 @@ def small_config(method: str, **options: Any) -> DictConfig:
         decoder_attention_heads=2,
         dropout=0.0,
     )
-    if method in ("avgk", "rand_hash"):  # whose blocks would be wider than the FFN
+    if method in ("avgk", "rand_hash"):  # their default blocks are wider than the FFN
         sizes["sffn_block_size"] = 8
     if method == "pkm":
         sizes["sffn_active_blocks"] = 16
@@ -57,27 +58,27 @@ def small_config(method: str, **options: Any) -> DictConfig:
 
 
 def language_modeling(types: int = TYPES) -> LanguageModelingTask:
-    """fairseq's task, on no data."""
+    """Make fairseq's task without data."""
     return LanguageModelingTask(OmegaConf.create({}), dictionary(types))
 
 
 def build(config: DictConfig, types: int = TYPES) -> Any:
-    """The model of a config."""
+    """Build the model of a config."""
     return models.build_model(config, language_modeling(types))
 
 
 def small_lm(method: str, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
-    """A small model in training mode."""
+    """Build a small model in training mode."""
     return build(small_config(method, **options)).to(dtype)
 
 
 def random_tokens(*shape: int) -> Tensor:
-    """Token ids that are no special ones."""
+    """Draw token ids that are not special."""
     return torch.randint(Dictionary().nspecial, TYPES, shape)
 
 
 def pad(rows: list[Tensor], length: int | None = None) -> Tensor:
-    """The rows as a batch, padded on the right."""
+    """Make a batch of rows, padded on the right."""
     length = length or max(map(len, rows))
     return torch.stack(
         [torch.nn.functional.pad(row, (0, length - len(row)), value=PAD) for row in rows]

@@ -1,4 +1,4 @@
-"""Models that are pickled, copied, stored whole, or sent to another process."""
+"""Models that are pickled, copied, saved whole, or sent to another process."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_copies_compute_the_same(case: str, way: str) -> None:
 
     model.eval()
     with torch.no_grad():
-        output(model)  # mean keys are kept from here on
+        output(model)  # from here on mean keys are cached
         evaluated = WAYS[way](model)
         assert_equal(evaluated, model, output)
         for parameter in evaluated.parameters():
@@ -123,7 +123,7 @@ def test_copies_between_a_pass_and_its_backward(case: str, way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_copy_decodes_on(way: str) -> None:
-    """In the middle of incremental decoding, its cache copied too."""
+    """The copy comes in the middle of incremental decoding and includes its cache."""
     model = small_lm("avgk").eval()
     tokens, state = random_tokens(1, 6), {}
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_all_sizes_are_registered() -> None:
 
 
 def compute(model: nn.Module, tokens: Tensor, results: Any) -> None:
-    """What a spawned process does."""
+    """Run the spawned process."""
     with torch.no_grad():
         results.put(model(tokens)[0].numpy())
 
@@ -166,7 +166,7 @@ def test_a_spawned_process_gets_the_model() -> None:
 
 
 def test_a_stored_model_needs_trust() -> None:
-    """PyTorch refuses a pickled model unless it is told to trust the file."""
+    """PyTorch refuses a pickled model unless the caller trusts the file."""
     file = io.BytesIO()
     torch.save(small_lm("avgk"), file)
     file.seek(0)

@@ -1,4 +1,4 @@
-"""Whole models: what a token's output may depend on, and what the decoder tells its layers."""
+"""Whole models: what a token's output depends on, and what the decoder passes to its layers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ FP32_SOFTMAX = dict(rtol=0, atol=1e-6)
 
 
 def evaluated(method: str, **options: Any) -> nn.Module:
-    """A model of three layers, each of them sparse unless the method is dense."""
+    """Build a model of three layers in evaluation mode. All are sparse unless the method is
+    dense."""
     if method != "dense":
         options["sffn_freq"] = 1
     return small_lm(method, decoder_layers=3, **options).eval()
@@ -106,7 +107,7 @@ def test_padding_does_not_count_in_the_losses(method):
 
 
 def step_by_step(model: nn.Module, batch: Tensor, state: dict, start: int = 0) -> Tensor:
-    """The outputs from position ``start`` on, one token at a time."""
+    """Return the outputs from position ``start`` on, computed one token at a time."""
     steps = [
         model.decoder(batch[:, : end + 1], incremental_state=state)
         for end in range(start, batch.shape[1])
@@ -153,7 +154,7 @@ def test_trailing_tokens(shape, context):
 
 @pytest.fixture
 def seen() -> Iterator[list[Tensor]]:
-    """What a selector ``stub`` was given, each (N, 2), while it is registered."""
+    """Register a selector ``stub``, and record the token ids that it gets, each (N, 2)."""
     given: list[Tensor] = []
 
     class Stub(Selector):
@@ -181,7 +182,7 @@ def stub_decoder() -> SparseTransformerDecoder:
 
 
 def pairs(batch: Tensor) -> list[list[tuple[int, int]]]:
-    """For each position and sentence, the token before it and the token."""
+    """Return, for each position and sentence, the token before it and the token."""
     rows = [[PAD, *row] for row in batch.tolist()]
     return [[(row[t], row[t + 1]) for row in rows] for t in range(batch.shape[1])]
 
@@ -236,7 +237,7 @@ def test_a_shorter_output_dictionary_leaves_the_input_alone():
     ],
 )
 def test_layer_numbers(layers, freq, kept, sparse):
-    """``sparse``: number in training -> index in the model."""
+    """``sparse`` maps the number in training to the index in the model."""
     model = small_lm("switch", decoder_layers=layers, sffn_freq=freq, decoder_layers_to_keep=kept)
     built = model.decoder.layers
     assert len(built) == (len(kept.split(",")) if kept else layers)
@@ -260,7 +261,7 @@ def test_a_pruned_model_takes_the_kept_layers_of_a_checkpoint():
 
 @pytest.mark.parametrize("method", ["avgk", "vanilla_m"])
 def test_checkpointed_layers_select_alike_under_autocast(method):
-    """fairseq's recomputation is without autocast, and near-ties would go to other blocks."""
+    """fairseq recomputes without autocast, which could change the block in near-ties."""
     model = small_lm(method, torch.float32, checkpoint_activations=True)
     chosen = []
     memory = model.decoder.layers[1].fc1.memory
@@ -282,7 +283,7 @@ def test_an_engine_that_cannot_compute_is_told_by_its_flag():
 def test_skipped_layers_have_a_routing_of_zeros(method):
     model = small_lm(method, decoder_layers=4, sffn_freq=1, decoder_layerdrop=0.5)
     ran: set[int] = set()
-    for number in range(4):  # to iterate over the layers is to drop some
+    for number in range(4):  # iterating over the layers drops some
         ffn = model.decoder.layers[number].fc1
         ffn.register_forward_hook(lambda *_, number=number: ran.add(number))
     patterns = set()
@@ -323,7 +324,7 @@ def test_an_exception_leaves_nothing_behind(checkpoint_activations):
 
     memory = [m for m in model.modules() if isinstance(m, SparseMemory)][1]
     working = memory.selector
-    memory.selector = nn.Module()  # has no forward
+    memory.selector = nn.Module()  # it has no forward
     with pytest.raises(NotImplementedError):
         model(batch)
     memory.selector = working
@@ -331,7 +332,7 @@ def test_an_exception_leaves_nothing_behind(checkpoint_activations):
 
 
 class Watched(SparseMemory):
-    """A memory that asks how many hooks there are while it runs."""
+    """A memory that counts hooks while it runs."""
 
     model: nn.Module
     found: ClassVar[list[int]] = []
@@ -353,8 +354,8 @@ def test_no_hook_is_registered(checkpoint_activations, monkeypatch):
 
 
 def interleaved(model: nn.Module, batches: list[Tensor], **options: Any) -> list[Any]:
-    """A pass of each batch in a thread of its own. Every pass is inside the memory of every layer
-    before any leaves it."""
+    """Run a pass of each batch in a separate thread. Every pass is inside the memory of every layer
+    before any pass leaves it."""
     meeting = threading.Barrier(len(batches), timeout=10)
 
     def wait(*_: Any) -> None:
@@ -407,7 +408,7 @@ def test_one_pass_wants_losses_and_another_does_not():
 
 @pytest.mark.parametrize("checkpoint_activations", [False, True])
 def test_gradients_of_passes_before_one_backward_add_up(checkpoint_activations):
-    """As with --update-freq, where a pass of other tokens comes between a pass and its backward."""
+    """With --update-freq, a pass of other tokens comes between a pass and its backward."""
     model = small_lm("switch", sffn_freq=1, checkpoint_activations=checkpoint_activations)
     batches = [random_tokens(2, 8), random_tokens(3, 5)]
 
@@ -427,7 +428,7 @@ def test_gradients_of_passes_before_one_backward_add_up(checkpoint_activations):
 
 
 class Wrapper(nn.Module):
-    """Around a layer, as fairscale's FSDP is, which needs a GPU."""
+    """Wraps a layer like fairscale's FSDP, which needs a GPU."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -458,7 +459,7 @@ def test_wrapped_layers_are_routed(checkpoint_activations, monkeypatch):
 
 @pytest.mark.parametrize("method", ["dense", "switch"])
 def test_tokens_that_stand_for_none_count_nowhere(method):
-    """What a process without sentences of its own runs, in training on several."""
+    """In training on several processes, a process without sentences runs such tokens."""
     model = small_lm(method).train()
     batch = random_tokens(2, 8)
     outputs, extra = model(batch, routing_losses=True)

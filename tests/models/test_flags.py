@@ -1,4 +1,4 @@
-"""fairseq silently drops a flag whose name is taken, so ours must be new names."""
+"""The plugin's flags have new names, as fairseq silently drops a flag whose name is taken."""
 
 import argparse
 from dataclasses import fields, is_dataclass
@@ -24,7 +24,7 @@ OURS = ("sffn_cross_entropy", "sffn_label_smoothed_cross_entropy", "sffn_languag
 
 
 def own_fields(config: type[FairseqDataclass]) -> set[str]:
-    """Options that a dataclass defines, other than those it takes over from elsewhere."""
+    """Return the options that a dataclass defines, without those that it takes over."""
     return {
         field.name
         for field in fields(config)
@@ -33,7 +33,7 @@ def own_fields(config: type[FairseqDataclass]) -> set[str]:
 
 
 def added_fields() -> dict[str, set[str]]:
-    """Our options: part of the configuration -> names."""
+    """Return the plugin's options: part of the configuration -> names."""
     model = own_fields(SparseTransformerLM.config_class)
     return {
         "model": model - own_fields(TransformerLanguageModelConfig),
@@ -43,7 +43,8 @@ def added_fields() -> dict[str, set[str]]:
 
 
 def fairseq_fields() -> dict[str, set[str]]:
-    """Every option of fairseq that may stand beside ours: where it is defined -> names."""
+    """Return the options of fairseq that may appear together with ours: where they are defined ->
+    names."""
     groups = {
         field.name: field.type
         for field in fields(FairseqConfig)
@@ -63,7 +64,7 @@ def fairseq_fields() -> dict[str, set[str]]:
 
 
 def legacy_flags(cls: Any) -> set[str]:
-    """Flags of a class that adds them to a parser itself."""
+    """Return the flags of a class that adds them to a parser itself."""
     parser = argparse.ArgumentParser(add_help=False, conflict_handler="resolve")
     if hasattr(cls, "add_args"):
         cls.add_args(parser)
@@ -102,7 +103,7 @@ def test_no_flag_of_ours_is_one_that_fairseq_adds_by_hand() -> None:
     "model", sorted(name for name, cls in MODEL_REGISTRY.items() if hasattr(cls, "config_class"))
 )
 def test_parser_drops_no_flag_of_ours(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parser of fairseq-train reports each name that it finds taken."""
+    """The parser of fairseq-train reports each name that is taken."""
     taken: set[str] = set()
     refuse = argparse._ActionsContainer._handle_conflict_error
 

@@ -1,4 +1,4 @@
-"""A sparse decoder layer against fairseq's own."""
+"""A sparse decoder layer against fairseq's layer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LENGTH, BATCH = 5, 3
 def layers(
     selector: str = "avgk", gate: str | None = None, block_size: int = FFN, **options: Any
 ) -> tuple[TransformerDecoderLayerBase, SparseDecoderLayer]:
-    """fairseq's layer, and a sparse one of its weights with all blocks active."""
+    """Build fairseq's layer, and a sparse one with its weights and all blocks active."""
     args = small_config("dense", **options)
     config = TransformerConfig.from_namespace(args)
     dense = TransformerDecoderLayerBase(config, no_encoder_attn=True).double()
@@ -51,7 +51,7 @@ def layers(
 def by_fairseqs_names(
     sparse: SparseDecoderLayer, of: Callable[[Any], Tensor] = lambda parameter: parameter
 ) -> dict[str, Tensor]:
-    """``of`` each parameter, by its name in fairseq's layer."""
+    """Apply ``of`` to each parameter, and return the results by the names of fairseq's layer."""
     memory = sparse.fc1.memory
     named = {name: of(p) for name, p in sparse.named_parameters() if not name.startswith("fc1.")}
     named |= {"fc1.weight": of(memory.keys), "fc1.bias": of(memory.key_bias)}
@@ -59,7 +59,7 @@ def by_fairseqs_names(
 
 
 def inputs() -> tuple[Tensor, dict[str, Tensor]]:
-    """Hidden states, and the arguments of both layers: causal, one position is padding."""
+    """Make hidden states and the arguments of both layers: causal, one position is padding."""
     x = torch.randn(LENGTH, BATCH, WIDTH, dtype=torch.float64)
     padding = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
     padding[1, -1] = True
@@ -135,7 +135,7 @@ def test_activation_dropout_is_fairseqs(flag):
         expected, *_ = dense.train(training)(x, **kwargs)
         torch.manual_seed(1)
         actual, *_ = sparse.train(training)(x, **kwargs)
-        # One block keeps the tokens in their order, so both draw the same mask.
+        # One block keeps the order of the tokens, so both draw the same mask.
         close(actual, expected)
         assert torch.equal(actual, plain) != training
 
@@ -183,7 +183,7 @@ def test_a_selector_without_scores_has_no_losses():
 
 
 def attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """What each module is made of, by its name."""
+    """Return the attributes of each module, by its name."""
     return {name: dict(vars(child)) for name, child in module.named_modules()}
 
 
@@ -199,7 +199,7 @@ def test_nothing_is_kept_of_a_pass():
 
 
 def gradients(model: nn.Module, batch: Tensor) -> tuple[dict[str, Tensor], dict[str, LayerRouting]]:
-    """Of an objective in which the balance and z losses weigh as much as the output."""
+    """Compute gradients of a loss in which the balance and z losses weigh as much as the output."""
     torch.manual_seed(1)
     output, extra = model(batch, routing_losses=True)
     loss = output.square().mean()
@@ -228,7 +228,7 @@ def test_checkpointed_activations_give_the_same_gradients(method, offload):
         assert grad.any(), name
         close(actual[name], grad, name)
 
-    # 24 tokens, 2 of them padding: counted once, although the layer runs twice.
+    # 24 tokens, 2 of them padding. They are counted once, although the layer runs twice.
     assert routing.keys() == expected_routing.keys() == {"layer1"}
     assert routing["layer1"].counts.sum() == 22 * model.memory_config.active_blocks
     for ours, theirs in zip(routing["layer1"], expected_routing["layer1"], strict=True):

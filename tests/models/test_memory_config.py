@@ -1,4 +1,4 @@
-"""From flags to the memory of a sparse layer."""
+"""Flags make the memory of a sparse layer."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_defaults(method, block_size, gate, size, width, ffn, by_flag):
         (dict(sffn_block_size=4), dict(block_size=4, active_blocks=FFN // 4)),
         (dict(sffn_block_size=1), dict(block_size=1, active_blocks=FFN)),
         (dict(sffn_active_blocks=7), dict(block_size=8, active_blocks=7)),
-        # What does not divide the FFN may still divide the memory.
+        # A size that does not divide the FFN may divide the memory.
         (
             dict(sffn_block_size=64, sffn_active_blocks=1),
             dict(block_size=64, active_blocks=1, active_cells=64),
@@ -103,7 +103,7 @@ def test_counts_reach_balanced_tables():
     assert config.vocab_size == TYPES
     table = config.selector_class(config).table
     assert torch.equal(table, balanced_table(COUNTS, 16))
-    # They are not the counts of an evenly used dictionary.
+    # An evenly used dictionary would have other counts.
     assert not torch.equal(table, balanced_table([1] * TYPES, 16))
 
 

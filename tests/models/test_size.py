@@ -1,4 +1,4 @@
-"""Models that no machine holds are refused before they are built."""
+"""Models that are too large for a machine are refused before they are built."""
 
 import re
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_sizes_of_an_encoder_decoder_model(side: str, size: str) -> None:
 
 @pytest.mark.parametrize("method", ["dense", "avgk", "switch", "gshard", "vanilla_m", "rand_hash"])
 def test_parts_are_those_of_the_model(method: str) -> None:
-    """All but what is small: biases, norms and routers."""
+    """The estimate leaves out only small parts: biases, norms and routers."""
     sizes = dict(decoder_embed_dim=64, decoder_ffn_embed_dim=256, decoder_layers=4)
     config = small_config(method, **sizes)
     counted = sum(part.params for part in parts_of(config, language_modeling()))
@@ -91,12 +91,12 @@ def test_blocks_of_other_processes_take_no_memory() -> None:
     args = small_config("avgk", sffn_expansion=1000)
     alone = {part.name: part.params for part in parts_of(args, language_modeling())}
     args.sffn_expert_parallel = 4
-    shared = {part.name: part.params for part in parts_of(args, language_modeling())}
+    sharded = {part.name: part.params for part in parts_of(args, language_modeling())}
     table = 1000 * 32 * 16
     assert alone.pop("tables") == 2 * table
-    # Its share, and a table that is drawn as a whole.
-    assert shared.pop("tables") == 2 * table // 4 + table
-    assert alone == shared
+    # The process's share, and a table that is drawn as a whole.
+    assert sharded.pop("tables") == 2 * table // 4 + table
+    assert alone == sharded
 
 
 def test_processes_share_the_memory_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ BLOCKS = {"avgk": 8, "rand_hash": 8}
 
 
 class Task:
-    """What a model asks a translation task for."""
+    """The attributes that a model reads from a translation task."""
 
     def __init__(self, source: Dictionary, target: Dictionary) -> None:
         self.source_dictionary, self.target_dictionary = source, target
@@ -91,7 +91,7 @@ def test_sparse_layers_are_on_both_sides():
 
 @pytest.mark.parametrize("normalize_before", [True, False])
 def test_all_blocks_active_is_fairseqs_transformer(normalize_before):
-    """Outputs and gradients, from the same weights."""
+    """Outputs and gradients agree for the same weights."""
     options = dict(
         encoder_normalize_before=normalize_before,
         decoder_normalize_before=normalize_before,
@@ -136,7 +136,7 @@ def test_all_blocks_active_is_fairseqs_transformer(normalize_before):
     [*((selector, {}) for selector in SELECTORS), ("hash_layer", {"hash_table": "bigram"})],
 )
 def test_padding_changes_nothing(selector, options, training):
-    """A source padded on the left and a target padded on the right, in a batch of one: outputs and
+    """A source is padded on the left and a target on the right, in a batch of one. Outputs and
     losses are those without padding."""
     model = build(selector, **options).train(training)
     source, target = random_tokens(1, 4), random_tokens(1, 3)

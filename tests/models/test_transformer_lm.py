@@ -1,4 +1,5 @@
-"""The registered models: sizes, defaults, state, and how a checkpoint that does not fit is told."""
+"""The registered models: sizes, defaults, state, and the message for a checkpoint that does not
+fit."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ NAMES = [f"transformer_lm_{method}{size}" for method in NAMED for size in SIZES]
 
 
 def on_meta(name: str, types: int = TYPES, **changes: Any) -> nn.Module:
-    """A model whose parameters have shapes but take no memory."""
+    """Build a model whose parameters have shapes but take no memory."""
     if "_sffn" in name:
         changes = {"sffn_selector": "avgk", **changes}
     config = lm_config(name, tokens_per_sample=2048, **changes)
@@ -78,7 +79,7 @@ def test_every_size_builds(method, size, layers, width, heads, ffn, activation, 
     assert model.max_positions() == 2048
     built = [i for i, layer in enumerate(decoder.layers) if isinstance(layer, SparseDecoderLayer)]
     assert built == ([] if method == "dense" else sparse)
-    active = {"pkm": 128, "gshard_8d": 2 * ffn}.get(method, ffn)  # as their papers have it
+    active = {"pkm": 128, "gshard_8d": 2 * ffn}.get(method, ffn)  # as in their papers
     for memory in memories(model):
         assert memory.config.num_cells == 16 * ffn and memory.config.active_cells == active
 
@@ -300,7 +301,7 @@ def test_a_checkpoint_with_something_else_in_place_of_a_tensor():
 
 @functools.cache
 def from_arch(name: str, *flags: str) -> dict[str, Any]:
-    """The model's config as fairseq-train makes it."""
+    """Return the model's config as fairseq-train makes it."""
     parser = options.get_training_parser()
     argv = ["data", "--task", "language_modeling", "--tokens-per-sample", "64", "--arch", name]
     config = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, [*argv, *flags]))
@@ -308,7 +309,8 @@ def from_arch(name: str, *flags: str) -> dict[str, Any]:
 
 
 def from_hydra(name: str, **overrides: Any) -> dict[str, Any]:
-    """The model's config as fairseq-hydra-train makes it of ``model._name`` and overrides."""
+    """Return the model's config as fairseq-hydra-train makes it from ``model._name`` and
+    overrides."""
     return plain(lm_config(name, tokens_per_sample=64, **overrides))
 
 
@@ -322,7 +324,7 @@ def test_arch_and_hydra_resolve_to_the_same_config(name):
     assert ours == from_hydra(name)
     assert ours["_name"] == name
     assert ours["tokens_per_sample"] == 64
-    # Both take the model that is registered under the name.
+    # Both use the model that is registered under the name.
     assert models.ARCH_MODEL_REGISTRY[name] is models.MODEL_REGISTRY[name]
 
 
@@ -337,7 +339,7 @@ USER = {
     "sffn_expansion": 4,
     "sffn_block_size": 32,
 }
-# What fairseq's transformer_lm defaults to, where ours differ.
+# Defaults of fairseq's transformer_lm that differ from ours
 FAIRSEQS = {
     "decoder_layers": 6,
     "decoder_embed_dim": 512,
@@ -357,7 +359,7 @@ def test_user_values_beat_defaults(name, wanted):
     flags = [("--" + option.replace("_", "-"), str(value)) for option, value in wanted.items()]
     config = from_arch(name, *(text for pair in flags for text in pair))
     assert config == from_hydra(name, **wanted)
-    width = wanted["decoder_embed_dim"]  # which these follow
+    width = wanted["decoder_embed_dim"]  # these depend on the width
     assert config == defaults | wanted | dict(decoder_input_dim=width, decoder_output_dim=width)
 
 

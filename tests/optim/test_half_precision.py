@@ -1,4 +1,4 @@
-"""Training in half precision, on CPUs: ``--bf16`` as users may, ``--fp16`` as a GPU would."""
+"""Training in half precision on CPUs: ``--bf16`` as for users, ``--fp16`` as on a GPU."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def losses(log: str) -> list[float]:
 
 @pytest.fixture
 def fp16_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fairseq's optimizer runs there, unless it flattens gradients."""
+    """Let fairseq's optimizer run on a CPU. It can, unless it flattens gradients."""
     monkeypatch.setattr(trainer, "check_precision", lambda common, flags: None)
 
 
 @pytest.fixture(scope="module")
 def in_fp32(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    """Model -> the losses of a training in full precision."""
+    """Return model -> losses of a training in full precision."""
     folder = tmp_path_factory.mktemp("fp32")
     return {
         model: losses(commands.train(data_bin, folder / model, model, *FLAGS)) for model in MODELS
@@ -58,10 +58,10 @@ def test_trains_as_full_precision_does(
     flags = (*FLAGS, *HALF[half], "--optimizer", optimizer)
     got = losses(commands.train(data_bin, tmp_path, model, *flags))
     assert len(got) == len(in_fp32[model]) == 12
-    # Blocks that are almost as good as each other may be chosen differently.
+    # Rounding may change the choice between blocks that are almost equally good.
     assert got == pytest.approx(in_fp32[model], rel=0.03)
     assert got[-1] < got[0] - 0.5
-    # Written in fp32, of which half precision has the upper bits.
+    # The log is in fp32, of which half precision has the upper bits.
     dtype = torch.bfloat16 if "bf16" in half else torch.float16
     state = torch.load(tmp_path / "checkpoint_last.pt", weights_only=False)["model"]
     assert all(torch.equal(t, t.to(dtype).to(t.dtype)) for t in state.values())
@@ -75,7 +75,7 @@ def test_resumes(half: str, data_bin: Path, tmp_path: Path, fp16_on_cpu: None) -
         commands.train(data_bin, tmp_path / "parts", "avgk", *flags, "--max-update", "7")
     )
     rest = losses(commands.train(data_bin, tmp_path / "parts", "avgk", *flags))
-    # fairseq keeps its fp32 copies of the parameters to itself: what resumes is rounded.
+    # fairseq does not save its fp32 copies of the parameters, so the resumed ones are rounded.
     assert first + rest == pytest.approx(whole, rel=2e-3)
     if half.startswith("memory_efficient"):
         assert first + rest == whole
@@ -86,7 +86,7 @@ def test_resumes(half: str, data_bin: Path, tmp_path: Path, fp16_on_cpu: None) -
 def test_bf16_is_for_gpus(
     flag: str, tpu: bool, data_bin: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """fairseq would look for a TPU; where its package is installed, it may."""
+    """fairseq would look for a TPU. The flag is allowed if the package for TPUs is installed."""
     monkeypatch.setattr(utils, "xm", "torch_xla" if tpu else None)
     words = [str(data_bin), "--user-dir", commands.USER_DIR, "--task", "language_modeling"]
     words += ["--arch", "transformer_lm_avgk_tiny", flag]

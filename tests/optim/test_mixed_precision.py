@@ -1,5 +1,4 @@
-"""``--amp`` trains with the gradients of the loss, whatever it was scaled by. (A CPU has a
-GradScaler too.)"""
+"""``--amp`` trains with the gradients of the unscaled loss. A CPU has a GradScaler too."""
 
 from __future__ import annotations
 
@@ -113,7 +112,7 @@ def test_validation_computes_as_training_does(amp: bool) -> None:
 def test_a_training_unscales_once(
     clip_norm: str, data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A CPU computes in full precision, so that only the scale differs."""
+    """A CPU computes in full precision, so only the scale differs."""
     monkeypatch.setattr(trainer, "check_precision", lambda common, flags: None)
     flags = ("--optimizer", "sgd", "--lr", "1.0", "--clip-norm", clip_norm, "--max-update", "4")
     flags = (*flags, "--dropout", "0", "--disable-validation", "--no-save")

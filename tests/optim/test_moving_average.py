@@ -8,7 +8,7 @@ from fairseq_sffn.optim.moving_average import MovingAverage
 
 
 def test_moving_average_copies_integers() -> None:
-    model = torch.nn.BatchNorm1d(2)  # counts its batches in an integer
+    model = torch.nn.BatchNorm1d(2)  # it counts its batches in an integer
     config = SimpleNamespace(ema_decay=0.5, ema_seed_model=None, ema_fp32=False, ema_update_freq=1)
     config.ema_start_update = 0
     average = MovingAverage(model, config)

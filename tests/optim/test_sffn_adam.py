@@ -33,7 +33,7 @@ SETTINGS: list[dict[str, Any]] = [
     dict(),
     dict(weight_decay=0.1),
     dict(betas=(0.9, 0.98), eps=1e-6),
-    dict(betas=(0.5, 0.6), eps=0.1, weight_decay=0.01),  # an eps that decides
+    dict(betas=(0.5, 0.6), eps=0.1, weight_decay=0.01),  # a large eps matters
     dict(betas=(0.0, 0.999), eps=0.0),
     dict(amsgrad=True),
     dict(amsgrad=True, betas=(0.5, 0.6), eps=0.1, weight_decay=0.01),
@@ -41,7 +41,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 def parameters(dtype: torch.dtype = torch.float64) -> list[torch.nn.Parameter]:
-    """Of several shapes, one transposed and one a part of a larger tensor."""
+    """Make parameters of several shapes, one transposed and one a part of a larger tensor."""
     generator = torch.Generator().manual_seed(3)
     shapes = [(5, 4), (7,), (), (0, 3), (3, 2, 2), (4, 3), (4, 6)]
     tensors = [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
@@ -50,7 +50,7 @@ def parameters(dtype: torch.dtype = torch.float64) -> list[torch.nn.Parameter]:
 
 
 def give_gradients(tensors: Iterable[Tensor], step: int, skip: bool = True) -> None:
-    """Random gradients of any scale, and to some tensors none at times."""
+    """Set random gradients of any scale. Some tensors sometimes get none."""
     generator = torch.Generator().manual_seed(step)
     for number, tensor in enumerate(tensors):
         grad = torch.randn(tensor.shape, generator=generator) * 10.0 ** -(step % 4)
@@ -59,7 +59,7 @@ def give_gradients(tensors: Iterable[Tensor], step: int, skip: bool = True) -> N
 
 
 def train(optimizer: torch.optim.Optimizer, steps: Iterable[int], skip: bool = True) -> None:
-    """Updates with a learning rate that changes, times the group's own."""
+    """Update with a learning rate that changes, times the group's own."""
     for step in steps:
         for group in optimizer.param_groups:
             group["lr"] = group.get("own_lr", 1.0) * 0.01 / (1 + step)
@@ -73,7 +73,7 @@ def assert_same(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
 
 
 def assert_same_state(actual: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Of state dicts."""
+    """Compare two state dicts."""
     assert actual["state"].keys() == expected["state"].keys()
     for number, reference in expected["state"].items():
         state = actual["state"][number]
@@ -103,7 +103,7 @@ def test_updates_are_those_of_fairseq(
 
 
 def test_what_is_no_parameter_stays_as_it_is() -> None:
-    """Also where it lies between the numbers of one."""
+    """This holds even between the numbers of one parameter."""
     table = torch.zeros(4, 6)
     part = torch.nn.Parameter(table[:, :3])
     part.grad = torch.ones(4, 3)
@@ -182,7 +182,7 @@ def config(**changes: Any) -> SimpleNamespace:
 
 
 def test_steps_of_a_group_are_taken_over() -> None:
-    """As apex's Adam, which fairseq's is on a GPU where it is installed, stores them."""
+    """apex's Adam, which fairseq uses on a GPU if it is installed, stores them like this."""
     ours, theirs = parameters(), parameters()
     optimizer = Adam(theirs)
     train(optimizer, range(4), skip=False)
@@ -209,7 +209,7 @@ def test_what_fairseq_builds() -> None:
 
 
 def mixed_precision(kind: type, name: str, dtype: torch.dtype, tensors: list[Any]) -> Any:
-    """The optimizer that fairseq builds for ``--fp16`` or ``--bf16``."""
+    """Build the optimizer as fairseq does for ``--fp16`` or ``--bf16``."""
     cfg = OmegaConf.structured(FairseqConfig)
     with open_dict(cfg):
         cfg.optimizer = {"_name": name, "weight_decay": 0.1}
@@ -231,7 +231,7 @@ def mixed_precision(kind: type, name: str, dtype: torch.dtype, tensors: list[Any
     ("first", "second"), [("adam", "sffn_adam"), ("sffn_adam", "adam"), ("sffn_adam", "sffn_adam")]
 )
 def test_mixed_precision(kind: type, dtype: torch.dtype, first: str, second: str) -> None:
-    """With an exchange of the optimizer half-way."""
+    """The optimizers are exchanged in the middle."""
 
     def train_mixed(first: str, second: str) -> tuple[list[Any], dict[str, Any]]:
         tensors = parameters(dtype)
@@ -244,7 +244,7 @@ def test_mixed_precision(kind: type, dtype: torch.dtype, first: str, second: str
             optimizer.zero_grad()
             optimizer.set_lr(0.01 / (1 + step))
             give_gradients(tensors, step)
-            optimizer._needs_sync = True  # as backward() does
+            optimizer._needs_sync = True  # as in backward()
             optimizer.multiply_grads(0.5)
             optimizer.clip_grad_norm(1.0)
             optimizer.step()
@@ -270,7 +270,7 @@ def test_refused_flags(flag: str, data_bin: Path, tmp_path: Path) -> None:
 
 
 def test_tpu_is_refused() -> None:
-    """Where there is one: else the trainer fails before."""
+    """On a machine with a TPU. Without one, the trainer fails earlier."""
     with pytest.raises(UsageError, match=r"^--tpu: .* use --optimizer adam$"):
         OPTIMIZER_REGISTRY["sffn_adam"](config(tpu=True), parameters())
 
@@ -282,7 +282,7 @@ OPTIONS = (
 
 
 def train_lm(data: Path, save_dir: Path, optimizer: str, updates: int, *flags: str) -> list[int]:
-    """The updates that were made."""
+    """Train and return the numbers of the updates."""
     flags = ("--optimizer", optimizer, "--max-update", f"{updates}", *OPTIONS, *flags)
     return list(commands.losses(commands.train(data, save_dir, "avgk", *flags)))
 
@@ -293,7 +293,7 @@ def checkpoint(save_dir: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Optimizer -> what it came to without a stop."""
+    """Return optimizer -> final checkpoint of a training without a stop."""
     result = {}
     for optimizer in ("adam", "sffn_adam"):
         save_dir = tmp_path_factory.mktemp(optimizer)
@@ -303,7 +303,7 @@ def whole(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def test_trains_as_adam_does(whole: dict[str, dict[str, Any]]) -> None:
-    """A layer that LayerDrop left out at times has made fewer steps."""
+    """A layer that LayerDrop sometimes left out has made fewer steps."""
     states = whole["sffn_adam"]["last_optimizer_state"]["state"]
     assert len({state["step"] for state in states.values()}) > 1
     assert_same_training(whole["sffn_adam"], whole["adam"])
@@ -327,7 +327,8 @@ def test_resume_is_exact(whole: dict[str, dict[str, Any]], data_bin: Path, tmp_p
 
 
 def assert_same_training(actual: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Two runs that differ in rounding, which Adam's division by small gradients enlarges."""
+    """Compare two runs that differ in rounding, which Adam's division by small gradients
+    enlarges."""
     for run in (actual, expected):
         assert run["optimizer_history"][-1]["optimizer_name"] == "FairseqAdam"
     torch.testing.assert_close(actual["model"], expected["model"], rtol=1e-5, atol=1e-5)

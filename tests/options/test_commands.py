@@ -29,22 +29,22 @@ SCHEDULERS = {
     "triangular": ("--max-lr", "2"),
     "tri_stage": ("--decay-steps", "2"),
 }
-"""Learning-rate scheduler -> what it needs."""
+"""Learning-rate scheduler -> flags that it requires."""
 
 
 def refusal(command: Callable[[], Any]) -> str:
-    """The line that a command stops with."""
+    """Return the line that a command stops with."""
     stderr = io.StringIO()
     with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as stopped:
         command()
-    if stopped.value.code == 2:  # argparse: the usage, then the message
+    if stopped.value.code == 2:  # argparse prints the usage, then the message
         return stderr.getvalue().strip().splitlines()[-1]
     assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code
     return stopped.value.code
 
 
 def training_options(*flags: str) -> tuple[argparse.ArgumentParser, Any]:
-    """The parser of fairseq-train, and the configuration that it makes."""
+    """Return the parser of fairseq-train, and the configuration that it makes."""
     parser = fairseq_options.get_training_parser("language_modeling")
     required = ("--task", "language_modeling", "--arch", "transformer_lm_avgk_tiny")
     required += ("--criterion", "sffn_cross_entropy", "--lr", "1", "--batch-size", "8")
@@ -67,7 +67,7 @@ CHOICES = {
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_numeric_flag_of_training(choice: str) -> None:
-    """Defaults pass; NaN, infinity and whole numbers that no machine holds never do."""
+    """Defaults pass. NaN, infinity and integers that are too large for any machine never pass."""
     parser, cfg = training_options(*CHOICES[choice])
     check_ranges(cfg)
     groups = [name for name in RANGES if " " not in name]
@@ -92,14 +92,14 @@ def test_every_numeric_flag_of_training(choice: str) -> None:
 
 
 NOT_IN_THE_TABLE = {
-    # Checked with the memory of a sparse layer, or the criterion, which are also used without
+    # The memory of a sparse layer or the criterion checks these, as they are also used without
     # fairseq's commands.
     *("sffn_expansion", "sffn_block_size", "sffn_active_blocks", "sffn_freq"),
     *("sffn_capacity_factor", "sffn_eval_capacity_factor", "sffn_init_scale"),
     *("sffn_value_lr_scale", "sffn_expert_parallel"),
     *("avgk_balance_rate", "lorkm_rank", "pkm_query_dim", "pkm_heads", "pkm_ffn_query_dim"),
     *("balance_loss_weight", "z_loss_weight"),
-    # Of --scoring bleu: ids of special types, which no training reads.
+    # --scoring bleu has ids of special types, which no training reads.
     *("pad", "eos", "unk"),
 }
 
@@ -127,7 +127,7 @@ TRAINING = [
     ("--decoder-ffn-embed-dim -32", "must be at least 1"),
     ("--keep-interval-updates-pattern 0", "must be at least 1, or -1 (off)"),
     ("--max-update 99999999999999999999", f"at most {LARGEST}"),
-    # Two options.
+    # Two options
     ("--decoder-attention-heads 3", "must divide --decoder-embed-dim 16"),
     ("--decoder-embed-dim 2", "is too narrow for sinusoidal positions"),
     ("--shard-id 1", "must be below --num-shards 1"),
@@ -142,7 +142,7 @@ TRAINING = [
     ("--phase-ratio 0.5,0.4,0.2 --lr-scheduler tri_stage", "must add up to 1"),
     ("--lr-shrink 1 --lr-scheduler reduce_lr_on_plateau", "must be positive and below 1"),
     ("--model-parallel-size 2", "needs Megatron-LM"),
-    # Of the data.
+    # Options of the data
     ("--adaptive-softmax-cutoff 20,10 --no-share-decoder-input-output-embed", "must rise"),
     ("--adaptive-softmax-cutoff 20,x --no-share-decoder-input-output-embed", "each at least 1"),
     ("--adaptive-softmax-cutoff 20,999 --no-share-decoder-input-output-embed", "is beyond the"),
@@ -219,8 +219,8 @@ def test_training_with_hydra(override: str, line: str, data_bin: Path, tmp_path:
 
 
 def test_hydra_imports_the_plugin_in_the_midst_of_training() -> None:
-    """``fairseq-hydra-train`` has imported ``train.main`` before the plugin, which can only change
-    what that looks up."""
+    """``fairseq-hydra-train`` has imported ``train.main`` before the plugin, which can therefore
+    only change the functions that ``train.main`` looks up."""
     assert "add_defaults" in inspect.unwrap(train.main).__globals__
     _, cfg = training_options()
     cfg.optimization.clip_norm = -1.0
@@ -240,7 +240,7 @@ def test_no_process_is_started_by_numbers_out_of_range(option: str, value: int) 
 
 @pytest.fixture(scope="module")
 def trained(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained checkpoint."""
+    """Train a checkpoint."""
     folder = tmp_path_factory.mktemp("trained")
     commands.train(data_bin, folder, "avgk", "--max-update", "1")
     return folder / "checkpoint_last.pt"
@@ -314,7 +314,7 @@ def test_models_of_fairseq(arch: str, data_bin: Path, tmp_path: Path) -> None:
 
 
 def fairseq_training(data: Path, save_dir: Path, *flags: str) -> str:
-    """A training without flags of the plugin's models."""
+    """Train without flags of the plugin's models."""
     return commands.run(
         *("train", data, "--user-dir", USER_DIR, "--task", "language_modeling", "--cpu"),
         *("--save-dir", save_dir, "--batch-size", "8", "--max-update", "1", *flags),

@@ -24,7 +24,7 @@ from tests import commands
 
 SMALL_STOCK = (*commands.SMALL, "--share-decoder-input-output-embed")
 MODELS = {
-    "transformer_lm": SMALL_STOCK,  # fairseq's own
+    "transformer_lm": SMALL_STOCK,  # fairseq's own model
     "transformer_lm_dense_tiny": commands.SMALL,
     "transformer_lm_avgk_tiny": commands.small_flags("avgk"),
     "transformer_lm_gshard_8d_tiny": commands.SMALL,
@@ -45,7 +45,7 @@ def training_namespace(
 
 @pytest.fixture(scope="module")
 def checkpoints(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Model -> a checkpoint, trained by a call of ``train.main`` with a namespace."""
+    """Train a checkpoint of each model by calling ``train.main`` with a namespace."""
     result = {}
     for arch in MODELS:
         folder = tmp_path_factory.mktemp(arch)
@@ -152,7 +152,7 @@ def test_the_evaluation_of_a_namespace_is_checked(
 def test_processes_start_with_a_namespace(
     data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Started by torchrun, and with gloo on CPUs; a group of processes is not started."""
+    """torchrun starts the processes, which use gloo on CPUs. No process group is started here."""
     for name, value in zip(launch.LAUNCHED, ("localhost", "1", "2", "1", "1"), strict=True):
         monkeypatch.setitem(os.environ, name, value)
     asked: dict[str, Any] = {}
@@ -173,7 +173,7 @@ def test_processes_start_with_a_namespace(
 def test_ranks_of_a_model_without_a_dataclass_differ_by_rank_alone(
     data_bin: Path, tmp_path: Path
 ) -> None:
-    """fairseq keeps the options of such a model, all of the command's, in a namespace."""
+    """fairseq keeps the options of such a model, which are all of the command's, in a namespace."""
 
     def settings_with(*flags: str) -> dict[tuple[str, str], Any]:
         arguments = [str(data_bin), "--task", "language_modeling", "--arch", "fconv_lm", *flags]
@@ -194,7 +194,8 @@ BUILT = ("transformer_lm_dense", "transformer_lm_avgk_tiny", "transformer_lm_gsh
 
 @pytest.mark.parametrize("name", [*BUILT, "transformer_avgk"])
 def test_models_are_built_from_a_namespace(data_bin: Path, tmp_path: Path, name: str) -> None:
-    """As fairseq's tests build its own: what the namespace leaves out has the model's default."""
+    """fairseq's tests build its models like this. An option that the namespace leaves out has the
+    model's default."""
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     model_class = MODEL_REGISTRY[name]
     model_class.add_args(parser)
@@ -230,7 +231,7 @@ def test_the_task_takes_a_namespace(data_bin: Path) -> None:
 
 
 def test_a_callers_own_dataset_is_evaluated(data_bin: Path, tmp_path: Path) -> None:
-    """Arguments by position, and a dataset that is no split of the task."""
+    """The arguments are positional, and the dataset is no split of the task."""
     args = training_namespace(data_bin, tmp_path)
     task = tasks.setup_task(args)
     task.load_dataset("valid")
@@ -241,12 +242,12 @@ def test_a_callers_own_dataset_is_evaluated(data_bin: Path, tmp_path: Path) -> N
         batches = task.eval_lm_dataloader(own, 64, 4, max_positions)
         return sum(batch["nsentences"] for batch in batches)
 
-    assert evaluated(8) == 1  # fairseq leaves out what is too long
+    assert evaluated(8) == 1  # fairseq leaves out samples that are too long
     assert evaluated(16) == len(own)
 
 
 def test_batches_take_an_epoch_by_position(data_bin: Path, tmp_path: Path) -> None:
-    """They are dealt as in the first epoch, which is kept for later ones."""
+    """They are dealt as in the first epoch, which is kept for later epochs."""
     iterators = []
     for epoch in (1, 3):
         task = tasks.setup_task(training_namespace(data_bin, tmp_path))

@@ -1,4 +1,4 @@
-"""The table of ranges: what it lets through, and what it says of the rest."""
+"""The table of ranges: the values that it accepts, and the messages for all others."""
 
 import argparse
 import math
@@ -28,17 +28,17 @@ from fairseq_sffn.options.ranges import LARGEST, RANGES, Range
 from fairseq_sffn.options.relations import RELATIONS
 
 WITHOUT_DEFAULTS = {("lr_scheduler", "tri_stage")}
-"""What fairseq refuses unless some options are set."""
+"""Groups that fairseq refuses unless some options are set."""
 
 
 def of_dataclass(config: type, name: str) -> SimpleNamespace:
-    """The defaults of a group; ``None`` for those that are taken from other groups."""
+    """Return the defaults of a group, with ``None`` for those that are taken from other groups."""
     values = {k: None if "${" in str(value) else value for k, value in vars(config()).items()}
     return SimpleNamespace(**{**values, "_name": name})
 
 
 def of_parser(cls: Any, name: str) -> SimpleNamespace:
-    """The defaults of a class that adds its flags by hand."""
+    """Return the defaults of a class that adds its flags by hand."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     cls.add_args(parser)
     return SimpleNamespace(
@@ -47,7 +47,7 @@ def of_parser(cls: Any, name: str) -> SimpleNamespace:
 
 
 def defaults() -> Iterator[tuple[str, str, Any]]:
-    """Group, name and options of everything that fairseq and the plugin have registered."""
+    """Yield group, name and options of everything that fairseq and the plugin have registered."""
     for field in fields(FairseqConfig):
         if is_dataclass(field.type) and field.name in RANGES:
             yield field.name, "", of_dataclass(field.type, "")
@@ -99,7 +99,7 @@ def test_defaults_are_in_their_ranges(group: str, name: str) -> None:
 
 
 def test_every_option_of_the_table_exists() -> None:
-    """A misspelt one would never be looked at."""
+    """A misspelt option would never be checked."""
     there: dict[str, set[str]] = {}
     for (group, name), values in DEFAULTS.items():
         for key in (group, f"{group} {name}"):
@@ -111,7 +111,7 @@ def test_every_option_of_the_table_exists() -> None:
 
 
 def outside(range: Range) -> list[Any]:
-    """Numbers that are not in a range: beyond its ends, and none that is finite."""
+    """Return numbers that are not in a range: beyond its ends, and not finite."""
     wrong = [math.nan, math.inf, -math.inf]
     special = [value for value, _ in range.special]
     if range.low > -math.inf:
@@ -167,7 +167,7 @@ def test_reasons(range: Range, number: float, reason: str) -> None:
 
 
 def test_options_of_other_models_are_left_alone() -> None:
-    """A convolutional model's layers are a text, and its dropout may mean something else."""
+    """The layers of a convolutional model are a text, and its dropout may mean something else."""
     checks.check_group("model", SimpleNamespace(_name="fconv", decoder_layers="[(512, 3)]"))
     checks.check_group("model", SimpleNamespace(_name="fconv", dropout=2.0))
     with pytest.raises(UsageError, match=r"^--dropout 2\.0: "):
@@ -185,7 +185,7 @@ def test_options_of_other_models_are_left_alone() -> None:
 def test_options_of_other_plugins_are_left_alone(
     group: str, registry: Any, base: type, option: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Options of the same name may have another meaning there."""
+    """Options with the same name may have another meaning there."""
     theirs = type("Theirs", (base,), {"__module__": "their_plugin.models"})
     monkeypatch.setitem(registry, "theirs", theirs)
     checks.check_group(group, SimpleNamespace(_name="theirs", **option))

@@ -14,13 +14,13 @@ from tests import commands
 
 
 def configuration(data: str, task: str = "language_modeling", **dataset: str) -> OmegaConf:
-    """As much of a configuration as names data."""
+    """Make the part of a configuration that names data."""
     return OmegaConf.create({"task": {"_name": task, "data": data}, "dataset": dataset})
 
 
 @pytest.fixture()
 def folders(tmp_path: Path) -> Path:
-    """Two folders of training data, of which the first has validation data too."""
+    """Make two folders of training data. Only the first has validation data."""
     for name in ("a/train.idx", "a/valid.idx", "b/train.idx"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()

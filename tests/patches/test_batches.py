@@ -13,7 +13,7 @@ from tests import commands
 
 
 class Sentences(MonolingualDataset):
-    """As much of a data set as has sizes."""
+    """The part of a data set that has sizes."""
 
     def __init__(self, *lengths: int) -> None:
         super().__init__(
@@ -44,7 +44,7 @@ def test_batches_of_no_sentence(multiple: int) -> None:
 
 
 def test_a_callers_own_data_may_be_empty() -> None:
-    """fairseq-interactive goes on where it skips a line."""
+    """fairseq-interactive continues after it skips a line."""
     long = Sentences(9, 10)
     found = FairseqTask(None).get_batch_iterator(
         long, max_tokens=8, max_positions=8, ignore_invalid_inputs=True
@@ -53,7 +53,7 @@ def test_a_callers_own_data_may_be_empty() -> None:
 
 
 def test_a_split_of_one_batch_that_is_left_out(data_bin: Path, tmp_path: Path) -> None:
-    """Of several thousand tokens, in fewer samples than a batch of 8."""
+    """The batch has several thousand tokens, but fewer samples than a batch of 8."""
     flags = ("--tokens-per-sample", "1024", "--disable-validation")
     told = "^--required-batch-size-multiple 8: leaves out the only batch, of . sentences; give 1"
     with pytest.raises(UsageError, match=told):

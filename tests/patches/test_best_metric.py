@@ -17,7 +17,7 @@ ONE = ("--max-update", "1")
 
 @pytest.mark.parametrize("criterion", ["sffn_cross_entropy", "cross_entropy"])
 def test_a_metric_that_there_is_not(criterion: str, data_bin: Path, tmp_path: Path) -> None:
-    """Stops before the first update, and says which there are."""
+    """Training stops before the first update, and lists the metrics."""
     flags = ("--best-checkpoint-metric", "nosuch", "--criterion", criterion, "--max-update", "9")
     with pytest.raises(UsageError) as stopped:
         commands.train(data_bin, tmp_path, "avgk", *flags)
@@ -63,7 +63,7 @@ def test_training_goes_on_as_without_the_look(model: str, data_bin: Path, tmp_pa
 def test_the_look_leaves_nothing_behind(
     data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither in the meters of training, nor in the batch of ranks that have no sentences."""
+    """Neither the meters of training nor the dummy batch of ranks without sentences change."""
     looks = []
 
     def look(cfg: Any, trainer: Any, *args: Any) -> None:

@@ -1,5 +1,5 @@
-"""Python callers give fairseq's checkpoint functions stand-ins for files, folders and trainers, as
-fairseq's own tests do."""
+"""Python callers pass stand-ins for files, folders and trainers to fairseq's checkpoint functions,
+as fairseq's own tests do."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from fairseq_sffn.errors import UsageError
 
 
 def trainer() -> MagicMock:
-    """A stand-in for a trainer that saves nowhere."""
+    """Make a stand-in for a trainer that saves nowhere."""
     result = MagicMock(data_parallel_rank=0, checkpoint_suffix="", is_data_parallel_master=True)
     result.load_checkpoint.return_value = None
     result.get_num_updates.return_value = 3
@@ -57,7 +57,7 @@ def test_a_moving_average_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_splits_that_would_not_be_used_are_fairseqs_error(tmp_path: Path) -> None:
-    """A command gives a line; a Python caller catches what fairseq raises."""
+    """A command prints a line. A Python caller gets the exception of fairseq."""
     for name in ("train", "valid", "valid1"):
         (tmp_path / f"{name}.bin").touch()
     dataset = SimpleNamespace(

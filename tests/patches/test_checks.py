@@ -1,4 +1,4 @@
-"""What is refused, or warned of, once model and criterion are known."""
+"""Errors and warnings once model and criterion are known."""
 
 import logging
 from pathlib import Path
@@ -58,10 +58,10 @@ def test_refused(model: str, flags: str, message: str, data_bin: Path, tmp_path:
     [
         ("base", "--sffn-gate none --balance-loss-weight 0.1"),
         ("pkm_ffn", "--sffn-gate none --z-loss-weight 0.1"),
-        ("switch", "--sffn-gate none"),  # which has a balance loss of its own
+        ("switch", "--sffn-gate none"),  # it has its own balance loss
         ("switch", "--balance-loss-weight 0"),
-        ("gshard", "--balance-loss-weight 0 --sffn-gate renormalized"),  # of two blocks
-        ("lorkm", "--sffn-gate none"),  # whose own keys are those of the cells too
+        ("gshard", "--balance-loss-weight 0 --sffn-gate renormalized"),  # it has two blocks
+        ("lorkm", "--sffn-gate none"),  # its keys are also those of the cells
         ("avgk", "--sffn-gate none --criterion cross_entropy"),
         ("dense", " ".join(ADAPTIVE)),
     ],

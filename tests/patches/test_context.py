@@ -12,7 +12,7 @@ from tests import commands
 
 @pytest.fixture(scope="module")
 def checkpoint(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trained at 16 tokens a sample."""
+    """Train at 16 tokens per sample."""
     folder = tmp_path_factory.mktemp("checkpoint")
     commands.train(data_bin, folder, "avgk")
     return folder / "checkpoint_last.pt"
@@ -38,7 +38,7 @@ def test_shorter_evaluation_is_left_alone(data_bin: Path, checkpoint: Path) -> N
 
 
 def test_context_window(data_bin: Path, checkpoint: Path) -> None:
-    """Samples of 8 new tokens with 8 of context, asked for in two ways."""
+    """Samples have 8 new tokens with 8 of context. Two sets of flags ask for that."""
     window = ("--gen-subset", "valid", "--context-window", "8")
     asked = commands.apply("eval-lm", data_bin, checkpoint, *window, "--tokens-per-sample", "16")
     cut = commands.apply("eval-lm", data_bin, checkpoint, *window, "--tokens-per-sample", "1024")

@@ -1,4 +1,4 @@
-"""What evaluation leaves out, and that it says so."""
+"""Evaluation reports the samples and tokens that it leaves out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fairseq_sffn.patches.left_out import Scored, binarised_tokens
 from tests import commands
 
 LENGTHS = [4, 9, 15, 16, 3, 8, 20, 5, 6, 7, 2]
-"""Words of each sentence; with ``</s>`` one more. The model has 16 positions."""
+"""Words of each sentence, without ``</s>``. The model has 16 positions."""
 SHORT = sum(words + 1 for words in LENGTHS if words < 16)
 ALL = sum(words + 1 for words in LENGTHS)
 EOS = ("--task", "language_modeling", "--sample-break-mode", "eos")
@@ -30,8 +30,11 @@ SKIP = ("--skip-invalid-size-inputs-valid-test",)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sentences of which two are too long, 9 in ``short`` (of which 8 make a batch), one in
-    ``long``, and documents of two sentences in ``documents``."""
+    """Make the splits of sentences and documents.
+
+    Two sentences are too long. ``short`` has 9 sentences, of which 8 make a batch; ``long`` has
+    one; ``documents`` has documents of two sentences.
+    """
     folder = tmp_path_factory.mktemp("lengths")
     draw = random.Random(0)
     sentences = [" ".join(f"w{draw.randrange(20)}" for _ in range(n)) for n in LENGTHS]
@@ -68,7 +71,7 @@ def checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(data: Path, checkpoint: Path, *flags: str, monkeypatch: Any) -> tuple[dict, str]:
-    """What fairseq-eval-lm returns, and what it logged."""
+    """Run fairseq-eval-lm, and return its result and its log."""
     results: list[dict[str, Any]] = []
     original = eval_command.eval_lm
     with monkeypatch.context() as patch:
@@ -141,7 +144,7 @@ def test_a_perplexity_of_nothing_is_refused(data, checkpoint):
 
 
 def test_tokens_of_probability_0_are_told(data, checkpoint, monkeypatch):
-    """fairseq leaves those of an infinite score out of the loss."""
+    """fairseq leaves tokens with an infinite score out of the loss."""
     original = inspect.unwrap(SequenceScorer.generate)
 
     def generate(*args: Any, **kwargs: Any) -> Any:
@@ -152,7 +155,7 @@ def test_tokens_of_probability_0_are_told(data, checkpoint, monkeypatch):
 
     patched = evaluation.generate.replace(torch.no_grad()(generate))
     monkeypatch.setattr(SequenceScorer, "generate", patched)
-    # fairseq's own message of it is no valid call of its logger.
+    # fairseq's own message about it is no valid call of its logger.
     monkeypatch.setattr("logging.raiseExceptions", False)
     flags = ("--gen-subset", "short", "--sample-break-mode", "eos")
     found, log = evaluate(data, checkpoint, *flags, monkeypatch=monkeypatch)
@@ -232,7 +235,7 @@ def test_validate_is_of_all_sentences_or_tells(subset, skipped, data, tmp_path):
 
 @pytest.mark.parametrize("sizes", [{}, {"sizes": None}, {"sizes": [5, 4, 2]}])
 def test_a_data_set_around_one_that_knows_no_sizes(sizes: dict[str, Any]) -> None:
-    """As in fairseq's ``test_lm_context_window.py``."""
+    """fairseq's ``test_lm_context_window.py`` has such a data set."""
     inner = SimpleNamespace(**sizes)
     outer = SimpleNamespace(dataset=inner, sizes=np.array([4, 4, 2]))
     assert binarised_tokens(outer) == (11 if sizes.get("sizes") else 10)

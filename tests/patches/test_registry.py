@@ -1,4 +1,4 @@
-"""The form in which changes of fairseq are declared, and what holds for all of them."""
+"""The declaration of patches, and properties that all patches have."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ print(json.dumps([
 
 @pytest.mark.parametrize("ordered", ["list", "reversed"])
 def test_order_does_not_matter(ordered: str) -> None:
-    """Each patch wraps fairseq's own function, and not what another patch has left."""
-    # What `import fairseq_sffn.patches` imports applies nothing.
+    """Each patch wraps fairseq's own function, not the result of another patch."""
+    # The imports of `import fairseq_sffn.patches` apply nothing.
     script = IN_REVERSE.replace("ORDERED(PATCHES)", f"[p.apply() for p in {ordered}(PATCHES)]")
     script = script.replace(
         "import fairseq.tasks", "import fairseq_sffn.memory; import fairseq.tasks"
@@ -87,7 +87,7 @@ def test_order_does_not_matter(ordered: str) -> None:
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A module to patch."""
+    """Make a module to patch."""
     module: Any = ModuleType("library")
 
     class Thing:

@@ -40,13 +40,13 @@ peer = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
 
 
 def run(script: str) -> "subprocess.CompletedProcess[str]":
-    """How a script ends that has a peer."""
+    """Run a script that has a peer, and return how it ended."""
     return subprocess.run(
         [sys.executable, "-c", BEGIN + textwrap.dedent(script)],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=600,  # a script that hangs
+        timeout=600,  # in case the script hangs
     )
 
 
@@ -90,9 +90,9 @@ def test_ends_at_the_second_signal(number: signal.Signals) -> None:
 @pytest.mark.parametrize(
     ("script", "launched"),
     [
-        ("send(); send()", False),  # a copy of the first
+        ("send(); send()", False),  # a copy of the first signal
         ("send(); time.sleep(1.2); send(); time.sleep(1.2); send(signal.SIGINT)", True),
-        ("peer.kill(); peer.wait(); time.sleep(0.5)", True),  # of itself no reason
+        ("peer.kill(); peer.wait(); time.sleep(0.5)", True),  # no reason to end by itself
         ("receiver.leaving = True; peer.kill(); peer.wait(); send()", True),
         ("signal.raise_signal(signal.SIGCHLD); send()", False),
     ],
@@ -111,7 +111,7 @@ def test_goes_on(script: str, launched: bool) -> None:
 
 @pytest.mark.parametrize("launched", [False, True])
 def test_ignored_signals_are_received_from_a_launcher_alone(launched: bool) -> None:
-    """A shell has its processes in the background ignore SIGINT, and torchrun's workers too."""
+    """A shell makes background processes ignore SIGINT, and so do torchrun's workers."""
     done = run(f"""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         with signals.SignalReceiver(launched={launched}) as receiver:
@@ -124,7 +124,7 @@ def test_ignored_signals_are_received_from_a_launcher_alone(launched: bool) -> N
 
 @pytest.mark.parametrize("launched", [False, True])
 def test_a_launcher_does_not_end_what_is_leaving(launched: bool) -> None:
-    """torchrun ends all others as soon as one process has ended."""
+    """torchrun ends all other processes as soon as one process has ended."""
     done = run(f"""
         with signals.SignalReceiver(launched={launched}) as receiver:
             receiver.leaving = True

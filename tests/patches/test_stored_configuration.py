@@ -1,4 +1,4 @@
-"""A checkpoint's configuration: no string of it is evaluated, imported or opened."""
+"""No string of a checkpoint's configuration is evaluated, imported or opened."""
 
 import argparse
 import copy
@@ -36,7 +36,7 @@ PAYLOADS = {
 
 
 class Watch:
-    """Notes what files are opened, in all of the process."""
+    """Records the files that the process opens."""
 
     def __init__(self) -> None:
         self.opened: list[str] = []
@@ -50,13 +50,13 @@ class Watch:
 
 @pytest.fixture(scope="module")
 def watch() -> Watch:
-    """One for all tests: an audit hook stays until the process ends."""
+    """Make one for all tests, as an audit hook stays until the process ends."""
     return Watch()
 
 
 @pytest.fixture
 def witness(tmp_path: Path, watch: Watch) -> Iterator[Path]:
-    """A file that no payload may make or open."""
+    """Return a file that no payload may make or open."""
     path = tmp_path / "witness"
     watch.opened.clear()
     watch.active = True
@@ -66,12 +66,12 @@ def witness(tmp_path: Path, watch: Watch) -> Iterator[Path]:
     assert not [opened for opened in watch.opened if "witness" in opened]
 
 
-# Every dataclass that a checkpoint can name.
+# Every dataclass that a checkpoint can name
 
 
 def reachable() -> list[tuple[str, str, type]]:
-    """Group, name and dataclass of everything that a checkpoint may name, each kind of model
-    once."""
+    """Return group, name and dataclass of everything that a checkpoint may name. Each kind of model
+    is there once."""
     found: dict[Any, tuple[str, str, type]] = {}
     for name in (*models.MODEL_REGISTRY, *models.ARCH_MODEL_REGISTRY):
         try:
@@ -96,8 +96,8 @@ def reachable() -> list[tuple[str, str, type]]:
 def test_every_option_of_every_dataclass(
     group: str, name: str, dataclass: type, witness: Path
 ) -> None:
-    """A payload is refused, or does not reach fairseq. Where an option holds a list, so are lists
-    and dictionaries with payloads."""
+    """A payload is refused, or does not reach fairseq. The same holds for lists and dictionaries
+    with payloads if an option holds a list."""
     for option, payload in itertools.product(rules.options_in(dataclass), PAYLOADS.values()):
         text = payload.format(witness=str(witness))
         for value in (text, [text], {"_target_": text}, (1, text)):
@@ -118,8 +118,8 @@ def test_defaults_are_kept(group: str, name: str, dataclass: type) -> None:
 
 
 def test_every_string_has_a_rule() -> None:
-    """A string option that fairseq adds is refused until somebody looks at it; those of today
-    have been."""
+    """A new string option of fairseq is refused until somebody checks it. All current ones have
+    been checked."""
     for group, name, dataclass in reachable():
         if group not in rules.BUILT:
             continue
@@ -130,7 +130,8 @@ def test_every_string_has_a_rule() -> None:
 
 
 def test_names_that_are_refused() -> None:
-    """All others that fairseq registers, and what is registered nowhere."""
+    """All other names that fairseq registers are refused, and so are names that nobody
+    registers."""
     registered = {
         "model": {*models.MODEL_REGISTRY, *models.ARCH_MODEL_REGISTRY},
         "task": {*tasks.TASK_REGISTRY},
@@ -162,12 +163,12 @@ def may_name(group: str, name: Any) -> bool:
     return True
 
 
-# Checkpoints, loaded.
+# Loading checkpoints
 
 
 @pytest.fixture(scope="module")
 def saved(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a small checkpoint holds."""
+    """Return the contents of a small checkpoint."""
     folder = tmp_path_factory.mktemp("saved")
     task = ("--task", "sffn_language_modeling", "--max-update", "1", "--adam-betas", "(0.9, 0.98)")
     commands.train(data_bin, folder, "avgk", *task)
@@ -188,8 +189,8 @@ def load(state: Any, folder: Path, data: Path, **overrides: Any) -> Any:
 def test_every_option_of_a_checkpoint(
     payload: str, saved: dict[str, Any], data_bin: Path, witness: Path, tmp_path: Path
 ) -> None:
-    """In every option from which something is built, numbers and names too, one at a time; in all
-    options of another group together; and in options that there are not."""
+    """Payloads are in each option from which something is built, including numbers and names, one
+    at a time; in all options of another group together; and in unknown options."""
     text = PAYLOADS[payload].format(witness=str(witness))
     changed = []
     for group, options in saved["cfg"].items():
@@ -260,7 +261,7 @@ def test_training_goes_on_from_an_older_checkpoint(
 
 
 def test_sizes_that_come_with_a_name(saved: dict[str, Any], data_bin: Path, tmp_path: Path) -> None:
-    """An architecture of fairseq's fills in what a checkpoint leaves out."""
+    """An architecture of fairseq fills in options that a checkpoint leaves out."""
     cfg = {**saved["cfg"], "model": {"_name": "transformer_lm_gpt3_175"}}
     with pytest.raises(UsageError, match="this machine has"):
         load({**saved, "cfg": cfg}, tmp_path, data_bin)
@@ -278,7 +279,8 @@ def test_values_of_another_type(
 
 
 def poisoned(saved: dict[str, Any], witness: Path) -> dict[str, Any]:
-    """The checkpoint of the report: fairseq evaluates the filters before it looks at the rest."""
+    """Make the checkpoint of the bug report. fairseq evaluates its filters before it reads the
+    rest."""
     cfg = copy.deepcopy(saved["cfg"])
     cfg["model"] |= {
         "character_embeddings": True,
@@ -339,7 +341,8 @@ def test_training_does_not_look(
 def test_trust(
     saved: dict[str, Any], data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With it, fairseq does what it always did: so the tests above would notice."""
+    """With trust, fairseq acts as without the plugin. This shows that the tests above would notice
+    a payload."""
     path = tmp_path / "checkpoint.pt"
     for number, trusting in enumerate(("flag", "override", "variable")):
         made = tmp_path / f"made{number}"
@@ -386,7 +389,7 @@ def test_files_of_an_encoder_are_the_callers(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Without them there is no encoder, and a line says so."""
+    """Without the files there is no encoder, and a line says so."""
     options = {option: value.format(file=str(witness)) for option, value in ENCODERS[name].items()}
     cfg = {**copy.deepcopy(saved["cfg"]), "bpe": {"_name": name, **options}}
     path = tmp_path / "checkpoint.pt"
@@ -416,7 +419,7 @@ def test_an_encoder_without_files_is_kept(
 def test_training_settings_are_still_told(
     saved: dict[str, Any], data_bin: Path, tmp_path: Path
 ) -> None:
-    """Numbers, switches and choices of all groups are."""
+    """Numbers, switches and choices of all groups are in the log."""
     _, cfg, _ = load(saved, tmp_path, data_bin)
     stored = saved["cfg"]
     assert cfg.optimization.lr == stored["optimization"]["lr"]

@@ -1,4 +1,4 @@
-"""The trainer that takes the place of fairseq's, and the other patches beside it."""
+"""The trainer that replaces fairseq's, and the patches that go with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A finished training is left alone."""
+"""A finished training does not continue."""
 
 import inspect
 from pathlib import Path

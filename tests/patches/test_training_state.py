@@ -1,4 +1,4 @@
-"""What a training counts beside its updates goes on where it was interrupted."""
+"""The counters of a training, in addition to its updates, continue after an interruption."""
 
 import signal
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests import commands
 from tests.integration import interrupted
 
 EPOCH = 7
-"""Updates in an epoch at this batch size."""
+"""Number of updates in an epoch at this batch size."""
 FLAGS = ("--batch-size", "32", "--no-epoch-checkpoints")
 
 
@@ -22,7 +22,7 @@ def train(data: Path, save_dir: Path, updates: int, *flags: str) -> str:
 
 
 def rates(log: str) -> dict[int, str]:
-    """Update -> learning rate."""
+    """Return update -> learning rate."""
     return {int(record["num_updates"]): record["lr"] for record in commands.records(log)}
 
 
@@ -30,7 +30,7 @@ def state_of(save_dir: Path) -> dict[str, Any]:
     return torch.load(save_dir / "checkpoint_last.pt", weights_only=True)
 
 
-# No epoch is so much better than the first one.
+# No epoch is much better than the first one.
 PLATEAU = (
     *("--lr-scheduler", "reduce_lr_on_plateau", "--lr", "1e-3", "--lr-patience", "1"),
     *("--lr-shrink", "0.5", "--lr-threshold", "0.5"),
@@ -41,7 +41,7 @@ LAST = 6 * EPOCH - 1
 
 @pytest.fixture(scope="module")
 def plateau(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
-    """Update -> learning rate of a training that is not interrupted."""
+    """Return update -> learning rate of a training that is not interrupted."""
     result = rates(train(data_bin, tmp_path_factory.mktemp("plateau"), LAST, *PLATEAU))
     assert len(set(result.values())) == 3  # it shrinks twice
     return result
@@ -59,7 +59,8 @@ def test_plateaus(
     data_bin: Path,
     tmp_path: Path,
 ) -> None:
-    """Epochs without an improvement, that of the interruption included, and the rate itself."""
+    """Epochs without an improvement count, including the interrupted one. The rate itself continues
+    too."""
     logged: dict[int, str] = {}
     for stop in (*stops, LAST):
         logged |= rates(train(data_bin, tmp_path, stop, *PLATEAU, *flags))
@@ -76,7 +77,7 @@ def test_plateaus_that_a_signal_interrupts(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also after a validation whose epoch fairseq does not save."""
+    """This includes a validation whose epoch fairseq does not save."""
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupted.at(patch, "update", update, lambda t: interrupted.send(t, signal.SIGTERM))
         train(data_bin, tmp_path, LAST, *PLATEAU, *flags)
@@ -105,7 +106,8 @@ def test_moving_averages(stop: int, frequency: int, data_bin: Path, tmp_path: Pa
 
 
 def test_averages_of_an_epoch_and_of_log_intervals(data_bin: Path, tmp_path: Path) -> None:
-    """Losses, gradients and routing, of which one log interval and an epoch are cut."""
+    """The interruption cuts a log interval and an epoch. Losses, gradients and routing are
+    averaged."""
     interval = ("--log-interval", "3")
 
     def averages(log: str) -> list[dict[str, Any]]:
@@ -130,7 +132,7 @@ def test_averages_of_an_epoch_and_of_log_intervals(data_bin: Path, tmp_path: Pat
 def test_loss_scale(
     kind: str, data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The scalers of half precision, which needs a GPU, in a training without."""
+    """Half precision, which needs a GPU, has a loss scaler. Here a training without it gets one."""
 
     def give_scaler() -> Any:
         scaler = (

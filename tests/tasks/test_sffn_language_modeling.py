@@ -1,4 +1,5 @@
-"""What the task adds to fairseq's: token counts, a check of the data, capacity at evaluation."""
+"""The task's additions to fairseq's task: token counts, a check of the data, capacity at
+evaluation."""
 
 from __future__ import annotations
 
@@ -45,12 +46,12 @@ def set_up(
 
 @pytest.fixture
 def data(data_bin: Path, tmp_path: Path) -> Path:
-    """A copy of the corpus to spoil."""
+    """Copy the corpus, for tests that spoil it."""
     return Path(shutil.copytree(data_bin, tmp_path / "bin"))
 
 
 def write_split(folder: Path, name: str, *sentences: list[int]) -> None:
-    """Data for a dictionary of 10 types."""
+    """Write data for a dictionary of 10 types."""
     folder.mkdir(exist_ok=True)
     (folder / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(6)))
     builder = indexed_dataset.MMapIndexedDatasetBuilder(f"{folder / name}.bin", dtype=np.uint16)

@@ -1,4 +1,4 @@
-"""The mean of checkpoints, in parts or not."""
+"""The mean of checkpoints, sharded or not."""
 
 import shutil
 from collections.abc import Callable
@@ -19,7 +19,7 @@ UPDATES = (2, 4, 6)
 def trained(
     request: pytest.FixtureRequest, data_bin: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A folder with checkpoints of one training."""
+    """Train checkpoints and return their folder."""
     folder = tmp_path_factory.mktemp(request.param)
     flags = ("--save-interval-updates", "2", "--store-ema", "--avgk-center")
     commands.train(data_bin, folder, request.param, *flags[: 4 if request.param == "avgk" else 3])
@@ -31,12 +31,13 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def model(path: Path) -> dict[str, torch.Tensor]:
-    """All parameters and buffers, whatever the parts."""
+    """Return all parameters and buffers, sharded or not."""
     return dict(checkpoint_utils.load_checkpoint_to_cpu(str(path))["model"])
 
 
 def mean(paths: list[Path]) -> dict[str, torch.Tensor]:
-    """By a plain sum in double precision; whole numbers from the last."""
+    """Compute the mean by a plain sum in double precision. Integers come from the last
+    checkpoint."""
     models = [model(path) for path in paths]
     return {
         name: sum(each[name].double() for each in models).div(len(models)).to(tensor.dtype)  # type: ignore[union-attr]
@@ -84,7 +85,7 @@ def in_parts(paths: list[Path], folder: Path, shards: int) -> list[Path]:
 
 
 def test_mean_of_checkpoints_in_parts(trained: Path, data_bin: Path, tmp_path: Path) -> None:
-    """In the same numbers of parts or others, into one file or parts: all the same."""
+    """Any numbers of parts give the same mean, in one file or in parts."""
     if trained.name.startswith("dense"):
         pytest.skip("has no parts")
     paths = checkpoints(trained)
@@ -104,7 +105,7 @@ def test_mean_of_checkpoints_in_parts(trained: Path, data_bin: Path, tmp_path: P
 
 
 def test_checkpoints_of_fairseq_itself(trained: Path, tmp_path: Path) -> None:
-    """They do not tell the names of their parameters, which only parts need."""
+    """Their parameters have no names, which only sharded checkpoints need."""
     stock = []
     for path in checkpoints(trained):
         state = torch.load(path, weights_only=True)
@@ -133,11 +134,11 @@ def test_a_link_is_the_same_checkpoint(trained: Path, tmp_path: Path) -> None:
         commands.sffn("average", first, tmp_path / "soft.pt", tmp_path / "mean.pt")
 
 
-# fairseq's scripts/average_checkpoints.py and its like.
+# fairseq's scripts/average_checkpoints.py and similar programs
 
 
 def sum_and_divide(paths: list[Path], out: Path) -> None:
-    """The mean as such programs compute it: in the tensors' own types, of one file each."""
+    """Compute the mean as such programs do: in the tensors' dtypes, from one file each."""
     states = [torch.load(path, weights_only=True) for path in paths]
     for name, total in states[0]["model"].items():
         for state in states[1:]:
@@ -178,13 +179,13 @@ def test_hash_tables_that_are_ruined_are_noticed(data_bin: Path, tmp_path: Path)
 def test_a_mean_of_whole_checkpoints_by_others_is_welcome(
     trained: Path, data_bin: Path, tmp_path: Path
 ) -> None:
-    """Where nothing is ruined."""
+    """Such a mean is accepted if nothing is ruined."""
     sum_and_divide(checkpoints(trained)[:2], out := tmp_path / "mean.pt")
     commands.evaluate(data_bin, out)
 
 
 def uses(data: Path, checkpoint: Path) -> list[Callable[[], Any]]:
-    """Ways to use a checkpoint."""
+    """Return functions that use a checkpoint."""
     return [
         lambda: commands.evaluate(data, checkpoint),
         lambda: commands.sffn("reshard", checkpoint, checkpoint.with_name("whole.pt")),
@@ -200,7 +201,7 @@ def uses(data: Path, checkpoint: Path) -> list[Callable[[], Any]]:
     ]
 
 
-# What cannot be averaged.
+# Checkpoints that cannot be averaged
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ SMALL = ("--arch", "transformer_lm_avgk_tiny", "--vocab-size", "100")
 
 
 def cost(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    """What ``fairseq-sffn cost`` printed."""
+    """Run ``fairseq-sffn cost`` and return its output."""
     cli.main(["cost", *flags])
     return capsys.readouterr().out
 
@@ -65,7 +65,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_model(name: str, size: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its parts add up, and it is the model that fairseq-hydra-train builds."""
+    """The parts of the cost add up, and the model is the one that fairseq-hydra-train builds."""
     arch, options = f"transformer_lm_{name}{size}", {}
     if name == "sffn":
         options = {"sffn_selector": "gshard"}
@@ -104,7 +104,7 @@ def test_flags_of_the_model(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_model_of_fairseq(capsys: pytest.CaptureFixture[str]) -> None:
-    """Twelve layers of 768, and learned positions, of which fairseq has two more than asked for."""
+    """It has twelve layers of width 768, and learned positions. fairseq adds two positions."""
     figures = cost_json(capsys, "--arch", "transformer_lm_gpt3_small", "--vocab-size", "100")
     layers = 12 * (12 * 768**2 + 13 * 768)
     assert figures["params"] == layers + 2 * 768 + (100 + 1026) * 768

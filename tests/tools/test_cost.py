@@ -1,4 +1,4 @@
-"""Parameters and FLOPs, by hand, by PyTorch's counter, and as the paper has them."""
+"""Parameters and FLOPs, by hand, by PyTorch's counter, and as in the paper."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ CONTEXT = 12
 TIED = {tied: {"share_decoder_input_output_embed": tied} for tied in (True, False)}
 UNEQUAL = {"decoder_input_dim": 8, "decoder_output_dim": 24} | TIED[False]
 
-# Of the sparse layer of a small model, by hand.
+# The sparse layer of a small model, by hand
 OWN_KEYS = ("lorkm", "pkm", "pkm_4d")
 ACTIVE_CELLS = {"pkm": 16, "gshard_8d": 2 * FFN}
 RANK, QUERY, SUB_KEYS = 2, 8, 16 + 32
 
 
 def product_keys(heads: int) -> tuple[int, int]:
-    """Parameters and FLOPs of the query network and the sub-keys, of half a query each."""
+    """Return parameters and FLOPs of the query network and the sub-keys, each for half a query."""
     queries, sub_keys = heads * QUERY, heads * SUB_KEYS * QUERY // 2
     return queries * (WIDTH + 1) + 2 * QUERY + sub_keys, 2 * WIDTH * queries + 2 * sub_keys
 
@@ -55,11 +55,11 @@ SELECTION = {
     "gshard_8d": (16 * WIDTH, 2 * 16 * WIDTH),
     "base": (16 * WIDTH, 2 * 16 * WIDTH),
 }
-"""Method -> parameters and FLOPs of choosing the blocks."""
+"""Method -> parameters and FLOPs of selecting blocks."""
 
 
 def memory_by_hand(method: str) -> Cost:
-    """Of a memory without its selection."""
+    """Return the cost of a memory without its selection."""
     active = ACTIVE_CELLS.get(method, FFN)
     tables = 1 if method in OWN_KEYS else 2
 
@@ -77,7 +77,7 @@ def always_active(params: int, flops: int) -> Cost:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("method", METHODS)
 def test_cost_by_hand(method, tied):
-    """One dense layer; another that is sparse unless all are dense."""
+    """One layer is dense. The other one is sparse unless all are dense."""
     model = small_lm(method, **TIED[tied])
     sparse = method != "dense"
     ffn = always_active(2 * FFN * WIDTH + FFN + WIDTH, 2 * 2 * FFN * WIDTH)
@@ -104,10 +104,10 @@ def test_cost_by_hand(method, tied):
     ("shape", "options"), [((1, CONTEXT), {}), ((3, CONTEXT), {}), ((2, CONTEXT), UNEQUAL)]
 )
 def test_flops_are_those_that_pytorch_counts(method, shape, options, monkeypatch):
-    """The matrix products of a forward pass, as plain ones: the counter knows neither fused
+    """Only plain matrix products of a forward pass are counted, as the counter knows neither fused
     attention on a CPU nor grouped products. Attention is counted over the whole square of
-    ``CONTEXT`` positions, its causal mask left out, as is usual. The balance and z losses, which
-    take products too, are no part of the cost, and are left out."""
+    ``CONTEXT`` positions without its causal mask, as is usual. The balance and z losses have
+    products too, but are no part of the cost."""
     for loss in ("balance_loss", "z_loss"):
         monkeypatch.setattr(f"fairseq_sffn.memory.sparse_memory.{loss}", lambda *_: torch.zeros(()))
     engine = {} if method == "dense" else {"sffn_engine": "loop"}
@@ -187,7 +187,7 @@ def test_share_of_selection(dense, block_size, percent):
     avgk = figures(paper("avgk", sffn_block_size=block_size))
     within = 0.005 if percent < 1 else 0.05
     assert 100 * avgk["selection_share"] == pytest.approx(percent, abs=within)
-    # Which is all that the sparse model costs more, and its parameters stay the same.
+    # The sparse model costs only this much more, and its parameters stay the same.
     assert avgk["overhead_vs_dense"] == avgk["selection_share"]
     more = avgk["train_zettaflops"] / dense["train_zettaflops"] - 1
     assert avgk["overhead_vs_dense"] == pytest.approx(more, rel=1e-9)

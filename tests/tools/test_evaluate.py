@@ -25,7 +25,7 @@ def checkpoint(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def other(data_bin: Path, tmp_path: Path) -> Path:
-    """A folder whose validation split is another text."""
+    """Make a folder whose validation split is another text."""
     for kind in ("bin", "idx"):
         shutil.copy(data_bin / f"train.{kind}", tmp_path / f"valid.{kind}")
     shutil.copy(data_bin / "dict.txt", tmp_path)
@@ -47,7 +47,7 @@ def test_each_set_is_what_fairseq_finds(checkpoint, data_bin, other, capsys):
         expected = commands.evaluate(Path(folder), checkpoint, *flags)
         assert found["perplexity"] == pytest.approx(expected, abs=0.006)
         assert found["perplexity"] == pytest.approx(2 ** found["loss"])
-    # Of sentences with 8 words and an end.
+    # Sentences with 8 words and an end
     assert [found["tokens"] for found in sets.values()] == [9 * 40, 9 * 40, 9 * 400]
     assert not any(found["left_out_tokens"] for found in sets.values())
     assert len({found["perplexity"] for found in sets.values()}) == 3
@@ -55,7 +55,7 @@ def test_each_set_is_what_fairseq_finds(checkpoint, data_bin, other, capsys):
 
 @pytest.fixture
 def long(data_bin: Path, tmp_path: Path) -> Path:
-    """A folder whose validation split has sentences longer than the model's 16 positions."""
+    """Make a folder whose validation split has sentences longer than the model's 16 positions."""
     line = (data_bin.parent / "valid").read_text().splitlines()[0]
     (tmp_path / "long").write_text("".join(f"{' '.join([line] * n)}\n" for n in (1, 2, 1, 3)))
     commands.run(

@@ -1,5 +1,5 @@
-"""The plan against what training takes: in two processes, and by what autograd and optimizers
-keep."""
+"""The plan against the memory and traffic of training: in two processes, and by the tensors that
+autograd and optimizers keep."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests.models.small_lm import METHODS, build, language_modeling, lm_config
 WIDTH, TYPES, RANKS = 64, 104, 2
 TOKENS, LENGTH = 256, 32
 UNEVEN = (60, 75)
-"""Tokens of each rank."""
+"""Number of tokens of each rank."""
 MEMORIES = {
     "avgk": dict(block_size=4, active_blocks=4),
     "avgk_gated": dict(block_size=4, active_blocks=4, gate="softmax"),
@@ -58,7 +58,7 @@ LMS = {
 
 
 def method_of(name: str) -> str:
-    """Without what makes it a variant."""
+    """Return the method of a variant."""
     return name.removesuffix("_gated").removesuffix("_checkpointed")
 
 
@@ -68,7 +68,7 @@ def memory_config(name: str) -> MemoryConfig:
 
 
 def lm(name: str, **options: Any) -> Any:
-    """Two layers, the second sparse, without dropout, by the engine that a GPU would run."""
+    """Build two layers without dropout, of which the second is sparse, with the engine of a GPU."""
     sizes = dict(decoder_layers=2, decoder_embed_dim=WIDTH, decoder_ffn_embed_dim=256, dropout=0.0)
     if name in ("avgk", "rand_hash"):
         sizes["sffn_block_size"] = 16
@@ -98,15 +98,15 @@ def loss_of(model: nn.Module, world_size: int = 1) -> torch.Tensor:
 
 
 class Kept:
-    """A tensor for as long as autograd keeps it."""
+    """Holds a tensor as long as autograd keeps it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
 
 
 def loss_and_kept_bytes(model: nn.Module, world_size: int = 1) -> tuple[torch.Tensor, int]:
-    """The loss, and the bytes of distinct storages that are kept for its backward pass; those of
-    parameters and token ids are there anyway."""
+    """Return the loss, and the bytes of distinct storages kept for its backward pass, without
+    parameters and token ids."""
     kept: weakref.WeakSet[Kept] = weakref.WeakSet()
 
     def pack(tensor: torch.Tensor) -> Kept:
@@ -119,7 +119,7 @@ def loss_and_kept_bytes(model: nn.Module, world_size: int = 1) -> tuple[torch.Te
     storages = {k.tensor.untyped_storage().data_ptr(): k.tensor.untyped_storage() for k in kept}
     for parameter in model.parameters():
         storages.pop(parameter.untyped_storage().data_ptr(), None)
-    token_ids = 2 * TOKENS * torch.int64.itemsize  # read by the embedding and by the loss
+    token_ids = 2 * TOKENS * torch.int64.itemsize  # the embedding and the loss read them
     return loss, sum(storage.nbytes() for storage in storages.values()) - token_ids
 
 
@@ -136,11 +136,12 @@ def setting(**options: Any) -> Setting:
     return Setting(**{**plain, **options})
 
 
-# In two processes
+# Two processes
 
 
 class Wire:
-    """Counts the bytes that this rank sends in exchanges of tokens, and of mean keys by rings."""
+    """Counts the bytes that this rank sends when it dispatches tokens, and in rings of mean
+    keys."""
 
     def __init__(self) -> None:
         self.tokens = self.mean_keys = 0
@@ -196,7 +197,7 @@ def lm_on_a_rank(name: str, rank: int) -> dict[str, Any]:
     memory.register_forward_hook(take)
     loss, kept = loss_and_kept_bytes(model, RANKS)
     loss.backward()
-    blocks, sent = passes[0]  # recomputation is another
+    blocks, sent = passes[0]  # the other pass is recomputation
     sharded = [p.numel() for p in model.parameters() if hasattr(p, "expert")]
     whole = sum(p.numel() for p in model.parameters())
     params = {"replicated": whole - sum(sharded), "sharded": sum(sharded)}
@@ -204,7 +205,7 @@ def lm_on_a_rank(name: str, rank: int) -> dict[str, Any]:
 
 
 def on_a_rank(rank: int, folder: str) -> None:
-    """What one of the processes does."""
+    """Run one of the processes."""
     torch.set_num_threads(1)
     init = f"file://{folder}/init"
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=RANKS)
@@ -219,17 +220,17 @@ def on_a_rank(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What each of two processes found."""
+    """Return the results of each of two processes."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(on_a_rank, (str(folder),), nprocs=RANKS)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
 
 
 def traffic_of(blocks: list[Any], rank: int, num_blocks: int) -> dict[str, int]:
-    """Rows and assignments to and from other ranks, one by one.
+    """Count rows and assignments to and from other ranks, one by one.
 
     Args:
-        blocks: of each rank's tokens.
+        blocks: blocks of each rank's tokens.
     """
     counts = dict.fromkeys(
         ("rows_sent", "rows_received", "assignments_sent", "assignments_received"), 0
@@ -305,7 +306,7 @@ def test_visits_are_those_of_random_draws(active: int, shards: int) -> None:
     assert expected == pytest.approx(visits / tokens, rel=0.02)
 
 
-# In one
+# One process
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
@@ -347,7 +348,7 @@ def test_activations_in_half_precision(method: str) -> None:
 
 
 def test_dropout_keeps_masks() -> None:
-    """Of a byte for a number, which a CPU does not have."""
+    """A mask has a byte per number, which dropout on a CPU does not have."""
     kept = [
         sum(activation_bytes(lm("avgk", **options), TOKENS, LENGTH, 1, torch.float32).values())
         for options in (dict(), dict(dropout=0.1), dict(dropout=0.1, activation_dropout=0.1))
@@ -370,7 +371,8 @@ def test_dropout_keeps_masks() -> None:
 def test_parameters_gradients_and_optimizer_state(
     method: str, precision: str, kind: type | None
 ) -> None:
-    """After an update; in bfloat16 as fairseq refuses fp16 without CUDA."""
+    """The state is checked after an update. It is in bfloat16, as fairseq refuses fp16 without
+    CUDA."""
     model = lm(method)
     cfg = OmegaConf.structured(FairseqConfig)
     with open_dict(cfg):
@@ -406,22 +408,22 @@ def test_time_and_what_is_sent_of_gradients() -> None:
     model = lm("avgk")
     alone = plan_figures(model, setting())
     assert set(alone["sent"].values()) == {0} and alone["communication_share"] == 0
-    shared = plan_figures(model, setting(world_size=8, sffn_expert_parallel=2, bandwidth=1.0))
-    params, sent = shared["params"], shared["sent"]
+    sharded = plan_figures(model, setting(world_size=8, sffn_expert_parallel=2, bandwidth=1.0))
+    params, sent = sharded["params"], sharded["sent"]
     assert alone["params"]["replicated"] == params["replicated"] + 2 * params["sharded"]
     assert sent["replicated_gradients"] == round(2 * 7 / 8 * 4 * params["replicated"])
     assert sent["sharded_gradients"] == 2 * 3 / 4 * 4 * params["sharded"]
-    assert sent["sparse_layers"] == shared["sent_per_sparse_layer"]
+    assert sent["sparse_layers"] == sharded["sent_per_sparse_layer"]
     assert sent["total"] == sum(sent.values()) - sent["total"]
-    seconds = shared["compute_seconds"], shared["communication_seconds"]
+    seconds = sharded["compute_seconds"], sharded["communication_seconds"]
     assert seconds[1] == sent["total"] / 1e9
-    assert shared["communication_share"] == pytest.approx(seconds[1] / sum(seconds))
+    assert sharded["communication_share"] == pytest.approx(seconds[1] / sum(seconds))
     parts = cost_by_part(model, LENGTH)
     assert seconds[0] * 100e12 == pytest.approx(3 * TOKENS * total(parts).flops_per_token)
     checkpointed = plan_figures(lm("avgk", checkpoint_activations=True), setting())
     again = TOKENS * training_flops_per_token(parts)
     assert checkpointed["compute_seconds"] * 100e12 == pytest.approx(again)
-    # Replicas of all blocks.
+    # Replicas of all blocks
     whole = plan_figures(model, setting(world_size=8))
     assert whole["sent"]["sparse_layers"] == whole["params"]["sharded"] == 0
 
@@ -433,7 +435,7 @@ MEDIUM += ("--sffn-expert-parallel", "8", "--tokens-per-rank", "4096")
 
 
 def plan(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    """What ``fairseq-sffn plan`` printed."""
+    """Run ``fairseq-sffn plan`` and return its output."""
     cli.main(["plan", *flags])
     return capsys.readouterr().out
 
@@ -456,7 +458,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     figures = json.loads(plan(capsys, *MEDIUM, "--json"))
     assert figures["params"] == {"replicated": 321_169_408, "sharded": 67_141_632}
     assert figures["params"]["replicated"] + 8 * figures["params"]["sharded"] == 858_302_464
-    # Of 1024 blocks a token uses 64, so that it visits nearly all ranks.
+    # A token uses 64 of 1024 blocks, so it visits nearly all ranks.
     row = 1024 * 4
     assert figures["sent_per_sparse_layer"] == pytest.approx(
         4 * 7 * 4096 * row + 8 * 56 * 4096, rel=1e-3

@@ -1,4 +1,4 @@
-"""What is noted of a model's routing, against loops over sentences."""
+"""Statistics of a model's routing, against loops over sentences."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fairseq_sffn.tools.routing import Routing
 from tests.models.small_lm import dictionary, pad, random_tokens, small_lm
 
 LENGTHS = ((7, 4, 7), (3, 9))
-"""Of the sentences, by batch."""
+"""Lengths of the sentences of each batch."""
 
 
 def watched(model: Any, batches: list[list[Tensor]]) -> dict[str, Any]:
-    """What is noted of both layers."""
+    """Return the statistics of both layers."""
     count = sum(len(row) for rows in batches for row in rows)
     with torch.no_grad(), Routing(model, dictionary(), count) as seen:
         for rows in batches:
@@ -30,7 +30,7 @@ def watched(model: Any, batches: list[list[Tensor]]) -> dict[str, Any]:
 
 
 def alone(model: Any, row: Tensor) -> list[list[int]]:
-    """The blocks that the last layer selects for each token of a sentence."""
+    """Return the blocks that the last layer selects for each token of a sentence."""
     found = []
     memory = model.decoder.layers[1].fc1.memory
     handle = memory.register_forward_hook(lambda m, args, out: found.append(out.selection.blocks))
@@ -48,7 +48,7 @@ def test_routing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = watched(model, batches)["1"]
 
     pairs: Counter[tuple[int, int]] = Counter()
-    uses = []  # in the order of layers, which is by time first
+    uses = []  # in the order of layers, which have time first
     for rows in batches:
         blocks = [alone(model, row) for row in rows]
         for time in range(max(map(len, rows))):
@@ -81,7 +81,7 @@ def test_routing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     drawn = list(zip(found["positions"], found["blocks"], strict=True))
     assert len(drawn) == 12
-    left = iter(uses)  # they are in order, each once
+    left = iter(uses)  # each is there once, in order
     times = [next(time for time, *use in left if use == [token, of]) for token, of in drawn]
     assert max(times) > 4
 

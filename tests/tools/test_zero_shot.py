@@ -1,4 +1,4 @@
-"""``fairseq-sffn zero-shot``: scores against a plain loop, figures that are known, the command."""
+"""``fairseq-sffn zero-shot``: scores against a plain loop, known figures, and the command."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.models.small_lm import TYPES, dictionary, small_lm
 
 POSITIONS = 16
 ROUNDING = 1e-5
-"""fairseq's softmax is in single precision."""
+"""Tolerance, as fairseq's softmax is in single precision."""
 EOS, UNK = Dictionary().eos(), Dictionary().unk()
 
 
@@ -45,12 +45,12 @@ def scorer(model: Any, max_tokens: int = 100, types: int = TYPES, start: int = E
 
 
 def plain_score(model: Any, tokens: list[int], scored: int, positions: int) -> Score:
-    """A token at a time, each from the logits at the end of a batch of one sequence."""
+    """Score a token at a time, from the logits at the end of a batch of one sequence."""
     sequence = [EOS, *tokens]
     first = len(sequence) - scored
     total, greedy = 0.0, True
     for i in range(first, len(sequence)):
-        if scored <= positions:  # one window for all
+        if scored <= positions:  # one window for all tokens
             begin = max(0, len(sequence) - 1 - positions)
         else:  # pieces of half of the positions, each with the context that fits
             piece_end = min(first + ((i - first) // (positions // 2) + 1) * (positions // 2), 10**9)
@@ -65,9 +65,10 @@ def plain_score(model: Any, tokens: list[int], scored: int, positions: int) -> S
 
 
 def random_pairs() -> list[tuple[list[int], int]]:
-    """Short ones, some longer than the positions, and continuations that are longer themselves."""
+    """Draw short requests, some longer than the positions, and some with continuations longer than
+    the positions."""
     sizes = [(1, 1), (5, 2), (15, 3), (16, 3), (17, 3), (16, 16), (40, 16), (25, 17), (45, 40)]
-    sizes += [(3, 3), (9, 4), (7, 1)]  # the first without a context
+    sizes += [(3, 3), (9, 4), (7, 1)]  # the first has no context
     return [(torch.randint(4, TYPES, (length,)).tolist(), scored) for length, scored in sizes]
 
 
@@ -132,7 +133,8 @@ def test_a_window_is_cut_at_the_left() -> None:
     assert list(windows(tokens, 3, 19)) == [(tokens, 3)]
     assert list(windows(tokens, 3, 18)) == [(tokens[1:], 3)]
     assert list(windows(tokens, 3, 3)) == [(tokens[-4:], 3)]
-    # Longer than the positions: in pieces, with half of the positions before each.
+    # A continuation longer than the positions is scored in pieces, each after half of the
+    # positions.
     assert list(windows(tokens, 9, 8)) == [
         *((tokens[6:15], 4), (tokens[10:19], 4), (tokens[11:20], 1))
     ]
@@ -163,7 +165,7 @@ def test_batches_are_by_length_and_within_their_tokens() -> None:
 
 
 class Merging:
-    """An encoder of letters and of ``ab``, where a space belongs to the letter after it."""
+    """An encoder of letters and of ``ab``, in which a space belongs to the letter after it."""
 
     def encode(self, text: str) -> str:
         return " ".join(re.findall("_?ab|_?[^_]|_", text.replace(" ", "_")))
@@ -181,15 +183,15 @@ def letters() -> Dictionary:
     ("context", "continuation", "tokens", "scored"),
     [
         ("c", " a", "c _a", "_a"),
-        ("c ", "a", "c _a", "_a"),  # the space goes with what it begins
+        ("c ", "a", "c _a", "_a"),  # the space belongs to the letter that it precedes
         ("c  ", "a", "c _ _a", "_ _a"),
         ("c", "ab", "c ab", "ab"),
-        ("ca", "bc", "c ab c", "c"),  # merged over the boundary: two tokens are the context's
-        ("ca", "b", "c ab", "ab"),  # all of them: the last one is scored
+        ("ca", "bc", "c ab c", "c"),  # merged across the boundary: two tokens belong to the context
+        ("ca", "b", "c ab", "ab"),  # all tokens merge, and the last one is scored
         ("", "ab c", "ab _c", "ab _c"),
         ("c", " a ", "c _a _", "_a _"),
         ("c\na", " b", "c </s> a _b", "_b"),  # a line ends with </s>, as in training
-        ("c\n", "a", "c </s> a", "</s> a"),  # white space goes with what follows
+        ("c\n", "a", "c </s> a", "</s> a"),  # white space belongs to the text after it
         ("c \n", "a", "c _ </s> a", "_ </s> a"),
         ("c\n ", "a", "c </s> _a", "</s> _a"),
         ("\n", "a", "</s> a", "</s> a"),
@@ -206,7 +208,7 @@ def test_boundary(
 
 
 def harness_pair(encoder: Encoder, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """All tokens, and the continuation's, by the rule of lm-evaluation-harness."""
+    """Return all tokens, and the continuation's tokens, by the rule of lm-evaluation-harness."""
     n_spaces = len(context) - len(context.rstrip())
     if n_spaces > 0:
         context, continuation = context[:-n_spaces], context[-n_spaces:] + continuation
@@ -229,14 +231,14 @@ def test_boundary_is_that_of_the_harness(
         whole, scored = harness_pair(encoder, *pair)
         ids, count = encoder.encode_pair(*pair)
         assert ids == whole
-        assert ids[-count:] == (scored or whole[-1:])  # it stops where there is none
+        assert ids[-count:] == (scored or whole[-1:])  # the harness stops without a token
 
 
-# Figures that are known
+# Known figures
 
 
 class Table(FairseqDecoder):
-    """Predicts by the last token alone: logits (V, V)."""
+    """Predicts by the last token only, from logits (V, V)."""
 
     def __init__(self, logits: Tensor) -> None:
         super().__init__(dictionary())
@@ -250,7 +252,8 @@ class Table(FairseqDecoder):
 
 
 def rigged(follows: dict[int, int]) -> FairseqLanguageModel:
-    """A model that gives ``follows[token]`` nine times the probability of all others together."""
+    """Build a model that gives ``follows[token]`` nine times the probability of all others
+    together."""
     probabilities = torch.full((TYPES, TYPES), 1 / TYPES)
     for token, following in follows.items():
         probabilities[token] = 0.1 / (TYPES - 1)
@@ -259,7 +262,7 @@ def rigged(follows: dict[int, int]) -> FairseqLanguageModel:
 
 
 def test_figures_of_a_rigged_model() -> None:
-    """It knows that 6 follows 5, which two of three documents ask for."""
+    """The model knows that 6 follows 5. Two of three documents ask for that."""
     model = rigged({5: 6})
     pairs = [([5, 7], 1), ([5, 6], 1), ([5, 6], 1), ([5, 8], 1), ([5, 9], 1), ([5, 6], 1)]
     documents = [
@@ -282,20 +285,19 @@ def test_random_baseline_is_the_mean_over_documents() -> None:
 
 
 def test_accuracy_by_character_differs() -> None:
-    """The right choice is less likely as a whole, and more likely for each character; the space
-    before it counts for none."""
+    """The right choice is less likely as a whole, but more likely per character. The space before
+    it does not count."""
     document = Document(0, (("q", " ab"), ("q", " abcd")), 1)
     figures = choice_figures([document], [[Score(-4.0, False), Score(-6.0, False)]])
     assert (figures.accuracy, figures.accuracy_norm) == (0.0, 1.0)
     assert figures.standard_error is None
-    # -4 / 2 is more than -8.2 / 4, where -4 / 3 would be more than -8.2 / 5, as without a space;
-    # -1 / 1 is less than -1.9 / 2, but -1 / 2 is more than -1.9 / 3.
+    # -1 / 1 is less than -1.9 / 2, but with the space -1 / 2 would be more than -1.9 / 3.
     document = Document(0, (("q", " a"), ("q", " ab")), 1)
     assert choice_figures([document], [[Score(-1.0, False), Score(-1.9, False)]]).accuracy_norm
 
 
 def test_winogrande_is_scored_by_its_contexts() -> None:
-    """The same continuation after other contexts: normalised or not is the same."""
+    """The same continuation follows each context, so normalised and plain accuracy agree."""
     scores = scorer(rigged({5: 6})).score([([7, 6], 1), ([5, 6], 1)])
     document = Document(0, (("the w1", " w2"), ("the w3", " w2")), 1)
     figures = choice_figures([document], [scores])
@@ -332,8 +334,8 @@ def test_a_smaller_output_dictionary() -> None:
 
 
 def write_task(folder: Path, task: str, documents: list[dict[str, Any]]) -> None:
-    """Documents with ``contexts``, ``continuations`` and ``label``, as examples/data/zero_shot.sh
-    writes them."""
+    """Write documents with ``contexts``, ``continuations`` and ``label``, in the format of
+    examples/data/zero_shot.sh."""
     folder.mkdir(exist_ok=True)
     lines = [
         {
@@ -373,9 +375,9 @@ def test_a_draw_is_fixed_by_its_seed() -> None:
     def numbers(task: str = "piqa", count: int = 5, seed: int = 1) -> list[int]:
         return [document.number for document in draw(documents, task, count, seed)]
 
-    # Not to change from one version to another, or figures are of other documents.
+    # The draw must not change between versions, or figures would be of other documents.
     assert numbers() == [12, 16, 23, 29, 82]
-    assert set(numbers()) < set(numbers(count=20))  # a smaller one is part of a larger one
+    assert set(numbers()) < set(numbers(count=20))  # a smaller draw is part of a larger one
     assert numbers(seed=2) != numbers() != numbers(task="sciq")
     assert numbers(count=500) == list(range(100))
     other_order = draw(documents[::-1], "piqa", 5, 1)
@@ -391,7 +393,7 @@ WORDS = ("union", "congress", "law", "peace", "war", "tariff", "people", "nation
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Requests, an encoder, data and trained models."""
+    """Make requests, an encoder, data and trained models."""
     folder = tmp_path_factory.mktemp("zero_shot")
     lines = [
         f"the {WORDS[i % 8]} of the {WORDS[(3 * i + 1) % 8]} is a {WORDS[(5 * i + 2) % 8]} ."
@@ -443,7 +445,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def zero_shot(folder: Path, model: str, *flags: str) -> None:
-    """Runs the command on a model of the folder; later flags win."""
+    """Run the command on a model of the folder. Later flags win."""
     checkpoint = folder / model / "checkpoint_last.pt"
     cli.main(
         [
@@ -582,7 +584,7 @@ def test_a_checkpoint_in_parts(
 def test_other_encoders_of_fairseq(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """GPT-2's, whose tokens are numbers: here 256 bytes, and no merges."""
+    """GPT-2's encoder has numbers as tokens: here 256 bytes, and no merges."""
     from fairseq.data.encoders.gpt2_bpe_utils import bytes_to_unicode
 
     codes = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -609,7 +611,7 @@ def test_other_encoders_of_fairseq(
     assert line.startswith("--bpe gpt2: lambada: 100% of the tokens are not in the dict.txt of ")
 
 
-# What is refused
+# Refused input
 
 
 def refusal(
@@ -619,7 +621,7 @@ def refusal(
     *flags: str,
     encoder: bool = True,
 ) -> str:
-    """The one line that the command ends with, before it scores anything."""
+    """Return the one line that the command ends with, before it scores anything."""
     own = ("--bpe", "sentencepiece", "--sentencepiece-model", str(folder / "spm.model"))
     checkpoint = folder / model / "checkpoint_last.pt"
     arguments = ["zero-shot", str(checkpoint), "--data", str(folder / "bin"), "--cpu"]
@@ -716,7 +718,7 @@ def test_a_model_of_another_shape(folder: Path, capsys: pytest.CaptureFixture[st
 def test_a_model_whose_texts_begin_otherwise(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With --add-bos-token, by <s>."""
+    """With --add-bos-token, texts begin with <s>."""
     flags = ("--tasks", "lambada")
     report = figures_of(folder, "avgk", capsys, *flags)
     bos = figures_of(folder, "avgk", capsys, *flags, "--model-overrides", "{'add_bos_token': True}")
@@ -724,7 +726,7 @@ def test_a_model_whose_texts_begin_otherwise(
 
 
 def changed_checkpoint(folder: Path, target: Path, **options: Any) -> None:
-    """The folder with another ``avgk``, whose model has other options."""
+    """Copy the folder with another ``avgk``, whose model has other options."""
     state = torch.load(folder / "avgk" / "checkpoint_last.pt", weights_only=True)
     state["cfg"]["model"].update(options)
     (target / "avgk").mkdir()

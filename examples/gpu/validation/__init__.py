@@ -1,1 +1,1 @@
-"""The points that validate.py checks on a GPU, a file for each group of them."""
+"""The points that validate.py checks on a GPU, with a file for each group of points."""

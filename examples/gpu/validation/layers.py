@@ -1,4 +1,4 @@
-"""Points 2 and 3: the layer against fp64 with the same blocks."""
+"""Points 2 and 3: layers against fp64 layers that use the same blocks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DTYPES = {
     "autocast fp16": (torch.float32, torch.float16),
     "fp64": (torch.float64, None),
 }
-"""Name -> dtype of parameters and hidden states, and of autocast."""
+"""Name -> dtype of parameters and hidden states, and dtype of autocast."""
 
 TOLERANCE = {
     "fp32": 5e-5,
@@ -35,12 +35,12 @@ TOLERANCE = {
     "autocast fp16": 2e-2,
     "fp64": 1e-9,
 }
-"""Largest error of a tensor, relative to its largest number. On a CPU the same cases reach 1.1e-6,
-0.064, 0.008, 0.050, 0.008 and 2e-15; PKM's norm has the largest."""
+"""Largest allowed error of a tensor, relative to its largest number. On a CPU the same cases reach
+1.1e-6, 0.064, 0.008, 0.050, 0.008 and 2e-15. PKM's norm has the largest errors."""
 
 
 BROKEN = "CUDA error"
-"""In PyTorch's message where a kernel has failed, after which a process can use its GPU no more."""
+"""Text in PyTorch's message after a failed kernel. The process cannot use its GPU afterwards."""
 
 TWICE = "deterministic algorithms: the same sums twice"
 
@@ -53,7 +53,7 @@ class Case(NamedTuple):
         capacity: the capacity factor.
         skewed: whether all tokens choose about the same blocks.
         losses: whether balance and z loss count.
-        engine: forced; ``None``: chosen by size.
+        engine: name of the engine; ``None``: chosen by size.
     """
 
     selector: str
@@ -69,7 +69,8 @@ class Case(NamedTuple):
 
     @property
     def active_blocks(self) -> int:
-        """As many as make the active cells those of the FFN, or what the method takes."""
+        """Return the number that makes active cells equal the FFN's width, or the method's own
+        number."""
         most = {"base": 1, "hash_layer": 1, "pkm": 128}.get(self.selector, FFN)
         least = 2 if self.selector == "gshard" else 1
         return max(least, min(most, FFN // self.block_size))
@@ -85,7 +86,7 @@ class Case(NamedTuple):
 
 
 def cases(fake: bool) -> Iterator[Case]:
-    """Those that say most come first."""
+    """Yield the cases, the most informative first."""
     if fake:
         for name in Selector.registry:
             yield Case(name, 1 if name in SINGLE_CELLS else 16, engine="tiled")
@@ -106,7 +107,8 @@ def cases(fake: bool) -> Iterator[Case]:
 
 
 def special_cases() -> Iterator[Case]:
-    """Capacity, skewed routing, no padding, no losses, few tokens and other engines."""
+    """Yield cases of capacity, skewed routing, no padding, no losses, few tokens and other
+    engines."""
     for dtype in ("fp32", "bf16"):
         for g in (1, 16, 256):
             yield Case("avgk", g, dtype, "sigmoid", capacity=1.0)
@@ -124,7 +126,8 @@ def special_cases() -> Iterator[Case]:
 
 
 def build(case: Case) -> tuple[SparseMemory, Inputs]:
-    """A layer in training mode and its input, on a CPU in fp32; the same ones each time."""
+    """Build a layer in training mode and its input, on a CPU in fp32. Each call gives the same
+    ones."""
     torch.manual_seed(0)
     config = MemoryConfig(
         embed_dim=WIDTH,
@@ -133,7 +136,7 @@ def build(case: Case) -> tuple[SparseMemory, Inputs]:
         active_blocks=case.active_blocks,
         selector=case.selector,
         gate=case.gate,
-        activation="gelu",  # the slope of relu jumps, so that rounding changes gradients
+        activation="gelu",  # relu's slope jumps, so rounding would change gradients
         vocab_size=VOCABULARY,
         capacity_factor=case.capacity,
         init_scale=2.0,
@@ -151,7 +154,7 @@ def build(case: Case) -> tuple[SparseMemory, Inputs]:
 
 
 def check_case(case: Case, device: str) -> Row:
-    """Output, losses and all gradients of one layer against a CPU in fp64."""
+    """Compare output, losses and all gradients of one layer with fp64 on a CPU."""
     memory, inputs = build(case)
     dtype, autocast = DTYPES[case.dtype]
     memory = memory.to(device, dtype)
@@ -176,15 +179,15 @@ def check_case(case: Case, device: str) -> Row:
 def other_faults(
     case: Case, out: Any, exact_out: Any, got: dict[str, torch.Tensor], blocks_NA: torch.Tensor
 ) -> Iterator[str]:
-    """Everything that is exact: counts, distinct blocks, and no gradient for unused blocks."""
+    """Yield faults of what is exact: counts, distinct blocks, no gradient for unused blocks."""
     distinct = bool((blocks_NA.sort(dim=1).values.diff(dim=1) > 0).all())
-    if case.selector != "pkm" and not distinct:  # its heads may choose alike
+    if case.selector != "pkm" and not distinct:  # its heads may choose the same block
         yield "a token has a block twice"
     for name in ("counts", "dropped"):
         ours, theirs = getattr(out.usage, name).cpu(), getattr(exact_out.usage, name)
         if not torch.equal(ours, theirs):
             yield f"usage.{name} differs"
-    # Padding is computed too, and dropped assignments are not.
+    # Padding is computed too. Dropped assignments are not.
     kept_NA = out.selection.kept
     used = blocks_NA if kept_NA is None else blocks_NA[kept_NA.cpu()]
     gradient_BGD = got["gradient of values"].cpu().unflatten(0, (-1, case.block_size))
@@ -195,7 +198,7 @@ def other_faults(
 
 
 def every_method(setting: Setting) -> Iterator[Row]:
-    """Point 2."""
+    """Check every method (point 2)."""
     for case in cases(setting.fake):
 
         def check(case: Case = case) -> Row:
@@ -209,12 +212,12 @@ def every_method(setting: Setting) -> Iterator[Row]:
 
 
 def same_sums_twice(setting: Setting) -> Row:
-    """With ``torch.use_deterministic_algorithms`` two passes agree bit for bit."""
+    """Check that two passes agree bit for bit with ``torch.use_deterministic_algorithms``."""
     case = Case("avgk", 16, "bf16", "sigmoid", capacity=1.0, engine="tiled")
     memory, inputs = build(case)
     memory = memory.to(setting.device, torch.bfloat16)
     inputs = inputs.to(setting.device, torch.bfloat16)
-    torch.use_deterministic_algorithms(True)  # which raises where an operator cannot
+    torch.use_deterministic_algorithms(True)  # raises at an operator that is not deterministic
     try:
         (_, first), (_, second) = (forward_backward(memory, inputs) for _ in range(2))
     finally:
@@ -224,9 +227,9 @@ def same_sums_twice(setting: Setting) -> Row:
 
 
 def paper_size(setting: Setting) -> Iterator[Row]:
-    """Point 3: 65,536 cells, N = 8192, d = 1024, in blocks of 64, 16 and 4096.
+    """Check 65,536 cells, N = 8192, d = 1024, in blocks of 64, 16 and 4096 (point 3).
 
-    fp64 on the same device, by PyTorch, checks everything; a CPU checks the first tokens.
+    PyTorch in fp64 on the same device checks all tokens. A CPU checks the first tokens.
     """
     tokens, width, ffn, dtype = 8192, 1024, 4096, "bf16"
     sizes: tuple[int, ...] = (64, 16, 4096)

@@ -1,4 +1,4 @@
-"""What a point of the validation is, and the rows that it gives."""
+"""The points of the validation, and the rows that they give."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Row = dict[str, Any]
 
 
 class Setting(NamedTuple):
-    """How a point runs.
+    """The setting of a run.
 
     Attributes:
         device: ``cuda``, or ``cpu`` for ``--fake``.
-        folder: takes files that a point makes.
+        folder: folder for the files that a point makes.
     """
 
     device: str
@@ -23,19 +23,19 @@ class Setting(NamedTuple):
 
     @property
     def fake(self) -> bool:
-        """Whether to take the small sizes that a CPU can do in seconds."""
+        """Whether to use small sizes, which a CPU computes in seconds."""
         return self.device == "cpu"
 
 
 class Point(NamedTuple):
-    """One of the ten things that are checked, or a part of one.
+    """One of the ten checks, or a part of one.
 
     Attributes:
-        name: for ``--only`` and the results.
-        number: in the list of the kit.
+        name: name for ``--only`` and the results.
+        number: number in the list of the kit.
         title: what it checks.
-        check: gives a row for each thing that it looks at, as soon as it is known.
-        limit: seconds, after which the point is stopped.
+        check: function that yields a row for each checked thing, as soon as it is known.
+        limit: seconds after which the point is stopped.
         on_cpu, on_cuda: whether ``--fake`` runs it, and whether a run on a GPU does.
     """
 
@@ -49,7 +49,7 @@ class Point(NamedTuple):
 
 
 def bounded(what: str, value: float, limit: float, **more: Any) -> Row:
-    """A row that passes where a number is finite and at most ``limit``."""
+    """Return a row that passes if a number is finite and at most ``limit``."""
     passed = math.isfinite(value) and value <= limit
     # JSON has no infinite numbers.
     shown = value if math.isfinite(value) else str(value)
@@ -57,17 +57,17 @@ def bounded(what: str, value: float, limit: float, **more: Any) -> Row:
 
 
 def told(what: str, **more: Any) -> Row:
-    """A row that is recorded, and neither passes nor fails."""
+    """Return a row that is recorded and neither passes nor fails."""
     return {"what": what, "passed": None, **more}
 
 
 def asserted(what: str, passed: bool, **more: Any) -> Row:
-    """A row that passes or fails."""
+    """Return a row that passes or fails."""
     return {"what": what, "passed": bool(passed), **more}
 
 
 def tried(what: str, run: Callable[[], Row]) -> Row:
-    """The row that ``run`` gives, or one that tells why it gave none."""
+    """Return the row that ``run`` gives, or a failed row with the error."""
     try:
         return run()
     except (Exception, SystemExit) as error:  # SystemExit: a command refused its arguments

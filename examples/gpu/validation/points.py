@@ -1,4 +1,4 @@
-"""The points, in the order in which a run that is cut short says most."""
+"""All points, the most informative first, as a run may be cut short."""
 
 from __future__ import annotations
 

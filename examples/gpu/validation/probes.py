@@ -1,4 +1,4 @@
-"""Points 1 and 4: what PyTorch does here, and where the host waits for the device."""
+"""Points 1 and 4: what PyTorch supports here, and where the host waits for the device."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from .twins import forward_backward
 
 GROUPED_TOLERANCE = 2e-2
 WAITS = "called a synchronizing"
-"""In PyTorch's warning of each wait. It also warns once that this mode does not see all of them."""
+"""Text in PyTorch's warning of each wait. PyTorch also warns once that it does not see all
+waits."""
 
 
 def groups(setting: Setting) -> Iterator[Row]:
-    """Point 1: which engine runs, and which groups ``grouped_mm`` takes."""
+    """Record which engine runs, and which groups ``grouped_mm`` accepts (point 1)."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         module = implementation(torch.device(setting.device), dtype).__name__
         yield told(f"engine 'tiled' in {dtype}", module=module.rpartition(".")[2])
@@ -33,7 +34,7 @@ def groups(setting: Setting) -> Iterator[Row]:
         yield _try_groups("the most groups", setting.device, dtype, [3] * most)
         yield _try_groups("empty groups", setting.device, dtype, [0, 5, 0, 0, 16, 0])
         yield _try_groups("the last group ends the rows", setting.device, dtype, [7, 9])
-    # Refused by the versions that are known. Recorded, since an engine could use it.
+    # All known versions refuse these. They are recorded, since an engine could use them.
     yield {
         **_try_groups("one group more", setting.device, torch.bfloat16, [3] * (most + 1)),
         "passed": None,
@@ -41,7 +42,7 @@ def groups(setting: Setting) -> Iterator[Row]:
 
 
 def _try_groups(what: str, device: str, dtype: torch.dtype, sizes: list[int]) -> Row:
-    """The product of rows with the matrix of their group, against one product for each group."""
+    """Compare the product of rows with the matrix of their group with a product for each group."""
     what = f"grouped_mm, {what}: {len(sizes)} groups, {dtype}"
     rows_PX = torch.randn(sum(sizes), 64, device=device, dtype=dtype)
     matrices_BXY = torch.randn(len(sizes), 64, 32, device=device, dtype=dtype)
@@ -59,9 +60,10 @@ def _try_groups(what: str, device: str, dtype: torch.dtype, sizes: list[int]) ->
 
 
 def synchronizations(setting: Setting) -> Iterator[Row]:
-    """Point 4: how often the host waits for the device in a layer's forward and backward pass.
+    """Count how often the host waits for the device in a layer's forward and backward pass (point
+    4).
 
-    None should, but for BASE, which copies its scores to the CPU once.
+    No layer should wait, except BASE, which copies its scores to the CPU once.
     """
     for name in Selector.registry:
         for padded, capacity in ((False, 0.0), (True, 1.0)):
@@ -82,7 +84,7 @@ def synchronizations(setting: Setting) -> Iterator[Row]:
 
 
 def _waits(run: Callable[[], None]) -> list[str]:
-    """Where ``run`` waits, after a first run that compiles."""
+    """Return where ``run`` waits, after a first run that compiles."""
     run()
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:

@@ -20,11 +20,11 @@ from .runner import Result
 
 ROOT = Path(__file__).parents[3]
 MOST_FAULTS = 20
-"""Failed checks of a point that the table shows."""
+"""Largest number of failed checks of a point that the table shows."""
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Card, versions, commit and date."""
+    """Return card, versions, commit and date."""
     result: dict[str, Any] = {"card": None, "date": time.strftime("%Y-%m-%d")}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -43,7 +43,8 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The project's commit, marked where files differ from it; ``None`` without its history."""
+    """Return the project's commit, marked if files differ from it; ``None`` without a
+    repository."""
 
     def git(*arguments: str) -> str:
         try:
@@ -58,7 +59,7 @@ def commit() -> str | None:
 
 
 def without_paths(text: str, folder: Path) -> str:
-    """A text that names no folder of this machine: results are published."""
+    """Remove this machine's folders from a text, as results are published."""
     for name, path in (("RUN", folder), ("PROJECT", ROOT), ("HOME", Path.home())):
         text = text.replace(str(path.resolve()), name).replace(str(path), name)
     text = re.sub(r"[^\s\"'=:]*/site-packages/", "site-packages/", text)
@@ -66,7 +67,8 @@ def without_paths(text: str, folder: Path) -> str:
 
 
 def write(path: Path, folder: Path, results: list[Result], about: dict[str, Any]) -> None:
-    """Writes the JSON file; called after each point, so that a run that ends early leaves one."""
+    """Write the JSON file. It is called after each point, so a run that ends early leaves a
+    file."""
     points = {result.point.name: result.to_json() for result in results}
     text = json.dumps({**about, "goals": goals(results), "points": points}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +78,8 @@ def write(path: Path, folder: Path, results: list[Result], about: dict[str, Any]
 
 
 def goals(results: list[Result]) -> list[dict[str, Any]]:
-    """What has a goal, its ratio to the dense model, and whether it is met."""
+    """Return each point with a goal: its ratio to the dense model, and whether it meets the
+    goal."""
     return [
         {name: row[name] for name in ("what", "ratio", "goal", "met")}
         for result in results
@@ -86,7 +89,7 @@ def goals(results: list[Result]) -> list[dict[str, Any]]:
 
 
 def table(results: list[Result]) -> str:
-    """A line for each point, the failed checks, and the goals."""
+    """Format a line for each point, the failed checks, and the goals."""
     lines = [f"{'point':<12} {'status':<9} {'passed':>6} {'failed':>6} {'seconds':>7}"]
     for result in results:
         counts = f"{result.count(True):>6} {result.count(False):>6} {result.seconds:>7.1f}"
@@ -110,7 +113,8 @@ def table(results: list[Result]) -> str:
 
 
 def markdown(made: dict[str, Any]) -> str:
-    """The times of a JSON file as a table of Markdown, under a line that says what they are of."""
+    """Format the times of a JSON file as a Markdown table, under a line that describes the
+    machine."""
     versions = made["versions"]
     about = [made["card"] or made["mode"], f"torch {versions['torch']}"]
     about += [f"triton {versions['triton']}", f"commit {made['commit']}", made["date"]]
@@ -127,7 +131,7 @@ def markdown(made: dict[str, Any]) -> str:
 
 
 def fault(row: dict[str, Any]) -> str:
-    """What is wrong with a failed check, in a line."""
+    """Describe a failed check in a line."""
     parts = [row["what"]]
     if "value" in row:
         parts.append(f"{row['value']} where {row['limit']} is allowed")

@@ -1,4 +1,4 @@
-"""Runs points in processes of their own, which may crash or hang without the others."""
+"""Runs points in separate processes, so that one may crash or hang without the others."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from .point import Point, Row, Setting
 
 POLL_SECONDS = 0.2
 FAKE_PATIENCE = 5
-"""The time limits of points are for machines with a GPU. Those that run tests can be slower."""
+"""Factor on the time limits with ``--fake``. The limits are for machines with a GPU, and machines
+that run tests can be slower."""
 
 LOG_LINES = 15
-"""Last lines of what a process printed that are told where it died."""
+"""Number of last lines of a dead process's output that are reported."""
 
 Event = dict[str, Any]
 
 
 class Result(NamedTuple):
-    """What came of a point.
+    """The result of a point.
 
     Attributes:
         status: ``passed``, ``failed``, ``cut`` (stopped by its time limit), ``not run``, or
@@ -42,22 +43,22 @@ class Result(NamedTuple):
 
     @property
     def bad(self) -> bool:
-        """Whether the run as a whole has failed by it."""
+        """Whether the point makes the whole run fail."""
         return self.status not in ("passed", "measured")
 
     def count(self, passed: bool) -> int:
-        """Checks that passed, or that failed."""
+        """Count the checks that passed, or that failed."""
         return sum(row["passed"] is passed for row in self.rows)
 
     def to_json(self) -> dict[str, Any]:
-        """All but the function."""
+        """Return all fields except the function."""
         about = {"number": self.point.number, "title": self.point.title}
         result = about | {"status": self.status, "seconds": round(self.seconds, 1)}
         return result | ({"error": self.error} if self.error else {}) | {"rows": self.rows}
 
 
 def judged(point: Point, seconds: float, rows: list[Row], error: str | None = None) -> Result:
-    """The result of a point that has ended by itself."""
+    """Return the result of a point that ended without being stopped."""
     failed = error is not None or any(row["passed"] is False for row in rows)
     checked = any(row["passed"] is not None for row in rows)
     status = "failed" if failed else "passed" if checked else "measured"
@@ -68,7 +69,7 @@ def judged(point: Point, seconds: float, rows: list[Row], error: str | None = No
 
 
 def check_all(points: list[Point], setting: Setting, emit: Callable[[Event], None]) -> None:
-    """Checks one point after the other. An exception ends a point, not those after it."""
+    """Check one point after the other. An exception ends its point only."""
     for point in points:
         emit({"begin": point.name})
         error = None
@@ -90,13 +91,14 @@ def run_points(
     minutes: float,
     told: Callable[[Point, float], None],
 ) -> Iterator[Result]:
-    """Runs points in order: each in a process of its own, or with ``--fake`` in one, whose start
-    takes longer than most points.
+    """Run points in order, each in its own process. With ``--fake`` all share one, as starting a
+    process takes longer than most points.
 
     Args:
-        command: starts a process that appends the events of points to a file.
-        minutes: for all of them.
-        told: called as a point begins, with the seconds left for all.
+        command: function that returns the command line of a process that appends the events of
+            points to a file.
+        minutes: time limit of all points together.
+        told: function that is called as a point begins, with the seconds left for all points.
     """
     pending, deadline = list(points), time.monotonic() + 60 * minutes
     while pending:
@@ -117,7 +119,7 @@ def run_group(
     deadline: float,
     told: Callable[[Point, float], None],
 ) -> Iterator[Result]:
-    """Runs points in one process, up to the first that it does not survive."""
+    """Run points in one process, up to the first that crashes it."""
     events_file = setting.folder / f"{group[0].name}.jsonl"
     log_file = setting.folder / f"{group[0].name}.log"
     events_file.write_text("")
@@ -165,7 +167,7 @@ def run_group(
 
 
 def child_command(script: Path, setting: Setting) -> Callable[[list[Point], Path], list[str]]:
-    """Starts the script itself, with what :func:`child` reads."""
+    """Return a function that makes the script's own command line, for :func:`child` to read."""
 
     def command(group: list[Point], events_file: Path) -> list[str]:
         where = [setting.device, str(setting.folder), str(events_file)]
@@ -176,7 +178,8 @@ def child_command(script: Path, setting: Setting) -> Callable[[list[Point], Path
 
 
 def child(arguments: list[str], points: tuple[Point, ...]) -> None:
-    """The process of some points: device, folder, file of events, and names of points."""
+    """Run some points in this process. The arguments are device, folder, file of events, and names
+    of points."""
     device, folder, events_file, *names = arguments
     by_name = {point.name: point for point in points}
     with Path(events_file).open("a", buffering=1) as file:

@@ -24,38 +24,39 @@ LAYER_GOALS = {
     ("avgk", 16): 10.0,
     ("vanilla_m", 1): 16.0,
 }
-"""(selector, block size) -> time of a layer in units of the dense FFN's, forward and backward,
-selection included; bf16, N = 8192, d = 1024, on an H100."""
+"""(selector, block size) -> time of a layer in units of the dense FFN's, forward and backward with
+selection; bf16, N = 8192, d = 1024, on an H100."""
 
 STEP_GOAL = 1.35
-"""Time of a training step of Avg-K's `_gpt3_medium`, g = 64, in units of the dense model's."""
+"""Time of a training step of Avg-K's `_gpt3_medium`, g = 64, in units of the dense model's step."""
 
 PLANNED_SHARE = (0.7, 1.5)
-"""Peak memory in units of what ``fairseq-sffn plan`` says, which leaves out buffers of a moment."""
+"""Range of the peak memory in units of the estimate of ``fairseq-sffn plan``, which leaves out
+short-lived buffers."""
 
 VOCABULARY = 51200
 
 
 def benchmark(name: str) -> Any:
-    """A script of examples/benchmark. They import each other by name."""
+    """Import a script of examples/benchmark. The scripts import each other by name."""
     if str(BENCHMARK) not in sys.path:
         sys.path.insert(0, str(BENCHMARK))
     return __import__(name)
 
 
 def place_of(setting: Setting) -> Any:
-    """bf16 on a GPU, fp32 on a CPU."""
+    """Return bf16 on a GPU, fp32 on a CPU."""
     return benchmark("timing").Place(setting.device, "fp32" if setting.fake else "bf16")
 
 
 def with_goal(what: str, ratio: float, goal: float | None, **more: Any) -> Row:
-    """A row that is told. A goal that is missed is no fault."""
+    """Return a row that is recorded with its goal. A missed goal is no fault."""
     goals = {} if goal is None else {"goal": goal, "met": ratio <= goal}
     return told(what, ratio=ratio, **goals, **more)
 
 
 def layers(setting: Setting) -> Iterator[Row]:
-    """Point 9: a layer over block sizes and methods."""
+    """Time a layer over block sizes and methods (point 9)."""
     layer = benchmark("layer")
     tokens, width, repeats = (64, 16, 2) if setting.fake else (8192, 1024, 10)
     rows = [layer.Row(name, min(g, 4 * width)) for name, g in LAYER_GOALS]
@@ -78,8 +79,8 @@ def layers(setting: Setting) -> Iterator[Row]:
 
 
 def steps(setting: Setting) -> Iterator[Row]:
-    """Points 8 and 9: training steps of the dense model and of Avg-K at the paper's size, their
-    time, and their peak memory beside what is planned."""
+    """Measure training steps of the dense model and of Avg-K at the paper's size: time, and peak
+    memory beside the plan (points 8 and 9)."""
     size, context, vocabulary = "gpt3_medium", 2048, VOCABULARY
     if setting.fake:
         size, context, vocabulary = "tiny", 16, 1000
@@ -114,7 +115,7 @@ def steps(setting: Setting) -> Iterator[Row]:
 
 
 def planned_bytes(model: str, size: str, vocabulary: int, context: int, sentences: int) -> int:
-    """What ``fairseq-sffn plan`` says of one process in bf16."""
+    """Return the estimate of ``fairseq-sffn plan`` for one process in bf16."""
     from fairseq_sffn.tools import plan
     from fairseq_sffn.tools.language_model import build_language_model
 
@@ -124,7 +125,7 @@ def planned_bytes(model: str, size: str, vocabulary: int, context: int, sentence
 
 
 def room_for(planned: int, tokens: int, setting: Setting) -> bool:
-    """Whether a training fits, its logits included: in bf16 once and in fp32 twice."""
+    """Whether a training fits, including its logits in bf16 once and in fp32 twice."""
     if setting.fake:
         return True
     free, _ = torch.cuda.mem_get_info()
@@ -134,7 +135,7 @@ def room_for(planned: int, tokens: int, setting: Setting) -> bool:
 def measure_steps(
     model: str, size: str, context: int, sentences: int, vocabulary: int, setting: Setting
 ) -> dict[str, Any]:
-    """Median seconds of a training step, and the peak of memory."""
+    """Return the median seconds of a training step, and the peak of memory."""
     timing, train_step = benchmark("timing"), benchmark("train_step")
     from fairseq.logging import metrics
 
@@ -166,7 +167,7 @@ def measure_steps(
 
 
 def others(setting: Setting) -> Iterator[Row]:
-    """Point 9: decoding, other libraries, and a profile of a layer."""
+    """Measure decoding, other libraries, and a profile of a layer (point 9)."""
     decode, peers = benchmark("decode"), benchmark("peers")
     place, fake = place_of(setting), setting.fake
     yield profile(setting)
@@ -185,7 +186,7 @@ def others(setting: Setting) -> Iterator[Row]:
 
 
 def profile(setting: Setting) -> Row:
-    """The kernels that take most of a layer's forward and backward pass."""
+    """Record the kernels that take most of a layer's forward and backward pass."""
     layer, timing = benchmark("layer"), benchmark("timing")
     place = place_of(setting)
     tokens, width = (64, 16) if setting.fake else (8192, 1024)

@@ -31,11 +31,11 @@ PRECISIONS = {
     "amp": ("--amp", 0.02),
     "checkpoint activations": ("--checkpoint-activations", 0.01),
 }
-"""Name -> flags, and how far a loss may be from the CPU's in fp32, relative to it. On a CPU bf16 is
-up to 0.009 away: Avg-K after 30 updates."""
+"""Name -> flags, and the allowed distance of a loss from the CPU's fp32 loss, relative to it. On a
+CPU bf16 reaches a distance of 0.009, with Avg-K after 30 updates."""
 
 RESUMED_TOLERANCE = 0.01
-"""The same after resuming, where the order of sums on a GPU differs from run to run."""
+"""Allowed distance after resuming, as the order of sums on a GPU differs from run to run."""
 
 
 class Losses(logging.Handler):
@@ -50,13 +50,13 @@ class Losses(logging.Handler):
             self.take(record.getMessage())
 
     def take(self, line: str) -> None:
-        """Reads a line of JSON."""
+        """Read a line of JSON."""
         values = json.loads(line)
         self.by_update[int(values["num_updates"])] = float(values["loss"])
 
 
 def write_data(setting: Setting) -> Path:
-    """Sentences of a small grammar, so that there is something to learn, binarised."""
+    """Write binarised sentences of a small grammar, which a model can learn."""
     from fairseq_cli import preprocess
 
     rng = random.Random(0)
@@ -64,7 +64,7 @@ def write_data(setting: Setting) -> Path:
     for _ in range(400 if setting.fake else 8000):
         subject, verb = f"n{rng.randrange(200)}", f"v{rng.randrange(40)}"
         lines.append(f"the {subject} {verb} the n{rng.randrange(200)} of {subject} .")
-    # Points that are stopped leave files behind, and preprocessing does not overwrite any.
+    # Stopped points leave files, and preprocessing does not overwrite them.
     folder = Path(tempfile.mkdtemp(prefix="data-", dir=setting.folder))
     (folder / "train").write_text("\n".join(lines) + "\n")
     (folder / "valid").write_text("\n".join(lines[:50]) + "\n")
@@ -77,7 +77,7 @@ def write_data(setting: Setting) -> Path:
 
 @contextlib.contextmanager
 def quiet(*handlers: logging.Handler) -> Iterator[None]:
-    """fairseq's log goes to the handlers alone."""
+    """Send fairseq's log to the handlers alone."""
     import fairseq.logging.metrics as metrics
 
     # Importing the command configures the log.
@@ -94,7 +94,7 @@ def quiet(*handlers: logging.Handler) -> Iterator[None]:
 
 
 def flags(model: str, data: Path, device: str, fake: bool, updates: int, more: str) -> list[str]:
-    """Arguments of fairseq-train: the `_tiny` model without dropout, which devices draw
+    """Return arguments of fairseq-train for the `_tiny` model. Dropout is off, as devices draw it
     differently."""
     context, sentences = (32, 4) if fake else (128, 8)
     where = "--cpu" if device == "cpu" else "--distributed-world-size 1"
@@ -112,7 +112,7 @@ def flags(model: str, data: Path, device: str, fake: bool, updates: int, more: s
 
 
 def train(model: str, data: Path, device: str, fake: bool, updates: int, more: str) -> list[float]:
-    """The losses of a training in this process."""
+    """Train in this process and return the losses."""
     from fairseq import checkpoint_utils
     from fairseq_cli import train as command
 
@@ -129,19 +129,19 @@ def train(model: str, data: Path, device: str, fake: bool, updates: int, more: s
 
 
 def distance(got: list[float], want: list[float]) -> float:
-    """The largest difference of two losses of one update, relative to the second."""
+    """Return the largest difference of two losses of one update, relative to the second."""
     if not want or len(got) != len(want) or not all(map(math.isfinite, got)):
         return math.inf
     return max(abs(ours - theirs) / abs(theirs) for ours, theirs in zip(got, want, strict=True))
 
 
 def curve(what: str, got: list[float], want: list[float], tolerance: float) -> Row:
-    """A row with both curves."""
+    """Return a row with both curves."""
     return bounded(what, distance(got, want), tolerance, losses=got, expected=want)
 
 
 def curves(setting: Setting) -> Iterator[Row]:
-    """Point 5: every precision of Avg-K, and every method in bf16, against a CPU in fp32."""
+    """Compare every precision of Avg-K, and every method in bf16, with fp32 on a CPU (point 5)."""
     from fairseq_sffn.models.transformer_lm import METHODS
 
     data, fake = write_data(setting), setting.fake
@@ -171,8 +171,8 @@ def curves(setting: Setting) -> Iterator[Row]:
 
 
 def resuming(setting: Setting) -> Iterator[Row]:
-    """Point 6: a training that is resumed, on the same and on another device, goes on as one that
-    was not stopped."""
+    """Check that a training resumes on the same and on another device as if it had not stopped
+    (point 6)."""
     data, fake = write_data(setting), setting.fake
     here, half, whole = setting.device, 2 if fake else 4, 4 if fake else 8
     moves = list(dict.fromkeys([(here, here), (here, "cpu"), ("cpu", here)]))
@@ -201,7 +201,8 @@ def resuming(setting: Setting) -> Iterator[Row]:
 
 
 def one_process(setting: Setting) -> Iterator[Row]:
-    """Point 7: torchrun with one process, and blocks that travel by its process group."""
+    """Train with torchrun and one process, which dispatches tokens through its process group (point
+    7)."""
     data, fake = write_data(setting), setting.fake
     updates = 2 if fake else 5
     want = train("avgk", data, setting.device, fake, updates, "--no-save")
@@ -221,7 +222,8 @@ def one_process(setting: Setting) -> Iterator[Row]:
 
 
 def dispatched(setting: Setting) -> Row:
-    """A layer whose tokens travel to the one rank there is, against one without a group."""
+    """Compare a layer that dispatches tokens to a single rank with one that has no process
+    group."""
     import torch.distributed as dist
 
     from fairseq_sffn.memory import ProcessGroups, SparseMemory
@@ -233,11 +235,11 @@ def dispatched(setting: Setting) -> Row:
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         memory, inputs = build(Case("switch", 64, engine="tiled"))
-        shared = SparseMemory(memory.config, ProcessGroups(blocks=dist.group.WORLD))
-        shared.load_state_dict(memory.state_dict())
+        sharded = SparseMemory(memory.config, ProcessGroups(blocks=dist.group.WORLD))
+        sharded.load_state_dict(memory.state_dict())
         inputs = inputs.to(setting.device, torch.float32)
         _, want = forward_backward(memory.to(setting.device), inputs)
-        _, got = forward_backward(shared.to(setting.device), inputs)
+        _, got = forward_backward(sharded.to(setting.device), inputs)
     finally:
         dist.destroy_process_group()
     by_name = errors(got, {name: value.double() for name, value in want.items()})

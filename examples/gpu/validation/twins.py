@@ -1,7 +1,7 @@
-"""A sparse memory beside a copy of it in fp64 that is made to select the same blocks.
+"""Compares a sparse memory with an fp64 copy that is made to select the same blocks.
 
-Near ties between scores fall differently in different precisions. Selections are compared by what
-their scores lose to the best ones, and everything else with the same blocks.
+Near ties between scores fall differently in different precisions. A selection is therefore compared
+by how much its scores are below the best ones, and everything else with the same blocks.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from fairseq_sffn.memory.scores import ProductScores, Scores
 from fairseq_sffn.memory.selectors import base_layer, vanilla_m
 
 FLOOR = 1e-3
-"""A tensor's error is taken relative to its largest number, or to this share of the largest of all
-tensors, since some gradients are zero but for rounding."""
+"""Smallest denominator of a tensor's relative error, as a share of the largest number of all
+tensors. Some gradients are zero but for rounding."""
 
 
 @dataclass
 class Inputs:
-    """What a memory is given.
+    """The inputs of a memory.
 
     Attributes:
         x_ND, token_ids_N, padding_N: as for :class:`SparseMemory`.
-        cotangent_ND: the gradient of the output.
+        cotangent_ND: gradient of the output.
         losses: whether balance and z loss are part of the loss.
     """
 
@@ -42,7 +42,7 @@ class Inputs:
     losses: bool = True
 
     def to(self, *args: Any) -> Inputs:
-        """On another device, and floating-point numbers in another dtype."""
+        """Copy to another device, and floating-point numbers to another dtype."""
         device = args[0]
         return replace(
             self,
@@ -56,7 +56,7 @@ class Inputs:
 def forward_backward(
     memory: SparseMemory, inputs: Inputs, autocast: torch.dtype | None = None
 ) -> tuple[MemoryOutput, dict[str, Tensor]]:
-    """What a memory returns, and its output, losses and all gradients by name."""
+    """Return the memory's result, and its output, losses and all gradients by name."""
     x_ND = inputs.x_ND.clone().requires_grad_()
     device = x_ND.device.type
     with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
@@ -81,7 +81,7 @@ def _gradient(tensor: Tensor) -> Tensor:
 
 
 def twin_of(memory: SparseMemory, device: str, engine: str) -> SparseMemory:
-    """A copy in fp64 that computes by the given engine."""
+    """Copy a memory in fp64, with the given engine."""
     twin = copy.deepcopy(memory).to(device, torch.float64)
     twin.config = replace(memory.config, engine=engine)
     return twin
@@ -89,10 +89,11 @@ def twin_of(memory: SparseMemory, device: str, engine: str) -> SparseMemory:
 
 @contextlib.contextmanager
 def forced(blocks_NA: Tensor) -> Iterator[list[float]]:
-    """Makes every selector that scores blocks take the given ones.
+    """Make every selector that scores blocks select the given blocks.
 
     Yields:
-        A list that gets, for each selection, the most that a token's scores lose to the best.
+        A list to which each selection appends the largest amount by which a token's scores are
+        below the best ones.
     """
     losses: list[float] = []
     rest_nA = blocks_NA
@@ -124,8 +125,8 @@ def forced(blocks_NA: Tensor) -> Iterator[list[float]]:
 
 
 def errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
-    """By tensor, the largest difference relative to the largest number; infinite where shapes
-    differ or numbers are not finite."""
+    """Return, for each tensor, the largest difference relative to the largest number. It is
+    infinite where shapes differ or numbers are not finite."""
     largest = max((t.abs().max().item() for t in want.values() if t.numel()), default=0.0)
     result = {}
     for name, ours in got.items():

@@ -1,4 +1,4 @@
-"""What can be checked of the CUDA path on a machine without a GPU."""
+"""Points that check the CUDA path on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCRIPTS = Path(__file__).parents[1]
 
 
 def compiled(setting: Setting) -> Iterator[Row]:
-    """The kernels in Triton compile for one kind of card."""
+    """Compile the kernels in Triton for one kind of card."""
     if importlib.util.find_spec("triton") is None:
         yield told("kernels in Triton", skipped="there is no package triton")
         return
@@ -26,7 +26,7 @@ def compiled(setting: Setting) -> Iterator[Row]:
 
 
 def fake_cuda(setting: Setting) -> Iterator[Row]:
-    """Every selector over fake CUDA tensors."""
+    """Run every selector over fake CUDA tensors."""
     made = setting.folder / "fake_cuda.json"
     if shutil.which("c++") is None:
         yield told("fake CUDA tensors", skipped="there is no C++ compiler")
@@ -35,7 +35,7 @@ def fake_cuda(setting: Setting) -> Iterator[Row]:
 
 
 def _script(name: str, asked: list[str], made: Path) -> Iterator[Row]:
-    """A row that tells whether a script succeeded."""
+    """Run a script and yield a row that tells whether it succeeded."""
     command = [sys.executable, "-W", "ignore", str(SCRIPTS / name), *asked]
     done = subprocess.run(command, cwd=SCRIPTS.parents[1], capture_output=True, text=True)
     said = (done.stdout + done.stderr).splitlines()[-20:]

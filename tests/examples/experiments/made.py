@@ -1,4 +1,4 @@
-"""Results that were made up, for tests of what is made of results."""
+"""Makes up results, for tests of reports."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ SCALE = {
 
 
 def scale(**changes: Any) -> Scale:
-    """A small scale."""
+    """Make a small scale."""
     return Scale(**{**SCALE, **changes})
 
 
 def perplexity(value: float) -> dict[str, float]:
-    """What is found on a set; its loss is not the perplexity's, so that tests see which is read."""
+    """Make the result on a set. Its loss does not match the perplexity, so tests see which one is
+    read."""
     return {"loss": value / 100, "perplexity": value, "tokens": 1000}
 
 
 def routing(blocks: int, seed: int = 1) -> dict[str, Any]:
-    """A layer's, with all but one of its blocks in use."""
+    """Make the routing of a layer that uses all but one of its blocks."""
     counts = [*(10 * (i + seed) for i in range(blocks - 1)), 0]
     kept = [[(i * seed) % blocks] for i in range(12)]
     return {
@@ -43,13 +44,13 @@ def routing(blocks: int, seed: int = 1) -> dict[str, Any]:
 
 
 def result(test: float, blocks: int = 0, seed: int = 1, valid: float | None = None) -> Any:
-    """Of a training that is evaluated.
+    """Make the result of a run that was evaluated.
 
     Args:
-        test: perplexity; out of domain it is 10 and 30 more.
-        blocks: of each of two sparse layers.
+        test: perplexity; out of domain it is 10 and 30 higher.
+        blocks: number of blocks of each of two sparse layers.
         seed: varies the routing.
-        valid: perplexity; as on test unless given.
+        valid: validation perplexity; the test perplexity if not given.
     """
     records = [
         {"update": float(u), "loss": 5.0, **({"load_max": 9 - u / 5, "unused_blocks": 10 - u / 4})}
@@ -69,20 +70,20 @@ def result(test: float, blocks: int = 0, seed: int = 1, valid: float | None = No
 
 
 def diverged() -> Any:
-    """Of a training that came to no number."""
+    """Make the result of a run that diverged."""
     return result(1.0) | {"evaluation": {"valid": {"loss": None}}, "routing": {}}
 
 
 def swept(loss: float | None) -> Any:
-    """Of a training that chooses a learning rate."""
+    """Make the result of a run that chooses a learning rate."""
     evaluation = {"valid": {"loss": loss, "perplexity": 1.0, "tokens": 1000}}
     kept = {name: value for name, value in result(1.0).items() if name != "routing"}
     return kept | {"evaluation": evaluation}
 
 
 def fill(results: Results, rows: Iterable[Row], make: Callable[[Row, Run], Any | None]) -> Results:
-    """Adds results of all trainings of rows: of sweeps, that choose 0.002, and those that a
-    function makes, ``None`` where one is missing."""
+    """Add the results of all runs of some rows. Sweeps choose 0.002. A function makes the other
+    results, or ``None`` where one is missing."""
     for row in rows:
         for run in sweep_runs(row, results.scale):
             results.add(run, swept(2.0 if run.lr == 0.002 else 3.0))
@@ -96,10 +97,10 @@ def fill(results: Results, rows: Iterable[Row], make: Callable[[Row, Run], Any |
 
 
 def table(*rows: Row, **others: Any) -> Table:
-    """A table of perplexities."""
+    """Make a table of perplexity."""
     return Table(**{"name": "t", "title": "T", "kind": "perplexity", "rows": rows, **others})
 
 
 def empty(folder: Path, **changes: Any) -> Results:
-    """No results."""
+    """Make an empty set of results."""
     return Results(folder / "results", scale(**changes))

@@ -1,4 +1,4 @@
-"""What figures say to claims."""
+"""Verdicts on claims."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ CLAIM = Claim("A beats B.", "A", "B")
 
 
 def outcome(label: str, *perplexities: float | None) -> Outcome:
-    """Of seeds 1, 2, ...; ``None``: that one is missing."""
+    """Make the outcome of a row with seeds 1, 2, ...; ``None``: the seed is missing."""
     seeds = tuple(range(1, len(perplexities) + 1))
     row = Row(label, "avgk", f"--sffn-block-size {2 ** (ord(label) - 60)}", seeds)
     results = {
-        seed: made.result(value, valid=1000 / value)  # validation would say the opposite
+        seed: made.result(value, valid=1000 / value)  # the validation split would say the opposite
         for seed, value in enumerate(perplexities, 1)
         if value is not None
     }
@@ -42,7 +42,7 @@ def outcome(label: str, *perplexities: float | None) -> Outcome:
 
 BESIDE = Deviation(3.0, 4, 2)
 LEAST = 2.7764451 * 3.0
-"""That decides, times the root of 2 / seeds: 95% of t with 4 degrees of freedom."""
+"""Least significant difference times the root of seeds / 2: 95% of t with 4 degrees of freedom."""
 
 
 def verdict(
@@ -82,7 +82,7 @@ def test_what_verdicts_rest_on_is_said_once() -> None:
 
 
 def test_two_seeds_that_agree_by_chance_decide_nothing() -> None:
-    """Their own standard error would be 0."""
+    """The standard error of the two alone would be 0."""
     assert verdict((10.0, 11.0), (11.0, 12.0)).word == UNDECIDED
 
 
@@ -91,7 +91,7 @@ def test_two_seeds_that_agree_by_chance_decide_nothing() -> None:
 def test_rows_are_equivalent_by_two_one_sided_tests(
     difference: float, share: float, equivalent: bool
 ) -> None:
-    """The margin has to exceed the difference by 95% of t with 4 degrees of freedom, one-sided."""
+    """The margin must exceed the difference by 95% of t with 4 degrees of freedom, one-sided."""
     low, high = (100.0,) * 3, (100.0 + difference,) * 3
     least = abs(difference) + 2.1318468 * 3.0 * math.sqrt(2 / 3)
     found = verdict(low, high, margin=share * least / high[0])
@@ -101,7 +101,7 @@ def test_rows_are_equivalent_by_two_one_sided_tests(
 
 
 def test_what_differs_is_not_equivalent() -> None:
-    """However small the difference is against the margin."""
+    """A significant difference is not equivalent, however small it is against the margin."""
     low, high = (100.0,) * 3, (107.0,) * 3
     assert verdict(low, high, margin=0.5).word == SUPPORTED
     assert verdict(high, low, margin=0.5).word == CONTRADICTED
@@ -141,7 +141,7 @@ def test_rows_are_compared_on_the_seeds_that_both_have() -> None:
 
 
 def test_one_seed() -> None:
-    """Its deviation is that of the rows that have several."""
+    """The deviation comes from the rows with several seeds."""
     found = verdict((10.0,), (30.0,))
     assert found.word == SUPPORTED
     assert "10.0 (A, one seed) against 30.0 (B, one seed), lower by 20.0 ± 4.2" in found.reason
@@ -151,7 +151,7 @@ def test_one_seed() -> None:
 
 @pytest.mark.parametrize("some", [(), (10.0, None, 11.0), (None, 10.0, 12.0)])
 def test_results_are_missing(some: tuple[float | None, ...]) -> None:
-    """One seed of a row may be far from the others, so there is no verdict before the last."""
+    """One seed of a row may be far from the others, so there is no verdict before the last seed."""
     for found in (verdict(some, (90.0, 91.0, 92.0)), verdict((90.0, 91.0, 92.0), some)):
         assert (found.word, found.reason) == (UNDECIDED, "results are missing")
 
@@ -163,7 +163,7 @@ def test_a_row_that_diverged() -> None:
 
 
 def test_the_deviation_is_of_each_training_once(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tables have rows in common, some with fewer of their seeds."""
+    """Tables share rows, and some have fewer of their seeds."""
     results: Results = made.empty(tmp_path_factory.mktemp("experiments"))
     a, b, c = Row("A", "avgk", seeds=(1, 2, 3)), Row("B", "switch", seeds=(1, 2)), Row("C", "dense")
     values = {"avgk": (10.0, 12.0, 14.0), "switch": (20.0, 21.0), "dense": (30.0,)}
@@ -172,7 +172,7 @@ def test_the_deviation_is_of_each_training_once(tmp_path_factory: pytest.TempPat
     experiments = Experiments(results.scale, results, tables)
     found = seed_deviation(experiments)
     assert found is not None and (found.rows, found.degrees_of_freedom) == (2, 1)
-    # Seeds 1 and 2 differ by 2 in one row and by 1 in the other; seed 3 is in one row alone.
+    # Seeds 1 and 2 differ by 2 in one row and by 1 in the other. Only one row has seed 3.
     assert found.sd == pytest.approx(math.sqrt(4 * 0.25**2))
     (claim,) = verdicts(experiments, tables["t"])
     assert claim.word == SUPPORTED and "±" in claim.markdown()

@@ -1,4 +1,4 @@
-"""What figures show, of results that were made up."""
+"""Figures of results that were made up."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def experiments(tmp_path: Path) -> Experiments:
     results = made.empty(tmp_path)
 
     def make(row: Row, run: Any) -> Any:
-        """Validation would say the opposite."""
+        """Make a result whose validation split says the opposite."""
         test = TEST[row.label] + run.seed
         return made.result(test, BLOCKS[row.label], run.seed, valid=1000 / test)
 
@@ -57,7 +57,8 @@ def test_lines_and_points_show_the_test_split(experiments: Experiments) -> None:
     (line,) = axes.containers[0].lines[:1]
     assert list(line.get_xdata()) == [1, 8] and list(line.get_ydata()) == [81.5, 91.0]
     levels = {line.get_label(): line.get_ydata()[0] for line in axes.lines if line.get_label()}
-    assert levels.items() >= {("dense", 101.5), ("Switch", 96.0)}  # they stand nowhere on the axis
+    # These rows have no position on the axis.
+    assert levels.items() >= {("dense", 101.5), ("Switch", 96.0)}
     (points,) = figures.flops(experiments, table(*ROWS)).axes
     assert [bar.lines[0].get_ydata()[0] for bar in points.containers] == [101.5, 81.5, 91.0, 96.0]
 
@@ -77,7 +78,7 @@ def test_loads_have_a_column_for_each_group(experiments: Experiments) -> None:
     for axes, rows in zip(used, (ROWS[1:3], ROWS[3:]), strict=True):
         assert [line.get_label() for line in axes.lines] == [row.label for row in rows]
         for line, row in zip(axes.lines, rows, strict=True):
-            # The log says 10 - update / 4 unused blocks.
+            # The log has 10 - update / 4 unused blocks.
             shares = [1 - (10 - u / 4) / BLOCKS[row.label] for u in range(8, 41, 8)]
             assert list(line.get_ydata()) == pytest.approx(shares)
     for axes, rows in zip(loads, (ROWS[1:3], ROWS[3:]), strict=True):

@@ -1,4 +1,4 @@
-"""Tables and scales as files."""
+"""Reading tables and scales from files."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -183,7 +183,7 @@ def test_wrong_scales(old: str, new: str, error: str, tmp_path: Path) -> None:
 
 
 def test_whole_numbers_stand_for_others(tmp_path: Path) -> None:
-    """As a rate of 1 would give other keys than one of 1.0."""
+    """A rate of 1 would otherwise give other keys than a rate of 1.0."""
     table = load_table(write(tmp_path, TABLE.replace("seeds = [3]", "lr = 1")))
     scale = load_scale(write(tmp_path, SCALE + "warmup_share = 1"))
     numbers = table.rows[1].lr, scale.warmup_share, scale.updates

@@ -19,7 +19,7 @@ README = (EXPERIMENTS / "README.md").read_text()
 
 
 def test_from_another_folder(tmp_path: Path) -> None:
-    """Modules of the package hide none of Python's that have the same name."""
+    """No module of the package hides a module of Python with the same name."""
     command = [sys.executable, str(EXPERIMENTS), "report", "no-folder", "--scale", "none.toml"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")

@@ -1,4 +1,4 @@
-"""Blocks between marker lines."""
+"""Filling the blocks between marker lines."""
 
 from pathlib import Path
 

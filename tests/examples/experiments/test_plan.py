@@ -77,7 +77,7 @@ def test_processes_are_as_many_as_the_launcher_says() -> None:
     assert name not in words
 
 
-def test_arguments_share_out_the_batch() -> None:
+def test_arguments_divide_the_batch() -> None:
     launcher = Launcher("torchrun", processes=2, update_freq=2)
     words = train_arguments(RUN, made.scale(), launcher, "data", "saved", "plugin")
     for flag, value in (

@@ -1,4 +1,4 @@
-"""What trainings run with."""
+"""Versions of the software that runs record."""
 
 import subprocess
 from pathlib import Path

@@ -84,7 +84,7 @@ BLOCKS = {"dense": 0, "avgk": 128, "switch": 16}
 
 
 def zero_shot(right: float, word: float) -> dict[str, Any]:
-    """As ``fairseq-sffn zero-shot --json`` has it."""
+    """Make an output of ``fairseq-sffn zero-shot --json``."""
     choice = {
         **{"task": "piqa", "documents": 1000, "accuracy": 0.9, "standard_error": 0.5},
         **{"accuracy_norm": right, "standard_error_norm": 0.02, "random": 0.5},
@@ -98,7 +98,7 @@ def zero_shot(right: float, word: float) -> dict[str, Any]:
 
 
 def make(row: Row, run: Run) -> Any:
-    own = 3.0 if (run.model, run.seed) == ("switch", 2) else 0.0  # beside what all seeds do
+    own = 3.0 if (run.model, run.seed) == ("switch", 2) else 0.0  # besides the seed's effect
     test = TEST[run.model] + SPREAD[run.seed - 1] + own
     found = made.result(test, BLOCKS[run.model], run.seed, valid=50.0)
     if run.model != "switch":
@@ -113,7 +113,7 @@ def some_missing(row: Row, run: Run) -> Any:
 
 @pytest.fixture(scope="module", autouse=True)
 def models_built_once() -> Iterator[None]:
-    """Building a model takes half a second, and each report builds a dozen."""
+    """Build each model once. Building takes half a second, and each report builds a dozen."""
     built: dict[tuple[str, str, str], Model] = {}
 
     def build(model: str, flags: str, scale: Scale) -> Model:
@@ -129,7 +129,7 @@ def models_built_once() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tables, a scale and results."""
+    """Make a folder with tables, a scale and results."""
     folder = tmp_path_factory.mktemp("paper")
     (folder / "scales").mkdir()
     (folder / "scales" / "small.toml").write_text(SCALE)
@@ -147,7 +147,7 @@ def write_results(folder: Path, make: Callable[[Row, Run], Any]) -> None:
 
 
 def report(folder: Path, *flags: str | Path) -> str:
-    """What the command printed."""
+    """Run the command and return its output."""
     out = io.StringIO()
     scale = folder / "scales" / "small.toml"
     with contextlib.redirect_stdout(out):
@@ -161,12 +161,12 @@ def printed(folder: Path) -> str:
 
 
 def section(printed: str, title: str) -> str:
-    """Of a table."""
+    """Return the section of a table."""
     return re.split(r"^## ", printed.partition(f"## {title}\n")[2], flags=re.M)[0]
 
 
 def cells(text: str, label: str) -> list[str]:
-    """A row's cells, but for the label, in the first table that has it."""
+    """Return a row's cells without the label, from the first table that has it."""
     lines = [line for line in text.splitlines() if line.startswith(f"| {label} |")]
     return [cell.strip() for cell in lines[0].strip("|").split("|")][1:]
 
@@ -225,7 +225,7 @@ def test_learning_rates(printed: str, folder: Path, tmp_path: Path) -> None:
     text = report(copy, "--no-figures")
     assert cells(rates(text), "dense") == ["diverged", "diverged"]
     assert "At an end of the tested range: Switch." in rates(text)
-    assert cells(section(text, "Main"), "dense")[2:4] == ["", ""]  # no rate, no training
+    assert cells(section(text, "Main"), "dense")[2:4] == ["", ""]  # no rate, no run
 
 
 def test_what_is_missing_is_said(printed: str) -> None:
@@ -272,7 +272,7 @@ def test_routing(printed: str) -> None:
 
 
 def test_a_tokens_blocks_do_not_tell_which_of_them_a_use_is() -> None:
-    """Ids that decide 8 of 128 blocks tell 4 of the 7 bits of a use."""
+    """Ids that determine 8 of 128 blocks tell 4 of the 7 bits of a use."""
     assert token_share({"block_bits": 7.0, "token_bits": 4.0}, 8) == 1.0
     assert token_share({"block_bits": 7.0, "token_bits": 3.5}, 1) == 0.5
     assert token_share({"block_bits": 3.0, "token_bits": 0.0}, 8) is None
@@ -337,7 +337,7 @@ def test_figures_are_drawn_alike_each_time(folder: Path, printed: str) -> None:
 
 
 def test_other_results_have_other_figures(folder: Path, printed: str, tmp_path: Path) -> None:
-    """The figures of the default results stay as they are."""
+    """The figures of the default results do not change."""
     others = tmp_path / "others"
     shutil.copytree(folder / "results" / "small", others)
     figures = {path: path.read_bytes() for path in (folder / "figures" / "small").iterdir()}
@@ -353,7 +353,7 @@ def test_other_results_have_other_figures(folder: Path, printed: str, tmp_path: 
 
 
 def test_rows_with_other_sparse_layers(folder: Path, tmp_path: Path) -> None:
-    """The figure shows each layer that there is."""
+    """The figure shows each existing layer."""
     (tmp_path / "scales").mkdir()
     shutil.copy(folder / "scales" / "small.toml", tmp_path / "scales")
     rows = '{ label = "Avg-K", model = "avgk" }, { label = "Switch", model = "switch" }'
@@ -376,8 +376,8 @@ def test_rows_with_other_sparse_layers(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "figures" / "small" / "r.png").stat().st_size > 1000
 
 
-def test_blocks_shared_out_in_training_are_no_matter(folder: Path, tmp_path: Path) -> None:
-    """Costs are those of the whole model."""
+def test_blocks_sharded_in_training_are_no_matter(folder: Path, tmp_path: Path) -> None:
+    """Costs belong to the whole model."""
     shutil.copytree(folder / "scales", tmp_path / "scales")
     row, flags = 'model = "avgk"', 'model = "avgk", flags = "--sffn-expert-parallel 8"'
     (tmp_path / "methods.toml").write_text(TABLES["methods"].replace(row, flags))
@@ -387,7 +387,7 @@ def test_blocks_shared_out_in_training_are_no_matter(folder: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("flags", [[], ["--no-figures"]])
 def test_what_is_linked_is_what_is_drawn(flags: list[str], folder: Path, printed: str) -> None:
-    """With nothing to compare with, or no layers, nothing is drawn, though rows are done."""
+    """With nothing to compare, or without layers, nothing is drawn, even if all rows are done."""
     drawn = {path.name for path in (folder / "figures" / "small").iterdir()}
     text = report(folder, *flags)
     assert {Path(link).name for link in re.findall(r"!\[.*\]\((.*)\)", text)} == drawn
@@ -545,7 +545,7 @@ def test_versions_of_the_code_are_counted_by_table(folder: Path, tmp_path: Path)
     assert "versions of the code" not in report(other, "--no-figures")
 
     def with_version(row: Row, run: Run) -> Any:
-        """Each seed of Switch is of a version of its own."""
+        """Give each seed of Switch its own version."""
         found = make(row, run) | {"zero_shot": zero_shot(0.5, 0.0)}
         version = f"s{run.seed}" if run.model == "switch" else "c0"
         return found | {"versions": {"fairseq_sffn": version}}
@@ -556,7 +556,7 @@ def test_versions_of_the_code_are_counted_by_table(folder: Path, tmp_path: Path)
         title: re.findall(r"Trained with (\d) versions of the code\.", section(text, title))
         for title in ("Main", "Balance", "Zero", "Routing", "Lines")
     }
-    # In the first also below the sets out of domain; what chose learning rates is of one version.
+    # The first table has them below the out-of-domain sets too. The sweep has one version.
     expected = {"Main": ["4", "4"], "Balance": [], "Zero": ["2"], "Routing": ["2"], "Lines": []}
     assert said == expected
 
@@ -623,7 +623,7 @@ def test_zero_shot_of_several_seeds(folder: Path, tmp_path: Path) -> None:
 
 
 def test_times(folder: Path, tmp_path: Path) -> None:
-    """Of each table and of all, whatever they have in common."""
+    """The times are listed for each table and for all tables, whatever runs they share."""
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
 
@@ -637,9 +637,9 @@ def test_times(folder: Path, tmp_path: Path) -> None:
     page.write_text("<!-- report: times -->\n<!-- end -->\n")
     report(copy, "--write", str(page), "--no-figures")
     text = page.read_text()
-    # Each training is of 40 updates of 8 times 16 tokens; those of sweeps took no time.
+    # Each run has 40 updates of 8 times 16 tokens. Runs of sweeps took no time.
     hour = 40 * 8 * 16 / 0.1 / 3600
-    assert cells(text, "main") == ["15", f"{8 * hour:.1f}"]  # one is missing, six are of sweeps
+    assert cells(text, "main") == ["15", f"{8 * hour:.1f}"]  # one is missing, six belong to sweeps
     assert cells(text, "later") == ["3", "0.0"]
     assert cells(text, "gap") == ["6", f"{2 * hour:.1f}"]
     assert "methods" not in text

@@ -1,4 +1,4 @@
-"""Results of trainings, and the logs that they are read from."""
+"""Results of runs, and the logs from which they are read."""
 
 import json
 from dataclasses import replace
@@ -52,7 +52,7 @@ def test_a_log_that_was_resumed(tmp_path: Path) -> None:
         {"update": 10, "loss": 5.5, "load_max": 4},
         {"update": 30, "loss": 3.5},
     ]
-    # The update after a validation is left out: fairseq counts the time of both.
+    # The update after a validation is left out, as fairseq counts the time of both.
     assert found["tokens_per_second"] == pytest.approx(100 / (0.5 + 1), abs=0.1)
 
 
@@ -62,7 +62,7 @@ def test_the_learning_rate_with_the_lowest_validation_loss(tmp_path: Path) -> No
     assert results.learning_rate(ROW) is None
     losses = (None, 3.0, 2.5, float("nan"))
     for run, loss in zip(sweep_runs(ROW, results.scale), losses, strict=True):
-        assert results.learning_rate(ROW) is None  # not before the last
+        assert results.learning_rate(ROW) is None  # not before the last run
         results.add(run, made.swept(loss))
     assert results.learning_rate(ROW) == 0.3
     assert results.learning_rate(replace(ROW, flags="--sffn-block-size 64")) == 0.3
@@ -72,7 +72,7 @@ def test_the_learning_rate_with_the_lowest_validation_loss(tmp_path: Path) -> No
 
 
 def test_a_result_of_a_sweep_is_not_that_of_a_row(tmp_path: Path) -> None:
-    """A row may ask for a training that the sweep has done, but not evaluated."""
+    """A row may ask for a run that the sweep has trained but not evaluated."""
     results = made.empty(tmp_path, sweep_share=1.0)
     row = replace(ROW, flags="")
     made.fill(results, [row], lambda row, run: None)
@@ -81,7 +81,7 @@ def test_a_result_of_a_sweep_is_not_that_of_a_row(tmp_path: Path) -> None:
     assert missing(runs, results, EVALUATED) == runs
     results.add(runs[0], made.result(50.0))
     assert missing(runs, results, EVALUATED) == []
-    assert results.learning_rate(row) == 0.002  # of 0.5 and 3.0 bits
+    assert results.learning_rate(row) == 0.002  # with 0.5 bits, not 3.0
 
 
 def test_what_is_missing_is_there_once_and_by_seed(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_what_is_missing_is_there_once_and_by_seed(tmp_path: Path) -> None:
     assert missing([*runs[::-1], *runs], results) == [runs[0], runs[2]]
     assert missing(runs, results, "zero_shot") == runs
     results.add(runs[0], made.diverged())
-    assert missing(runs, results, "zero_shot") == runs[1:]  # it diverged
+    assert missing(runs, results, "zero_shot") == runs[1:]  # the other one diverged
 
 
 def test_results_of_two_texts_are_refused(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_results_of_two_texts_are_refused(tmp_path: Path) -> None:
 
 
 def changed(path: str, *value: object) -> str:
-    """A result with something else, or nothing, in the place of what is at a path."""
+    """Return a result in which the value at a path is replaced or removed."""
     result = made.result(50.0, blocks=4)
     result["zero_shot"] = {"tasks": []}
     *names, last = path.split(".")

@@ -42,13 +42,13 @@ EXPERIMENTS = commands.ROOT / "examples" / "experiments"
 
 
 class Trial:
-    """A table and a scale in a folder, and what became of them.
+    """A table and a scale in a folder, with the results of the command.
 
     Args:
-        folder: of the files.
+        folder: folder of the files.
         data: binarised corpus.
-        rows: of the table.
-        rates: to choose from.
+        rows: rows of the table.
+        rates: learning rates to choose from.
     """
 
     def __init__(self, folder: Path, data: Path, rows: str, rates: str = "[1e-2]") -> None:
@@ -67,12 +67,12 @@ class Trial:
 
     @property
     def work(self) -> Path:
-        """The folder of the trainings."""
+        """The folder of the runs."""
         scale = load_scale(self.scale)
         return self.folder / "work" / scale.name / fingerprint(scale)
 
     def run(self, *flags: str) -> None:
-        """The command."""
+        """Run the command."""
         main(
             [
                 *("run", str(self.table), "--scale", str(self.scale), "--jobs", "1"),
@@ -81,7 +81,7 @@ class Trial:
         )
 
     def ask_for_zero_shot(self, encoder: str = "--bpe characters") -> None:
-        """Of the table, with a file for each task."""
+        """Add zero-shot tasks to the table, with a file for each task."""
         self.table.write_text("zero_shot = true\n" + self.table.read_text())
         requests = self.folder / "requests"
         requests.mkdir()
@@ -91,14 +91,14 @@ class Trial:
             scale.write(f'requests = "{requests}"\nencoder = "{encoder}"\n')
 
     def results(self) -> dict[str, dict[str, Any]]:
-        """Key -> result."""
+        """Return key -> result."""
         folder = self.folder / "results" / "small"
         return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
 @pytest.fixture()
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Processes that were started: they run in this one instead, which is quicker."""
+    """Record the processes that are started. They run in this process instead, which is faster."""
     started: list[list[str]] = []
 
     def call(self: Runner, command: list[str], folder: Path, stdout: Any, stderr: Any) -> int:
@@ -120,14 +120,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def trained(calls: list[list[str]]) -> int:
-    """How many trainings were started."""
+    """Return how many runs were trained."""
     return sum(call[0] == "fairseq_cli.train" for call in calls)
 
 
 def test_trains_evaluates_and_does_nothing_twice(
     tmp_path: Path, data_bin: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In processes of their own."""
+    """Each step is a process."""
     trial = Trial(tmp_path, data_bin, '{ label = "dense", model = "dense", seeds = [2] }')
     trial.run()
     ((key, result),) = trial.results().items()
@@ -173,7 +173,7 @@ def test_a_learning_rate_that_diverges_is_not_chosen(
 def test_a_row_that_asks_for_what_the_sweep_trained(
     tmp_path: Path, data_bin: Path, calls: list[list[str]]
 ) -> None:
-    """It is trained again, and evaluated on all sets."""
+    """The row trains it again, and evaluates it on all sets."""
     rows = '{ label = "short", model = "dense", length = 0.5 }'
     trial = Trial(tmp_path, data_bin, rows, rates="[1e-2, 1e-3]")
     trial.run()
@@ -328,7 +328,7 @@ def test_the_others_go_on_after_a_training_that_failed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """It is told in one line."""
+    """The failure is reported in one line."""
 
     def fail(self: Runner, command: list[str], *args: Any, stdout: Any, **others: Any) -> int:
         if command[command.index("--seed") + 1 :][:1] != ["1"]:
@@ -393,7 +393,7 @@ def test_the_sweep_is_looked_at_before_any_training(
 def test_versions_are_those_of_the_training(
     tmp_path: Path, data_bin: Path, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not of a later command that finds it at its end."""
+    """The version is not that of a later command that finds the training at its end."""
     trial = Trial(tmp_path, data_bin, '{ label = "dense", model = "dense" }')
     monkeypatch.setattr(training, "versions", lambda: {"fairseq_sffn": "first"})
     trial.run()
@@ -416,7 +416,7 @@ def test_a_dry_run_for_several_processes(
 
 
 def test_the_last_words_of_a_process() -> None:
-    """torchrun's report on its processes is none of them."""
+    """torchrun's report on its processes is left out."""
     lines = [
         "| INFO | fairseq_cli.train | ...",
         "--sffn-block-size 7: does not divide",
@@ -451,7 +451,7 @@ def test_a_training_that_stops_early_has_no_result(
 def test_a_training_at_its_end_is_not_trained_on(
     tmp_path: Path, data_bin: Path, calls: list[list[str]]
 ) -> None:
-    """As one that outlived the command: fairseq would add an update."""
+    """A training may outlive its command. fairseq would add an update."""
     flags = "--sffn-block-size 8 --avgk-center --avgk-balance-rate 0.1"
     trial = Trial(tmp_path, data_bin, f'{{ label = "a", model = "avgk", flags = "{flags}" }}')
     trial.run()
@@ -506,10 +506,10 @@ def test_tables_of_the_same_name(tmp_path: Path, data_bin: Path, calls: list[lis
     assert calls == []
 
 
-def test_two_runs_train_a_cell_once(
+def test_two_commands_train_a_run_once(
     tmp_path: Path, data_bin: Path, calls: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The second waits for the first, and takes its result."""
+    """The second waits for the first, and uses its result."""
     trial = Trial(tmp_path, data_bin, '{ label = "dense", model = "dense" }')
     trial.run()
     ((key, result),) = trial.results().items()
@@ -559,7 +559,7 @@ def test_a_batch_system_gets_each_training_once(
     assert said.count(": job ") == 2 and "the same command submits the others" in said
     trial.run()
     assert capsys.readouterr().out.count(": submitted before") == 2
-    for _ in range(2):  # what the jobs do: those of the sweep, then the other
+    for _ in range(2):  # like the jobs: first the sweep, then the other run
         for script in trial.work.glob("*/job.sh"):
             text = script.read_text()
             assert text.startswith("#!/bin/bash\n#SBATCH --job-name dense-")
@@ -574,7 +574,7 @@ def test_a_batch_system_gets_each_training_once(
         trial.run("--only", "dense-x")
 
 
-def test_a_study_without_texts_out_of_domain(
+def test_experiments_without_texts_out_of_domain(
     tmp_path: Path, data_bin: Path, calls: list[list[str]]
 ) -> None:
     trial = Trial(tmp_path, data_bin, '{ label = "dense", model = "dense" }')
@@ -646,7 +646,7 @@ def test_a_launcher_that_takes_all_gpus_has_them_alone(
     assert jobs == [7, 7, 1, 1, 3, 3, 1, 1]
 
 
-def test_a_dry_run_of_blocks_that_are_shared_out(
+def test_a_dry_run_of_blocks_that_are_sharded(
     tmp_path: Path, data_bin: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = f"{{ {AVGK[:-1]} --sffn-expert-parallel 8\" }}, {{ label = 'd', model = 'dense' }}"
@@ -657,7 +657,7 @@ def test_a_dry_run_of_blocks_that_are_shared_out(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_trainings_end_with_the_command(number, data_bin, tmp_path):
-    """They finish an update and save, and the same command goes on from there."""
+    """Trainings finish an update and save, and the same command resumes them."""
     trial = Trial(tmp_path, data_bin, '{ label = "dense", model = "dense", length = 10000 }')
     words = [
         "run",
@@ -707,14 +707,14 @@ def test_a_training_that_outlives_a_killed_command_is_waited_for(data_bin, tmp_p
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         finally:
             os.kill(int(training), signal.SIGKILL)
-        fcntl.flock(file, fcntl.LOCK_EX)  # as soon as it has ended
+        fcntl.flock(file, fcntl.LOCK_EX)  # free as soon as the training has ended
 
 
 def trainings(work: Path) -> list[str]:
-    """Processes that write to a folder."""
+    """Return the processes that write to a folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it has just ended
+        with contextlib.suppress(OSError):  # the process has just ended
             words = path.read_bytes().decode().split("\0")
             if f"{work}/" in "".join(words) and "fairseq_cli.train" in words:
                 found.append(path.parent.name)

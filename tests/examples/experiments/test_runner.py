@@ -1,4 +1,4 @@
-"""What the runner makes of processes and files."""
+"""The runner's use of processes and files."""
 
 import json
 import signal
@@ -107,7 +107,7 @@ def a_runner(folder: Path, jobs: int = 1, **changes: Any) -> Runner:
 def test_signals_are_passed_on_until_trainings_have_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A training that gets a second one ends at once."""
+    """A training that gets a second signal ends at once."""
     runner_, left = a_runner(tmp_path), [KeyboardInterrupt, KeyboardInterrupt]
 
     def wait(*_: object) -> None:

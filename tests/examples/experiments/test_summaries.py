@@ -1,4 +1,4 @@
-"""Means, deviations, and how alike two models choose."""
+"""Means, deviations, and the agreement of two models on blocks."""
 
 import itertools
 import statistics
@@ -32,8 +32,8 @@ def test_summary_is_of_a_sample() -> None:
 
 
 def test_the_deviation_beside_rows_and_seeds() -> None:
-    """Against the formula for a table without gaps: each value less the means of its row and its
-    seed, and more that of all."""
+    """The formula for a table without gaps: each value minus the means of its row and its seed,
+    plus the mean of all values."""
     values = np.random.default_rng(2).normal(size=(4, 3)) * 2 + np.array([0, 50, 100])
     rest = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
     rows = [dict(enumerate(row, 1)) for row in values.tolist()]
@@ -51,13 +51,13 @@ def test_the_deviation_beside_rows_and_seeds() -> None:
 def test_a_difference_of_means() -> None:
     first, second = Summary(10.0, 99.0, 3), Summary(7.0, None, 3)
     found = difference(first, second, Deviation(2.0, 22, 11))
-    error = 2 * np.sqrt(2 / 3)  # by the deviation of all rows, not by theirs
+    error = 2 * np.sqrt(2 / 3)  # the deviation of all rows, not of these two
     assert found.mean == 3 and found.standard_error == pytest.approx(error)
     assert found.significant == pytest.approx(2.0738731 * error)
     assert difference(first, second, None) == Difference(3.0)
 
 
-# From printed tables.
+# Values of printed tables.
 QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 10: 2.228, 22: 2.074, 120: 1.980}
 
 
@@ -72,7 +72,7 @@ def test_the_quantile_of_another_share_and_of_many_values() -> None:
 
 
 def test_values_that_do_not_differ_are_told_apart_in_5_of_100_cases() -> None:
-    """Of three seeds each, which matter far more than what is left, in four rows."""
+    """Four rows have three seeds each. The effect of the seed is far larger than the residual."""
     generator = np.random.default_rng(1)
     draws = generator.normal(size=(2000, 4, 3)) + 100 * generator.normal(size=(2000, 1, 3))
     apart = 0
@@ -85,7 +85,7 @@ def test_values_that_do_not_differ_are_told_apart_in_5_of_100_cases() -> None:
 
 
 def by_loop(first: list[list[int]], second: list[list[int]]) -> float:
-    """The overlap of two models, pair by pair."""
+    """Compute the overlap of two models, pair of positions by pair of positions."""
     shares = [
         [len(set(blocks[i]) & set(blocks[j])) / len(blocks[i]) for blocks in (first, second)]
         for i, j in itertools.combinations(range(len(first)), 2)

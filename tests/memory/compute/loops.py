@@ -1,4 +1,4 @@
-"""Products of rows with the tables of their blocks, in plain loops over assignments."""
+"""Computes products of rows with the tables of their blocks in plain loops over assignments."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ CASES = {
     "one token": dict(tokens=1, blocks=4, active=4),
     "three tokens": dict(tokens=3, blocks=9, active=2),
 }
-"""Numbers of tokens, of blocks, and of active blocks per token."""
+"""Name -> numbers of tokens, of blocks, and of active blocks per token."""
 
 
 class Assigned(NamedTuple):

@@ -26,7 +26,7 @@ CUT = [
     ("embedding_bag", 4096),
     pytest.param("native_embedding_bag", 4096, marks=NATIVE),
 ]
-"""Engines, and the size of their chunks, tiles or batches."""
+"""Engines with the size of their chunks, tiles or batches."""
 
 
 @pytest.mark.parametrize(("engine", "size"), CUT)
@@ -59,7 +59,7 @@ def test_grouped_equals_loop_in_fp32(case, gate, chunk_size, monkeypatch):
 @pytest.mark.parametrize("chunk_size", [5, 4096])
 def test_grouped_in_bf16_is_near_fp32(chunk_size, monkeypatch):
     cut(monkeypatch, chunk_size)
-    # The token ids choose, so that rounding does not choose other blocks.
+    # The token ids choose, so rounding does not choose other blocks.
     narrow = build("hash_layer", torch.bfloat16, engine="grouped")
     wide = build("hash_layer", torch.float32, engine="grouped")
     wide.load_state_dict(narrow.state_dict())
@@ -76,7 +76,7 @@ def test_grouped_in_bf16_is_near_fp32(chunk_size, monkeypatch):
 @pytest.mark.parametrize("chunk_size", [1, 5, 4096])
 @pytest.mark.parametrize("engine", ["grouped", *CPU_ENGINES])
 def test_engines_agree_where_one_block_takes_most(engine, chunk_size, monkeypatch):
-    """A block of more assignments than a chunk, blocks without any, first and last."""
+    """A block has more assignments than a chunk holds. The first and last blocks have none."""
     blocks_NA = torch.tensor([[3, 1]] * 9 + [[3, 6]] * 4 + [[5, 3]])
     x_ND, cotangent_ND = torch.randn(2, 14, 8)
     tables = [torch.randn(8, 4, 8), torch.randn(8, 4), torch.randn(8, 4, 8)]
@@ -112,9 +112,9 @@ def test_engines_agree_where_one_block_takes_most(engine, chunk_size, monkeypatc
             for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
             for sizes in (
                 (8192, 1, (16, 4096, 1024), "tiled"),
-                (8192, 64, (1024, 64, 1024), "tiled"),  # the paper's
+                (8192, 64, (1024, 64, 1024), "tiled"),  # the paper's sizes
                 (8192, 256, (4096, 16, 1024), "tiled"),
-                (1, 64, (1024, 64, 1024), "tiled"),  # a token
+                (1, 64, (1024, 64, 1024), "tiled"),  # one token
                 (8192, 1024, (16384, 4, 1024), "masked"),
                 (8192, 4096, (65536, 1, 1024), "masked"),
                 (8192, 128, (65536, 1, 1024), "embedding_bag"),  # PKM
@@ -149,7 +149,8 @@ def test_without_a_compiler(case, losses, monkeypatch):
 @pytest.mark.parametrize("engine", [None, *CPU_ENGINES])
 @pytest.mark.parametrize("case", CASES)
 def test_on_several_threads(case, engine, losses):
-    """Shared work gives what one thread gives: more threads than there are blocks or tokens."""
+    """Several threads compute what one thread computes, even if there are more threads than blocks
+    or tokens."""
     outcomes = []
     for threads in (1, 5):
         torch.manual_seed(0)
@@ -168,10 +169,11 @@ def test_on_several_threads(case, engine, losses):
 
 @pytest.mark.parametrize("engine", ["grouped", "loop", "tiled"])
 def test_half_precision_rounds_a_sum_of_blocks_once(engine):
-    """Not after each of 64 blocks, of the output or of the gradient of x: the error is near that of
-    a dense FFN."""
+    """Rounding after each of 64 blocks would enlarge the error. The errors of the output and of the
+    gradient of x are near those of a dense FFN."""
     sizes = dict(embed_dim=64, num_cells=1024, block_size=16, active_blocks=64, selector="avgk")
-    config = MemoryConfig(**sizes, engine=engine, activation="tanh")  # no kink to fall beside
+    # Tanh has no kink near which rounding matters.
+    config = MemoryConfig(**sizes, engine=engine, activation="tanh")
     memory = SparseMemory(config).bfloat16()
     x = torch.randn(64, 64, dtype=torch.bfloat16, requires_grad=True)
 
@@ -195,7 +197,8 @@ def test_half_precision_rounds_a_sum_of_blocks_once(engine):
 
 @pytest.mark.parametrize("engine", ["grouped", "loop", "embedding_bag", "masked", "tiled"])
 def test_half_precision_sums_up_the_gradient_of_the_key_bias(engine):
-    """Thousands of addends, of which bfloat16 would lose most, one added after the other."""
+    """The gradient has thousands of addends. Adding one after the other, bfloat16 would lose
+    most."""
     memory = build("avgk-g16", torch.float32, engine=engine)
     x = torch.randn(4000, 8) + 0.5
     memory(x).output.sum().backward()
@@ -279,7 +282,7 @@ def test_checkpointing_may_drop_the_index_of_embedding_bags(case, losses):
 
 @pytest.mark.parametrize("engine", [None, "grouped", *CPU_ENGINES])
 def test_hidden_states_of_any_layout(engine):
-    """As out of a convolution: features first in memory, or every second token."""
+    """A convolution returns features first in memory. A slice takes every second token."""
     dtype = torch.float32 if engine == "grouped" else torch.float64
     memory = build("avgk-g4", dtype, engine=engine)
     plain, _ = tokens(40, dtype=dtype)

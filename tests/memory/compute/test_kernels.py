@@ -1,5 +1,5 @@
-"""What is compiled, when, and what happens where it cannot be. (What the kernels compute is tested
-with the engines that use them.)"""
+"""Compilation of the C++ kernels, and its failures. The tests of the engines check what the kernels
+compute."""
 
 import os
 import shlex
@@ -80,7 +80,7 @@ def test_a_compiler_that_says_nothing_or_anything(said, tmp_path):
 
 @pytest.fixture
 def compiler(tmp_path):
-    """A command that takes no time: it copies what was compiled before."""
+    """Make a command that copies an earlier compilation, which takes no time."""
     script = tmp_path / "copy"
     copy = f"shutil.copy({str(kernels._library())!r}, sys.argv[sys.argv.index('-o') + 1])"
     script.write_text(f"#!{sys.executable}\nimport shutil, sys\n{copy}\n")
@@ -150,7 +150,8 @@ def test_rows_of_weight_zero_are_skipped():
 @pytest.mark.parametrize("width", [1, 7, 64, 700])
 @pytest.mark.parametrize("cells", [1, 5, 100])
 def test_embedding_bags_of_any_layout(cells, width, dtype, threads):
-    """Widths and counts that are no multiple of a vector, transposed operands, a few tokens."""
+    """Widths and counts are no multiples of a vector. Operands are transposed, and tokens are
+    few."""
     blocks_NA = torch.tensor([[2, 0], [3, 3], [0, 1]]).t().contiguous().t()
     x_ND = torch.randn(width, 3, dtype=dtype).t()
     table_BGD = torch.randn(4, width, cells, dtype=dtype).transpose(1, 2)
@@ -174,7 +175,7 @@ def test_embedding_bags_of_any_layout(cells, width, dtype, threads):
 @NATIVE
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_products_that_threads_share(threads):
-    """Large enough to be cut: rows within blocks, tall products, columns."""
+    """The operands are large enough to be cut: rows within blocks, tall products, columns."""
     sizes = [0, 300, 1, 0, 211]
     ends_B = torch.tensor(sizes).cumsum(0).int()
     rows_PX, right_PY = torch.randn(512, 150).double(), torch.randn(512, 700).double()
@@ -207,7 +208,7 @@ def test_products_that_threads_share(threads):
 @pytest.mark.parametrize("cells", [1, 3])
 @pytest.mark.parametrize("num_tokens", [0, 5, 2050, 2501])  # 2,048 of them are four tiles
 def test_sums_of_more_tokens_than_a_core_keeps(num_tokens, cells, threads):
-    """A block without a token, one with few, and one that most tokens use."""
+    """One block has no token, one has few, and most tokens use another one."""
     x_ND = torch.randn(num_tokens, 64).double()
     blocks_NA = torch.rand(num_tokens, 12).argsort(dim=1)[:, :4]
     blocks_NA[:, 0] = 12

@@ -18,7 +18,8 @@ from tests.memory.cases import NATIVE
     ],
 )
 def test_gradients_may_come_in_any_layout(name, reduce, chunk_size):
-    """The gradient of ``sum`` is an expanded scalar, that of a transposed product column-major."""
+    """The gradient of ``sum`` is an expanded scalar. The gradient of a transposed product is
+    column-major."""
     blocks_NA = torch.stack([torch.randperm(3)[:2] for _ in range(10)])
     _, chunked = chunk_assignments(blocks_NA, 3, chunk_size)
     x_ND, keys_BGD, values_BGD = torch.randn(10, 8), torch.randn(3, 4, 8), torch.randn(3, 4, 8)

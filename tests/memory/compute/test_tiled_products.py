@@ -83,7 +83,7 @@ def test_gradients_have_gradients(drops):
 @pytest.mark.parametrize("drops", [False, True])
 @pytest.mark.parametrize("case", ["uneven", "no token"])
 def test_operators_keep_what_pytorch_asks_of_them(case, drops):
-    """Fake implementations, registration of gradients, tracing: what ``opcheck`` looks at."""
+    """``opcheck`` tests fake implementations, registration of gradients, and tracing."""
     assigned, x_ND, table_BGD, bias_BG, rows_PG = operands(case, drops, dtype=torch.float32)
     for name, args in (
         ("gathered_products", (x_ND, table_BGD, bias_BG)),
@@ -125,7 +125,7 @@ def test_what_is_not_finite_stays_with_its_token(bad):
 
 
 def test_backward_may_run_under_autocast():
-    """The operators compute in the dtype of what they are given."""
+    """The operators compute in the dtype of their operands."""
     assigned, x_ND, table_BGD, bias_BG, _ = operands("uneven", dtype=torch.float32)
 
     def grads(autocast):
@@ -145,7 +145,7 @@ def test_half_precision_rounds_once():
     with torch.no_grad():
         wide = [t.double() for t in (x_ND, table_BGD, bias_BG)]
         product_PG = gathered_products(*wide[:2], None, assigned.tiles)
-        # A bias that takes most of the product away.
+        # The bias cancels most of the product.
         block_P = assigned.blocks_NA.flatten()[assigned.tiles.order_P]
         first_B = torch.stack([product_PG[block_P == b][0] for b in range(7)])
         bias_BG = (-first_B).bfloat16()
@@ -155,7 +155,7 @@ def test_half_precision_rounds_once():
 
 
 def test_who_computes(monkeypatch):
-    """Triton on the cards whose matrix units it is written for, where it is installed."""
+    """Triton computes on the cards whose matrix units it is written for, if it is installed."""
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     capability = [(8, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])

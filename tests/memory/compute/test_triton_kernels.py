@@ -1,5 +1,5 @@
-"""The kernels in Triton: their numbers, by Triton's interpreter where there is no GPU, and that
-they compile for the cards people have. All need the package triton."""
+"""The Triton kernels: their numbers, in Triton's interpreter if there is no GPU, and their
+compilation for common cards. All tests need the package triton."""
 
 import importlib.util
 import json
@@ -25,12 +25,12 @@ pytestmark = [
 ROOT = Path(__file__).parents[3]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""Of the largest number; products add up in fp32 and are rounded once."""
+"""Largest error relative to the largest number. Products add up in fp32 and are rounded once."""
 
 
 @pytest.fixture
 def triton_products(monkeypatch):
-    """The kernels, which also compute the operators."""
+    """Compute the operators with the Triton kernels, and return them."""
     from fairseq_sffn.memory.compute import tiled_triton
 
     if DEVICE == "cpu":
@@ -44,7 +44,7 @@ def triton_products(monkeypatch):
         plain_dot = interpreter.InterpreterBuilder.create_dot
 
         def dot(self, left, right, *args):
-            # The interpreter multiplies the bits of bfloat16, as if they were whole numbers.
+            # The interpreter would multiply the bits of bfloat16 as integers.
             return plain_dot(self, *map(widened, (left, right)), *args)
 
         def widened(handle):
@@ -72,8 +72,8 @@ def assert_near(got, want, dtype, what=""):
     [
         ("even", 16, 32, 16),
         *((case, 20, 24, 16) for case in loops.CASES if case != "even"),
-        ("uneven", 1, 7, 16),  # less than a matrix unit takes
-        ("uneven", 200, 150, 16),  # more than a program computes
+        ("uneven", 1, 7, 16),  # smaller than a matrix unit
+        ("uneven", 200, 150, 16),  # larger than a program computes
         ("one block has half of all", 70, 140, 32),
         ("one block has half of all", 4, 130, 128),
     ],
@@ -118,8 +118,8 @@ def test_kernels_compute_what_loops_do(
 @pytest.mark.parametrize("at_once", [1, 37 * 3 * 32, 2**28])
 @pytest.mark.parametrize("case", ["uneven", "no token", "one block has half of all"])
 def test_reproducible_sums(case, at_once, drops, triton_products, monkeypatch):
-    """Bit for bit, whatever order the programs come in, and with the same result: 20 columns of the
-    width at a time, or all."""
+    """The sums agree bit for bit in any order of the programs, and for 20 columns at a time as for
+    all."""
     monkeypatch.setattr(triton_products, "SCATTERED_ELEMENTS", at_once)
     sizes = loops.CASES[case]
     assigned = loops.make_assignments(**sizes, drops=drops)
@@ -147,8 +147,8 @@ def test_reproducible_sums(case, at_once, drops, triton_products, monkeypatch):
 
 
 def test_sizes_of_a_batch_are_no_constants_of_the_kernels(triton_products):
-    """Each would compile anew where they are other numbers: how many blocks a token uses on this
-    rank, in expert parallel, is."""
+    """A size that is a constant would compile a kernel for each of its values. With expert
+    parallelism, the number of blocks that a token uses on a rank varies."""
     from fairseq_sffn.memory.compute import triton_kernels
 
     sizes = triton_products.Sizes(16, 24, 40, torch.bfloat16)
@@ -161,7 +161,7 @@ def test_sizes_of_a_batch_are_no_constants_of_the_kernels(triton_products):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_with_its_token(bad, triton_products):
-    """Also of the token whose rows are read where a tile has no assignment."""
+    """This includes the token whose rows are read where a tile has no assignment."""
     assigned = loops.make_assignments(**loops.CASES["uneven"])
     x_ND, table_BGD, rows_PG = torch.randn(37, 8), torch.randn(7, 5, 8), torch.randn(111, 5)
     x_ND[0] = bad
@@ -182,7 +182,7 @@ def test_what_is_not_finite_stays_with_its_token(bad, triton_products):
     "case", ["avgk-g1", "avgk-g3", "avgk-g16", "vanilla_m-max", "lorkm-g1", "pkm"]
 )
 def test_a_memory_by_the_kernels(case, gate, losses, triton_products):
-    """Coefficients, pre-activations, weights and capacity, and all gradients, against fp64."""
+    """Coefficients, pre-activations, weights, capacity and all gradients are compared with fp64."""
     torch.manual_seed(0)
     memory = build(case, torch.float32, gate=gate, capacity_factor=1.5, engine="tiled")
     exact = build(case, torch.float64, gate=gate, capacity_factor=1.5, engine="loop")
@@ -205,7 +205,7 @@ def test_a_memory_by_the_kernels(case, gate, losses, triton_products):
     ("capabilities", "dtype"), [("80 90 120", "bfloat16"), ("80", "float16"), ("90", "float32")]
 )
 def test_kernels_compile_for_cards(capabilities, dtype, tmp_path):
-    """With the matrix instructions of each card, and within the shared memory that it has."""
+    """The kernels use each card's matrix instructions, and fit into its shared memory."""
     script = ROOT / "examples" / "gpu" / "compile_kernels.py"
     command = [sys.executable, script, "--capabilities", *capabilities.split(), "--dtypes", dtype]
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
@@ -216,7 +216,7 @@ def test_kernels_compile_for_cards(capabilities, dtype, tmp_path):
     assert len(rows) == len(capabilities.split()) * 5 * 4
     for row in rows:
         assert row["shared_bytes"] <= row["allowed_bytes"]
-        if row["dtype"] != "fp32":  # which stays exact, without TF32
+        if row["dtype"] != "fp32":  # fp32 stays exact, without TF32
             assert row["matrix_unit"] != "none", row
         if row["kernel"] == "scattered" and row["capability"] >= 90:
             assert row["wide_atomics"], row

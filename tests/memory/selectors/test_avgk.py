@@ -10,7 +10,7 @@ from tests.memory.oracle import assert_matches
 
 
 def right_scores(memory, x):
-    """Mean pre-activation of each block."""
+    """Compute the mean pre-activation of each block."""
     pre_NC = x.to(memory.keys.dtype) @ memory.keys.t() + memory.key_bias
     return pre_NC.unflatten(1, (-1, memory.config.block_size)).mean(dim=2)
 
@@ -78,7 +78,7 @@ def test_hidden_states_are_scored_less_their_running_mean(padding):
 
 
 def test_centred_hidden_states_are_for_scores_alone():
-    memory = centered().eval()  # so that the mean stays
+    memory = centered().eval()  # the mean does not change in evaluation
     memory.selector.hidden_totals.copy_(torch.tensor([8.0, -4, 2, 1, 0, -1, -2, 6, 4]))
     assert_matches(memory, tokens(20)[0])
 
@@ -117,7 +117,8 @@ def test_the_running_mean_in_half_precision(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_trained_model_in_half_precision_keeps_mean_and_biases(dtype):
-    """Of more tokens than half precision can count, and of steps that it would lose."""
+    """The model has trained on more tokens than half precision can count, with steps that it would
+    round off."""
     options = AvgK.Config(center=True, balance_rate=0.1)
     memory = build(selector=options, dtype=torch.float32)
     memory.selector.hidden_totals.copy_(torch.tensor([3e5] * 8 + [1e5]))
@@ -131,7 +132,7 @@ def test_a_trained_model_in_half_precision_keeps_mean_and_biases(dtype):
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("padding", [False, True])
 def test_what_overflows_leaves_mean_and_biases_as_they_were(value, padding):
-    """fairseq skips the update of such a micro-batch. At padding it is none."""
+    """fairseq skips the update of such a micro-batch. At padding the values are ignored."""
     options = AvgK.Config(center=True, balance_rate=0.1)
     memory, other = build(selector=options), build(selector=options)
     x, _ = tokens(1, 50)
@@ -224,7 +225,7 @@ def test_biases_rest_without_training():
 
 def test_biases_even_out_the_load():
     memory, (x, _) = build(selector=AvgK.Config(balance_rate=0.02)), tokens(400)
-    x = x + 2 * torch.randn(8)  # what all tokens have in common
+    x = x + 2 * torch.randn(8)  # a part that all tokens share
     first = memory(x).usage.counts
     for _ in range(300):
         last = memory(x).usage.counts
@@ -257,7 +258,7 @@ def test_rates_that_are_none(rate):
 
 
 def update_behind_its_back(memory):
-    """As optimizers do, without a trace in the version counter."""
+    """Change parameters as optimizers do, without a trace in the version counter."""
     memory.keys.data.neg_()
     memory.key_bias.data.add_(torch.randn_like(memory.key_bias))
 
@@ -290,7 +291,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_mean_keys_are_formed_again_after(change):
     memory, (x, _) = build(dtype=torch.float32).eval(), tokens(8)
-    scores_of(memory, x)  # keeps the mean keys
+    scores_of(memory, x)  # caches the mean keys
     CHANGES[change](memory)
     scores, wanted = scores_of(memory, x), right_scores(memory, x)
     assert scores.dtype == memory.keys.dtype

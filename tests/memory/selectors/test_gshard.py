@@ -10,7 +10,7 @@ SAMPLED = GShard.Config(second_expert="sampled")
 
 @pytest.fixture
 def top2gating(monkeypatch):
-    """fairscale's gate on logits, without the noise that draws its second expert."""
+    """Return fairscale's gate on logits, without the noise that samples its second expert."""
     top2gate = pytest.importorskip("fairscale.nn.moe.top2gate")
     monkeypatch.setattr(
         top2gate, "gumbel_rsample", lambda shape, device: torch.zeros(shape, device=device)
@@ -19,7 +19,7 @@ def top2gating(monkeypatch):
 
 
 def as_matrix(selection, values_NA, num_blocks):
-    """(N, B), the values at the selected blocks."""
+    """Return (N, B), the values at the selected blocks."""
     empty_NB = values_NA.new_zeros(len(values_NA), num_blocks)
     return empty_NB.scatter(1, selection.blocks, values_NA)
 
@@ -38,8 +38,8 @@ def test_fairscale_weighs_tokens_alike(num_blocks, num_tokens, top2gating):
     # The same assignments fit.
     assert torch.equal(dispatch_NBc.any(dim=2), kept_NB.bool())
     assert out.usage.dropped == 2 * len(x) - dispatch_NBc.sum()
-    # Where both of a token's do, they weigh the same; where one does not, fairscale gives the other
-    # one all the weight.
+    # If both assignments of a token fit, they weigh the same. If one does not fit, fairscale gives
+    # the other one all the weight.
     weights_NB = as_matrix(out.selection, out.selection.weights, num_blocks)
     whole_N = out.selection.kept.all(dim=1)
     assert whole_N.any()
@@ -48,13 +48,14 @@ def test_fairscale_weighs_tokens_alike(num_blocks, num_tokens, top2gating):
     theirs_N = combine_NBc.sum(dim=(1, 2))[alone_N]
     close(theirs_N, torch.ones_like(theirs_N), tolerance=1e-6)
     assert ((weights_NB * kept_NB).sum(dim=1)[alone_N] < 1).all()
-    # Its loss is the mean over blocks of what ours sums, times their number squared.
+    # Its loss is the mean over blocks, times the squared number of blocks. Ours is a sum over
+    # blocks.
     close(out.balance_loss, num_blocks**2 * l_aux, tolerance=1e-5)
 
 
 def test_fairscale_drops_the_same_tokens_where_many_are_dropped(top2gating):
     memory = build("gshard", capacity_factor=1.0)
-    x = tokens(32)[0] + 2 * memory.selector.router[1]  # most prefer block 1
+    x = tokens(32)[0] + 2 * memory.selector.router[1]  # most tokens prefer block 1
     out = memory(x)
     _, _, dispatch_NBc = top2gating(x @ memory.selector.router.t())
     assert out.usage.dropped > 8
@@ -83,7 +84,7 @@ def test_the_balance_loss_counts_first_choices_only(case):
 
 
 def logits_for(second_weight):
-    """Scores whose second choice has this weight among the two."""
+    """Return scores whose second choice has this weight among the two."""
     return torch.tensor([0.0, -torch.inf, torch.logit(torch.tensor(second_weight)), -torch.inf])
 
 
@@ -131,7 +132,7 @@ def test_what_is_left_out_is_not_used_and_takes_no_room():
     assert out.usage.dropped == 0
     close(out.usage.importance.sum().double(), (weights_NA * counted_NA).sum(), tolerance=1e-4)
 
-    # Second blocks that are left out leave their room to others.
+    # Second blocks that are left out leave their room to other tokens.
     limited = build("gshard-sampled", capacity_factor=1.0)
     limited.load_state_dict(memory.state_dict())
     out = limited(x)

@@ -134,7 +134,7 @@ def test_one_id():
 
 
 def bigram_blocks(memory, vocab_size=VOCAB_SIZE):
-    """The block of each bigram: (V, V), the current id last."""
+    """Return the block of each bigram: (V, V), the current id last."""
     ids = torch.arange(vocab_size)
     pairs = torch.cartesian_prod(ids, ids)
     selection = memory.selector(SelectorInput(torch.zeros(len(pairs), 8), token_ids=pairs))
@@ -159,7 +159,7 @@ def test_bigrams_use_every_block_about_equally(num_blocks):
     counts = torch.bincount(blocks_VV.flatten(), minlength=num_blocks)
     assert len(counts) == num_blocks
     assert (counts / counts.double().mean() - 1).abs().max() < 0.02
-    # So do those of one current id, and those after one id.
+    # The blocks after one id, and before one id, are used equally too.
     for rows in (blocks_VV, blocks_VV.t()):
         for row in rows[:20]:
             shares = torch.bincount(row, minlength=num_blocks) / 500

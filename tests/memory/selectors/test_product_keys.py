@@ -10,7 +10,8 @@ from tests.memory.cases import build, close, tokens
 
 
 def dense_scores(memory, x_ND):
-    """Scores (N, H, C) of all cells, from a dense key for each: the two sub-keys side by side."""
+    """Compute the scores (N, H, C) of all cells, from a dense key for each: its two sub-keys side
+    by side."""
     selector, cells = memory.selector, memory.config.num_cells
     heads, left, _ = selector.left.shape
     query_NHq = F.linear(x_ND, selector.query.weight, selector.query.bias).unflatten(1, (heads, -1))
@@ -89,7 +90,7 @@ def test_the_query_of_pkm_ffn_learns_by_default():
 
 
 def test_one_head_with_activation_is_vanilla_m_by_product_keys():
-    """With keys that are products, the direct memory selects and computes the same."""
+    """With keys that are products, VanillaM selects and computes the same."""
     options = PKM.Config(heads=1, coefficients="activation", query_norm="none", query_dim=8)
     memory = build("pkm", selector=options, num_cells=24, active_blocks=6)
     direct = build("vanilla_m-g1", num_cells=24, active_blocks=6)
@@ -115,7 +116,7 @@ def test_one_head_with_activation_is_vanilla_m_by_product_keys():
 
 
 def test_heads_that_agree_count_twice():
-    memory = build("pkm", active_blocks=2)  # one cell a head, whose coefficient is 1
+    memory = build("pkm", active_blocks=2)  # one cell per head, whose coefficient is 1
     with torch.no_grad():
         for parameter in (memory.selector.left, memory.selector.right):
             parameter[1] = parameter[0]
@@ -170,7 +171,7 @@ def test_defaults():
 
 
 def test_capacity_is_as_scarce_for_every_head():
-    """Heads take turns, best cells first: no head waits for all that another one takes."""
+    """Heads take turns, best cells first, so no head waits for another head's whole demand."""
     options = PKM.Config(heads=4)
     memory = build(
         selector=options, num_cells=64, block_size=1, active_blocks=16, capacity_factor=0.5

@@ -44,11 +44,11 @@ def test_defaults():
 def test_the_router_learns_from_the_output():
     memory, (x, _) = build("switch-top1"), tokens(8)
     (grad,) = torch.autograd.grad(memory(x).output.square().sum(), memory.selector.router)
-    assert (grad != 0).any(dim=1).all()  # the softmax reaches blocks that nobody chose
+    assert (grad != 0).any(dim=1).all()  # the softmax reaches blocks that no token chose
 
 
 def test_a_router_of_mean_keys_is_avgk():
-    """What Switch selects by a router that is the mean keys, Avg-K selects without one."""
+    """A Switch router with the mean keys selects as Avg-K does without a router."""
     switch = build("switch-top1", gate="none")
     avgk = build("switch-top1", selector="avgk")
     with torch.no_grad():

@@ -8,7 +8,7 @@ from tests.memory.cases import build, close, tokens
 
 
 def assert_same_memory(memory, other, x, token_ids=None):
-    """Outputs, losses and gradients of x and of the tables that both have, in both modes."""
+    """Compare outputs, losses and gradients of x and of the common tables, in both modes."""
     names = [n for n, _ in memory.named_parameters() if n in dict(other.named_parameters())]
     assert {"values", "value_bias"} <= set(names)
     cotangent = torch.randn_like(x)
@@ -98,7 +98,7 @@ def test_a_full_rank_lorkm_is_vanilla_m(aggregate, block_size):
     x, _ = tokens(12)
     assert_same_memory(memory, low_rank, x)
 
-    # The factors' gradients are those of the key table, by the chain rule.
+    # The factors' gradients follow from those of the key table by the chain rule.
     grads = []
     for module, tensors in (
         (memory, (memory.keys, memory.key_bias)),
