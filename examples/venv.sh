@@ -1,5 +1,5 @@
-# Sourced by quickstart.sh and tests/run.sh with the project root as the working directory: makes
-# .venv if it is not there or its requirements changed, and activates it.
+# Sourced by the shell scripts of examples/ and tests/ with the project root as the working directory:
+# makes .venv if it is not there or its requirements changed, and activates it.
 
 python_for_venv() {
     for candidate in python3.11 python3.12 python3; do

@@ -21,7 +21,8 @@ class Scores:
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
-        self.num_tokens, self.device = len(logits), logits.device
+        self.num_tokens, self.num_blocks = logits.shape
+        self.device = logits.device
         self._probs: Tensor | None = None
 
     def top(self, active_blocks: int) -> Tensor:
@@ -70,6 +71,7 @@ class ProductScores(Scores):
     def __init__(self, left: Tensor, right: Tensor) -> None:
         self.left, self.right = left, right
         self.num_tokens, self.device = len(left), left.device
+        self.num_blocks = left.shape[2] * right.shape[2]
 
     def top(self, active_blocks: int) -> Tensor:
         heads, right_size = self.left.shape[1], self.right.shape[2]

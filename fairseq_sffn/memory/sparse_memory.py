@@ -129,8 +129,8 @@ class SparseMemory(nn.Module):
                 scores of all blocks.
 
         Raises:
-            ValueError: a shape does not fit, token ids are missing or out of range, or the forced
-                engine does not support these tables.
+            ValueError: a shape does not fit, token ids are missing or out of range, the forced
+                engine does not support these tables, or the selector does not score all blocks.
         """
         x_ND, token_ids_NT, valid_N = flatten_inputs(self.config, x, token_ids, padding_mask)
 
@@ -186,6 +186,13 @@ class SparseMemory(nn.Module):
                 stack_over_tokens=self.groups.stack_over_tokens,
             )
         selection: Selection = self.selector(inputs)
+        if selection.scores is not None and selection.scores.num_blocks != self.config.num_blocks:
+            raise ConfigError(
+                *("shards", self.groups.shards),
+                f"{self.config.selector_class.name} scores {selection.scores.num_blocks} of "
+                f"{self.config.num_blocks} blocks: a rank has the keys of its own blocks, so the "
+                "selector has to gather what it computes of them (SelectorInput.gather)",
+            )
         if gate is not None:
             assert selection.scores is not None
             selection = selection._replace(weights=gate(selection.scores, selection.blocks))

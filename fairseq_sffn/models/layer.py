@@ -16,6 +16,9 @@ from ..errors import UsageError
 from ..memory import ConfigError, MemoryConfig, MemoryOutput, ProcessGroups, SparseMemory
 from .overlay import Overlay
 
+KNOWN_LATE = {"engine": "--sffn-engine", "shards": "--sffn-expert-parallel"}
+"""Fields of a memory that a forward pass may refuse -> their flags."""
+
 
 class LayerRouting(NamedTuple):
     """Outputs of a sparse layer besides its hidden states; see :class:`~..memory.MemoryOutput`.
@@ -67,14 +70,15 @@ class SparseFFN(nn.Module):
         """Run the memory; see :meth:`~..memory.SparseMemory.forward`.
 
         Raises:
-            UsageError: the engine of ``--sffn-engine`` does not support the dtype or the device.
+            UsageError: the engine of ``--sffn-engine`` does not support the dtype or the device, or
+                the selector does not score the blocks of all ranks.
         """
         try:
             return self.memory(x, token_ids, padding_mask=padding_mask, losses=losses)
         except ConfigError as error:
-            if error.field != "engine":
+            if error.field not in KNOWN_LATE:
                 raise
-            raise UsageError(f"--sffn-engine {error.value}: {error.reason}") from error
+            raise UsageError(f"{KNOWN_LATE[error.field]} {error.value}: {error.reason}") from error
 
 
 class SparseLayer(nn.Module):
@@ -149,7 +153,7 @@ class SparseLayer(nn.Module):
         routing = LayerRouting(
             zero if found.balance_loss is None else found.balance_loss,
             zero if found.z_loss is None else found.z_loss,
-            *found.usage,
+            *found.usage,  # its fields are the last ones of LayerRouting
         )
         return (*(outputs if isinstance(outputs, tuple) else (outputs,)), *routing)
 

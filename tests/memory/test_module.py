@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fairseq_sffn.memory import ConfigError
+from fairseq_sffn.memory import ConfigError, Scores, Selection
 from tests.memory.cases import (
     CASES,
     build,
@@ -231,3 +231,13 @@ def test_another_learning_rate_scale_is_refused_by_the_checkpoint():
         build().load_state_dict(build(value_lr_scale=4.0).state_dict())
     with pytest.raises(RuntimeError, match="value_lr_scale"):
         build(value_lr_scale=4.0).load_state_dict(build().state_dict())
+
+
+def test_scores_of_fewer_blocks_are_refused() -> None:
+    """A rank has the keys of its own blocks only, and a selector may forget to gather."""
+    memory = build("avgk-g4")
+    memory.selector.forward = lambda inputs: Selection(
+        torch.zeros(len(inputs.x), 1, dtype=torch.long), Scores(torch.zeros(len(inputs.x), 1))
+    )
+    with pytest.raises(ConfigError, match=r"^shards 1: avgk scores 1 of \d+ blocks: .*gather"):
+        memory(torch.randn(3, memory.config.embed_dim, dtype=torch.float64))

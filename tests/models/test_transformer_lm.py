@@ -12,7 +12,6 @@ import torch
 from fairseq import models, options
 from fairseq.dataclass.configs import EMAConfig
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from fairseq.models.ema.ema import EMA
 from fairseq.modules import SinusoidalPositionalEmbedding
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from fairseq_sffn.errors import UsageError
 from fairseq_sffn.memory import SparseMemory
 from fairseq_sffn.memory.selectors.hash_layer import balanced_table
 from fairseq_sffn.models.layer import SparseDecoderLayer
+from fairseq_sffn.optim.moving_average import MovingAverage
 from tests.models.small_lm import (
     METHODS,
     SIZES,
@@ -205,10 +205,10 @@ def test_a_copy_is_a_model_of_its_own(method, checkpoint_activations):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_fairseqs_moving_average(method):
+def test_moving_average(method):
     # fairseq averages tied embeddings twice.
     model = small_lm(method, dtype=torch.float32, share_decoder_input_output_embed=False)
-    ema = EMA(model, EMAConfig(ema_decay=0.5, ema_fp32=True))
+    ema = MovingAverage(model, EMAConfig(ema_decay=0.5, ema_fp32=True))
     start = copy.deepcopy(model.state_dict())
     with torch.no_grad():
         for parameter in model.parameters():
