@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from ..errors import UsageError
 from .integrity import fingerprint, is_not_averaged
+from .old_names import rename
 from .reading import SKIP_CHECKSUMS, read_file
 from .structure import check_structure
 
@@ -82,6 +83,7 @@ def read_checkpoint(path: str, *, verify: bool = True, mapped: bool = False) -> 
     state = read_file(path, verify=verify, mapped=mapped)
     check_structure(state, path)
     check_fingerprints(state, path)
+    rename(state)
     return state
 
 

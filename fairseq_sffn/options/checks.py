@@ -78,8 +78,16 @@ def class_of(group: str, options: Any) -> Any:
 
 
 def is_known(cls: Any) -> bool:
-    """Return whether a class belongs to fairseq or to this plugin, or is ``None``."""
-    return cls is None or cls.__module__.partition(".")[0] in ("fairseq", "fairseq_sffn")
+    """Return whether a class belongs to fairseq or to this plugin, or is ``None``.
+
+    A class that is derived from one of this plugin belongs to it.
+    """
+
+    def package(cls: type) -> str:
+        return cls.__module__.partition(".")[0]
+
+    ours = isinstance(cls, type) and "fairseq_sffn" in map(package, cls.__mro__)
+    return cls is None or ours or package(cls) == "fairseq"
 
 
 def is_transformer(cls: Any) -> bool:

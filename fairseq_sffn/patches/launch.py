@@ -34,8 +34,6 @@ def call_main(original: Callable[..., Any]) -> Callable[..., Any]:
         cfg = as_configuration(cfg)
         check_ranges(cfg)
         options = cfg.distributed_training
-        if on_cpu(cfg) and str(options.distributed_backend) == "nccl":
-            options.distributed_backend = "gloo"
         if options.distributed_init_method is not None:
             refuse_to_start_nothing(options)
         elif not (cfg.common.tpu or options.pipeline_model_parallel):
@@ -43,6 +41,9 @@ def call_main(original: Callable[..., Any]) -> Callable[..., Any]:
                 obey_launcher(options)
             else:
                 refuse_more_than_gpus(options)
+        several = options.distributed_init_method is not None
+        if several and on_cpu(cfg) and str(options.distributed_backend) == "nccl":
+            options.distributed_backend = "gloo"
         return original(cfg, main, **kwargs)
 
     return wrapper

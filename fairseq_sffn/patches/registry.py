@@ -62,7 +62,6 @@ class Patch:
         written_for: fingerprints of the originals for which it was written; see
             :func:`fingerprint`.
         members: for a class, the names of the members that the fingerprint covers.
-        importers: names of modules that import the target by name.
     """
 
     target: str
@@ -72,7 +71,6 @@ class Patch:
     kind: Kind
     written_for: tuple[str, ...]
     members: tuple[str, ...] = ()
-    importers: tuple[str, ...] = ()
 
     def owner(self) -> tuple[Any, str]:
         """Return the module or class that has the target as an attribute, and its name there."""
@@ -99,7 +97,7 @@ class Patch:
 
     def found(self) -> str | None:
         """Return the fingerprint of the original; ``None``: there is no source."""
-        return fingerprint(self.original(), self.members)
+        return fingerprint(self.owner()[0] if self.members else self.original(), self.members)
 
     def fits(self) -> bool:
         """Return whether the patch was written for the original.
@@ -133,13 +131,10 @@ class Patch:
         setattr(replacement, ORIGINAL, original)
         is_static = isinstance(inspect.getattr_static(owner, name, None), staticmethod)
         setattr(owner, name, staticmethod(replacement) if is_static else replacement)
-        for importer in self.importers:
-            setattr(importlib.import_module(importer), name, replacement)
         # ``python -m fairseq_cli.train`` runs a second copy of the module.
         command = sys.modules.get("__main__")
-        spec_name = getattr(getattr(command, "__spec__", None), "name", None)
-        own = [owner.__name__] if isinstance(owner, types.ModuleType) else []
-        if spec_name in (*own, *self.importers):
+        spec = getattr(command, "__spec__", None)
+        if isinstance(owner, types.ModuleType) and getattr(spec, "name", None) == owner.__name__:
             setattr(command, name, replacement)
 
 
@@ -151,17 +146,15 @@ def patch(
     kind: Kind,
     written_for: Iterable[str],
     members: Iterable[str] = (),
-    importers: Iterable[str] = (),
 ) -> Callable[[Callable[[Any], Any]], Patch]:
     """Return a decorator that makes a :class:`Patch` of a function that wraps the original.
 
     Args:
-        target, why, until, kind, written_for, members, importers: see :class:`Patch`.
+        target, why, until, kind, written_for, members: see :class:`Patch`.
     """
 
     def declare(replace: Callable[[Any], Any]) -> Patch:
-        covered, copies = tuple(members), tuple(importers)
-        return Patch(target, replace, why, until, kind, tuple(written_for), covered, copies)
+        return Patch(target, replace, why, until, kind, tuple(written_for), tuple(members))
 
     return declare
 

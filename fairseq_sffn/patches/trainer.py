@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -108,8 +110,17 @@ def log_left_out(found: LeftOut) -> None:
         metrics.log_scalar(name, torch.tensor(count), weight=0, priority=10**6 + place)
 
 
+def extended(cls: type[Trainer]) -> type[Trainer]:
+    """Return a class of trainers with the methods of :class:`SFFNTrainer` below its own."""
+    if issubclass(cls, SFFNTrainer):
+        return cls
+    if cls is Trainer:
+        return SFFNTrainer
+    return type(cls.__name__, (cls, SFFNTrainer), {"__module__": cls.__module__})
+
+
 @patch(
-    "fairseq.trainer:Trainer",
+    "fairseq.trainer:Trainer.__new__",
     why="fairseq's trainer averages the gradients of sharded blocks over all ranks, saves the "
     "blocks of one rank only, and does not restore all of its state.",
     until="fairseq lets a plugin name its trainer.",
@@ -120,8 +131,15 @@ def log_left_out(found: LeftOut) -> None:
         *("train_step", "valid_step", "clip_grad_norm", "get_train_iterator", "get_valid_iterator"),
         *("state_dict", "save_checkpoint", "load_checkpoint"),
     ),
-    importers=("fairseq_cli.train",),
 )
-def trainer(original: type[Trainer]) -> type[Trainer]:
-    """Return :class:`SFFNTrainer`, a subclass of the original."""
-    return SFFNTrainer
+def new_trainer(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a :class:`SFFNTrainer` wherever a program makes a trainer.
+
+    A program may have imported the class, or derived its own from it, before the plugin.
+    """
+
+    @functools.wraps(original)
+    def __new__(cls: type[Trainer], *args: Any, **kwargs: Any) -> Trainer:
+        return object.__new__(extended(cls))
+
+    return __new__

@@ -60,7 +60,7 @@ class CheckpointTrainer(Trainer):
 
     def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
         self.interruption: Interruption | None = None
-        self.writer = Writer() if cfg.checkpoint.get(IN_BACKGROUND) else None
+        self.writer = Writer() if getattr(cfg.checkpoint, IN_BACKGROUND, False) else None
         self.verified: frozenset[str] = frozenset()
         self._saves_together = False
         self._folder: Path | None = None
@@ -124,6 +124,8 @@ class CheckpointTrainer(Trainer):
         the folder of the parts in place of the sharded parameters.
         """
         state = super().state_dict()
+        if isinstance(state["cfg"], dict):  # fairseq's own options only
+            state["cfg"]["checkpoint"].pop(IN_BACKGROUND, None)
         schedule = state["optimizer_history"][-1]["lr_scheduler_state"]
         if counted := training_state.schedule_state(self.lr_scheduler):
             state["optimizer_history"][-1]["lr_scheduler_state"] = schedule | counted
