@@ -82,6 +82,7 @@ def quiet(*handlers: logging.Handler) -> Iterator[None]:
 
     # Importing the command configures the log.
     import_module("fairseq_cli.train")
+    import_module("fairseq_sffn.plugin")  # which --user-dir does not, if the framework is imported
     root = logging.getLogger()
     level, before = root.level, root.handlers
     root.handlers, root.level = list(handlers) or [logging.NullHandler()], logging.INFO

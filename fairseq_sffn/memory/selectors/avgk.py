@@ -1,4 +1,4 @@
-"""Avg-K: selects blocks by their mean key."""
+"""Avg-K: the blocks whose mean key fits best."""
 
 from __future__ import annotations
 
