@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from fairseq import checkpoint_utils
-
+from fairseq_sffn.checkpoints.reading import read_file
+from fairseq_sffn.checkpoints.writing import write_checkpoint
 from fairseq_sffn.errors import UsageError
 
 from .files import Launcher, Scale
@@ -177,11 +176,7 @@ def updates_of(checkpoint: Path) -> int:
     """Return the updates before a checkpoint; 0 where there is none."""
     if not checkpoint.exists():
         return 0
-    try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # PyTorch raises many kinds
-        reason = last_words(str(error).splitlines())
-        raise UsageError(f"{checkpoint}: cannot be read: {reason}") from error
+    state = read_file(checkpoint, verify=False, mapped=True)
     return state["optimizer_history"][-1]["num_updates"]
 
 
@@ -190,7 +185,7 @@ def drop_optimizer(checkpoint: Path) -> None:
     for path in checkpoint.parent.glob("checkpoint*.pt"):
         if path != checkpoint:
             path.unlink()
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    state = read_file(checkpoint, verify=False)
     if "last_optimizer_state" in state:
         state["last_optimizer_state"] = None
-        checkpoint_utils.torch_persistent_save(state, str(checkpoint))
+        write_checkpoint(state, str(checkpoint))

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, NamedTuple, Optional
 from fairseq.dataclass import FairseqDataclass
 from fairseq.models.transformer_lm import TransformerLanguageModel
 from omegaconf import II
-from torch import Tensor
 
 from ..errors import UsageError, flag
 from .config import DenseConfig, sparse
@@ -38,15 +37,14 @@ class DenseTransformerLM(PluginModel, TransformerLanguageModel):
             UsageError: the embeddings cannot be shared as the options say.
         """
         args = cls.options(args)
+        tied = args.share_decoder_input_output_embed and args.adaptive_softmax_cutoff is None
         for name in ("character_embeddings", "adaptive_input"):
-            tied = args.share_decoder_input_output_embed and args.adaptive_softmax_cutoff is None
             if tied and getattr(args, name):
                 raise UsageError(
                     f"{flag(name)}: these embeddings cannot be the output projection as well; "
                     "add --no-share-decoder-input-output-embed"
                 )
-        shared = args.share_decoder_input_output_embed and args.adaptive_softmax_cutoff is None
-        if shared and args.decoder_input_dim != args.decoder_output_dim:
+        if tied and args.decoder_input_dim != args.decoder_output_dim:
             raise UsageError(
                 f"--decoder-output-dim {args.decoder_output_dim}: must equal --decoder-input-dim "
                 f"{args.decoder_input_dim} where the embeddings are the output projection as well; "
@@ -55,17 +53,6 @@ class DenseTransformerLM(PluginModel, TransformerLanguageModel):
         if args.offload_activations:  # as the flag's help says
             args.checkpoint_activations = True
         return super().build_model(args, task)
-
-    def forward(
-        self,
-        src_tokens: Tensor,
-        *,
-        routing_losses: bool = False,
-        is_dummy: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Run the decoder. A dense model ignores ``routing_losses`` and ``is_dummy``."""
-        return super().forward(src_tokens, **kwargs)
 
 
 class SparseTransformerLM(DenseTransformerLM):
@@ -110,26 +97,6 @@ class SparseTransformerLM(DenseTransformerLM):
             no_encoder_attn=True,
         )
         return cls(decoder)
-
-    def forward(
-        self,
-        src_tokens: Tensor,
-        *,
-        routing_losses: bool = False,
-        is_dummy: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Run the decoder.
-
-        Args:
-            src_tokens: (B, T) token ids.
-            routing_losses, is_dummy: see the decoder's ``extract_features``.
-            kwargs: other arguments of the decoder.
-
-        Returns:
-            (B, T, V) logits, and the extra outputs with ``routing``.
-        """
-        return self.decoder(src_tokens, routing_losses=routing_losses, is_dummy=is_dummy, **kwargs)
 
     @property
     def memory_config(self) -> Any:

@@ -90,8 +90,8 @@ def load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
             check_named(cfg)
             return original(cfg, trainer, **kwargs)
         newest, files = choose_together(Path(cfg.save_dir))
-        if newest is None or newest.name == LAST:
-            newest = None
+        if newest is not None and newest.name == LAST:
+            newest = None  # fairseq's own choice
         trainer.verified = frozenset(map(os.path.realpath, files))
         try:
             with restoring(cfg, newest):
@@ -124,7 +124,7 @@ def save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
                     f"{trainer.get_num_updates()}: {error.strerror or error}: {error.filename}"
                 ) from error
 
-        if not isinstance(trainer, SFFNTrainer):
+        if not isinstance(trainer, SFFNTrainer):  # made before the plugin was imported
             return save()
         if trainer.writer is not None:
             trainer.writer.wait()  # so that at most one copy of the state takes memory

@@ -21,7 +21,7 @@ from ..expert_parallel.gradients import (
     ignore_experts,
     square_norm,
 )
-from ..models.plugin_model import PluginModel, plugin_model_in
+from ..models.plugin_model import plugin_model_in
 from ..models.process_groups import process_groups
 from ..optim.amp_optimizer import AMPOptimizer
 from ..optim.moving_average import MovingAverage
@@ -103,7 +103,7 @@ class StepTrainer(Trainer):
             :meth:`_drop_dummy` handles dummies.
         """
         sample, is_dummy = super()._prepare_sample(sample, is_dummy)
-        if is_dummy and isinstance(self.get_model(), PluginModel):
+        if is_dummy and getattr(self.get_model(), "memory_config", None) is not None:
             sample = {**sample, "net_input": {**sample["net_input"], "is_dummy": True}}
         if not self.model.training:  # validation has one micro-batch per step
             return sample, is_dummy

@@ -43,7 +43,7 @@ def train(original: Callable[..., Any]) -> Callable[..., Any]:
                 if trainer.writer is not None:
                     trainer.writer.wait()
 
-        if not isinstance(trainer, SFFNTrainer):
+        if not isinstance(trainer, SFFNTrainer):  # made before the plugin was imported
             return original(cfg, trainer, task, epoch_itr)
         if not trainer.metric_checked:
             check_metric(cfg, trainer, task, epoch_itr.epoch)
