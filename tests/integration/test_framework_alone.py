@@ -55,10 +55,10 @@ print("trained")
 
 
 def test_the_framework_is_imported_fast() -> None:
-    """The test takes the best of three times beyond PyTorch's import, as other processes may
-    run."""
-    script = f"import time, torch; begin = time.monotonic(){MEMORY}print(time.monotonic() - begin)"
-    assert min(float(python(BLOCK + script)) for _ in range(3)) < LIMIT_SECONDS
+    """Processor time beyond PyTorch's import, which other processes do not change."""
+    clock = "time.process_time()"
+    script = f"import time, torch; begin = {clock}{MEMORY}print({clock} - begin)"
+    assert float(python(BLOCK + script)) < LIMIT_SECONDS
 
 
 def test_the_framework_leaves_fairseq_alone() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 from fairseq.trainer import Trainer
 
 from fairseq_sffn.patches import checkpoints, collectives, trainer, training
 from fairseq_sffn.patches.registry import Patch
+from tests import commands
 
 PATCHES = {
     patch.target: patch
@@ -41,3 +45,11 @@ def test_applying_twice_changes_nothing(target: str) -> None:
     before = getattr(owner, name)
     patch.apply()
     assert getattr(owner, name) is before and patch.is_applied()
+
+
+def test_a_stored_configuration_has_fairseqs_options_only(data_bin: Path, tmp_path: Path) -> None:
+    flags = ("--write-checkpoints-asynchronously", "--max-update", "1")
+    commands.train(data_bin, tmp_path, "avgk", *flags)
+    stored = torch.load(tmp_path / "checkpoint_last.pt", weights_only=True)["cfg"]
+    assert "write_in_background" not in stored["checkpoint"]
+    assert stored["distributed_training"]["distributed_backend"] == "nccl"  # fairseq's default
