@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -324,6 +325,29 @@ def test_training_goes_on_while_a_thread_writes(
     got = read_file(tmp_path / "checkpoint_1_2.pt")
     for part in ("model", "last_optimizer_state"):
         torch.testing.assert_close(got[part], want[part], rtol=0, atol=0)
+
+
+def test_a_checkpoint_waits_for_the_one_before(
+    data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most one copy of the training's state takes memory."""
+    save, submit = writing.save, writing.Writer.submit
+    unwritten: list[int] = []
+
+    def save_slowly(obj: Any, path: str) -> None:
+        time.sleep(0.2)
+        save(obj, path)
+
+    def count(self: Any, write: Any, *args: Any) -> None:
+        if write is writing.write_atomically:
+            unwritten.append(sum(not future.done() for future in self.pending))
+        submit(self, write, *args)
+
+    monkeypatch.setattr(writing, "save", save_slowly)
+    monkeypatch.setattr(writing.Writer, "submit", count)
+    flags = (*SAVING, "--save-interval-updates", "1", "--write-checkpoints-asynchronously")
+    commands.train(data_bin, tmp_path, "avgk", *flags, "--max-update", "4")
+    assert len(unwritten) >= 4 and not any(unwritten)
 
 
 def test_hydra_writes_in_the_background(data_bin: Path, tmp_path: Path) -> None:
