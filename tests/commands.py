@@ -86,6 +86,20 @@ def capture(command: Callable[[], Any]) -> str:
     return output.getvalue()
 
 
+def refusal(command: Callable[[], Any]) -> str:
+    """Return the one line that a command stops with. Its exit status must not be 0."""
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            command()
+    except SystemExit as stopped:
+        if stopped.code == 2:  # argparse prints the usage, then the message
+            return stderr.getvalue().strip().splitlines()[-1]
+        assert isinstance(stopped.code, str) and "\n" not in stopped.code, repr(stopped.code)
+        return stopped.code
+    raise AssertionError("the command was not refused")
+
+
 def preprocess(folder: Path) -> Path:
     """Binarise the corpus in ``folder``, and return the folder of the data."""
     write_corpus(folder)

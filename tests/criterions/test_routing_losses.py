@@ -13,13 +13,12 @@ from fairseq_sffn.criterions.routing_losses import RoutingLosses
 from fairseq_sffn.memory.selectors import hash_layer, rand_hash
 from fairseq_sffn.models.plugin_model import PluginModel
 from fairseq_sffn.models.stack import SparseStack
-from tests.criterions.test_sffn_cross_entropy import criterion, logs_of, reduced, sample
-from tests.models.small_lm import METHODS, PAD, random_tokens, small_lm
+from tests.criterions.small_criterion import criterion, logs_of, reduced, sample
+from tests.models.small_lm import PAD, SPARSE, random_tokens, small_lm
 from tests.synchronisations import Synchronisations, operations
 
 LEFT_OUT = ("memory/compute/", "memory/assignment.py", "fairseq/")
 """Code that may wait: the engines, the host's own copy of the scores, and fairseq."""
-SPARSE = [method for method in METHODS if method != "dense"]
 
 
 class Plain(FairseqCriterion):

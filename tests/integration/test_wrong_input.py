@@ -1,13 +1,11 @@
 """Wrong input stops a command with one line that names flag and value, and loses nothing."""
 
-import contextlib
 import io
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +13,11 @@ import pytest
 import torch
 
 from tests import commands
-from tests.commands import USER_DIR
+from tests.commands import USER_DIR, refusal
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def refusal(command: Callable[[], Any]) -> str:
-    """Return the line that a command stops with. Its exit status must not be 0."""
-    stderr = io.StringIO()
-    with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as stopped:
-        command()
-    if stopped.value.code == 2:  # argparse prints the usage, then the message
-        return stderr.getvalue().strip().splitlines()[-1]
-    assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code
-    return stopped.value.code
 
 
 @pytest.fixture(scope="module")

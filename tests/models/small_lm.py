@@ -16,6 +16,7 @@ from torch import Tensor
 from fairseq_sffn.models import transformer_lm
 
 METHODS = ("dense", *(method.name for method in transformer_lm.METHODS if method.selector))
+SPARSE = tuple(method for method in METHODS if method != "dense")
 SIZES = ("", "_tiny", "_gpt3_medium")
 TYPES = 20
 WIDTH, FFN = 16, 32
@@ -70,6 +71,14 @@ def build(config: DictConfig, types: int = TYPES) -> Any:
 def small_lm(method: str, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
     """Build a small model in training mode."""
     return build(small_config(method, **options)).to(dtype)
+
+
+def evaluated(method: str, **options: Any) -> Any:
+    """Build a model of three layers in evaluation mode. All are sparse unless the method is
+    dense."""
+    if method != "dense":
+        options["sffn_freq"] = 1
+    return small_lm(method, decoder_layers=3, **options).eval()
 
 
 def random_tokens(*shape: int) -> Tensor:

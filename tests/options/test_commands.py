@@ -1,12 +1,9 @@
 """Options out of their range stop every command with one line, before any work."""
 
 import argparse
-import contextlib
 import inspect
-import io
 import math
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ from fairseq_sffn.errors import UsageError, flag
 from fairseq_sffn.options.checks import check_ranges
 from fairseq_sffn.options.ranges import LARGEST, RANGES
 from tests import commands
-from tests.commands import USER_DIR
+from tests.commands import USER_DIR, refusal
 from tests.models.small_lm import language_modeling, small_config
 
 SCHEDULERS = {
@@ -30,17 +27,6 @@ SCHEDULERS = {
     "tri_stage": ("--decay-steps", "2"),
 }
 """Learning-rate scheduler -> flags that it requires."""
-
-
-def refusal(command: Callable[[], Any]) -> str:
-    """Return the line that a command stops with."""
-    stderr = io.StringIO()
-    with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as stopped:
-        command()
-    if stopped.value.code == 2:  # argparse prints the usage, then the message
-        return stderr.getvalue().strip().splitlines()[-1]
-    assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code
-    return stopped.value.code
 
 
 def training_options(*flags: str) -> tuple[argparse.ArgumentParser, Any]:
