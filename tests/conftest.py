@@ -17,7 +17,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 HERE = Path(__file__).parent
 LONGEST = (
     "expert_parallel/test_training.py",
-    "integration/test_command_line.py",
     "examples/experiments/test_run_command.py",
     "integration/test_resume.py",
     "integration/test_interruptions.py",

@@ -24,8 +24,8 @@ TESTS=(
     tests/models tests/optim tests/criterions tests/tasks
     # Checkpoints, commands, and what fairseq needs.
     tests/checkpoints/test_{reading,writing}.py tests/patches/test_{callers,registry}.py
-    tests/integration/test_command_line.py::test_{training_learns,script_trains_from_the_project_root}
-    tests/integration/test_command_line.py::test_eval_lm_finds_the_perplexity_that_training_logged
+    tests/integration/test_command_line.py::test_{training_learns,eval_lm_finds_the_perplexity_that_training_logged}
+    tests/integration/test_scripts.py::test_script_trains_from_the_project_root
     # Expert parallelism with gloo
     tests/expert_parallel/test_{checkpoints,collectives,gradients,launch,memory,precision,uneven}.py
 )

@@ -23,6 +23,23 @@ def scale(**changes: Any) -> Scale:
     return Scale(**{**SCALE, **changes})
 
 
+def scale_file(flags: str) -> str:
+    """Make the text of a scale's file."""
+    return f"""
+size = "tiny"
+data = "data"
+domains = "domains"
+dictionary = 100
+updates = 40
+batch_size = 8
+tokens_per_sample = 16
+ffn_embed_dim = 512
+learning_rates = [1e-3, 2e-3]
+flags = "{flags}"
+tokens_per_second = 1000
+"""
+
+
 def perplexity(value: float) -> dict[str, float]:
     """Make the result on a set. Its loss does not match the perplexity, so tests see which one is
     read."""

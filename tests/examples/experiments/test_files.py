@@ -26,19 +26,100 @@ text = "Avg-K is better."
 better = "Avg-K"
 worse = "dense"
 """
-SCALE = """
-size = "tiny"
-data = "data"
-domains = "domains"
-dictionary = 100
-updates = 40
-batch_size = 8
-tokens_per_sample = 16
-ffn_embed_dim = 512
-learning_rates = [1e-3, 2e-3]
-flags = "--dropout 0   --cpu"
-tokens_per_second = 1000
-"""
+SCALE = made.scale_file("--dropout 0   --cpu")
+WRONG_TABLES = {
+    'title = "T"': [
+        ('titel = "T"', r"t\.toml: titel: is unknown$"),
+        ('title = "T"\nfigure = "pie"', r"figure 'pie': Input should be '', 'lines', .*'bars'"),
+        ('title = "T"\nfigure = "lines"', r"'lines': no row has both group and x"),
+        ('title = "T"\nfigure = "gap"', r"'gap': needs rows of group 'dense' and"),
+        ('title = "T"\nname = "u"', r"t\.toml: name 'u': is the name of the file"),
+        ("title = 3", r"t\.toml: title 3: Input should be a valid string"),
+        ('title = "T"\nzero_shot = 1', r"zero_shot 1: Input should be a valid boolean"),
+    ],
+    'title = "T"\n': [("", r"t\.toml: title: Field required")],
+    ', model = "dense"': [("", r"t\.toml: rows\[0\]\.model: Field required")],
+    "seeds = [3]": [
+        ("sedes = [3]", r"t\.toml: rows\[1\]\.sedes: is unknown"),
+        ("seeds = 3", r"t\.toml: rows\[1\]\.seeds 3: Input should be a valid array"),
+        ("seeds = [1.5]", r"rows\[1\]\.seeds\[0\] 1\.5: Input should be a valid int"),
+        ("seeds = [true]", r"rows\[1\]\.seeds\[0\] True: Input should be a valid int"),
+        ("seeds = [3, 3]", r"row 'Avg-K': seeds \[3, 3\]: are not all different"),
+        ("seeds = []", r"row 'Avg-K': seeds: is empty"),
+        ("length = 0", r"rows\[1\]\.length 0: Input should be greater than 0"),
+        ("length = nan", r"rows\[1\]\.length nan: Input should be a finite number"),
+        ('length = "2"', r"rows\[1\]\.length '2': Input should be a valid number"),
+        ("lr = -1", r"rows\[1\]\.lr -1: Input should be greater than 0"),
+        ('lr = "x"', r"rows\[1\]\.lr 'x': Input should be a valid number"),
+        ('x = "ffn"', r"rows\[1\]\.x.* 'ffn': Input should be a valid number"),
+        ("x = 0", r"rows\[1\]\.x.* 0: Input should be greater than 0"),
+    ],
+    '"dense", model': [('"Avg-K", model', r"t\.toml: label 'Avg-K': two rows have it")],
+    'worse = "dense"': [('worse = "x"', r"t\.toml: claim about 'x': no row has this label")],
+    'better = "Avg-K"\n': [("", r"t\.toml: claims\[0\]\.better: Field required")],
+    "rows = [": [("rows = {", r"t\.toml: cannot be read")],
+    '"perplexity"': [
+        ('"perplexed"', r"t\.toml: kind 'perplexed': Input should be 'taxonomy', .*'routing'"),
+        ('"zero_shot"', r"t\.toml: kind 'zero_shot': needs zero_shot = true"),
+    ],
+    "seeds = [1, 2]": [('seeds = "12"', r"rows\[0\]\.seeds '12': Input should be a valid array")],
+    "--sffn-block-size ": [
+        ("--a 'b", r"row 'Avg-K': flags .*No closing quotation"),
+        ("--lr 1", r"row 'Avg-K': flags: --lr: is set by what the file says"),
+        ("--seed=1", r"flags: --seed=1: is set by what the file says"),
+        ("--max-sentences 1", r"flags: --max-sentences: is set by"),
+        ("--max-tokens 1", r"flags: --max-tokens: is set by"),
+        ("-a x", r"row 'Avg-K': flags: -a: is set by what the file says"),
+        ("--max-epoch 1", r"--max-epoch: runs end after their updates"),
+        ("--no-save", r"flags: --no-save: the last checkpoint is evaluated"),
+        ("--train-subset=x", r"flags: --train-subset=x: runs read the"),
+        ("--valid-subset x", r"flags: --valid-subset: runs read the"),
+        ("--distributed-world-size 1", r"--distributed-world-size: is set"),
+    ],
+    '"--sffn-block-size  {ffn}"': [
+        ("[]", r"rows\[1\]\.flags \[\]: Input should be a valid string")
+    ],
+    "[[claims]]": [('claims = "x"\n[[other]]', r"t\.toml: (claims|other)")],
+}
+"""Part of the table -> texts that replace it, each with its error."""
+WRONG_SCALES = {
+    "updates = 40\n": [("", "updates: Field required")],
+    "updates": [("udpates", "udpates: is unknown")],
+    "learning_rates = [1e-3, 2e-3]": [
+        ("learning_rates = []", r"learning_rates \[\]: Tuple should have at least 1 item")
+    ],
+    "= 1000": [
+        ("= 1000\n[launchers.a]\nprocesse = 2", "launchers.a.processe: is unknown"),
+        (
+            "= 1000\n[launchers.a]\nprocesses = 0",
+            "launchers.a.processes 0: Input should be greater than 0",
+        ),
+        ("= 1000\nlaunchers.a = 3", "t.toml: launchers.a 3: Input should be an object"),
+        ("= 1000\n[launchers]", "t.toml: launchers {}: .* should have at least 1 item"),
+        (
+            "= 1000\nrelative_time.pkm = 'x'",
+            "relative_time.pkm 'x': Input should be a valid number",
+        ),
+        ("= 1000\nwarmup_share = 7", "warmup_share 7: Input should be less than or equal to 1"),
+        ("= 0", "tokens_per_second 0: Input should be greater than 0"),
+    ],
+    "updates = 40": [
+        ('updates = "40"', "updates '40': Input should be a valid int"),
+        ("updates = -5", "updates -5: Input should be greater than 0"),
+        ("updates = 40\nsave_interval = 0", "save_interval 0: Input should be greater than 0"),
+        ("updates = 40\nname = 'u'", "t.toml: name 'u': is the name of the file"),
+    ],
+    "[1e-3, 2e-3]": [
+        ("2e-3", "learning_rates 0.002: Input should be a valid array"),
+        ("[1e-3, 0]", r"learning_rates\[1\] 0: Input should be greater than 0"),
+    ],
+    "--dropout": [("--max-update 3 --dropout", "t.toml: flags: --max-update: is set by what")],
+}
+"""The same for the scale."""
+
+
+def cases(wrong: dict[str, list[tuple[str, str]]]) -> list[tuple[str, str, str]]:
+    return [(old, *change) for old, changes in wrong.items() for change in changes]
 
 
 def write(folder: Path, text: str, name: str = "t.toml") -> Path:
@@ -56,77 +137,7 @@ def test_a_table(tmp_path: Path) -> None:
     assert {(c.updates, c.batch_size) for c in row_runs(longer, made.scale(), 0.5)} == {(100, 4)}
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "error"),
-    [
-        ('title = "T"', 'titel = "T"', r"t\.toml: titel: is unknown$"),
-        ('title = "T"\n', "", r"t\.toml: title: Field required"),
-        (', model = "dense"', "", r"t\.toml: rows\[0\]\.model: Field required"),
-        ("seeds = [3]", "sedes = [3]", r"t\.toml: rows\[1\]\.sedes: is unknown"),
-        ('"dense", model', '"Avg-K", model', r"t\.toml: label 'Avg-K': two rows have it"),
-        ('worse = "dense"', 'worse = "x"', r"t\.toml: claim about 'x': no row has this label"),
-        ('better = "Avg-K"\n', "", r"t\.toml: claims\[0\]\.better: Field required"),
-        ("rows = [", "rows = {", r"t\.toml: cannot be read"),
-        (
-            '"perplexity"',
-            '"perplexed"',
-            r"t\.toml: kind 'perplexed': Input should be 'taxonomy', .*'routing'",
-        ),
-        ('"perplexity"', '"zero_shot"', r"t\.toml: kind 'zero_shot': needs zero_shot = true"),
-        (
-            'title = "T"',
-            'title = "T"\nfigure = "pie"',
-            r"figure 'pie': Input should be '', 'lines', .*'bars'",
-        ),
-        ('title = "T"', 'title = "T"\nfigure = "lines"', r"'lines': no row has both group and x"),
-        ('title = "T"', 'title = "T"\nfigure = "gap"', r"'gap': needs rows of group 'dense' and"),
-        ('title = "T"', 'title = "T"\nname = "u"', r"t\.toml: name 'u': is the name of the file"),
-        ('title = "T"', "title = 3", r"t\.toml: title 3: Input should be a valid string"),
-        (
-            'title = "T"',
-            'title = "T"\nzero_shot = 1',
-            r"zero_shot 1: Input should be a valid boolean",
-        ),
-        ("seeds = [3]", "seeds = 3", r"t\.toml: rows\[1\]\.seeds 3: Input should be a valid array"),
-        (
-            "seeds = [3]",
-            "seeds = [1.5]",
-            r"rows\[1\]\.seeds\[0\] 1\.5: Input should be a valid int",
-        ),
-        (
-            "seeds = [3]",
-            "seeds = [true]",
-            r"rows\[1\]\.seeds\[0\] True: Input should be a valid int",
-        ),
-        ("seeds = [1, 2]", 'seeds = "12"', r"rows\[0\]\.seeds '12': Input should be a valid array"),
-        ("seeds = [3]", "seeds = [3, 3]", r"row 'Avg-K': seeds \[3, 3\]: are not all different"),
-        ("seeds = [3]", "seeds = []", r"row 'Avg-K': seeds: is empty"),
-        ("seeds = [3]", "length = 0", r"rows\[1\]\.length 0: Input should be greater than 0"),
-        ("seeds = [3]", "length = nan", r"rows\[1\]\.length nan: Input should be a finite number"),
-        ("seeds = [3]", 'length = "2"', r"rows\[1\]\.length '2': Input should be a valid number"),
-        ("seeds = [3]", "lr = -1", r"rows\[1\]\.lr -1: Input should be greater than 0"),
-        ("seeds = [3]", 'lr = "x"', r"rows\[1\]\.lr 'x': Input should be a valid number"),
-        ("seeds = [3]", 'x = "ffn"', r"rows\[1\]\.x.* 'ffn': Input should be a valid number"),
-        ("--sffn-block-size ", "--a 'b", r"row 'Avg-K': flags .*No closing quotation"),
-        ("--sffn-block-size ", "--lr 1", r"row 'Avg-K': flags: --lr: is set by what the file says"),
-        ("--sffn-block-size ", "--seed=1", r"flags: --seed=1: is set by what the file says"),
-        ("--sffn-block-size ", "--max-sentences 1", r"flags: --max-sentences: is set by"),
-        ("--sffn-block-size ", "--max-tokens 1", r"flags: --max-tokens: is set by"),
-        ("--sffn-block-size ", "-a x", r"row 'Avg-K': flags: -a: is set by what the file says"),
-        ("--sffn-block-size ", "--max-epoch 1", r"--max-epoch: runs end after their updates"),
-        ("seeds = [3]", "x = 0", r"rows\[1\]\.x.* 0: Input should be greater than 0"),
-        ("--sffn-block-size ", "--no-save", r"flags: --no-save: the last checkpoint is evaluated"),
-        ("--sffn-block-size ", "--train-subset=x", r"flags: --train-subset=x: runs read the"),
-        ("--sffn-block-size ", "--valid-subset x", r"flags: --valid-subset: runs read the"),
-        ("--sffn-block-size ", "--distributed-world-size 1", r"--distributed-world-size: is set"),
-        (
-            '"--sffn-block-size  {ffn}"',
-            "[]",
-            r"rows\[1\]\.flags \[\]: Input should be a valid string",
-        ),
-        ("[[claims]]", 'claims = "x"\n[[other]]', r"t\.toml: (claims|other)"),
-    ],
-)
+@pytest.mark.parametrize(("old", "new", "error"), cases(WRONG_TABLES))
 def test_wrong_tables(old: str, new: str, error: str, tmp_path: Path) -> None:
     assert old in TABLE
     with pytest.raises(SystemExit, match=error) as stopped:
@@ -134,48 +145,7 @@ def test_wrong_tables(old: str, new: str, error: str, tmp_path: Path) -> None:
     assert "\n" not in str(stopped.value)
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "error"),
-    [
-        ("updates = 40\n", "", "updates: Field required"),
-        ("updates", "udpates", "udpates: is unknown"),
-        (
-            "learning_rates = [1e-3, 2e-3]",
-            "learning_rates = []",
-            r"learning_rates \[\]: Tuple should have at least 1 item",
-        ),
-        ("= 1000", "= 1000\n[launchers.a]\nprocesse = 2", "launchers.a.processe: is unknown"),
-        (
-            "= 1000",
-            "= 1000\n[launchers.a]\nprocesses = 0",
-            "launchers.a.processes 0: Input should be greater than 0",
-        ),
-        ("= 1000", "= 1000\nlaunchers.a = 3", "t.toml: launchers.a 3: Input should be an object"),
-        ("= 1000", "= 1000\n[launchers]", "t.toml: launchers {}: .* should have at least 1 item"),
-        (
-            "= 1000",
-            "= 1000\nrelative_time.pkm = 'x'",
-            "relative_time.pkm 'x': Input should be a valid number",
-        ),
-        (
-            "= 1000",
-            "= 1000\nwarmup_share = 7",
-            "warmup_share 7: Input should be less than or equal to 1",
-        ),
-        ("= 1000", "= 0", "tokens_per_second 0: Input should be greater than 0"),
-        ("updates = 40", 'updates = "40"', "updates '40': Input should be a valid int"),
-        ("updates = 40", "updates = -5", "updates -5: Input should be greater than 0"),
-        (
-            "updates = 40",
-            "updates = 40\nsave_interval = 0",
-            "save_interval 0: Input should be greater than 0",
-        ),
-        ("updates = 40", "updates = 40\nname = 'u'", "t.toml: name 'u': is the name of the file"),
-        ("[1e-3, 2e-3]", "2e-3", "learning_rates 0.002: Input should be a valid array"),
-        ("[1e-3, 2e-3]", "[1e-3, 0]", r"learning_rates\[1\] 0: Input should be greater than 0"),
-        ("--dropout", "--max-update 3 --dropout", "t.toml: flags: --max-update: is set by what"),
-    ],
-)
+@pytest.mark.parametrize(("old", "new", "error"), cases(WRONG_SCALES))
 def test_wrong_scales(old: str, new: str, error: str, tmp_path: Path) -> None:
     assert old in SCALE
     with pytest.raises(SystemExit, match=error):

@@ -1,4 +1,4 @@
-"""Versions of the software that runs record."""
+"""The software versions that runs record, and the error lines of their processes."""
 
 import subprocess
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments import processes
-from experiments.processes import versions
+from experiments.processes import last_words, versions
 
 
 def test_the_version_is_that_of_the_plugin_alone(
@@ -38,3 +38,19 @@ def test_the_version_is_that_of_the_plugin_alone(
     plugin.write_text("d")
     assert versions()["fairseq_sffn"] == f"{first}-dirty"
     assert commit(plugin, "e") == versions()["fairseq_sffn"] != first
+
+
+def test_the_last_words_of_a_process() -> None:
+    """torchrun's report on its processes is left out."""
+    lines = [
+        "| INFO | fairseq_cli.train | ...",
+        "--sffn-block-size 7: does not divide",
+        "",
+        "E1127 10:00:00 11 torch/distributed/elastic/multiprocessing/api.py:984] failed (exitcode)",
+        "Traceback (most recent call last):",
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:",
+        "============================================================",
+    ]
+    assert last_words(lines) == "--sffn-block-size 7: does not divide"
+    assert last_words(lines[:1]) == lines[0]
+    assert last_words([]) == last_words(lines[3:]) == ""

@@ -22,27 +22,11 @@ from experiments.files import Row, Scale, load_scale, load_table
 from experiments.outcomes import Model, build_model
 from experiments.plan import Run, sweep_runs
 from experiments.results import Results
-from experiments.tables.part import Part
-from experiments.tables.part import text as escaped
-from experiments.tables.routing import token_share
-from experiments.tables.zero_shot import Task
 from fairseq_sffn.tools.cost import cost_figures
 from fairseq_sffn.tools.language_model import build_language_model
 from tests.examples.experiments import made
 
-SCALE = """
-size = "tiny"
-data = "data"
-domains = "domains"
-dictionary = 100
-updates = 40
-batch_size = 8
-tokens_per_sample = 16
-ffn_embed_dim = 512
-learning_rates = [1e-3, 2e-3]
-flags = "--cpu --weight-decay 0.01"
-tokens_per_second = 1000
-"""
+SCALE = made.scale_file("--cpu --weight-decay 0.01")
 ROWS = """
 rows = [
     { label = "dense", model = "dense" },
@@ -271,13 +255,6 @@ def test_routing(printed: str) -> None:
     assert cells(blocks.replace("\\|", "/"), "Switch")[1:] == ["14", "2.0", "`t14` `` a/b` ``"]
 
 
-def test_a_tokens_blocks_do_not_tell_which_of_them_a_use_is() -> None:
-    """Ids that determine 8 of 128 blocks tell 4 of the 7 bits of a use."""
-    assert token_share({"block_bits": 7.0, "token_bits": 4.0}, 8) == 1.0
-    assert token_share({"block_bits": 7.0, "token_bits": 3.5}, 1) == 0.5
-    assert token_share({"block_bits": 3.0, "token_bits": 0.0}, 8) is None
-
-
 def test_zero_shot(printed: str) -> None:
     text = section(printed, "Zero")
     assert cells(text, "dense") == ["50.0 ± 2.0", "0.1 ± 1.0", "25.1"]
@@ -292,27 +269,6 @@ def test_zero_shot(printed: str) -> None:
     assert "longer than the model's context are cut on the left: 1,234 of piqa. Longer" in text
     assert "Longer continuations are scored in pieces: 5 of piqa." in text
     assert "1 of 3 runs are missing." in text
-
-
-@pytest.mark.parametrize(
-    ("accuracy", "random", "apart"),
-    [
-        (0.0, 0.0, False),
-        (0.002, 0.0, True),
-        (0.0, 0.001, False),  # its own standard error is 0
-        (0.01, 0.001, True),
-        (0.0, 0.25, True),
-        (1.0, 0.25, True),
-        (0.54, 0.5, False),  # 2 sqrt(0.25 / 500) is 0.0447
-        (0.55, 0.5, True),
-        (0.45, 0.5, True),
-    ],
-)
-@pytest.mark.parametrize("error", [None, 0.0, 0.5])
-def test_apart_from_random(
-    accuracy: float, random: float, apart: bool, error: float | None
-) -> None:
-    assert Task(500, accuracy, error, random).apart is apart
 
 
 def test_taxonomy(printed: str) -> None:
@@ -585,11 +541,6 @@ def test_a_table_that_trains_nothing(figure: str, folder: Path, tmp_path: Path) 
     (tmp_path / "main.toml").write_text(text.replace("{kind}", "perplexity"))
     with pytest.raises(SystemExit, match=r"main\.toml: row 'dense': seeds: is empty"):
         main(["report", str(tmp_path), "--scale", scale])
-
-
-def test_a_label_with_a_line_end_stays_in_its_row() -> None:
-    assert escaped("a\nb\r\n|c*") == "a b \\|c\\*"
-    assert Part({"a|b": escaped}, []).markdown() == "| a\\|b |\n| --- |"
 
 
 def test_parts_without_rows_are_not_printed(folder: Path, tmp_path: Path) -> None:

@@ -1,20 +1,27 @@
-"""The runner's use of processes and files."""
+"""The runner's use of processes and files, and the runs beside one that failed."""
 
+from __future__ import annotations
+
+import fcntl
 import json
+import re
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from experiments import runner
+from experiments import runner, training
 from experiments.data import fingerprint
 from experiments.files import Launcher
 from experiments.processes import last_json
 from experiments.runner import Runner
 from experiments.training import drop_optimizer
 from tests.examples.experiments import made
+from tests.examples.experiments.trial import Trial, trained
 
 
 def test_json_after_other_lines() -> None:
@@ -123,3 +130,74 @@ def test_signals_are_passed_on_until_trainings_have_saved(
     runner_.children.add(Child())  # type: ignore[arg-type]
     runner_.wait_for_saving([])
     assert sent == [(12345, signal.SIGTERM)] * 2
+
+
+def test_the_others_go_on_after_a_training_that_failed(
+    tmp_path: Path,
+    data_bin: Path,
+    calls: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The failure is reported in one line."""
+
+    def fail(self: Runner, command: list[str], *args: Any, stdout: Any, **others: Any) -> int:
+        if command[command.index("--seed") + 1 :][:1] != ["1"]:
+            return call(self, command, *args, stdout=stdout, **others)
+        stdout.write("Traceback\nOSError: no room\n\n")
+        return 1
+
+    call = Runner.call
+    monkeypatch.setattr(Runner, "call", fail)
+    trial = Trial(tmp_path, data_bin, '{ label = "a", model = "dense", seeds = [1, 2, 3] }')
+    found = {"evaluation": {"valid": {"loss": 1.0}}, "routing": {}}
+    monkeypatch.setattr(Runner, "evaluate", lambda *args: found)
+    with pytest.raises(SystemExit) as stopped:
+        trial.run()
+    said = r"1 of 3 runs failed: (.*train\.log): training failed: OSError: no room"
+    message = re.fullmatch(said, str(stopped.value))
+    assert message and Path(message[1]).is_file()
+    assert sorted(r["seed"] for r in trial.results().values()) == [2, 3]
+    assert "failed: " in capsys.readouterr().out
+
+
+def test_the_others_go_on_after_an_error_that_nobody_foresaw(
+    tmp_path: Path, data_bin: Path, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = [OSError("no space left on device")]
+    monkeypatch.setattr(
+        training, "drop_optimizer", lambda checkpoint: full and (_ for _ in ()).throw(full.pop())
+    )
+    trial = Trial(tmp_path, data_bin, '{ label = "a", model = "dense", seeds = [1, 2] }')
+    with pytest.raises(SystemExit, match=r"1 of 2 runs failed: OSError: no"):
+        trial.run()
+    assert [r["seed"] for r in trial.results().values()] == [2]
+    trial.run()
+    assert len(trial.results()) == trained(calls) == 2
+
+
+def test_two_commands_train_a_run_once(
+    tmp_path: Path, data_bin: Path, calls: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second waits for the first, and uses its result."""
+    trial = Trial(tmp_path, data_bin, '{ label = "dense", model = "dense" }')
+    trial.run()
+    ((key, result),) = trial.results().items()
+    path = trial.folder / "results" / "small" / f"{key}.json"
+    path.unlink()
+    started = len(calls)
+    with (trial.work / key / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def other() -> None:
+            while "another command trains it; waiting" not in capsys.readouterr().out:
+                time.sleep(0.1)
+            path.write_text(json.dumps(result))
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+        thread = threading.Thread(target=other, daemon=True)
+        thread.start()
+        trial.run()
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    assert len(calls) == started
