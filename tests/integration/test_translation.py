@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from fairseq.logging import metrics
 
 from tests import commands
 from tests.commands import USER_DIR, losses, records
@@ -109,8 +111,7 @@ def test_every_selector_resumes_exactly(selector: str, pairs_bin: Path, tmp_path
 
 
 def test_training_that_computes_bleu_resumes(pairs_bin: Path, tmp_path: Path) -> None:
-    """fairseq sums the counts of BLEU in arrays over validations within an epoch, and saves
-    them."""
+    """fairseq sums the counts of BLEU in arrays over validations, and saves them."""
     flags = ("--sffn-block-size", "16", "--eval-bleu", "--validate-interval-updates", "2")
     flags += ("--eval-bleu-args", '{"beam": 1, "max_len_b": 8}', "--batch-size-valid", "48")
     whole = train(pairs_bin, tmp_path / "whole", "transformer_avgk", 4, *flags)
@@ -118,6 +119,8 @@ def test_training_that_computes_bleu_resumes(pairs_bin: Path, tmp_path: Path) ->
     state = torch.load(tmp_path / "parts" / "checkpoint_last.pt", weights_only=True)
     saved = {name for of in state["extra_state"]["metrics"].values() for _, name, *_ in of}
     assert "_bleu_counts" in saved
+    train(pairs_bin, tmp_path / "parts", "transformer_avgk", 3, *flags)  # only restores
+    assert isinstance(metrics.get_smoothed_value("valid", "_bleu_counts"), np.ndarray)
     resumed = train(pairs_bin, tmp_path / "parts", "transformer_avgk", 4, *flags)
     assert losses(resumed) == {4: losses(whole)[4]}
     assert records(resumed, "valid")[-1]["valid_bleu"] == records(whole, "valid")[-1]["valid_bleu"]

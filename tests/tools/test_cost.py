@@ -99,6 +99,9 @@ def test_cost_by_hand(method, tied):
     )
 
 
+WITH_LOSSES = {"routing_losses": True}
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("shape", "options"), [((1, CONTEXT), {}), ((3, CONTEXT), {}), ((2, CONTEXT), UNEQUAL)]
@@ -110,11 +113,11 @@ def test_flops_are_those_that_pytorch_counts(method, shape, options, monkeypatch
     products too, but are no part of the cost."""
     for loss in ("balance_loss", "z_loss"):
         monkeypatch.setattr(f"fairseq_sffn.memory.sparse_memory.{loss}", lambda *_: torch.zeros(()))
-    engine = {} if method == "dense" else {"sffn_engine": "loop"}
+    engine, losses = ({}, {}) if method == "dense" else ({"sffn_engine": "loop"}, WITH_LOSSES)
     model = small_lm(method, **engine, **options).eval()
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(random_tokens(*shape), routing_losses=True)
+        model(random_tokens(*shape), **losses)
     per_token = model_cost(model, CONTEXT).flops_per_token
     assert counter.get_total_flops() == shape[0] * CONTEXT * per_token
 
