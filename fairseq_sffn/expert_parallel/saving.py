@@ -25,7 +25,7 @@ from ..checkpoints.part_files import RESHARDED, TRAINED, folder_named_by
 from ..checkpoints.reading import read_file
 from ..errors import UsageError
 from ..memory import SparseMemory
-from ..memory.sparse_memory import SHARDED, can_be_sharded
+from ..memory.sharding import SHARDED, can_be_sharded
 from ..models.process_groups import process_groups
 from .gradients import expert_parallel_of
 from .parts import Part, save_part, take_parts

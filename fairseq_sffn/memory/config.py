@@ -2,45 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .compute import ENGINES, NATIVE
-from .gate import GATES
+from .activations import ACTIVATIONS
 from .selection import Selector, SelectorConfig
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "tanh": F.tanh,
-}
-
-
-TYPE_REASONS = {bool: "neither True nor False", int: "not a whole number", float: "not a number"}
-"""Type of a selector's option -> the reason to refuse a value of another type."""
-
-
-class ConfigError(ValueError):
-    """A field of :class:`MemoryConfig` or of a selector's options is not supported.
-
-    The message has field, value and reason in one line.
-
-    Attributes:
-        field: name of the field.
-        value: its value.
-        reason: why it is refused.
-    """
-
-    def __init__(self, field: str, value: object, reason: str):
-        super().__init__(f"{field} {value}: {reason}")
-        self.field, self.value, self.reason = field, value, reason
+from .validation import check_config
 
 
 @dataclass(frozen=True)
@@ -98,71 +68,7 @@ class MemoryConfig:
     engine: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("embed_dim", "num_cells", "block_size", "active_blocks"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ConfigError(name, value, "is not a whole number")
-            if value < 1:
-                raise ConfigError(name, value, "must be at least 1")
-        if self.num_cells % self.block_size:
-            reason = f"does not divide the {self.num_cells} cells of the memory"
-            raise ConfigError("block_size", self.block_size, reason)
-        if self.active_blocks > self.num_blocks:
-            reason = (
-                f"is more than the {self.num_blocks} blocks that "
-                f"{self.num_cells} cells in blocks of {self.block_size} make"
-            )
-            raise ConfigError("active_blocks", self.active_blocks, reason)
-        if not isinstance(self.selector, (str, SelectorConfig)):
-            raise ConfigError("selector", self.selector, "is no name and no selector's Config")
-        if type(self.selector) is SelectorConfig:
-            raise ConfigError("selector", self.selector, "is the Config of no selector")
-        if isinstance(self.selector, str) and self.selector not in Selector.registry:
-            known = ", ".join(sorted(Selector.registry))
-            raise ConfigError("selector", self.selector, f"is none of {known}")
-        if self.gate is not None and self.gate not in GATES:
-            raise ConfigError("gate", self.gate, f"is none of {', '.join(GATES)}")
-        if self.gate_name != "none" and not self.selector_class.scores_blocks:
-            reason = f"{self.selector_class.name} gives blocks no score to weigh them by; use none"
-            raise ConfigError("gate", self.gate, reason)
-        if not isinstance(self.activation, str) and not callable(self.activation):
-            raise ConfigError("activation", self.activation, "is no name and no function")
-        if isinstance(self.activation, str) and self.activation not in ACTIVATIONS:
-            raise ConfigError("activation", self.activation, f"is none of {', '.join(ACTIVATIONS)}")
-        if self.context_tokens and self.vocab_size is None:
-            reason = f"{self.selector_class.name} looks at token ids and needs to know how many"
-            raise ConfigError("vocab_size", None, reason)
-        if self.vocab_size is not None and self.vocab_size < 1:
-            raise ConfigError("vocab_size", self.vocab_size, "must be at least 1")
-        for name in ("capacity_factor", "eval_capacity_factor"):
-            if not 0 <= getattr(self, name) < math.inf:
-                reason = "must be positive and finite, or 0 for dropless"
-                raise ConfigError(name, getattr(self, name), reason)
-        if not 0 <= self.activation_dropout < 1:
-            reason = "must be at least 0 and below 1"
-            raise ConfigError("activation_dropout", self.activation_dropout, reason)
-        if self.engine is not None:
-            if self.engine not in ENGINES:
-                raise ConfigError("engine", self.engine, f"is none of {', '.join(ENGINES)}")
-            shape = (self.num_blocks, self.block_size, self.embed_dim)
-            if not ENGINES[self.engine].supports("cpu", torch.float32, shape):
-                reason = f"cannot multiply blocks of {self.block_size} x {self.embed_dim}"
-                if self.engine in NATIVE:
-                    reason = "has no C++ kernels here: no compiler, or FAIRSEQ_SFFN_KERNELS=off"
-                raise ConfigError("engine", self.engine, reason)
-        for name in ("init_scale", "value_lr_scale"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(name, getattr(self, name), "must be positive and finite")
-        if not isinstance(self.bias, bool):
-            raise ConfigError("bias", self.bias, "is neither True nor False")
-        for name, kind in self.selector_options.plain_types().items():
-            value = getattr(self.selector_options, name)
-            if type(value) not in (kind, int if kind is float else kind):
-                raise ConfigError(name, value, f"is {TYPE_REASONS[kind]}")
-        for name, choices in self.selector_options.choices().items():
-            if (value := getattr(self.selector_options, name)) not in choices:
-                raise ConfigError(name, value, f"is none of {', '.join(choices)}")
-        self.selector_class.validate(self)
+        check_config(self)
 
     @property
     def num_blocks(self) -> int:

@@ -51,6 +51,15 @@ class SelectorInput(NamedTuple):
     gather_tokens: Callable[[Tensor], tuple[Tensor, slice]] = lambda own: (own, slice(0, len(own)))
     stack_over_tokens: Callable[[Tensor], Tensor] = lambda own: own.unsqueeze(0)
 
+    def top(self, scores: Scores, active_blocks: int) -> Tensor:
+        """Return the blocks to select, best first: (N, A) int64.
+
+        Args:
+            scores: of all blocks.
+            active_blocks: A.
+        """
+        return scores.top(active_blocks)
+
 
 class Selection(NamedTuple):
     """The blocks of each token, and what the selector already computed of them.

@@ -8,7 +8,7 @@ from fairseq import utils
 
 from ..errors import UsageError, flag
 from ..memory import ConfigError, MemoryConfig, Selector
-from ..memory.sparse_memory import check_sharding
+from ..memory.sharding import check_sharding
 from .config import selector_flags
 from .size import check_selector_size
 

@@ -18,7 +18,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 
 from ..errors import UsageError, flag
 from ..memory import ConfigError, SparseMemory
-from ..memory.sparse_memory import SHARDED, check_sharding
+from ..memory.sharding import SHARDED, check_sharding
 from .activations import activation_bytes
 from .cost import align, cost_by_part, total, training_flops_per_token
 from .language_model import build_language_model

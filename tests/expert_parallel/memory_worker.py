@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT)]
 from fairseq_sffn.memory import ConfigError, ProcessGroups  # noqa: E402
 from fairseq_sffn.memory.selectors.avgk import AvgK  # noqa: E402
 from fairseq_sffn.memory.selectors.base_layer import BASELayer  # noqa: E402
-from fairseq_sffn.memory.sparse_memory import SHARDED, check_sharding  # noqa: E402
+from fairseq_sffn.memory.sharding import SHARDED, check_sharding  # noqa: E402
 from tests import commands  # noqa: E402
 from tests.memory.cases import CASES, UNSCORED, build, close, tokens  # noqa: E402
 

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..balance import assignment_counts
-from ..config import ConfigError, MemoryConfig
+from ..config import MemoryConfig
 from ..scores import Scores, top_blocks
 from ..selection import Selection, Selector, SelectorConfig, SelectorInput
+from ..validation import ConfigError
 
 State = list[tuple[Tensor, int]]
 
@@ -113,7 +114,7 @@ class AvgK(Selector):
                 self.update_hidden_mean(inputs)
         scores = Scores(F.linear(x_ND, keys_BD, bias_B))
         if self.balance_bias is None:
-            return Selection(scores.top(self.active_blocks), scores)
+            return Selection(inputs.top(scores, self.active_blocks), scores)
         logits_NB = scores.logits.detach()
         blocks_NA = top_blocks(logits_NB + self.balance_bias, self.active_blocks)
         if learns:

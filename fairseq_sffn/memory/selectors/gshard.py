@@ -7,8 +7,9 @@ from typing import Literal
 
 import torch
 
-from ..config import ConfigError, MemoryConfig
+from ..config import MemoryConfig
 from ..selection import Selection, SelectorConfig, SelectorInput
+from ..validation import ConfigError
 from .learned_gate import LearnedGate
 
 

@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..config import ConfigError, MemoryConfig
+from ..config import MemoryConfig
 from ..selection import Selection, Selector, SelectorConfig, SelectorInput
+from ..validation import ConfigError
 
 
 class HashLayer(Selector):

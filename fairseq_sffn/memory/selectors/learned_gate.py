@@ -36,4 +36,4 @@ class LearnedGate(Selector):
         dtype = torch.promote_types(inputs.x.dtype, torch.float32)
         with torch.autocast(inputs.x.device.type, enabled=False):
             scores = Scores(F.linear(inputs.x.to(dtype), self.router.to(dtype)))
-        return Selection(scores.top(self.active_blocks), scores)
+        return Selection(inputs.top(scores, self.active_blocks), scores)

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from ..config import ConfigError, MemoryConfig
+from ..config import MemoryConfig
 from ..selection import SelectorInput
+from ..validation import ConfigError
 from .vanilla_m import VanillaM
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..config import ConfigError, MemoryConfig
+from ..config import MemoryConfig
 from ..selection import Selection, SelectorInput
+from ..validation import ConfigError
 from .product_keys import ProductKeys
 
 
@@ -52,7 +53,7 @@ class PKM(ProductKeys):
 
     def forward(self, inputs: SelectorInput) -> Selection:
         scores = self.scores(inputs.x)
-        blocks_NA = scores.top(self.active_blocks)
+        blocks_NA = inputs.top(scores, self.active_blocks)
         selected_NA = scores.of(blocks_NA)
         if not self.uses_softmax:
             return Selection(blocks_NA, scores, pre_activations=selected_NA.unsqueeze(2))

@@ -19,4 +19,4 @@ class PKMFFN(ProductKeys):
 
     def forward(self, inputs: SelectorInput) -> Selection:
         scores = self.scores(inputs.x)
-        return Selection(scores.top(self.active_blocks), scores)
+        return Selection(inputs.top(scores, self.active_blocks), scores)

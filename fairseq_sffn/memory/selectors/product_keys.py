@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..config import ConfigError, MemoryConfig
+from ..config import MemoryConfig
 from ..scores import ProductScores
 from ..selection import Selector, SelectorConfig
+from ..validation import ConfigError
 
 
 class ProductKeys(Selector):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..compute.embedding_bag import dot_rows
 from ..compute.embedding_bag_kernels import RowOrder, choose_embedding_bag
 from ..config import MemoryConfig
-from ..scores import Scores, top_blocks
+from ..scores import Scores
 from ..selection import Selection, Selector, SelectorConfig, SelectorInput
 
 AGGREGATES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -69,10 +69,10 @@ class VanillaM(Selector):
     def forward(self, inputs: SelectorInput) -> Selection:
         x_ND, keys_CD, bias_C = self.factors(inputs)
         if not inputs.needs_scores:
-            return self._select(x_ND, keys_CD, bias_C)
+            return self._select(inputs, x_ND, keys_CD, bias_C)
         pre_NBG = F.linear(x_ND, keys_CD, bias_C).unflatten(1, (-1, self.block_size))
         scores = Scores(aggregated(pre_NBG, self.aggregate))
-        blocks_NA = scores.top(self.active_blocks)
+        blocks_NA = inputs.top(scores, self.active_blocks)
         return Selection(blocks_NA, scores, pre_activations=_of_blocks(pre_NBG, blocks_NA))
 
     def factors(self, inputs: SelectorInput) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -80,7 +80,9 @@ class VanillaM(Selector):
         assert inputs.keys is not None
         return inputs.x, inputs.keys, inputs.key_bias
 
-    def _select(self, x_ND: Tensor, keys_CD: Tensor, bias_C: Tensor | None) -> Selection:
+    def _select(
+        self, inputs: SelectorInput, x_ND: Tensor, keys_CD: Tensor, bias_C: Tensor | None
+    ) -> Selection:
         """Select without keeping the scores, a few tokens at a time.
 
         Gradients flow through the selected cells only, not through zeros for all others.
@@ -95,8 +97,8 @@ class VanillaM(Selector):
         with torch.no_grad():
             for x_nD in x_ND.split(max(1, at_once // len(keys_CD))):
                 pre_nBG = F.linear(x_nD, keys_CD, bias_C).unflatten(1, (-1, self.block_size))
-                scores_nB = aggregated(pre_nBG, self.aggregate)
-                blocks.append(top_blocks(scores_nB, self.active_blocks))
+                scores = Scores(aggregated(pre_nBG, self.aggregate))
+                blocks.append(inputs.top(scores, self.active_blocks))
                 known.append(_of_blocks(pre_nBG, blocks[-1]).flatten(1))
         blocks_NA, known_NK = torch.cat(blocks), torch.cat(known)
         keys_BGD = keys_CD.unflatten(0, (-1, self.block_size))
