@@ -87,7 +87,7 @@ def cases(quick: bool) -> Iterator[Case]:
                         losses=chance.random() < 0.7,
                     )
     for selector, block_size, options in (
-        ("avgk", 64, dict(center=True, balance_rate=0.1)),
+        ("avgk", 64, dict(center=True)),
         ("hash_layer", 256, dict(table="bigram")),
         ("gshard", 128, dict(second_expert="sampled")),
         ("vanilla_m", 64, dict(aggregate="max")),

@@ -1,9 +1,8 @@
 """Balance and z losses, and statistics of routing, for any criterion."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import torch
 from fairseq.criterions import FairseqCriterion
@@ -15,75 +14,12 @@ from omegaconf import II
 from torch import Tensor
 
 from ..errors import UsageError
-from ..memory import Selector, usage
+from ..memory import Selector
 from ..models.layer import LayerRouting
+from .routing_statistics import PER_LAYER, RATIOS, SENT, SUMS, MeanOverLayers, logged_meters
 
-
-class Ratio(NamedTuple):
-    """A logged value, computed from the sums of a layer over micro-batches.
-
-    Attributes:
-        function: computes the value from the sums.
-        sums: names of the sums in ``SUMS``.
-    """
-
-    function: Callable[..., float]
-    sums: tuple[str, ...]
-
-
-def _mean(weighted: Any, weight: Any) -> float:
-    return float(weighted) / float(weight) if float(weight) else 0.0
-
-
-SUMS = {
-    "counts": "routing_counts_",
-    "dropped": "routing_dropped_",
-    "importance": "routing_importance_",
-    "weighted_balance": "routing_balance_",
-    "balance_weight": "routing_scored_",
-}
-"""Name of a sum of a layer -> prefix of its key in the logs of a micro-batch."""
-RATIOS = {
-    "balance_loss": Ratio(_mean, ("weighted_balance", "balance_weight")),
-    "load_entropy": Ratio(usage.load_entropy, ("counts",)),
-    "load_max": Ratio(usage.load_max, ("counts",)),
-    "unused_blocks": Ratio(usage.unused_blocks, ("counts",)),
-    "memory_usage": Ratio(usage.memory_usage, ("counts",)),
-    "load_kl": Ratio(usage.load_kl, ("importance",)),
-    "dropped_share": Ratio(usage.dropped_share, ("counts", "dropped")),
-}
-"""Name in fairseq's log -> ratio."""
-SENT = "routing_sent_"
-"""Prefix of the key of the bytes that a layer sent, in the logs of a micro-batch."""
-PER_LAYER = "routing_per_layer"
-"""Key in the logs of a micro-batch. If it is there, the ratios of each layer are logged too.
-
-Its value is not read, because it may be on an accelerator and the host would wait for it."""
-LOOPS = ("train_inner", "valid")
-"""Names of fairseq's aggregators that are active during its training and validation loops."""
-
-
-@dataclass(frozen=True)
-class MeanOverLayers:
-    """A derived metric: the mean of a ratio over the layers that ran, rounded for the log.
-
-    LayerDrop may have skipped some layers.
-
-    Attributes:
-        ratio: the ratio.
-        layers: names of the layers.
-    """
-
-    ratio: Ratio
-    layers: list[str]
-
-    def __call__(self, meters: Any) -> float:
-        def sums(layer: str, names: tuple[str, ...]) -> list[Any]:
-            return [meters[f"_{name}_{layer}"].sum for name in names]
-
-        ran = [layer for layer in self.layers if sums(layer, ("counts",))[0].any()]
-        values = [self.ratio.function(*sums(layer, self.ratio.sums)) for layer in ran]
-        return round(sum(values) / max(len(ran), 1), 4)
+SCOPES = ("micro", "sequence", "global")
+"""Choices of ``--balance-loss-scope``."""
 
 
 @dataclass
@@ -97,6 +33,15 @@ class RoutingLossConfig(FairseqDataclass):
     )
     balance_loss_reduce: ChoiceEnum(["sum", "mean"]) = field(  # type: ignore[valid-type]
         default="sum", metadata={"help": "how the balance losses of the sparse layers are combined"}
+    )
+    balance_loss_scope: ChoiceEnum(SCOPES) = field(  # type: ignore[valid-type]
+        default="micro",
+        metadata={
+            "help": "the tokens of one balance loss: 'micro': the micro-batch of all processes; "
+            "'sequence': each sequence, averaged (DeepSeek-V3, arXiv 2412.19437); 'global': "
+            "the loads of the update's micro-batches so far, with the scores of this one (arXiv "
+            "2501.11873; the loads of the whole update are known in its last micro-batch only)"
+        },
     )
     z_loss_weight: float = field(
         default=0.0,
@@ -152,14 +97,17 @@ class RoutingLosses(FairseqCriterion):
             return super().forward(model, sample, reduce)
         # In training, a loss without a weight would only take time. Validation logs it.
         wanted = not model.training or any(self.weights(selector).values())
-        net_input = {**sample["net_input"], "routing_losses": wanted}
+        scope = str(self.cfg.balance_loss_scope)
+        net_input = {**sample["net_input"], "routing_losses": wanted, "balance_scope": scope}
         sample = {**sample, "net_input": net_input}  # a copy, to which compute_loss adds routing
         loss, sample_size, logging_output = super().forward(model, sample, reduce)
         routing = sample["routing"]
         loss = loss + self.extra_loss(selector, routing) * sample_size
         sends = getattr(model, "expert_parallel", 1) > 1
         has_losses = wanted and selector.scores_blocks
-        logging_output |= self.routing_logs(routing, sample_size, has_losses, sends)
+        logging_output |= self.routing_logs(
+            routing, sample_size, has_losses, sends, model.memory_config.balance_rate > 0
+        )
         return loss, sample_size, logging_output
 
     def compute_loss(
@@ -209,6 +157,7 @@ class RoutingLosses(FairseqCriterion):
         sample_size: Any,
         has_losses: bool,
         sends: bool = False,
+        has_bias: bool = False,
     ) -> dict[str, Any]:
         """Return the sums of a micro-batch, which :meth:`reduce_metrics` adds up.
 
@@ -220,6 +169,7 @@ class RoutingLosses(FairseqCriterion):
             sample_size: weight of the micro-batch.
             has_losses: whether the routing has a balance loss.
             sends: whether layers send hidden states to other processes.
+            has_bias: whether the blocks have biases (``--sffn-balance-rate``).
 
         Returns:
             Key -> sum.
@@ -229,6 +179,12 @@ class RoutingLosses(FairseqCriterion):
             if has_losses:
                 logs[f"routing_balance_{name}"] = layer.balance_loss.data * sample_size
                 logs[f"routing_scored_{name}"] = layer.counts.any() * sample_size
+                logs[f"routing_tokens_{name}"] = layer.scored.data
+                logs[f"routing_mass_{name}"] = layer.routed_mass.data
+                logs[f"routing_entropy_{name}"] = layer.entropy.data
+            if has_bias:
+                logs[f"routing_bias_{name}"] = layer.bias_range.data
+                logs[f"routing_passes_{name}"] = layer.counts.any()
             logs[f"routing_counts_{name}"] = layer.counts.data
             logs[f"routing_dropped_{name}"] = layer.dropped.data
             logs[f"routing_importance_{name}"] = layer.importance.data
@@ -259,7 +215,7 @@ class RoutingLosses(FairseqCriterion):
                 metrics.log_scalar_sum(f"_{name}_{layer}", total(f"{SUMS[name]}{layer}"))
         if f"{SENT}{layers[0]}" in first:
             sent = sum(total(f"{SENT}{layer}") for layer in layers)
-            for meters in _logged_meters():
+            for meters in logged_meters():
                 if "sent_bytes" not in meters:
                     meters.add_meter("sent_bytes", AverageMeter(round=0), priority=10)
                 meters["sent_bytes"].update(sent.double())  # fp64: the mean is exact
@@ -270,7 +226,7 @@ class RoutingLosses(FairseqCriterion):
             derived[name] = MeanOverLayers(ratio, layers)
             if PER_LAYER in first:
                 derived |= {f"{name}_{layer}": MeanOverLayers(ratio, [layer]) for layer in layers}
-        for meters in _logged_meters():
+        for meters in logged_meters():
             for name, derive in derived.items():
                 if name not in meters:
                     meters.add_meter(name, MetersDict._DerivedMeter(derive), priority=20)
@@ -280,15 +236,3 @@ def selector_of(model: Any) -> type[Selector] | None:
     """Return the selector of a model's sparse layers; ``None``: the model has none."""
     config = getattr(model, "memory_config", None)
     return None if config is None else config.selector_class
-
-
-def _logged_meters() -> list[MetersDict]:
-    """Return the active aggregators without the one that the trainer opens for a step.
-
-    After each step, the trainer reads all values of that aggregator, for which the host waits.
-    fairseq's loops then drop these values. The loops log the values of the outer aggregators, at
-    the log interval and at the end of a validation.
-    """
-    active = metrics.get_active_aggregators()
-    in_loop = any(meters is metrics.get_meters(loop) for meters in active for loop in LOOPS)
-    return active[:-1] if in_loop else active

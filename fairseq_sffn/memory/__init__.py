@@ -22,7 +22,8 @@ A lower-case letter is a part of the upper-case one: ``rows_pD`` has some of the
 from . import selectors
 from .config import MemoryConfig
 from .process_groups import ProcessGroups
-from .scores import ProductScores, Scores
+from .product_scores import ProductScores
+from .scores import Scores
 from .selection import Selection, Selector, SelectorConfig, SelectorInput
 from .sparse_memory import MemoryOutput, SparseMemory
 from .usage import Usage

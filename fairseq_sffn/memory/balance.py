@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .scores import Scores, mean_over_tokens
+from .scores import Scores, Split, mean_over_tokens
 
 Total = Callable[[Tensor], Tensor]
 
@@ -32,12 +32,17 @@ def assignment_counts(blocks_NA: Tensor, num_blocks: int, counted: Tensor | None
 
 
 def balance_loss(
-    scores: Scores, counts_B: Tensor, valid_N: Tensor | None, total: Total | None = None
+    scores: Scores,
+    counts_B: Tensor,
+    valid_N: Tensor | None,
+    total: Total | None = None,
+    function: str = "softmax",
 ) -> Tensor:
-    """Compute B * sum_i (mean softmax score of block i) * (share of the assignments to block i).
+    """Compute B * sum_i (mean score share of block i) * (share of the assignments to block i).
 
     Fedus et al. 2021 (arXiv 2101.03961), eq. 4. It is 1.0 at perfect balance and B if one block has
-    all assignments. It covers all tokens of a micro-batch, for each layer.
+    all assignments. It covers all tokens of a micro-batch, for each layer. With counts that include
+    earlier micro-batches, it is the global-batch loss (Qiu et al. 2025, arXiv 2501.11873).
 
     Tutel and the fairseq MoE branch compute the same. fairscale's loss is this divided by B^2. The
     Mixtral loss of transformers, for one layer, is this times the number of active blocks. No
@@ -50,11 +55,12 @@ def balance_loss(
         counts_B: assignments of each block.
         valid_N: bool, ``False`` at padding; ``None``: no padding.
         total: sums a vector over the ranks that share tokens; gradients reach all of them.
+        function: the score function; see :meth:`.scores.Scores.shares`.
 
     Returns:
         () loss.
     """
-    probs_B = scores.mean_probs(valid_N)
+    probs_B = scores.mean_shares(valid_N, function).squeeze(0)
     if total is not None:
         # One collective for all, in a dtype that keeps counts exact.
         tokens = _tokens(scores, valid_N).double()
@@ -62,8 +68,52 @@ def balance_loss(
         num_blocks = len(counts_B)
         probs_B = (sums[:num_blocks] / sums[num_blocks].clamp(min=1)).to(probs_B.dtype)
         counts_B = sums[num_blocks + 1 :].detach()
-    shares_B = counts_B.to(probs_B.dtype) / counts_B.sum().clamp(min=1).to(probs_B.dtype)
-    return len(counts_B) * (probs_B * shares_B).sum()
+    return _imbalance(probs_B, counts_B)
+
+
+def sequence_balance_loss(
+    scores: Scores,
+    blocks_NA: Tensor,
+    counted: Tensor | None,
+    valid_N: Tensor | None,
+    split: Split,
+    total: Total | None = None,
+    function: str = "softmax",
+) -> Tensor:
+    """Compute the loss of :func:`balance_loss` for each sequence, and average the sequences.
+
+    DeepSeek-AI 2024 (arXiv 2412.19437), eqs. 17 to 20. Sequences of padding alone do not count.
+
+    Args:
+        scores, valid_N, total, function: see :func:`balance_loss`.
+        blocks_NA: selected blocks.
+        counted: bool, broadcasts to (N, A); ``None`` counts all.
+        split: gives the tokens by sequence.
+
+    Returns:
+        () loss.
+    """
+    num_blocks, blocks_STA = scores.num_blocks, split(blocks_NA)
+    # The blocks of each sequence get numbers of their own.
+    starts_S = torch.arange(len(blocks_STA), device=blocks_NA.device) * num_blocks
+    blocks_NA = (blocks_STA + starts_S[:, None, None]).flatten(0, 1)
+    if counted is not None:
+        counted = split(counted).flatten(0, 1)
+    counts_SB = assignment_counts(blocks_NA, len(starts_S) * num_blocks, counted)
+    counts_SB = counts_SB.unflatten(0, (-1, num_blocks))
+    losses_S = _imbalance(scores.mean_shares(valid_N, function, split), counts_SB)
+    counts_S = counts_SB.any(dim=1)
+    sums = torch.stack([(losses_S * counts_S).sum(), counts_S.sum().to(losses_S.dtype)])
+    if total is not None:
+        sums = total(sums)
+    return sums[0] / sums[1].detach().clamp(min=1)
+
+
+def _imbalance(probs_B: Tensor, counts_B: Tensor) -> Tensor:
+    """Return B * sum_i probs_i * (share of the counts of i), over the last dimension."""
+    counts_B = counts_B.to(probs_B.dtype)
+    shares_B = counts_B / counts_B.sum(dim=-1, keepdim=True).clamp(min=1)
+    return counts_B.shape[-1] * (probs_B * shares_B).sum(dim=-1)
 
 
 def z_loss(scores: Scores, valid_N: Tensor | None, total: Total | None = None) -> Tensor:

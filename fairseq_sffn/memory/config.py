@@ -38,6 +38,8 @@ class MemoryConfig:
         capacity_factor: in training, a block takes at most this many times its fair share of the
             (token, block) assignments, and the rest is dropped; 0 drops nothing.
         eval_capacity_factor: the same in evaluation.
+        balance_rate: step of the biases that balance the load without a loss; 0: no biases (see
+            :class:`.balancer.Balancer`).
         init_scale: factor of the initial tables. They are uniform in +-1/sqrt(d) (keys and key
             bias) and +-1/sqrt(k) (values and value bias), where k is ``active_cells``: the
             initialization of a dense FFN with k hidden units, for any ``num_cells``.
@@ -63,6 +65,7 @@ class MemoryConfig:
     activation_dropout: float = 0.0
     capacity_factor: float = 0.0
     eval_capacity_factor: float = 0.0
+    balance_rate: float = 0.0
     init_scale: float = 1.0
     value_lr_scale: float = 1.0
     engine: str | None = None

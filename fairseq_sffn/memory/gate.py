@@ -32,3 +32,8 @@ GATES: dict[str, Callable[[Scores, Tensor], Tensor] | None] = {
     "sigmoid": sigmoid,
 }
 """Gate name -> function from scores and blocks (N, A) to weights (N, A)."""
+
+
+def score_function(gate: str) -> str:
+    """Return the score function of a gate: ``logits`` without a gate."""
+    return {"none": "logits", "sigmoid": "sigmoid"}.get(gate, "softmax")

@@ -39,6 +39,20 @@ def flatten_inputs(
     return x.reshape(-1, config.embed_dim), _flatten_token_ids(config, x, token_ids), valid_N
 
 
+def by_sequence(values_N: Tensor, shape: torch.Size, dim: int) -> Tensor:
+    """Give the tokens of a flattened input by sequence: (N, ...) -> (S, T, ...).
+
+    Args:
+        values_N: values of the tokens.
+        shape: the shape of x before it was flattened, (..., D).
+        dim: the dimension of x along which a sequence runs.
+    """
+    dim = dim % len(shape)
+    leading = len(shape) - 1
+    values = values_N.unflatten(0, shape[:-1]).movedim(dim, leading - 1)
+    return values.unsqueeze(0) if leading == 1 else values.flatten(0, leading - 2)
+
+
 def _flatten_token_ids(config: MemoryConfig, x: Tensor, token_ids: Tensor | None) -> Tensor | None:
     context = config.context_tokens
     if token_ids is None:

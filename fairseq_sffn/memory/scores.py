@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-import numpy as np
+import math
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-NUMPY_DTYPES = (torch.float32, torch.float64)
-PARTITIONED_BLOCKS, PARTITIONED_SCORES, PARTITIONED_ACTIVE = 128, 2**14, 8
-"""Numbers of blocks, scores and active blocks from which on NumPy's partial sort is faster than
-``topk`` on a CPU."""
+from .top_blocks import top_blocks
+
+ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "logits": lambda logits: logits,
+    "sigmoid": torch.sigmoid,
+    "sqrt_softplus": lambda logits: F.softplus(logits).sqrt(),
+}
+"""Score function -> function of a logit alone. The score function ``softmax`` is the only other
+one: it is over all blocks."""
+
+EPSILON = 1e-20
+"""Added to a sum of scores before division (DeepSeek-AI 2024, arXiv 2412.19437)."""
+
+Split = Callable[[Tensor], Tensor]
+"""Gives the tokens of a batch by sequence: (N, ...) -> (S, T, ...)."""
+
+
+def one_sequence(values: Tensor) -> Tensor:
+    """Take all tokens as one sequence: (N, ...) -> (1, N, ...)."""
+    return values.unsqueeze(0)
 
 
 class Scores:
@@ -25,9 +44,23 @@ class Scores:
         self.device = logits.device
         self._probs: Tensor | None = None
 
-    def top(self, active_blocks: int) -> Tensor:
-        """Return the blocks with the highest scores, best first: (N, A) int64."""
-        return top_blocks(self.logits, active_blocks)
+    def top(
+        self, active_blocks: int, bias_B: Tensor | None = None, function: str = "logits"
+    ) -> Tensor:
+        """Return the blocks with the highest scores, best first: (N, A) int64.
+
+        Args:
+            active_blocks: A.
+            bias_B: added to the scores.
+            function: the score function: ``logits``, ``softmax``, ``sigmoid`` or ``sqrt_softplus``.
+                All give the same blocks without a bias.
+        """
+        if bias_B is None:
+            return top_blocks(self.logits, active_blocks)
+        if function == "softmax":
+            return top_blocks(self.probs.detach() + bias_B, active_blocks)
+        scores_NB = ELEMENTWISE[function](at_least_fp32(self.logits.detach()))
+        return top_blocks(scores_NB + bias_B, active_blocks)
 
     def of(self, blocks_NA: Tensor) -> Tensor:
         """Return the scores of the given blocks: (N, A)."""
@@ -42,145 +75,85 @@ class Scores:
         # From the best block's probability, which is never small. Summing the exponentials again
         # would cost as much as the softmax.
         best_N1 = self.logits.argmax(dim=-1, keepdim=True)
-        return _at_least_fp32(self.logits.gather(1, best_N1)) - self.probs.gather(1, best_N1).log()
+        return at_least_fp32(self.logits.gather(1, best_N1)) - self.probs.gather(1, best_N1).log()
 
-    def mean_probs(self, valid_N: Tensor | None) -> Tensor:
-        """Return the probability of each block, averaged over the valid tokens: (B,)."""
-        return mean_over_tokens(self.probs, valid_N)
+    def mean_shares(
+        self, valid_N: Tensor | None, function: str = "softmax", split: Split = one_sequence
+    ) -> Tensor:
+        """Return each block's share of a token's scores, averaged over the valid tokens: (S, B).
+
+        Args:
+            valid_N: bool, ``False`` at padding; ``None``: no padding.
+            function: the score function. The shares of ``logits`` are those of ``softmax``.
+            split: see :data:`Split`.
+        """
+        return mean_over_tokens(self.shares(function), valid_N, split)
+
+    def shares(self, function: str = "softmax") -> Tensor:
+        """Return each block's share of a token's scores, in fp32 at least: (N, B)."""
+        if function in ("softmax", "logits"):
+            return self.probs
+        scores_NB = ELEMENTWISE[function](at_least_fp32(self.logits))
+        return scores_NB / (scores_NB.sum(dim=1, keepdim=True) + EPSILON)
+
+    def mass(self, blocks_NA: Tensor, function: str = "softmax") -> Tensor:
+        """Return the share of a token's scores that the given blocks have: (N,)."""
+        return self.shares(function).gather(1, blocks_NA).sum(dim=1)
+
+    def entropy(self, function: str = "softmax") -> Tensor:
+        """Return the entropy of a token's shares over its maximum, log B: (N,)."""
+        return torch.special.entr(self.shares(function)).sum(dim=1) / max_entropy(self.num_blocks)
+
+    def moments(self, valid_N: Tensor | None) -> Tensor:
+        """Return the number, the sum and the sum of squares of the logits: (3,) fp64.
+
+        Args:
+            valid_N: bool, ``False`` at padding, which does not count.
+        """
+        logits_NB = self.logits.detach().double()
+        return token_moments(logits_NB.sum(dim=1), logits_NB.square().sum(dim=1), self, valid_N)
 
     @property
     def probs(self) -> Tensor:
         """Probability of each block: (N, B), computed once for gate and losses."""
         if self._probs is None:
-            self._probs = torch.softmax(_at_least_fp32(self.logits), dim=-1)
+            self._probs = torch.softmax(at_least_fp32(self.logits), dim=-1)
         return self._probs
 
 
-class ProductScores(Scores):
-    """Scores that are sums of two parts, one for each half of the block number.
-
-    The score of block l * R + r is left[l] + right[r] (Lample et al. 2019, arXiv 1907.05242,
-    section 3.2). Only the best of the L * R scores are formed. Each of H heads scores all blocks.
-    A token's blocks are the best of each head, then the second best of each head, and so on.
-
-    Args:
-        left: (N, H, L) scores of the first half.
-        right: (N, H, R) scores of the second half.
-    """
-
-    def __init__(self, left: Tensor, right: Tensor) -> None:
-        self.left, self.right = left, right
-        self.num_tokens, self.device = len(left), left.device
-        self.num_blocks = left.shape[2] * right.shape[2]
-
-    def top(self, active_blocks: int) -> Tensor:
-        heads, right_size = self.left.shape[1], self.right.shape[2]
-        each = active_blocks // heads
-        left, lefts = _best(self.left, each)
-        right, rights = _best(self.right, each)
-        ranks_l, ranks_r = candidate_ranks(left.shape[1], right.shape[1], each, self.device)
-        sums = left.index_select(1, ranks_l).add_(right.index_select(1, ranks_r))
-        best = top_blocks(sums, each)
-        blocks = lefts.gather(1, ranks_l[best]) * right_size + rights.gather(1, ranks_r[best])
-        return blocks.unflatten(0, (-1, heads)).transpose(1, 2).flatten(1)
-
-    def of(self, blocks_NA: Tensor) -> Tensor:
-        blocks_NaH = self._by_rank(blocks_NA)
-        right_size = self.right.shape[2]
-        lefts = blocks_NaH.div(right_size, rounding_mode="floor")
-        scores = self.left.transpose(1, 2).gather(1, lefts)
-        return (scores + self.right.transpose(1, 2).gather(1, blocks_NaH % right_size)).flatten(1)
-
-    def log_probs(self, blocks_NA: Tensor) -> Tensor:
-        scores_NaH = self._by_rank(self.of(blocks_NA))
-        return (scores_NaH - self.log_partition().unsqueeze(1)).flatten(1)
-
-    def _by_rank(self, values_NA: Tensor) -> Tensor:
-        return values_NA.unflatten(1, (-1, self.left.shape[1]))
-
-    def log_partition(self) -> Tensor:
-        """Return the log of the summed exponentials of the scores of each head: (N, H)."""
-        left, right = _at_least_fp32(self.left), _at_least_fp32(self.right)
-        return torch.logsumexp(left, dim=-1) + torch.logsumexp(right, dim=-1)
-
-    def mean_probs(self, valid_N: Tensor | None) -> Tensor:
-        """Return the probability of each block, averaged over heads and valid tokens: (B,)."""
-        left = torch.softmax(_at_least_fp32(self.left), dim=-1)
-        right = torch.softmax(_at_least_fp32(self.right), dim=-1)
-        # The weights sum to 1 over tokens and heads, and are 0 at padding.
-        weights_N = left.new_ones(len(left)) if valid_N is None else valid_N.to(left.dtype)
-        weights_N = weights_N / (left.shape[1] * weights_N.sum().clamp(min=1))
-        left = left * weights_N[:, None, None]
-        with torch.autocast(left.device.type, enabled=False):
-            return (left.flatten(0, 1).t() @ right.flatten(0, 1)).flatten()
-
-
-def candidate_ranks(
-    left_size: int, right_size: int, count: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Find the ranks whose sum can be among the ``count`` best sums of two sorted lists.
-
-    At least (l + 1) * (r + 1) - 1 sums are better than the sum of ranks l and r. The two ranks are
-    a candidate if (l + 1) * (r + 1) <= count.
-
-    Args:
-        left_size: length of the first list.
-        right_size: length of the second list.
-        count: number of best sums.
-        device: device of the result.
-
-    Returns:
-        Ranks in the first list and in the second list, ordered by the first, then by the second:
-        (candidates,) int64 each.
-    """
-    ranks_L = torch.arange(left_size, device=device)
-    each_L = torch.full_like(ranks_L, count).div(ranks_L + 1, rounding_mode="floor")
-    each_L = each_L.clamp(max=right_size)
-    # The host computes the total: finding the candidates by `nonzero` would wait for the device.
-    total = sum(min(count // (rank + 1), right_size) for rank in range(left_size))
-    ranks_l = ranks_L.repeat_interleave(each_L, output_size=total)
-    starts_L = each_L.cumsum(0) - each_L
-    return ranks_l, torch.arange(total, device=device) - starts_L[ranks_l]
-
-
-def _best(half_NHX: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the highest scores of a half and their indices, best first: (N * H, X) each."""
-    flat = half_NHX.detach().flatten(0, 1)
-    indices = top_blocks(flat, min(count, flat.shape[1]))
-    return flat.gather(1, indices), indices
-
-
-def top_blocks(scores_NB: Tensor, active_blocks: int) -> Tensor:
-    """Return the blocks with the highest scores, best first: (N, A) int64.
-
-    The order of equal scores is undefined.
-    """
-    scores_NB = scores_NB.detach()
-    if (
-        scores_NB.device.type != "cpu"
-        or scores_NB.dtype not in NUMPY_DTYPES
-        or scores_NB.shape[1] < PARTITIONED_BLOCKS
-        or scores_NB.numel() < PARTITIONED_SCORES
-        or active_blocks < PARTITIONED_ACTIVE
-    ):
-        return scores_NB.topk(active_blocks, dim=-1).indices
-    # NumPy's sorts use vector instructions and are several times faster than PyTorch's.
-    if active_blocks == scores_NB.shape[1]:
-        return torch.from_numpy(scores_NB.numpy().argsort(axis=1)).flip(1)
-    parted = np.argpartition(scores_NB.numpy(), -active_blocks, axis=1)
-    blocks_NA = torch.from_numpy(parted[:, -active_blocks:])
-    order_NA = torch.from_numpy(scores_NB.gather(1, blocks_NA).numpy().argsort(axis=1))
-    return blocks_NA.gather(1, order_NA.flip(1))
-
-
-def mean_over_tokens(values_NX: Tensor, valid_N: Tensor | None) -> Tensor:
-    """Average over the valid tokens: (X,); zeros if there are none."""
+def mean_over_tokens(
+    values_NX: Tensor, valid_N: Tensor | None, split: Split = one_sequence
+) -> Tensor:
+    """Average over the valid tokens of each sequence: (S, X); zeros where there are none."""
+    values_STX = split(values_NX)
     if valid_N is None:
-        return values_NX.sum(dim=0) / max(len(values_NX), 1)
-    weights_N = valid_N.to(values_NX.dtype) / valid_N.sum().clamp(min=1)
+        return values_STX.sum(dim=1) / max(values_STX.shape[1], 1)
+    weights_ST = token_weights(values_NX, valid_N, split)
     with torch.autocast(values_NX.device.type, enabled=False):
-        return weights_N @ values_NX
+        return (weights_ST.unsqueeze(1) @ values_STX).squeeze(1)
 
 
-def _at_least_fp32(scores: Tensor) -> Tensor:
+def token_weights(like_N: Tensor, valid_N: Tensor | None, split: Split) -> Tensor:
+    """Return weights of the tokens that sum to 1 in each sequence, and are 0 at padding: (S, T)."""
+    weights_N = like_N.new_ones(len(like_N)) if valid_N is None else valid_N.to(like_N.dtype)
+    weights_ST = split(weights_N)
+    return weights_ST / weights_ST.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def token_moments(
+    sums_N: Tensor, squares_N: Tensor, scores: Scores, valid_N: Tensor | None
+) -> Tensor:
+    """Add up the sums and the squares of each token's logits: (3,), their number first."""
+    rows_N3 = torch.stack([torch.full_like(sums_N, scores.num_blocks), sums_N, squares_N], dim=1)
+    if valid_N is not None:
+        rows_N3 = rows_N3.masked_fill(~valid_N.unsqueeze(1), 0.0)
+    return rows_N3.sum(dim=0)
+
+
+def max_entropy(num_blocks: int) -> float:
+    """Return the entropy of even shares."""
+    return math.log(max(num_blocks, 2))
+
+
+def at_least_fp32(scores: Tensor) -> Tensor:
     return scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -39,6 +39,8 @@ class SelectorInput(NamedTuple):
             rows of each rank.
         stack_over_tokens: stacks tensors of the same shape on each of these ranks,
             (...) -> (ranks, ...); no gradients, no waiting.
+        bias: (B,) added to the scores by :meth:`top`, or ``None``.
+        score_function: to which the bias is added; see :meth:`.scores.Scores.top`.
     """
 
     x: Tensor
@@ -50,6 +52,8 @@ class SelectorInput(NamedTuple):
     gather: Callable[[Tensor], Tensor] = lambda part: part
     gather_tokens: Callable[[Tensor], tuple[Tensor, slice]] = lambda own: (own, slice(0, len(own)))
     stack_over_tokens: Callable[[Tensor], Tensor] = lambda own: own.unsqueeze(0)
+    bias: Tensor | None = None
+    score_function: str = "logits"
 
     def top(self, scores: Scores, active_blocks: int) -> Tensor:
         """Return the blocks to select, best first: (N, A) int64.
@@ -58,7 +62,7 @@ class SelectorInput(NamedTuple):
             scores: of all blocks.
             active_blocks: A.
         """
-        return scores.top(active_blocks)
+        return scores.top(active_blocks, self.bias, self.score_function)
 
 
 class Selection(NamedTuple):

@@ -8,16 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .balance import assignment_counts, balance_loss, z_loss
+from .balance import assignment_counts, balance_loss, sequence_balance_loss, z_loss
+from .balancer import Balancer
 from .capacity import drop_over_capacity
 from .config import MemoryConfig
 from .dispatch import combine, dispatch
-from .gate import GATES
-from .inputs import flatten_inputs
+from .gate import GATES, score_function
+from .inputs import by_sequence, flatten_inputs
 from .process_groups import ProcessGroups
+from .scores import Split
 from .selection import Selection, SelectorInput
 from .tables import MemoryTables
-from .usage import Usage, block_importance
+from .usage import Usage, block_importance, score_statistics
 from .validation import ConfigError
 
 
@@ -52,12 +54,15 @@ class SparseMemory(MemoryTables):
 
     Attributes:
         selector: the module that selects blocks.
+        balancer: the biases that balance the load, and the load of an update.
         keys, key_bias, values, value_bias, dropout: see :class:`.tables.MemoryTables`.
     """
 
     def __init__(self, config: MemoryConfig, groups: ProcessGroups | None = None) -> None:
         super().__init__(config, groups)
         self.selector = config.selector_class(config)
+        function = score_function(config.gate_name)
+        self.balancer = Balancer(config.num_blocks, config.balance_rate, function)
         self.reset_parameters()
 
     def forward(
@@ -67,6 +72,8 @@ class SparseMemory(MemoryTables):
         *,
         padding_mask: Tensor | None = None,
         losses: bool = True,
+        balance_scope: str = "micro",
+        sequence_dim: int = -2,
     ) -> MemoryOutput:
         """Look up every token.
 
@@ -79,6 +86,11 @@ class SparseMemory(MemoryTables):
                 losses, usage and capacity.
             losses: whether to compute balance and z loss. Without them a selector may skip the
                 scores of all blocks.
+            balance_scope: the tokens of one balance loss: those of the micro-batch (``micro``), of
+                each sequence (``sequence``), or, for the assignments, those of the micro-batches
+                of the optimizer update so far (``global``; see :meth:`end_update`).
+            sequence_dim: the dimension of x along which a sequence runs; read by scope
+                ``sequence``.
 
         Raises:
             ValueError: a shape does not fit, token ids are missing or out of range, the forced
@@ -91,10 +103,22 @@ class SparseMemory(MemoryTables):
         counted = selection.counted(valid_N)
         counts_B = assignment_counts(selection.blocks, self.config.num_blocks, counted)
         balance = z = None
+        sent = dropped = scored = counts_B.new_zeros(())
+        mass = entropy = bias_range = torch.zeros((), device=x.device)
         if losses and selection.scores is not None:
-            balance, z = self._losses(selection, counts_B, counted, valid_N)
+
+            def split(values_N: Tensor) -> Tensor:
+                return by_sequence(values_N, x.shape, sequence_dim)
+
+            balance, z = self._losses(selection, counts_B, counted, valid_N, balance_scope, split)
+            function = self.balancer.function
+            scored, mass, entropy = score_statistics(selection, function, valid_N)
+        # With activation checkpointing only the second pass has gradients: it alone counts.
+        if self.training and torch.is_grad_enabled():
+            self.balancer.count(counts_B, selection.scores, valid_N)
+        if self.balancer.bias is not None:
+            bias_range = self.balancer.bias.max() - self.balancer.bias.min()
         importance_B = block_importance(selection, counts_B, counted)
-        sent = dropped = counts_B.new_zeros(())
         factor = self.config.capacity_factor if self.training else self.config.eval_capacity_factor
         if factor:
             num_blocks = self.config.num_blocks
@@ -121,7 +145,7 @@ class SparseMemory(MemoryTables):
                 output_ND = output_ND * self.config.value_lr_scale
             if self.value_bias is not None:
                 output_ND = output_ND + self.value_bias.to(dtype)
-        usage = Usage(counts_B, dropped, importance_B, sent)
+        usage = Usage(counts_B, dropped, importance_B, sent, scored, mass, entropy, bias_range)
         return MemoryOutput(output_ND.view(x.shape), selection, balance, z, usage)
 
     def _select(
@@ -129,8 +153,12 @@ class SparseMemory(MemoryTables):
     ) -> Selection:
         """Select the blocks of each token, and compute their gate values."""
         gate = GATES[self.config.gate_name]
-        needs_scores = losses or gate is not None
-        inputs = SelectorInput(x_ND, self.keys, self.key_bias, token_ids_NT, valid_N, needs_scores)
+        needs_scores = losses or gate is not None or self.balancer.needs_moments
+        inputs = SelectorInput(
+            *(x_ND, self.keys, self.key_bias, token_ids_NT, valid_N, needs_scores),
+            bias=self.balancer.bias,
+            score_function=self.balancer.function,
+        )
         if self.groups != ProcessGroups():
             inputs = inputs._replace(
                 gather=self.groups.gather,
@@ -156,16 +184,39 @@ class SparseMemory(MemoryTables):
         counts_B: Tensor,
         counted: Tensor | None,
         valid_N: Tensor | None,
+        scope: str,
+        split: Split,
     ) -> tuple[Tensor, Tensor]:
         """Compute balance loss and z loss, over the ranks that share tokens."""
-        assert selection.scores is not None
+        scores, blocks_NA = selection.scores, selection.blocks
+        assert scores is not None
         if (choices := self.config.selector_class.balanced_choices) is not None:
             counted = None if counted is None else counted[:, :choices]
-            blocks_NA = selection.blocks[:, :choices]
+            blocks_NA = blocks_NA[:, :choices]
             counts_B = assignment_counts(blocks_NA, self.config.num_blocks, counted)
         total = None if self.groups.tokens is None else self.groups.sum_over_tokens
-        balance = balance_loss(selection.scores, counts_B, valid_N, total)
-        return balance, z_loss(selection.scores, valid_N, total)
+        function = self.balancer.function
+        z = z_loss(scores, valid_N, total)
+        if scope == "sequence":
+            of_sequences = (scores, blocks_NA, counted, valid_N, split, total, function)
+            return sequence_balance_loss(*of_sequences), z
+        if scope == "global" and self.training:
+            own_B, counts_B = counts_B, counts_B + self.balancer.loss_counts
+            if torch.is_grad_enabled():
+                self.balancer.loss_counts += own_B
+        return balance_loss(scores, counts_B, valid_N, total, function), z
+
+    def begin_update(self) -> None:
+        """Forget the assignments of an update that was not made."""
+        self.balancer.discard()
+
+    def end_update(self) -> None:
+        """Move the biases by the assignments of all ranks since the last update.
+
+        Call it after each optimizer update, on all ranks together, if the memory has a
+        ``balance_rate`` or a balance loss of scope ``global``.
+        """
+        self.balancer.step(self.groups.stack_over_tokens)
 
     def extra_repr(self) -> str:
         config = self.config

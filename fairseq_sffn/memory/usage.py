@@ -24,12 +24,21 @@ class Usage(NamedTuple):
             the counts where a method has neither.
         sent: () int64 bytes that this rank sends to others, including gradients and the repeated
             forward pass of activation checkpointing.
+        scored: () int64 tokens of the next two sums; 0 if the losses were not requested, or the
+            selector has no scores.
+        routed_mass: () sum over tokens of the share of a token's scores that its blocks have.
+        entropy: () sum over tokens of the entropy of the shares over its maximum, log B.
+        bias_range: () the highest bias minus the lowest (:class:`.balancer.Balancer`).
     """
 
     counts: Tensor
     dropped: Tensor
     importance: Tensor
     sent: Tensor
+    scored: Tensor
+    routed_mass: Tensor
+    entropy: Tensor
+    bias_range: Tensor
 
 
 def block_importance(selection: Selection, counts_B: Tensor, counted: Tensor | None) -> Tensor:
@@ -48,6 +57,28 @@ def block_importance(selection: Selection, counts_B: Tensor, counted: Tensor | N
     return importance_B.zero_().scatter_add_(0, selection.blocks.flatten(), importance_NA.flatten())
 
 
+def score_statistics(
+    selection: Selection, function: str, valid_N: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute ``Usage.scored``, ``Usage.routed_mass`` and ``Usage.entropy``.
+
+    Args:
+        selection: with scores.
+        function: the score function; see :meth:`.scores.Scores.shares`.
+        valid_N: bool, ``False`` at padding; ``None``: no padding.
+    """
+    assert selection.scores is not None
+    with torch.no_grad():
+        mass_N = selection.scores.mass(selection.blocks, function)
+        rows_N2 = torch.stack([mass_N, selection.scores.entropy(function)], dim=1).float()
+        if valid_N is None:
+            tokens = torch.full((), len(rows_N2), device=rows_N2.device)
+        else:
+            tokens, rows_N2 = valid_N.sum(), rows_N2.masked_fill(~valid_N.unsqueeze(1), 0.0)
+    mass, entropy = rows_N2.sum(dim=0).unbind()
+    return tokens, mass, entropy
+
+
 def load_entropy(counts_B: Tensor) -> float:
     """Return the entropy of the load over its maximum log B: 1 if even, 0 if one block has all."""
     if len(counts_B) < 2:
@@ -60,6 +91,11 @@ def load_entropy(counts_B: Tensor) -> float:
 def load_max(counts_B: Tensor) -> float:
     """Return the maximum load over the mean load: 1 if even."""
     return float(counts_B.max() / counts_B.double().mean().clamp(min=1e-9))
+
+
+def load_min(counts_B: Tensor) -> float:
+    """Return the minimum load over the mean load: 1 if even."""
+    return float(counts_B.min() / counts_B.double().mean().clamp(min=1e-9))
 
 
 def unused_blocks(counts_B: Tensor) -> int:

@@ -15,6 +15,12 @@ from .selection import Selector, SelectorConfig
 if TYPE_CHECKING:
     from .config import MemoryConfig
 
+FRACTIONS = (
+    *("capacity_factor", "eval_capacity_factor", "activation_dropout", "balance_rate"),
+    *("init_scale", "value_lr_scale"),
+)
+"""Fields that are numbers, whole or not."""
+
 TYPE_REASONS = {bool: "neither True nor False", int: "not a whole number", float: "not a number"}
 """Type of a selector's option -> the reason to refuse a value of another type."""
 
@@ -73,6 +79,9 @@ def check_config(config: MemoryConfig) -> None:
         raise ConfigError("vocab_size", None, reason)
     if config.vocab_size is not None and config.vocab_size < 1:
         raise ConfigError("vocab_size", config.vocab_size, "must be at least 1")
+    for name in FRACTIONS:
+        if type(getattr(config, name)) not in (float, int):
+            raise ConfigError(name, getattr(config, name), TYPE_REASONS[float])
     for name in ("capacity_factor", "eval_capacity_factor"):
         if not 0 <= getattr(config, name) < math.inf:
             reason = "must be positive and finite, or 0 for dropless"
@@ -80,6 +89,12 @@ def check_config(config: MemoryConfig) -> None:
     if not 0 <= config.activation_dropout < 1:
         reason = "must be at least 0 and below 1"
         raise ConfigError("activation_dropout", config.activation_dropout, reason)
+    if not 0 <= config.balance_rate < math.inf:
+        reason = "must not be negative, infinite or NaN"
+        raise ConfigError("balance_rate", config.balance_rate, reason)
+    if config.balance_rate and not config.selector_class.scores_blocks:
+        reason = f"{config.selector_class.name} gives blocks no score that a bias could change"
+        raise ConfigError("balance_rate", config.balance_rate, reason)
     if config.engine is not None:
         if config.engine not in ENGINES:
             raise ConfigError("engine", config.engine, f"is none of {', '.join(ENGINES)}")

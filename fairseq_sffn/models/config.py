@@ -170,6 +170,18 @@ class SparseOptions(FairseqDataclass):
     sffn_eval_capacity_factor: float = field(
         default=0.0, metadata={"help": "the capacity factor in evaluation; 0 drops nothing"}
     )
+    sffn_balance_rate: float = field(
+        default=0.0,
+        metadata={
+            "help": "loss-free balancing (Wang et al. 2024, arXiv 2408.15664): after each update, "
+            "the bias of a block, used for selection alone, moves by this much: up if the block's "
+            "load is below the mean, down if above. The unit is that of the gate's scores, such as "
+            "0.001; without a gate, it is the standard deviation of the scores. 0 turns it off"
+        },
+    )
+    avgk_balance_rate: Optional[float] = field(
+        default=None, metadata={"help": "earlier name of --sffn-balance-rate; refused"}
+    )
     sffn_init_scale: float = field(
         default=1.0,
         metadata={

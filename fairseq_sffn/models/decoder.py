@@ -75,6 +75,7 @@ class SparseTransformerDecoder(SparseStack, TransformerDecoder):
         *,
         routing_losses: bool = False,
         is_dummy: bool = False,
+        balance_scope: str = "micro",
     ) -> tuple[Tensor, dict[str, Any]]:
         """Run the decoder. :meth:`extract_features` describes the additional arguments.
 
@@ -90,6 +91,7 @@ class SparseTransformerDecoder(SparseStack, TransformerDecoder):
             alignment_heads,
             routing_losses=routing_losses,
             is_dummy=is_dummy,
+            balance_scope=balance_scope,
         )
         return features if features_only else self.output_layer(features), extra
 
@@ -104,6 +106,7 @@ class SparseTransformerDecoder(SparseStack, TransformerDecoder):
         *,
         routing_losses: bool = False,
         is_dummy: bool = False,
+        balance_scope: str = "micro",
     ) -> tuple[Tensor, dict[str, Any]]:
         """Run the layers.
 
@@ -116,6 +119,7 @@ class SparseTransformerDecoder(SparseStack, TransformerDecoder):
                 blocks. In several processes, all of them must then run together.
             is_dummy: whether the tokens count nowhere. A rank without sentences runs such tokens to
                 take part in every exchange.
+            balance_scope: tokens of one balance loss; see :meth:`~..memory.SparseMemory.forward`.
 
         Returns:
             (B, T, D) features, and fairseq's extra outputs with ``routing``: name of each sparse
@@ -125,7 +129,9 @@ class SparseTransformerDecoder(SparseStack, TransformerDecoder):
             UsageError: a token id is outside the dictionary.
         """
         last_only = incremental_state is not None
-        inputs = self.routing_inputs(prev_output_tokens, routing_losses, is_dummy, last_only)
+        inputs = self.routing_inputs(
+            prev_output_tokens, routing_losses, is_dummy, balance_scope, last_only
+        )
         routing = self.empty_routing(prev_output_tokens)
         features, extra = TransformerDecoder.extract_features_scriptable(
             Overlay(self, layers=self.routed_layers(inputs, routing)),

@@ -50,13 +50,14 @@ class SparseTransformerEncoder(SparseStack, TransformerEncoder):
         *,
         routing_losses: bool = False,
         is_dummy: bool = False,
+        balance_scope: str = "micro",
     ) -> dict[str, Any]:
         """Run the encoder.
 
         Args:
             src_tokens: (B, T) token ids.
             src_lengths, return_all_hiddens, token_embeddings: see fairseq's encoder.
-            routing_losses, is_dummy: see the decoder's ``extract_features``.
+            routing_losses, is_dummy, balance_scope: see the decoder's ``extract_features``.
 
         Returns:
             fairseq's outputs with ``routing``: name of each sparse layer -> its
@@ -66,7 +67,7 @@ class SparseTransformerEncoder(SparseStack, TransformerEncoder):
             UsageError: a token id is outside the dictionary.
         """
         routing = self.empty_routing(src_tokens)
-        inputs = self.routing_inputs(src_tokens, routing_losses, is_dummy)
+        inputs = self.routing_inputs(src_tokens, routing_losses, is_dummy, balance_scope)
         encoder_out = TransformerEncoder.forward_scriptable(
             Overlay(self, layers=self.routed_layers(inputs, routing)),
             src_tokens,

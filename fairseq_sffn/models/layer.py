@@ -32,6 +32,9 @@ class LayerRouting(NamedTuple):
         dropped: () dropped assignments.
         importance: (B,) sum of the weights of the assignments per block.
         sent: () bytes sent to other ranks.
+        scored, routed_mass, entropy: () tokens whose scores are summed in the next two, the sum of
+            the shares of their blocks, and of the entropies of their shares.
+        bias_range: () highest minus lowest bias of the blocks.
     """
 
     balance_loss: Tensor
@@ -40,6 +43,10 @@ class LayerRouting(NamedTuple):
     dropped: Tensor
     importance: Tensor
     sent: Tensor
+    scored: Tensor
+    routed_mass: Tensor
+    entropy: Tensor
+    bias_range: Tensor
 
     @classmethod
     def empty(cls, num_blocks: int, like: Tensor) -> LayerRouting:
@@ -47,7 +54,7 @@ class LayerRouting(NamedTuple):
         zero = like.new_zeros((), dtype=torch.float32)
         count = like.new_zeros((), dtype=torch.int64)
         counts_B = count.new_zeros(num_blocks)
-        return cls(zero, zero, counts_B, count, counts_B.float(), count)
+        return cls(zero, zero, counts_B, count, counts_B.float(), count, count, zero, zero, zero)
 
 
 class SparseFFN(nn.Module):
@@ -65,7 +72,12 @@ class SparseFFN(nn.Module):
         self.memory = SparseMemory(config, groups)
 
     def forward(
-        self, x: Tensor, token_ids: Tensor | None, padding_mask: Tensor | None, losses: bool
+        self,
+        x: Tensor,
+        token_ids: Tensor | None,
+        padding_mask: Tensor | None,
+        losses: bool,
+        balance_scope: str = "micro",
     ) -> MemoryOutput:
         """Run the memory; see :meth:`~..memory.SparseMemory.forward`.
 
@@ -74,7 +86,13 @@ class SparseFFN(nn.Module):
                 the selector does not score the blocks of all ranks.
         """
         try:
-            return self.memory(x, token_ids, padding_mask=padding_mask, losses=losses)
+            return self.memory(
+                *(x, token_ids),
+                padding_mask=padding_mask,
+                losses=losses,
+                balance_scope=balance_scope,
+                sequence_dim=0,
+            )
         except ConfigError as error:
             if error.field not in KNOWN_LATE:
                 raise
@@ -121,6 +139,7 @@ class SparseLayer(nn.Module):
         token_ids: Tensor | None = None,
         padding_mask: Tensor | None = None,
         losses: bool = True,
+        balance_scope: str = "micro",
         autocast: torch.dtype | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
@@ -130,7 +149,7 @@ class SparseLayer(nn.Module):
             x: (T, B, D) hidden states.
             token_ids: (T, B, context_tokens) trailing token ids.
             padding_mask: (T, B), ``True`` at padding.
-            losses: whether to compute balance and z loss.
+            losses, balance_scope: see :meth:`~..memory.SparseMemory.forward`.
             autocast: dtype of autocast outside of the layer; ``None``: off. fairseq's activation
                 checkpointing runs the layer again without autocast. The second run must use the
                 same precision: otherwise, near-ties between scores would select other blocks.
@@ -142,7 +161,7 @@ class SparseLayer(nn.Module):
 
         def fc1(x: Tensor) -> Tensor:
             nonlocal found
-            found = self.fc1(x, token_ids, padding_mask, losses)
+            found = self.fc1(x, token_ids, padding_mask, losses, balance_scope)
             return found.output
 
         again = autocast is not None and not torch.is_autocast_enabled(x.device.type)

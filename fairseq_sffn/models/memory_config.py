@@ -14,7 +14,7 @@ from .size import check_selector_size
 
 SFFN_FIELDS = (
     *("block_size", "active_blocks", "selector", "gate", "engine", "init_scale"),
-    *("value_lr_scale", "capacity_factor", "eval_capacity_factor"),
+    *("value_lr_scale", "capacity_factor", "eval_capacity_factor", "balance_rate"),
 )
 """Fields of a memory's config that the options ``sffn_`` + field name set."""
 
@@ -35,6 +35,7 @@ def check_supported(args: Any, sides: Sequence[str]) -> None:
         "quant_noise_pq": "quantization noise does not reach the tables of a sparse FFN",
         "quant_noise_scalar": "quantization noise does not reach the tables of a sparse FFN",
         "base_layers": "fairseq's BASE layers cannot be mixed with sparse FFNs",
+        "avgk_balance_rate": "is --sffn-balance-rate today, for every selector that scores blocks",
     }
     for name, reason in refused.items():
         if value := getattr(args, name, None):
@@ -90,6 +91,7 @@ def build_memory_config(
             activation_dropout=getattr(args, _dropout_option(args)) or 0.0,
             capacity_factor=args.sffn_capacity_factor,
             eval_capacity_factor=args.sffn_eval_capacity_factor,
+            balance_rate=args.sffn_balance_rate,
             init_scale=args.sffn_init_scale,
             value_lr_scale=args.sffn_value_lr_scale,
             engine=None if args.sffn_engine is None else str(args.sffn_engine),

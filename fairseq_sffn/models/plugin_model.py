@@ -21,9 +21,10 @@ from .config import selector_flags
 class PluginModel(BaseFairseqModel):
     """Base class to put before one of fairseq's models.
 
-    ``forward`` of a model with sparse layers takes two more arguments than fairseq's:
+    ``forward`` of a model with sparse layers takes three more arguments than fairseq's:
 
     - ``routing_losses``: whether to compute the balance and z losses of the returned routing;
+    - ``balance_scope``: the tokens of one balance loss;
     - ``is_dummy``: whether the tokens count nowhere, as on a rank that has no sentences left.
     """
 

@@ -64,7 +64,12 @@ class SparseStack(nn.Module):
         return fsdp_wrap(wrapped, min_num_params=min_params)
 
     def routing_inputs(
-        self, tokens_BT: Tensor, losses: bool, is_dummy: bool, last_only: bool = False
+        self,
+        tokens_BT: Tensor,
+        losses: bool,
+        is_dummy: bool,
+        balance_scope: str,
+        last_only: bool = False,
     ) -> dict[str, Any]:
         """Return the arguments of sparse layers besides those of fairseq.
 
@@ -72,6 +77,7 @@ class SparseStack(nn.Module):
             tokens_BT: (B, T) token ids.
             losses: whether to compute balance and z losses.
             is_dummy: whether the tokens count nowhere.
+            balance_scope: see :meth:`~..memory.SparseMemory.forward`.
             last_only: whether the layers compute only the last position (incremental decoding).
 
         Raises:
@@ -89,7 +95,11 @@ class SparseStack(nn.Module):
         device = tokens_BT.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return dict(
-            token_ids=token_ids_TBC, padding_mask=padding_TB, losses=losses, autocast=autocast
+            token_ids=token_ids_TBC,
+            padding_mask=padding_TB,
+            losses=losses,
+            balance_scope=balance_scope,
+            autocast=autocast,
         )
 
     def empty_routing(self, tokens: Tensor) -> dict[str, LayerRouting]:

@@ -94,18 +94,21 @@ class SparseTransformer(PluginModel, TransformerModel):
         *,
         routing_losses: bool = False,
         is_dummy: bool = False,
+        balance_scope: str = "micro",
         **kwargs: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Run encoder and decoder.
 
         Args:
             src_tokens, src_lengths, prev_output_tokens, return_all_hiddens, kwargs: see fairseq.
-            routing_losses, is_dummy: see the decoder's ``extract_features``.
+            routing_losses, is_dummy, balance_scope: see the decoder's ``extract_features``.
 
         Returns:
             (B, T, V) logits, and the extra outputs with ``routing``.
         """
-        routing: dict[str, Any] = dict(routing_losses=routing_losses, is_dummy=is_dummy)
+        routing: dict[str, Any] = dict(
+            routing_losses=routing_losses, is_dummy=is_dummy, balance_scope=balance_scope
+        )
         encoder_out = self.encoder(src_tokens, src_lengths, return_all_hiddens, **routing)
         return self.decoder(prev_output_tokens, encoder_out, **routing, **kwargs)
 

@@ -12,7 +12,7 @@ from fairseq.trainer import Trainer
 from fairseq.utils import has_parameters
 from torch import Tensor, nn
 
-from ..criterions.routing_losses import SENT
+from ..criterions.routing_statistics import SENT
 from ..expert_parallel.gradients import (
     ExpertGradients,
     distribute_on_cpus,
@@ -21,6 +21,7 @@ from ..expert_parallel.gradients import (
     ignore_experts,
     square_norm,
 )
+from ..memory import SparseMemory
 from ..models.plugin_model import plugin_model_in
 from ..models.process_groups import process_groups
 from ..optim.amp_optimizer import AMPOptimizer
@@ -111,18 +112,26 @@ class StepTrainer(Trainer):
         return sample, False
 
     def train_step(self, samples: list[Any], raise_oom: bool = False) -> Any:
-        """Do forward, backward and parameter update.
+        """Do forward, backward and parameter update, and move the biases that balance the load.
 
         If ranks exchange data, a rank that is out of memory fails. fairseq would skip its
         micro-batch, and the other ranks would wait for it.
         """
+        memories = [m for m in self.get_model().modules() if isinstance(m, SparseMemory)]
+        for memory in memories:
+            memory.begin_update()  # an update that overflowed left its loads
+        updates = self.get_num_updates()
         together = self.data_parallel_world_size > 1
         exchanges = together and plugin_model_in(self.get_model()) is not None
         hook = self.get_criterion().register_forward_hook(self._drop_dummy)
         try:
-            return super().train_step(samples, raise_oom or exchanges)
+            result = super().train_step(samples, raise_oom or exchanges)
         finally:
             hook.remove()
+        if self.get_num_updates() > updates:
+            for memory in memories:
+                memory.end_update()
+        return result
 
     def _drop_dummy(self, _: Any, inputs: Any, outputs: tuple[Any, Any, Any]) -> Any:
         """Replace the criterion's results for a dummy by zeros, except the bytes sent."""

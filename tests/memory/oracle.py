@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class Expected:
     counts: list[int]
     dropped: int
     importance: list[float]
+    statistics: list[float]
 
 
 def lookup(
@@ -37,8 +39,12 @@ def lookup(
     factor: float,
     made: Selection,
     rng: Tensor,
+    sequences: list[list[int]] | None = None,
 ) -> Expected:
-    """Compute by the definitions what ``memory`` must return, one cell at a time."""
+    """Compute by the definitions what ``memory`` must return, one cell at a time.
+
+    The balance loss is that of the micro-batch, or the mean over ``sequences`` of token numbers.
+    """
     config = memory.config
     active = config.active_blocks
     all_tokens, all_blocks = range(len(x_ND)), range(config.num_blocks)
@@ -91,26 +97,49 @@ def lookup(
         rows.append(row if memory.value_bias is None else row + memory.value_bias)
     output = torch.stack(rows)
 
-    # Losses and counts
-    counts, balance_counts = ([0] * config.num_blocks for _ in range(2))
-    importance = [0.0] * config.num_blocks
+    # Counts
+    counts, importance = [0] * config.num_blocks, [0.0] * config.num_blocks
     for n, a in assigned:
         counts[blocks[n][a]] += 1
-        balance_counts[blocks[n][a]] += a == 0 or name != "gshard"
         factors = [table[n][a] for table in (weights, choice.coefficients) if table is not None]
         importance[blocks[n][a]] += abs(math.prod(float(factor) for factor in factors))
     dropped = sum(not kept[n][a] for n, a in assigned)
-    balance = z = None
-    if scores is not None:
-        balance = z = torch.zeros((), dtype=x_ND.dtype)
-        for n in valid:
-            for h in heads:
-                share = 1 / (len(valid) * len(heads))
-                for i in all_blocks:
-                    load = balance_counts[i] / sum(balance_counts) * config.num_blocks
-                    balance = balance + share * exps[n][h][i] / totals[n][h] * load
-                z = z + share * torch.log(totals[n][h]) ** 2
-    return Expected(output, blocks, weights, kept, balance, z, counts, dropped, importance)
+    if scores is None:
+        statistics = [0, 0.0, 0.0]
+        return Expected(
+            output, blocks, weights, kept, *2 * [None], counts, dropped, importance, statistics
+        )
+
+    # Losses. The shares of a token's scores are their softmax, or those of the gate's scores.
+    shares = [[[e / totals[n][h] for e in exps[n][h]] for h in heads] for n in all_tokens]
+    if config.gate_name == "sigmoid" and not name.startswith("pkm"):
+        for n in all_tokens:
+            gates = [e / (1 + e) for e in exps[n][0]]
+            shares[n] = [[gate / sum(gates) for gate in gates]]
+    balances = []
+    for sequence in sequences or [list(all_tokens)]:
+        real = [n for n in sequence if n in valid]
+        load = [0] * config.num_blocks
+        for n, a in assigned:
+            load[blocks[n][a]] += n in real and (a == 0 or name != "gshard")
+        balance = torch.zeros((), dtype=x_ND.dtype)
+        for n, h, i in product(real, heads, all_blocks):
+            share = shares[n][h][i] / (len(real) * len(heads))
+            balance = balance + share * load[i] / sum(load) * config.num_blocks
+        balances += [balance] if real else []
+    balance = sum(balances) / max(len(balances), 1) + torch.zeros((), dtype=x_ND.dtype)
+    z = torch.zeros((), dtype=x_ND.dtype)
+    statistics = [len(valid), 0.0, 0.0]
+    for n, h in product(valid, heads):
+        z = z + torch.log(totals[n][h]) ** 2 / (len(valid) * len(heads))
+        chosen = [float(shares[n][h][i]) for i in blocks[n][h :: len(heads)]]
+        each = [float(share) for share in shares[n][h]]
+        statistics[1] += sum(chosen) / len(heads)
+        bits = [-share * math.log(share) for share in each if share]
+        statistics[2] += sum(bits) / math.log(max(len(each), 2)) / len(heads)
+    return Expected(
+        output, blocks, weights, kept, balance, z, counts, dropped, importance, statistics
+    )
 
 
 def assert_matches(
@@ -119,9 +148,11 @@ def assert_matches(
     token_ids: Tensor | None = None,
     padding_mask: Tensor | None = None,
     losses: bool = True,
+    sequence_dim: int | None = None,
 ) -> MemoryOutput:
     """Check that a memory equals the loops to 1e-10: all results, and the gradients of x and of
-    every parameter. Rows at padding are not compared, as nothing reads them."""
+    every parameter. Rows at padding are not compared, as nothing reads them. With ``sequence_dim``,
+    the balance loss is that of each sequence."""
     x = x.detach().clone().requires_grad_()
     config = memory.config
     padding_N = None if padding_mask is None else padding_mask.flatten()
@@ -129,11 +160,17 @@ def assert_matches(
     factor = config.capacity_factor if memory.training else config.eval_capacity_factor
 
     rng = torch.get_rng_state()
-    actual = memory(x, token_ids, padding_mask=padding_mask, losses=losses)
+    scope, sequences = {}, None
+    if sequence_dim is not None:
+        scope = dict(balance_scope="sequence", sequence_dim=sequence_dim)
+        numbers = torch.arange(x[..., 0].numel()).view(x.shape[:-1])
+        sequences = numbers.movedim(sequence_dim % x.ndim, -1).flatten(0, -2).tolist()
+    actual = memory(x, token_ids, padding_mask=padding_mask, losses=losses, **scope)
     x_ND = x.reshape(-1, config.embed_dim)
-    expected = lookup(memory, x_ND, ids_NT, padding_N, factor, actual.selection, rng)
+    expected = lookup(memory, x_ND, ids_NT, padding_N, factor, actual.selection, rng, sequences)
     if not losses:
-        expected = replace(expected, balance_loss=None, z_loss=None)
+        none = dict(balance_loss=None, z_loss=None, statistics=[0, 0.0, 0.0])
+        expected = replace(expected, **none)
     output_ND = actual.output.reshape(-1, config.embed_dim)
     read_N = torch.ones(len(output_ND), dtype=torch.bool) if padding_N is None else ~padding_N
 
@@ -142,6 +179,8 @@ def assert_matches(
     assert actual.usage.counts.tolist() == expected.counts
     assert int(actual.usage.dropped) == expected.dropped
     close(actual.usage.importance, torch.tensor(expected.importance), "importance", 1e-5)
+    statistics = torch.stack([t.double() for t in actual.usage[4:7]])
+    close(statistics, torch.tensor(expected.statistics).double(), "statistics", 1e-5)
     kept_NA = torch.tensor(expected.kept)
     if actual.selection.kept is None:
         assert kept_NA.all()

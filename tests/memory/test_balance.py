@@ -3,6 +3,8 @@ import torch
 
 from fairseq_sffn.memory.balance import assignment_counts, balance_loss, z_loss
 from fairseq_sffn.memory.scores import Scores
+from tests.memory.cases import CASE_GATES, UNSCORED, build, close, tokens
+from tests.memory.oracle import assert_matches
 
 DOUBLE = torch.float64
 
@@ -83,3 +85,61 @@ def test_fp64_keeps_its_precision(valid):
     wanted = 3 * (mean_B * counts_B.double() / counts_B.sum()).sum()
     got = balance_loss(Scores(scores_NB), counts_B, None if valid is None else valid_N)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
+# Scopes of the loss
+
+SCORED = [(case, gate) for case, gate in CASE_GATES if case not in UNSCORED]
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("sequence_dim", [0, 1, -2, -3])
+@pytest.mark.parametrize(
+    ("case", "gate"), [("avgk-g4", "sigmoid"), ("pkm", "none"), ("gshard", None)]
+)
+def test_loss_of_each_sequence(case, gate, sequence_dim, padding):
+    x, ids = tokens(3, 4)
+    mask = torch.rand(3, 4) < 0.4 if padding else None
+    if padding:
+        mask[1] = True  # with dimension 1, a sequence of padding alone
+    assert_matches(build(case, gate=gate), x, ids, mask, sequence_dim=sequence_dim)
+
+
+@pytest.mark.parametrize(("case", "gate"), SCORED)
+def test_one_sequence_is_the_micro_batch(case, gate):
+    memory, (x, ids) = build(case, gate=gate), tokens(9)
+    grads = []
+    for scope in ("micro", "sequence"):
+        torch.manual_seed(1)
+        loss = memory(x, ids, balance_scope=scope).balance_loss
+        memory.zero_grad()
+        loss.backward()
+        grads.append([loss.detach(), *(p.grad for p in memory.selector.parameters())])
+    for micro, sequence in zip(*grads, strict=True):
+        close(sequence, micro)
+
+
+@pytest.mark.parametrize("case", ["avgk-g4", "gshard", "pkm", "switch-top2"])
+def test_global_loads_are_those_of_the_update_so_far(case):
+    memory, batches = build(case), [tokens(9) for _ in range(3)]
+    choices = 1 if case == "gshard" else memory.config.active_blocks
+    loads = torch.zeros(memory.config.num_blocks, dtype=torch.int64)
+    for _ in range(2):
+        for x, ids in batches:
+            with torch.no_grad():  # the first pass of activation checkpointing
+                first = memory(x, ids, balance_scope="global").balance_loss
+            out = memory(x, ids, balance_scope="global")
+            loads += out.selection.blocks[:, :choices].flatten().bincount(minlength=len(loads))
+            wanted = balance_loss(out.selection.scores, loads, None)
+            close(out.balance_loss, wanted)
+            close(first, wanted)
+            memory.eval()
+            close(
+                memory(x, ids, balance_scope="global").balance_loss,
+                memory(x, ids).balance_loss,
+            )
+            memory.train()
+        memory.end_update()
+        loads.zero_()
+    x, ids = batches[0]
+    close(memory(x, ids, balance_scope="global").balance_loss, memory(x, ids).balance_loss)

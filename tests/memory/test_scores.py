@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from fairseq_sffn.memory import scores as scores_module
+from fairseq_sffn.memory import top_blocks as top_blocks_module
 from fairseq_sffn.memory.balance import balance_loss, z_loss
 from fairseq_sffn.memory.gate import GATES
-from fairseq_sffn.memory.scores import ProductScores, Scores, candidate_ranks, top_blocks
+from fairseq_sffn.memory.product_scores import ProductScores, candidate_ranks
+from fairseq_sffn.memory.scores import Scores
+from fairseq_sffn.memory.top_blocks import top_blocks
 from tests.memory.cases import build, tokens
 from tests.memory.oracle import assert_matches
 
@@ -86,6 +88,9 @@ def test_candidates_are_the_pairs_that_few_others_beat(left, right, count):
 
 @pytest.mark.parametrize(("left", "right", "each"), [(3, 4, 5), (1, 7, 3)])
 def test_one_head_is_a_dense_score(left, right, each):
+    def two_sequences(values):
+        return values.unflatten(0, (3, 2)).transpose(0, 1)
+
     scores, (dense,) = product_scores(6, 1, left, right)
     blocks_NA = scores.top(each)
     valid_N = torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.bool)
@@ -93,10 +98,19 @@ def test_one_head_is_a_dense_score(left, right, each):
     assert_same(scores.of(blocks_NA), dense.of(blocks_NA), scores)
     assert_same(scores.log_probs(blocks_NA), dense.log_probs(blocks_NA), scores)
     assert_same(scores.log_partition(), dense.log_partition(), scores)
+    assert_same(scores.mass(blocks_NA), dense.mass(blocks_NA), scores)
+    assert_same(scores.entropy(), dense.entropy(), scores)
+    for valid in (None, valid_N):
+        close(scores.moments(valid), dense.moments(valid))
     for gate in ("softmax", "renormalized", "sigmoid"):
         assert_same(GATES[gate](scores, blocks_NA), GATES[gate](dense, blocks_NA), scores)
     for valid in (None, valid_N, torch.zeros_like(valid_N)):
-        assert_same(scores.mean_probs(valid), dense.mean_probs(valid), scores)
+        assert_same(scores.mean_shares(valid), dense.mean_shares(valid), scores)
+        assert_same(
+            scores.mean_shares(valid, split=two_sequences),
+            dense.mean_shares(valid, split=two_sequences),
+            scores,
+        )
         assert_same(
             balance_loss(scores, counts_B, valid), balance_loss(dense, counts_B, valid), scores
         )
@@ -121,7 +135,9 @@ def test_heads_score_by_themselves_and_are_averaged(valid):
     def mean(values):
         return torch.stack(values).mean(dim=0)
 
-    assert_same(scores.mean_probs(valid_N), mean([d.mean_probs(valid_N) for d in dense]), scores)
+    assert_same(
+        scores.mean_shares(valid_N)[0], mean([d.mean_shares(valid_N)[0] for d in dense]), scores
+    )
     assert_same(
         balance_loss(scores, counts_B, valid_N),
         mean([balance_loss(d, counts_B, valid_N) for d in dense]),
@@ -133,18 +149,18 @@ def test_heads_score_by_themselves_and_are_averaged(valid):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_probabilities_are_at_least_fp32(dtype):
     scores, (dense,) = product_scores(50, 1, 4, 8, dtype)
-    mean_B = scores.mean_probs(None)
+    mean_B = scores.mean_shares(None)[0]
     assert mean_B.dtype == scores.log_partition().dtype == torch.float32
-    torch.testing.assert_close(mean_B, dense.mean_probs(None), rtol=0.01, atol=1e-3)
+    torch.testing.assert_close(mean_B, dense.mean_shares(None)[0], rtol=0.01, atol=1e-3)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(scores.mean_probs(None), mean_B)
+        assert torch.equal(scores.mean_shares(None)[0], mean_B)
 
 
 def test_huge_scores_stay_finite():
     scores, _ = product_scores(6, 2, 3, 4)
     scores = ProductScores(1e4 * scores.left, 1e4 * scores.right)
-    assert scores.mean_probs(None).isfinite().all()
-    assert float(scores.mean_probs(None).sum()) == pytest.approx(1.0)
+    assert scores.mean_shares(None)[0].isfinite().all()
+    assert float(scores.mean_shares(None)[0].sum()) == pytest.approx(1.0)
     assert scores.log_probs(scores.top(4)).exp().isfinite().all()
 
 
@@ -153,7 +169,7 @@ def test_no_tokens(heads):
     scores, _ = product_scores(0, heads, 3, 4)
     assert scores.top(4 * heads).shape == (0, 4 * heads)
     assert scores.log_probs(scores.top(2)).shape == (0, 2)
-    assert (scores.mean_probs(None) == torch.zeros(12)).all()
+    assert (scores.mean_shares(None)[0] == torch.zeros(12)).all()
     assert z_loss(scores, None) == 0
 
 
@@ -179,11 +195,11 @@ def test_dense_log_partition_of_ties_and_extremes(logits):
 def test_losses_do_not_depend_on_what_was_read_before():
     logits_NB = torch.randn(9, 5, dtype=DOUBLE, requires_grad=True)
     with torch.no_grad():
-        wanted = Scores(logits_NB).mean_probs(None)
+        wanted = Scores(logits_NB).mean_shares(None)[0]
     scores = Scores(logits_NB)
     blocks_NA = scores.top(2)
     scores.log_probs(blocks_NA)
-    mean_B = scores.mean_probs(None)
+    mean_B = scores.mean_shares(None)[0]
     close(mean_B.detach(), wanted)
     assert mean_B.requires_grad
     assert torch.autograd.grad(mean_B[0], logits_NB)[0].any()
@@ -193,7 +209,7 @@ def test_losses_do_not_depend_on_what_was_read_before():
 @pytest.mark.parametrize(("blocks", "active"), [(128, 2), (300, 299), (500, 500), (1024, 64)])
 def test_partial_sorts_find_what_topk_finds(blocks, active, dtype, monkeypatch):
     for name in ("PARTITIONED_SCORES", "PARTITIONED_ACTIVE"):
-        monkeypatch.setattr(scores_module, name, 1)
+        monkeypatch.setattr(top_blocks_module, name, 1)
     scores_NB = torch.stack([torch.randperm(blocks) for _ in range(7)]).to(dtype) - blocks / 2
     scores_NB[1, 3], scores_NB[2, 5] = torch.inf, -torch.inf
     scores_NB[3] = 0.0  # all equal
@@ -206,7 +222,7 @@ def test_partial_sorts_find_what_topk_finds(blocks, active, dtype, monkeypatch):
 
 def test_partial_sorts_take_what_is_no_number_for_the_best(monkeypatch):
     for name in ("PARTITIONED_SCORES", "PARTITIONED_ACTIVE"):
-        monkeypatch.setattr(scores_module, name, 1)
+        monkeypatch.setattr(top_blocks_module, name, 1)
     scores_NB = torch.randn(3, 200)
     scores_NB[1, 77] = torch.nan
     assert top_blocks(scores_NB, 2)[1, 0] == scores_NB.topk(2).indices[1, 0] == 77
@@ -216,5 +232,5 @@ def test_partial_sorts_take_what_is_no_number_for_the_best(monkeypatch):
 @pytest.mark.parametrize("case", ["avgk-g4", "vanilla_m-g1", "vanilla_m-max", "lorkm-g1", "gshard"])
 def test_partial_sorts_select_as_the_loops_do(case, losses, monkeypatch):
     for name in ("PARTITIONED_BLOCKS", "PARTITIONED_SCORES", "PARTITIONED_ACTIVE"):
-        monkeypatch.setattr(scores_module, name, 1)
+        monkeypatch.setattr(top_blocks_module, name, 1)
     assert_matches(build(case), *tokens(8), losses=losses)

@@ -22,7 +22,7 @@ from tests.synchronisations import Synchronisations, operations
 
 LEFT_OUT = ("memory/compute/", "memory/assignment.py")
 """Code that may wait: the engines, and the host's own copy of the scores."""
-STATEFUL = AvgK.Config(center=True, balance_rate=0.1)
+STATEFUL = dict(selector=AvgK.Config(center=True), balance_rate=0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +94,7 @@ def test_autocast(case, dtype):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_running_state(padded):
-    assert not waits(build("avgk-g4", selector=STATEFUL, engine="embedding_bag"), padded)
+    assert not waits(build("avgk-g4", **STATEFUL, engine="embedding_bag"), padded)
 
 
 # Several processes
@@ -124,7 +124,7 @@ def test_tokens_that_are_one_micro_batch(case, padded, world):
 
 def test_running_state_of_all_processes(world):
     memory = build(
-        "avgk-g4", selector=STATEFUL, groups=ProcessGroups(tokens=world), engine="embedding_bag"
+        "avgk-g4", **STATEFUL, groups=ProcessGroups(tokens=world), engine="embedding_bag"
     )
     assert not waits(memory, padded=True)
 

@@ -8,6 +8,7 @@ from fairseq_sffn.memory.usage import (
     load_entropy,
     load_kl,
     load_max,
+    load_min,
     memory_usage,
     unused_blocks,
 )
@@ -19,24 +20,33 @@ UNEVEN = torch.tensor([1, 0, 3, 4])
 
 
 @pytest.mark.parametrize(
-    ("counts", "entropy", "maximum", "unused"),
+    ("counts", "entropy", "maximum", "minimum", "unused"),
     [
-        (EVEN, 1.0, 1.0, 0),
-        (ONE_TAKES_ALL, 0.0, 4.0, 3),
-        (NOTHING, 0.0, 0.0, 4),
-        (ONE_BLOCK, 1.0, 1.0, 0),
+        (EVEN, 1.0, 1.0, 1.0, 0),
+        (ONE_TAKES_ALL, 0.0, 4.0, 0.0, 3),
+        (NOTHING, 0.0, 0.0, 0.0, 4),
+        (ONE_BLOCK, 1.0, 1.0, 1.0, 0),
         (
             UNEVEN,
             -sum(p * math.log(p) for p in (1 / 8, 3 / 8, 4 / 8)) / math.log(4),
             2.0,
+            0.0,
             1,
         ),
+        (
+            torch.tensor([6, 2]),
+            -sum(p * math.log(p) for p in (0.75, 0.25)) / math.log(2),
+            1.5,
+            0.5,
+            0,
+        ),
     ],
-    ids=["even", "one takes all", "nothing", "one block", "uneven"],
+    ids=["even", "one takes all", "nothing", "one block", "uneven", "two blocks"],
 )
-def test_ratios(counts, entropy, maximum, unused):
+def test_ratios(counts, entropy, maximum, minimum, unused):
     assert load_entropy(counts) == pytest.approx(entropy, abs=1e-6)
     assert load_max(counts) == pytest.approx(maximum)
+    assert load_min(counts) == pytest.approx(minimum)
     assert unused_blocks(counts) == unused
 
 

@@ -57,7 +57,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Tensor]]] 
     ),
     "checkpointed": (lambda: small_lm("avgk", checkpoint_activations=True), lm_output),
     "balanced": (
-        lambda: small_lm("avgk", avgk_center=True, avgk_balance_rate=0.1),
+        lambda: small_lm("avgk", avgk_center=True, sffn_balance_rate=0.1),
         lm_output,
     ),
     "bigram": (lambda: small_lm("hash_layer", hash_table="bigram"), lm_output),

@@ -74,6 +74,7 @@ def test_defaults(method, block_size, gate, size, width, ffn, by_flag):
         (dict(sffn_gate="sigmoid"), dict(gate="sigmoid", gate_name="sigmoid")),
         (dict(sffn_capacity_factor=1.5), dict(capacity_factor=1.5, eval_capacity_factor=0)),
         (dict(sffn_eval_capacity_factor=2.0), dict(capacity_factor=0, eval_capacity_factor=2)),
+        (dict(sffn_balance_rate=0.25), dict(balance_rate=0.25)),
         (dict(sffn_init_scale=0.5), dict(init_scale=0.5)),
         (dict(sffn_engine="loop"), dict(engine="loop")),
         (dict(activation_dropout=0.2), dict(activation_dropout=0.2)),
@@ -114,7 +115,6 @@ def test_every_selector_has_its_flags():
     assert selector_flags(Selector.registry["avgk"]) == {
         "avgk_exclude_bias": "exclude_bias",
         "avgk_center": "center",
-        "avgk_balance_rate": "balance_rate",
     }
     assert selector_flags(Selector.registry["hash_layer"]) == {"hash_table": "table"}
     options = {name for s in Selector.registry.values() for name in selector_flags(s)}

@@ -16,8 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fairseq_sffn.memory import MemoryOutput, SparseMemory
-from fairseq_sffn.memory.scores import ProductScores, Scores
+from fairseq_sffn.memory import MemoryOutput, ProductScores, Scores, SparseMemory
 from fairseq_sffn.memory.selectors import base_layer, vanilla_m
 
 FLOOR = 1e-3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..balance import assignment_counts
 from ..config import MemoryConfig
-from ..scores import Scores, top_blocks
+from ..scores import Scores
 from ..selection import Selection, Selector, SelectorConfig, SelectorInput
-from ..validation import ConfigError
+from ..wide_buffers import WideBuffers
 
 State = list[tuple[Tensor, int]]
 
@@ -23,20 +21,16 @@ EMA_DECAY = 0.99
 """Decay of the exponential moving average of hidden states, per micro-batch."""
 
 
-class AvgK(Selector):
+class AvgK(WideBuffers, Selector):
     """Top-b blocks by x . mean(K_i) + mean(c_i), the mean pre-activation of block i.
 
     Liu et al. 2023 (arXiv 2305.13999). It has no parameters of its own. The mean keys are computed
     in each forward pass in training, and cached between passes in evaluation.
 
-    With ``balance_rate``, biases of the blocks follow the load and balance it without a loss (Wang
-    et al. 2024, arXiv 2408.15664). The biases affect the selection, not scores, gates and losses.
-
     With ``center``, the running mean of the hidden states is subtracted before scoring. The part
     that all tokens have in common then favours no block.
 
     Attributes:
-        balance_bias: (B,) added to the scores for selection; only with ``balance_rate``.
         hidden_totals: (D + 1,) exponentially decayed sum of the hidden states of past training
             tokens, and of their number; only with ``center``.
     """
@@ -59,24 +53,11 @@ class AvgK(Selector):
                 "scoring, so that their common part favours no block"
             },
         )
-        balance_rate: float = field(
-            default=0.0,
-            metadata={
-                "help": "loss-free balancing (Wang et al. 2024, arXiv 2408.15664): after each "
-                "micro-batch, the bias of a block, used for selection alone, moves by this many "
-                "standard deviations of the scores: up if its load is below the mean, down if "
-                "above; 0 turns it off"
-            },
-        )
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__(config)
         self.exclude_bias = config.selector_options.exclude_bias
         self.block_size, self.active_blocks = config.block_size, config.active_blocks
-        self.balance_rate = config.selector_options.balance_rate
-        self.balance_bias: Tensor | None
-        biases_B = torch.zeros(config.num_blocks) if self.balance_rate else None
-        self.register_buffer("balance_bias", biases_B)
         self.hidden_totals: Tensor | None
         totals = torch.zeros(config.embed_dim + 1) if config.selector_options.center else None
         self.register_buffer("hidden_totals", totals)
@@ -86,12 +67,6 @@ class AvgK(Selector):
     @classmethod
     def default_block_size(cls, ffn_embed_dim: int) -> int:
         return 64
-
-    @classmethod
-    def validate(cls, config: MemoryConfig) -> None:
-        rate = config.selector_options.balance_rate
-        if not 0 <= rate < math.inf:
-            raise ConfigError("balance_rate", rate, "must not be negative, infinite or NaN")
 
     @classmethod
     def flops_per_token(cls, config: MemoryConfig) -> int:
@@ -113,13 +88,7 @@ class AvgK(Selector):
             if learns:
                 self.update_hidden_mean(inputs)
         scores = Scores(F.linear(x_ND, keys_BD, bias_B))
-        if self.balance_bias is None:
-            return Selection(inputs.top(scores, self.active_blocks), scores)
-        logits_NB = scores.logits.detach()
-        blocks_NA = top_blocks(logits_NB + self.balance_bias, self.active_blocks)
-        if learns:
-            self.balance(logits_NB, blocks_NA, inputs)
-        return Selection(blocks_NA, scores)
+        return Selection(inputs.top(scores, self.active_blocks), scores)
 
     def hidden_mean(self) -> Tensor:
         """Return the mean hidden state of past training tokens: (D,), zero before the first."""
@@ -137,23 +106,6 @@ class AvgK(Selector):
         totals = torch.cat([sum_D, valid_N.sum().unsqueeze(0)])
         totals = inputs.stack_over_tokens(totals).sum(dim=0)
         _keep_finite(self.hidden_totals, EMA_DECAY * self.hidden_totals + totals, totals)
-
-    def balance(self, logits_NB: Tensor, blocks_NA: Tensor, inputs: SelectorInput) -> None:
-        """Update the biases by the load of a micro-batch, over all ranks."""
-        assert self.balance_bias is not None
-        num_tokens, num_blocks = logits_NB.shape
-        valid_N = inputs.valid
-        valid_N1 = (logits_NB.new_ones(num_tokens) if valid_N is None else valid_N).unsqueeze(1)
-        counts_B = assignment_counts(blocks_NA, num_blocks, valid_N1.bool()).double()
-        scores_NB = logits_NB.double().masked_fill(~valid_N1.bool(), 0.0)
-        number = valid_N1.sum().double() * num_blocks
-        moments = torch.stack([number, scores_NB.sum(), scores_NB.square().sum()])
-        totals = inputs.stack_over_tokens(torch.cat([counts_B, moments])).sum(dim=0)
-        counts_B, (number, first, second) = totals.split([num_blocks, 3])
-        number = number.clamp(min=1)
-        deviation = (second / number - (first / number) ** 2).clamp(min=0).sqrt()
-        step_B = self.balance_rate * deviation * (counts_B.mean() - counts_B).sign()
-        _keep_finite(self.balance_bias, self.balance_bias + step_B, torch.stack([first, second]))
 
     def mean_keys(
         self,
@@ -193,14 +145,7 @@ class AvgK(Selector):
 
     def _apply(self, *args: Any, **kwargs: Any) -> AvgK:
         self._cache = None
-        before = dict(self.named_buffers())
-        super()._apply(*args, **kwargs)
-        # Half precision would lose small steps and overflow on large sums.
-        for name, buffer in self.named_buffers():
-            wide = torch.promote_types(buffer.dtype, torch.float32)
-            if buffer.dtype != wide:
-                setattr(self, name, before[name].to(buffer.device, wide))
-        return self
+        return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._cache = None

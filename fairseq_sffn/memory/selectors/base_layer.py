@@ -55,6 +55,9 @@ class BASELayer(LearnedGate):
     def validate(cls, config: MemoryConfig) -> None:
         if config.active_blocks != 1:
             raise ConfigError("active_blocks", config.active_blocks, "base assigns one block")
+        if config.balance_rate:
+            reason = "base balances the load by its assignment"
+            raise ConfigError("balance_rate", config.balance_rate, reason)
 
     def forward(self, inputs: SelectorInput) -> Selection:
         selection = super().forward(inputs)

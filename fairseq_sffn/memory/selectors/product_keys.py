@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MemoryConfig
-from ..scores import ProductScores
+from ..product_scores import ProductScores
 from ..selection import Selector, SelectorConfig
 from ..validation import ConfigError
 

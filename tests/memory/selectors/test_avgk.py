@@ -3,7 +3,6 @@ import copy
 import pytest
 import torch
 
-from fairseq_sffn.memory import ConfigError
 from fairseq_sffn.memory.selectors.avgk import AvgK
 from tests.memory.cases import build, close, tokens
 from tests.memory.oracle import assert_matches
@@ -116,25 +115,20 @@ def test_the_running_mean_in_half_precision(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_trained_model_in_half_precision_keeps_mean_and_biases(dtype):
-    """The model has trained on more tokens than half precision can count, with steps that it would
-    round off."""
-    options = AvgK.Config(center=True, balance_rate=0.1)
-    memory = build(selector=options, dtype=torch.float32)
+def test_a_trained_model_in_half_precision_keeps_the_running_mean(dtype):
+    """The model has trained on more tokens than half precision can count."""
+    memory = build(selector=AvgK.Config(center=True), dtype=torch.float32)
     memory.selector.hidden_totals.copy_(torch.tensor([3e5] * 8 + [1e5]))
-    memory.selector.balance_bias.fill_(8 + 1e-5)
     memory.to(dtype)
     close(memory.selector.hidden_mean(), torch.full((8,), 3.0))
-    assert (memory.selector.balance_bias == torch.tensor(8 + 1e-5)).all()
-    assert memory.double().selector.balance_bias.dtype == torch.float64
+    assert memory.double().selector.hidden_totals.dtype == torch.float64
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("padding", [False, True])
-def test_what_overflows_leaves_mean_and_biases_as_they_were(value, padding):
+def test_what_overflows_leaves_the_mean_as_it_was(value, padding):
     """fairseq skips the update of such a micro-batch. At padding the values are ignored."""
-    options = AvgK.Config(center=True, balance_rate=0.1)
-    memory, other = build(selector=options), build(selector=options)
+    memory, other = centered(), centered()
     x, _ = tokens(1, 50)
     memory(x)
     other.load_state_dict(memory.state_dict())
@@ -145,8 +139,7 @@ def test_what_overflows_leaves_mean_and_biases_as_they_were(value, padding):
     memory(bad, padding_mask=mask)
     if padding:
         other(x, padding_mask=mask)
-    for name in ("hidden_totals", "balance_bias"):
-        close(getattr(memory.selector, name), getattr(other.selector, name))
+    close(memory.selector.hidden_totals, other.selector.hidden_totals)
 
 
 def test_the_running_mean_under_autocast():
@@ -158,10 +151,12 @@ def test_the_running_mean_under_autocast():
 
 
 def test_centred_and_balanced():
-    memory, (x, _) = centered(balance_rate=0.3), tokens(20)
+    memory, (x, _) = build(selector=AvgK.Config(center=True), balance_rate=0.3), tokens(20)
     memory(x)
-    mean, bias = memory.selector.hidden_mean(), memory.selector.balance_bias.clone()
+    memory.end_update()
+    mean, bias = memory.selector.hidden_mean(), memory.balancer.bias
     scores = right_scores(memory, x - mean)
+    assert bias.any()
     assert torch.equal(memory(x).selection.blocks, (scores + bias).topk(4).indices)
 
 
@@ -172,86 +167,6 @@ def test_a_checkpoint_has_the_running_mean():
     other.load_state_dict(memory.state_dict())
     close(other.selector.hidden_mean(), memory.selector.hidden_mean())
     assert not any("hidden_totals" in name for name in build().state_dict())
-
-
-# Balance without a loss
-
-
-def balanced(**changes):
-    memory = build(selector=AvgK.Config(balance_rate=0.3), **changes)
-    memory.selector.balance_bias.copy_(torch.randn(8))
-    return memory
-
-
-def test_biases_choose_blocks_and_nothing_else():
-    memory, (x, _) = balanced(gate="softmax"), tokens(20)
-    bias = memory.selector.balance_bias.clone()
-    selection = memory(x).selection
-    scores = right_scores(memory, x)
-    close(selection.scores.logits, scores)
-    assert torch.equal(selection.blocks, (scores + bias).topk(4).indices)
-    assert not torch.equal(selection.blocks.sort().values, scores.topk(4).indices.sort().values)
-    close(selection.weights, scores.softmax(1).gather(1, selection.blocks))
-
-
-@pytest.mark.parametrize("padding", [False, True])
-def test_biases_follow_the_load(padding):
-    memory, (x, _) = balanced(), tokens(20)
-    mask = torch.arange(20) % 3 == 0 if padding else None
-    wanted = memory.selector.balance_bias.tolist()
-    blocks = memory(x, padding_mask=mask).selection.blocks
-    real = [n for n in range(20) if not (padding and mask[n])]
-    counts = [sum(int(i in blocks[n]) for n in real) for i in range(8)]
-    scores = right_scores(memory, x)[real].flatten().tolist()
-    mean = sum(scores) / len(scores)
-    deviation = (sum((s - mean) ** 2 for s in scores) / len(scores)) ** 0.5
-    for i, count in enumerate(counts):
-        direction = (count < len(real) / 2) - (count > len(real) / 2)  # 4 of 8 blocks
-        wanted[i] += 0.3 * deviation * direction
-    close(memory.selector.balance_bias, torch.tensor(wanted).double(), tolerance=1e-5)
-
-
-def test_biases_rest_without_training():
-    memory, (x, _) = balanced(), tokens(20)
-    before = memory.selector.balance_bias.clone()
-    with torch.no_grad():  # the first pass of activation checkpointing
-        memory(x)
-    memory(x, padding_mask=torch.ones(20, dtype=torch.bool))
-    memory(x[:0])
-    memory.eval()
-    memory(x)
-    assert torch.equal(memory.selector.balance_bias, before)
-
-
-def test_biases_even_out_the_load():
-    memory, (x, _) = build(selector=AvgK.Config(balance_rate=0.02)), tokens(400)
-    x = x + 2 * torch.randn(8)  # a part that all tokens share
-    first = memory(x).usage.counts
-    for _ in range(300):
-        last = memory(x).usage.counts
-    assert first.max() > 1.5 * 200 and last.max() < 1.1 * 200
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_small_steps_in_half_precision(dtype):
-    memory = build(selector=AvgK.Config(balance_rate=1e-4)).to(dtype)
-    memory.selector.balance_bias.fill_(8)
-    memory(tokens(50)[0].to(dtype))
-    assert (memory.selector.balance_bias != 8).any()
-
-
-def test_a_checkpoint_has_the_biases():
-    memory = balanced()
-    other = build(selector=AvgK.Config(balance_rate=0.3))
-    other.load_state_dict(memory.state_dict())
-    assert torch.equal(other.selector.balance_bias, memory.selector.balance_bias)
-    assert not any("balance_bias" in name for name in build().state_dict())
-
-
-@pytest.mark.parametrize("rate", [-0.1, float("inf"), float("nan")])
-def test_rates_that_are_none(rate):
-    with pytest.raises(ConfigError, match="balance_rate"):
-        build(selector=AvgK.Config(balance_rate=rate))
 
 
 # The mean keys kept in evaluation
