@@ -70,7 +70,7 @@ def score_statistics(
     assert selection.scores is not None
     with torch.no_grad():
         mass_N = selection.scores.mass(selection.blocks, function)
-        rows_N2 = torch.stack([mass_N, selection.scores.entropy(function)], dim=1).float()
+        rows_N2 = torch.stack([mass_N, selection.scores.entropy(function)], dim=1)
         if valid_N is None:
             tokens = torch.full((), len(rows_N2), device=rows_N2.device)
         else:

@@ -146,6 +146,8 @@ def _flags_that_decide(name: str, config: Optional[MemoryConfig]) -> list[str]:
         return ["dict.txt of the data", "--decoder-embed-dim"]
     if name.endswith((".memory.block_size", ".memory.value_lr_scale")):
         return [flag(f"sffn_{name.rpartition('.')[2]}")]
+    if name.endswith(".memory.balancer.bias"):
+        return ["--sffn-balance-rate", "--sffn-expansion", "--sffn-block-size"]
     if ".memory.selector." in name:
         own = selector_flags(config.selector_class) if config else []
         return ["--sffn-selector", "--sffn-expansion", "--sffn-block-size", *map(flag, own)]

@@ -45,11 +45,13 @@ def batches() -> list[dict[str, Any]]:
 RATIOS = [
     "load_entropy",
     "load_max",
+    "load_min",
     "unused_blocks",
     "memory_usage",
     "load_kl",
     "dropped_share",
 ]
+OF_SCORES = ["balance_loss", "routed_mass", "gate_entropy"]
 
 
 @pytest.mark.parametrize("method", SPARSE)
@@ -73,7 +75,7 @@ def test_logged_values(method):
     actual = reduced(logs_of(model, parts, log_format="json"))
     layers = [routing(model, batch) for batch in parts]
     sizes = [batch["ntokens"] for batch in parts]
-    means = dict.fromkeys([*RATIOS, "balance_loss"], 0.0)
+    means = dict.fromkeys([*RATIOS, *OF_SCORES], 0.0)
     for number in (0, 1):
         counts = sum(part[f"layer{number}"].counts for part in layers)
         dropped = sum(part[f"layer{number}"].dropped for part in layers)
@@ -82,6 +84,7 @@ def test_logged_values(method):
         expected = {
             "load_entropy": usage.load_entropy(counts),
             "load_max": usage.load_max(counts),
+            "load_min": usage.load_min(counts),
             "unused_blocks": (counts == 0).sum().item(),
             "memory_usage": (counts > 0).double().mean().item(),
             "load_kl": usage.load_kl(sum(part[f"layer{number}"].importance for part in layers)),
@@ -90,12 +93,19 @@ def test_logged_values(method):
         }
         if method == "hash_layer":
             del expected["balance_loss"]
+        else:
+            parts_of_layer = [part[f"layer{number}"] for part in layers]
+            assert sum(part.scored for part in parts_of_layer) == sum(sizes)
+            for name, field in (("routed_mass", "routed_mass"), ("gate_entropy", "entropy")):
+                total = sum(float(getattr(part, field)) for part in parts_of_layer)
+                expected[name] = total / sum(sizes)
         for name, value in expected.items():
             assert actual[f"{name}_layer{number}"] == pytest.approx(value, abs=6e-5), name
             means[name] += value / 2
     for name in expected:
         assert actual[name] == pytest.approx(means[name], abs=6e-5), name
-    assert ("balance_loss" in actual) == (method != "hash_layer")
+    for name in OF_SCORES:
+        assert (name in actual) == (method != "hash_layer")
 
 
 @pytest.mark.parametrize(
@@ -110,11 +120,22 @@ def test_logged_values(method):
 )
 def test_layers_are_logged_one_by_one_for_programs_only(options, per_layer):
     keys = reduced(logs_of(two_layers("switch"), [sample(5)], **options)).keys()
-    expected = {"loss", "ppl", "balance_loss", *RATIOS}
+    names = [*RATIOS, *OF_SCORES]
+    expected = {"loss", "ppl", *names}
     if per_layer:
-        names = [*RATIOS, "balance_loss"]
         expected |= {f"{name}_layer{number}" for name in names for number in (0, 1)}
     assert keys == expected
+
+
+def test_the_range_of_the_biases_is_logged():
+    model = two_layers("avgk", sffn_balance_rate=0.1)
+    ranges = [0.25, 0.75]
+    for layer, highest in zip(model.decoder.layers, ranges, strict=True):
+        layer.fc1.memory.balancer.bias[1] = highest
+    actual = reduced(logs_of(model, batches(), log_format="json"))
+    assert [actual[f"bias_range_layer{number}"] for number in (0, 1)] == ranges
+    assert actual["bias_range"] == 0.5
+    assert "bias_range" not in reduced(logs_of(two_layers("avgk"), batches()))
 
 
 def test_perplexity_is_fairseqs():

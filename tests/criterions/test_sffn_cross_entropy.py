@@ -92,7 +92,8 @@ def test_gradients_of_the_balance_loss_reach_the_router():
 
 def test_a_weight_of_0_leaves_the_losses_out():
     nothing = torch.tensor(math.nan)
-    layers = {"layer0": LayerRouting(nothing, nothing, *(torch.zeros(1) for _ in range(4)))}
+    empty = LayerRouting.empty(1, like=nothing)
+    layers = {"layer0": empty._replace(balance_loss=nothing, z_loss=nothing)}
     assert criterion().extra_loss(AvgK, layers) == 0
     assert math.isnan(criterion(z_loss_weight=1.0).extra_loss(AvgK, layers))
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT)]
-from fairseq_sffn.memory import ConfigError, ProcessGroups  # noqa: E402
+from fairseq_sffn.memory import ConfigError, ProcessGroups, SparseMemory  # noqa: E402
 from fairseq_sffn.memory.selectors.avgk import AvgK  # noqa: E402
 from fairseq_sffn.memory.selectors.base_layer import BASELayer  # noqa: E402
 from fairseq_sffn.memory.sharding import SHARDED, check_sharding  # noqa: E402
@@ -105,6 +106,9 @@ def compare(case: str, shards: int, groups: dict, gate: str) -> None:
         cut = hasattr(parameter, "expert")
         dist.all_reduce(grad, group=replicas if cut else dist.group.WORLD)
         close(grad, whole.grad[groups.part_of(len(whole))] if cut else whole.grad, name)
+    compare_scopes(alone, sharded, x_ND.detach(), ids_N2, padding_N, own)
+    for memory in (alone, sharded):
+        memory.end_update()
     for name, buffer in sharded.named_buffers():
         close(buffer.double(), dict(alone.named_buffers())[name].double(), name, 1e-5)
     assert copy.deepcopy(sharded).groups is groups
@@ -112,6 +116,35 @@ def compare(case: str, shards: int, groups: dict, gate: str) -> None:
     sharded.eval(), alone.eval()
     with torch.no_grad():
         close(sharded(x_ND[own], ids_N2[own]).output, alone(x_ND, ids_N2).output[own], "evaluation")
+
+
+def compare_scopes(
+    alone: SparseMemory,
+    sharded: SparseMemory,
+    x_ND: Tensor,
+    ids_N2: Tensor,
+    padding_N: Tensor,
+    own: slice,
+) -> None:
+    """Compare the balance losses of two micro-batches of an update, and those of sequences."""
+
+    def loss(memory: SparseMemory, part: slice, scope: str) -> Tensor | None:
+        out = memory(x_ND[part], ids_N2[part], padding_mask=padding_N[part], balance_scope=scope)
+        return out.balance_loss
+
+    everything = slice(None)
+    if loss(alone, everything, "global") is None:
+        assert loss(sharded, own, "global") is None
+        return
+    loss(sharded, own, "global")
+    close(loss(sharded, own, "global"), loss(alone, everything, "global"), "global")
+    if isinstance(alone.selector, BASELayer):
+        return  # assigns the tokens of all sequences together
+    # Each rank's tokens are a sequence; one rank has none.
+    ends = [sum(TOKENS[: rank + 1]) for rank in range(4)]
+    parts = [slice(end - count, end) for end, count in zip(ends, TOKENS, strict=True) if count]
+    mean = sum(loss(alone, part, "sequence") for part in parts) / len(parts)
+    close(loss(sharded, own, "sequence"), mean, "sequence")
 
 
 def main() -> None:

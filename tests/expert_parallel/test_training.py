@@ -18,11 +18,18 @@ FLAGS = (
     *("--max-update", f"{UPDATES}", "--required-batch-size-multiple", "1", "--clip-norm", "0.5"),
     *("--batch-size", "16", "--no-epoch-checkpoints", "--no-save-optimizer-state"),
 )
-LOADS = ("balance_loss", "load_entropy", "load_max", "load_kl", "unused_blocks", "dropped_share")
+LOADS = (
+    *("balance_loss", "load_entropy", "load_max", "load_min", "load_kl", "unused_blocks"),
+    *("dropped_share", "routed_mass", "gate_entropy", "bias_range"),
+)
 OF_MODEL = {
-    "sffn": ("--balance-loss-weight", "0.05"),  # avgk with a gate
+    # avgk with a gate
+    "sffn": (
+        *("--balance-loss-weight", "0.05", "--balance-loss-scope", "sequence"),
+        *("--sffn-balance-rate", "0.001"),
+    ),
     "switch": ("--z-loss-weight", "0.01", "--optimizer", "sffn_adam"),
-    "gshard": ("--checkpoint-activations",),
+    "gshard": ("--checkpoint-activations", "--balance-loss-scope", "global"),
     "base": ("--base-scope", "world"),
 }
 MODELS = (*commands.MODELS, "sffn")

@@ -75,7 +75,7 @@ def test_what_is_added() -> None:
     added = added_fields()
     assert {"sffn_selector", "sffn_block_size", "hash_table", "avgk_exclude_bias"} <= added["model"]
     assert added["task"] == {"hash_counts", "eval_capacity_factor"}
-    losses = {"balance_loss_weight", "balance_loss_reduce", "z_loss_weight"}
+    losses = {"balance_loss_weight", "balance_loss_reduce", "balance_loss_scope", "z_loss_weight"}
     assert added["criterion"] == losses
 
 

@@ -267,7 +267,13 @@ def test_moving_average(method):
             dict(avgk_center=True),
             "only the model has decoder.layers.1.fc1.memory.selector.hidden_totals"
             " (see --sffn-selector, --sffn-expansion, --sffn-block-size, --avgk-exclude-bias,"
-            " --avgk-center, --avgk-balance-rate)",
+            " --avgk-center)",
+        ),
+        (
+            {},
+            dict(sffn_balance_rate=0.1),
+            "only the model has decoder.layers.1.fc1.memory.balancer.bias"
+            " (see --sffn-balance-rate, --sffn-expansion, --sffn-block-size)",
         ),
         (
             # The tables are the same.
