@@ -140,11 +140,13 @@ def compare_scopes(
     close(loss(sharded, own, "global"), loss(alone, everything, "global"), "global")
     if isinstance(alone.selector, BASELayer):
         return  # assigns the tokens of all sequences together
-    # Each rank's tokens are a sequence; one rank has none.
+    # Each rank's tokens are a sequence. One rank has none, another may have padding alone.
     ends = [sum(TOKENS[: rank + 1]) for rank in range(4)]
-    parts = [slice(end - count, end) for end, count in zip(ends, TOKENS, strict=True) if count]
-    mean = sum(loss(alone, part, "sequence") for part in parts) / len(parts)
-    close(loss(sharded, own, "sequence"), mean, "sequence")
+    parts = [slice(end - count, end) for end, count in zip(ends, TOKENS, strict=True)]
+    parts = [part for part in parts if not padding_N[part].all()]
+    with torch.no_grad():  # running means stay
+        mean = sum(loss(alone, part, "sequence") for part in parts) / len(parts)
+        close(loss(sharded, own, "sequence"), mean, "sequence")
 
 
 def main() -> None:
