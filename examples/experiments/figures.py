@@ -159,7 +159,10 @@ def load(experiments: Experiments, table: Table) -> Figure:
         for i, o in enumerate(rows):
             loads.plot(*curve(o, "load_max"), **line(i))
             updates, unused = curve(o, "unused_blocks")
-            share = [1 - blocks / experiments.memory(o).num_blocks for blocks in unused]
+            blocks = statistics.mean(
+                memory.num_blocks for memory in experiments.memories(o).values()
+            )
+            share = [1 - without / blocks for without in unused]
             used.plot(updates, share, label=o.row.label, **line(i))
         finish(loads, title=name)
         finish(used, "updates")
@@ -202,8 +205,10 @@ def routing(experiments: Experiments, table: Table) -> Figure:
     width = 0.8 / len(outcomes)
     for i, o in enumerate(outcomes):
         for j, layer in enumerate(layers):
+            if layer not in o.layers:
+                continue
             found = [r["routing"][layer] for r in o.good.values() if layer in r["routing"]]
-            if summary := dependence(found, experiments.memory(o)):
+            if summary := dependence(found, experiments.memories(o)[layer]):
                 x = j + (i - (len(outcomes) - 1) / 2) * width
                 bars.bar(x, summary.mean, width, yerr=summary.sd, color=COLORS[i % len(COLORS)])
     bars.set_xticks(range(len(layers)), [f"layer {layer}" for layer in layers])

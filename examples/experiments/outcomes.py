@@ -26,12 +26,12 @@ class Model(NamedTuple):
     Attributes:
         cost: see :func:`cost_figures`.
         training_flops: see :func:`training_flops_per_token`.
-        memory: configuration of the sparse layers; ``None``: there are none.
+        memories: name of each sparse layer, as in results -> its configuration.
     """
 
     cost: dict[str, Any]
     training_flops: int
-    memory: MemoryConfig | None
+    memories: Mapping[str, MemoryConfig]
 
 
 def build_model(model: str, flags: str, scale: Scale) -> Model:
@@ -40,7 +40,9 @@ def build_model(model: str, flags: str, scale: Scale) -> Model:
     words = [*shlex.split(scale.flags), *shlex.split(flags), *ONE_PROCESS]
     built = build_language_model(scale.arch(model), scale.dictionary, context, words, strict=False)
     flops = training_flops_per_token(cost_by_part(built, context))
-    return Model(cost_figures(built, context, None), flops, getattr(built, "memory_config", None))
+    configs = getattr(built, "memory_configs", {})
+    memories = {name.removeprefix("layer"): config for name, config in configs.items()}
+    return Model(cost_figures(built, context, None), flops, memories)
 
 
 @dataclass(frozen=True)
@@ -153,11 +155,9 @@ class Experiments:
             self.models[key] = build_model(*key[:2], scale)
         return self.models[key]
 
-    def memory(self, outcome: Outcome) -> MemoryConfig:
-        """Return the configuration of the sparse layers of a row, which must have some."""
-        memory = self.model(outcome.row).memory
-        assert memory is not None
-        return memory
+    def memories(self, outcome: Outcome) -> Mapping[str, MemoryConfig]:
+        """Return the configuration of each sparse layer of a row."""
+        return self.model(outcome.row).memories
 
     def tokens(self, row: Row) -> int:
         """Return the training tokens of each run of a row."""

@@ -1,6 +1,7 @@
 """Balance and z losses, and statistics of routing, for any criterion."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -14,7 +15,7 @@ from omegaconf import II
 from torch import Tensor
 
 from ..errors import UsageError
-from ..memory import Selector
+from ..memory import MemoryConfig
 from ..models.layer import LayerRouting
 from .routing_statistics import PER_LAYER, RATIOS, SENT, SUMS, MeanOverLayers, logged_meters
 
@@ -91,23 +92,20 @@ class RoutingLosses(FairseqCriterion):
             reduce: see fairseq's criterion.
 
         Raises:
-            UsageError: a loss has a weight, but the selector has no scores.
+            UsageError: a loss has a weight, but no selector has scores.
         """
-        if (selector := selector_of(model)) is None:
+        if not (configs := memory_configs_of(model)):
             return super().forward(model, sample, reduce)
         # In training, a loss without a weight would only take time. Validation logs it.
-        wanted = not model.training or any(self.weights(selector).values())
+        wanted = not model.training or any(self.weights(configs).values())
         scope = str(self.cfg.balance_loss_scope)
         net_input = {**sample["net_input"], "routing_losses": wanted, "balance_scope": scope}
         sample = {**sample, "net_input": net_input}  # a copy, to which compute_loss adds routing
         loss, sample_size, logging_output = super().forward(model, sample, reduce)
         routing = sample["routing"]
-        loss = loss + self.extra_loss(selector, routing) * sample_size
+        loss = loss + self.extra_loss(configs, routing) * sample_size
         sends = getattr(model, "expert_parallel", 1) > 1
-        has_losses = wanted and selector.scores_blocks
-        logging_output |= self.routing_logs(
-            routing, sample_size, has_losses, sends, model.memory_config.balance_rate > 0
-        )
+        logging_output |= self.routing_logs(configs, routing, sample_size, wanted, sends)
         return loss, sample_size, logging_output
 
     def compute_loss(
@@ -118,46 +116,73 @@ class RoutingLosses(FairseqCriterion):
         fairseq's ``forward`` does not return ``net_output``. :meth:`forward` made the sample for
         this call only.
         """
-        if selector_of(model) is not None:
+        if memory_configs_of(model):
             sample["routing"] = net_output[1]["routing"]
         return super().compute_loss(model, net_output, sample, reduce)
 
-    def weights(self, selector: type[Selector]) -> dict[str, float]:
-        """Return name of each loss -> weight.
+    def weights(self, configs: Mapping[str, MemoryConfig]) -> dict[str, dict[str, float]]:
+        """Return the weights of the losses, each for the layers whose selectors score blocks.
+
+        A weight of 0 is left out, so that no zero gradients flow through the scores.
+
+        Args:
+            configs: name of each sparse layer -> its memory.
+
+        Returns:
+            Name of each loss -> name of each layer on which it acts -> weight.
 
         Raises:
-            UsageError: a loss has a weight, but the selector has no scores.
+            UsageError: a loss has a weight, but no selector has scores.
         """
-        balance_weight = self.cfg.balance_loss_weight
-        if balance_weight is None:
-            balance_weight = selector.default_balance_weight
-        weights = {"balance_loss": balance_weight, "z_loss": self.cfg.z_loss_weight}
-        for name, weight in weights.items():
-            if weight and not selector.scores_blocks:
+        selectors = {layer: config.selector_class for layer, config in configs.items()}
+        asked = {"balance_loss": self.cfg.balance_loss_weight, "z_loss": self.cfg.z_loss_weight}
+        weights = {}
+        for name, weight in asked.items():
+            scoring = {layer: cls for layer, cls in selectors.items() if cls.scores_blocks}
+            if weight and selectors and not scoring:
+                names = list(dict.fromkeys(cls.name for cls in selectors.values()))
+                give = "gives" if len(names) == 1 else "give"
                 option = f"--{name.replace('_', '-')}-weight {weight}"
-                raise UsageError(f"{option}: {selector.name} gives blocks no score to act on")
+                raise UsageError(
+                    f"{option}: {' and '.join(names)} {give} blocks no score to act on"
+                )
+            found = {
+                layer: cls.default_balance_weight if weight is None else weight
+                for layer, cls in scoring.items()
+            }
+            weights[name] = {layer: value for layer, value in found.items() if value}
         return weights
 
     def extra_loss(
-        self, selector: type[Selector], routing: dict[str, LayerRouting]
+        self, configs: Mapping[str, MemoryConfig], routing: dict[str, LayerRouting]
     ) -> Tensor | float:
-        """Return the weighted balance and z losses of all layers: a scalar."""
-        reduce = torch.mean if str(self.cfg.balance_loss_reduce) == "mean" else torch.sum
+        """Return the weighted balance and z losses of all layers: a scalar.
+
+        Args:
+            configs: name of each sparse layer -> its memory.
+            routing: name of each sparse layer -> routing.
+        """
         total: Tensor | float = 0.0
-        # A loss of weight 0 is left out, so that no zero gradients flow through the scores.
-        for name, weight in self.weights(selector).items():
-            if weight:
-                losses = [getattr(layer, name) for layer in routing.values()]
-                total = total + weight * reduce(torch.stack(losses))
+        for name, weights in self.weights(configs).items():
+            # Layers of one weight together: models whose layers are alike sum up as they always
+            # did, to the last bit.
+            for weight in dict.fromkeys(weights.values()):
+                losses = [
+                    getattr(routing[layer], name) for layer in weights if weights[layer] == weight
+                ]
+                combined = torch.stack(losses).sum()
+                if str(self.cfg.balance_loss_reduce) == "mean":
+                    combined = combined / len(weights)
+                total = total + weight * combined
         return total
 
     def routing_logs(
         self,
+        configs: Mapping[str, MemoryConfig],
         routing: dict[str, LayerRouting],
         sample_size: Any,
         has_losses: bool,
         sends: bool = False,
-        has_bias: bool = False,
     ) -> dict[str, Any]:
         """Return the sums of a micro-batch, which :meth:`reduce_metrics` adds up.
 
@@ -165,24 +190,24 @@ class RoutingLosses(FairseqCriterion):
         alone determine what is logged.
 
         Args:
+            configs: name of each sparse layer -> its memory.
             routing: name of each sparse layer -> routing.
             sample_size: weight of the micro-batch.
-            has_losses: whether the routing has a balance loss.
+            has_losses: whether layers that score blocks have losses.
             sends: whether layers send hidden states to other processes.
-            has_bias: whether the blocks have biases (``--sffn-balance-rate``).
 
         Returns:
             Key -> sum.
         """
         logs: dict[str, Any] = {PER_LAYER: 1.0} if self.log_layers else {}
         for name, layer in routing.items():
-            if has_losses:
+            if has_losses and configs[name].selector_class.scores_blocks:
                 logs[f"routing_balance_{name}"] = layer.balance_loss.data * sample_size
                 logs[f"routing_scored_{name}"] = layer.counts.any() * sample_size
                 logs[f"routing_tokens_{name}"] = layer.scored.data
                 logs[f"routing_mass_{name}"] = layer.routed_mass.data
                 logs[f"routing_entropy_{name}"] = layer.entropy.data
-            if has_bias:
+            if configs[name].balance_rate:
                 logs[f"routing_bias_{name}"] = layer.bias_range.data
                 logs[f"routing_passes_{name}"] = layer.counts.any()
             logs[f"routing_counts_{name}"] = layer.counts.data
@@ -209,10 +234,15 @@ class RoutingLosses(FairseqCriterion):
         def total(key: str) -> Any:
             return sum(log.get(key, 0) for log in logging_outputs)
 
-        logged = [name for name, prefix in SUMS.items() if f"{prefix}{layers[0]}" in first]
+        # A layer without scores has no balance loss.
+        logged = {
+            layer: {name for name, prefix in SUMS.items() if f"{prefix}{layer}" in first}
+            for layer in layers
+        }
         for layer in layers:
-            for name in logged:
-                metrics.log_scalar_sum(f"_{name}_{layer}", total(f"{SUMS[name]}{layer}"))
+            for name in SUMS:
+                if name in logged[layer]:
+                    metrics.log_scalar_sum(f"_{name}_{layer}", total(f"{SUMS[name]}{layer}"))
         if f"{SENT}{layers[0]}" in first:
             sent = sum(total(f"{SENT}{layer}") for layer in layers)
             for meters in logged_meters():
@@ -221,18 +251,19 @@ class RoutingLosses(FairseqCriterion):
                 meters["sent_bytes"].update(sent.double())  # fp64: the mean is exact
         derived: dict[str, MeanOverLayers] = {}
         for name, ratio in RATIOS.items():
-            if not set(ratio.sums) <= set(logged):
+            having = [layer for layer in layers if logged[layer].issuperset(ratio.sums)]
+            if not having:
                 continue
-            derived[name] = MeanOverLayers(ratio, layers)
+            derived[name] = MeanOverLayers(ratio, having)
             if PER_LAYER in first:
-                derived |= {f"{name}_{layer}": MeanOverLayers(ratio, [layer]) for layer in layers}
+                derived |= {f"{name}_{layer}": MeanOverLayers(ratio, [layer]) for layer in having}
         for meters in logged_meters():
             for name, derive in derived.items():
                 if name not in meters:
                     meters.add_meter(name, MetersDict._DerivedMeter(derive), priority=20)
 
 
-def selector_of(model: Any) -> type[Selector] | None:
-    """Return the selector of a model's sparse layers; ``None``: the model has none."""
-    config = getattr(model, "memory_config", None)
-    return None if config is None else config.selector_class
+def memory_configs_of(model: Any) -> dict[str, MemoryConfig]:
+    """Return name of each sparse layer of any model -> its memory; empty if it has none."""
+    configs: dict[str, MemoryConfig] = getattr(model, "memory_configs", {})
+    return configs

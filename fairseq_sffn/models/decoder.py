@@ -1,4 +1,4 @@
-"""A Transformer decoder in which every n-th layer is sparse.
+"""A Transformer decoder in which some layers are sparse.
 
 The path of a token, down and up:
 
@@ -14,7 +14,7 @@ The path of a token, down and up:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fairseq.models.transformer import TransformerConfig, TransformerDecoder
@@ -33,7 +33,7 @@ class SparseTransformerDecoder(SparseStack, TransformerDecoder):
         args: the model's options, which include :class:`~.config.SparseOptions`.
         dictionary: the target dictionary.
         embed_tokens: the input embedding.
-        memory_config: the memory of each sparse layer.
+        memory_configs: number of each sparse layer in training -> its memory.
         no_encoder_attn: whether the decoder has no attention to an encoder.
         prefix: a layer's name in the routing is this prefix and the layer's number.
     """
@@ -45,20 +45,18 @@ class SparseTransformerDecoder(SparseStack, TransformerDecoder):
         args: Any,
         dictionary: Any,
         embed_tokens: nn.Module,
-        memory_config: MemoryConfig,
+        memory_configs: Mapping[int, MemoryConfig],
         no_encoder_attn: bool = False,
         prefix: str = "layer",
     ) -> None:
-        self.plan_layers(args, "decoder", memory_config, prefix)
+        self.plan_layers(args, "decoder", memory_configs, prefix)
         super().__init__(args, dictionary, embed_tokens, no_encoder_attn=no_encoder_attn)
 
     def build_decoder_layer(self, cfg: Any, no_encoder_attn: bool = False) -> nn.Module:
-        if not self.next_is_sparse():
+        if (memory := self.next_memory()) is None:
             return super().build_decoder_layer(cfg, no_encoder_attn)
         cfg = TransformerConfig.from_namespace(cfg)
-        layer = SparseDecoderLayer(
-            cfg, self.memory_config, self.groups, no_encoder_attn=no_encoder_attn
-        )
+        layer = SparseDecoderLayer(cfg, memory, self.groups, no_encoder_attn=no_encoder_attn)
         return self.wrap(layer, cfg)
 
     def forward(

@@ -1,7 +1,8 @@
-"""A Transformer encoder in which every n-th layer is sparse."""
+"""A Transformer encoder in which some layers are sparse."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fairseq.models.transformer import TransformerConfig, TransformerEncoder
@@ -20,7 +21,7 @@ class SparseTransformerEncoder(SparseStack, TransformerEncoder):
         args: the model's options, which include :class:`~.config.SparseOptions`.
         dictionary: the source dictionary.
         embed_tokens: the input embedding.
-        memory_config: the memory of each sparse layer.
+        memory_configs: number of each sparse layer in training -> its memory.
         prefix: a layer's name in the routing is this prefix and the layer's number.
     """
 
@@ -29,17 +30,17 @@ class SparseTransformerEncoder(SparseStack, TransformerEncoder):
         args: Any,
         dictionary: Any,
         embed_tokens: nn.Module,
-        memory_config: MemoryConfig,
+        memory_configs: Mapping[int, MemoryConfig],
         prefix: str = "layer",
     ) -> None:
-        self.plan_layers(args, "encoder", memory_config, prefix)
+        self.plan_layers(args, "encoder", memory_configs, prefix)
         super().__init__(args, dictionary, embed_tokens)
 
     def build_encoder_layer(self, cfg: Any) -> nn.Module:
-        if not self.next_is_sparse():
+        if (memory := self.next_memory()) is None:
             return super().build_encoder_layer(cfg)
         cfg = TransformerConfig.from_namespace(cfg)
-        return self.wrap(SparseEncoderLayer(cfg, self.memory_config, self.groups), cfg)
+        return self.wrap(SparseEncoderLayer(cfg, memory, self.groups), cfg)
 
     def forward(
         self,

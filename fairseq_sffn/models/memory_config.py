@@ -1,4 +1,4 @@
-"""Build the memory config of sparse layers from the options of a model."""
+"""Build the memory configs of sparse layers from the options of a model."""
 
 import re
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from ..errors import UsageError, flag
 from ..memory import ConfigError, MemoryConfig, Selector
 from ..memory.sharding import check_sharding
 from .config import selector_flags
+from .layer_plan import layer_groups
 from .size import check_selector_size
 
 SFFN_FIELDS = (
@@ -57,13 +58,32 @@ def check_supported(args: Any, sides: Sequence[str]) -> None:
             raise UsageError(f"--sffn-freq {args.sffn_freq}: must be 1 to --{side}-layers {layers}")
 
 
+def build_memory_configs(
+    args: Any, vocab_size: int, token_counts: Sequence[int] | None, side: str = "decoder"
+) -> dict[int, MemoryConfig]:
+    """Return number of each sparse layer of a side, from 0 -> its memory.
+
+    Args:
+        args, vocab_size, token_counts, side: see :func:`build_memory_config`.
+
+    Raises:
+        UsageError: an option has a wrong value. The message names the flag, the value and the
+            reason.
+    """
+    configs: dict[int, MemoryConfig] = {}
+    for group in layer_groups(args, side):
+        config = build_memory_config(group.options, vocab_size, token_counts, side)
+        configs |= dict.fromkeys(group.numbers, config)
+    return configs
+
+
 def build_memory_config(
     args: Any, vocab_size: int, token_counts: Sequence[int] | None, side: str = "decoder"
 ) -> MemoryConfig:
-    """Return the memory of each sparse layer.
+    """Return the memory of sparse layers with the same options.
 
     Args:
-        args: the model's options, with ``sffn_selector`` set.
+        args: the options of the layers, with ``sffn_selector`` set.
         vocab_size: token ids in the dictionary.
         token_counts: occurrences of each token id in the training data.
         side: ``encoder`` or ``decoder``.

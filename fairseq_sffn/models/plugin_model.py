@@ -3,6 +3,7 @@
 import re
 import sys
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import field, make_dataclass
 from typing import Any, ClassVar, Optional
 
@@ -16,6 +17,7 @@ from ..errors import UsageError, flag
 from ..memory import MemoryConfig, ProcessGroups, SparseMemory
 from ..precision import check_precision
 from .config import selector_flags
+from .stack import SparseStack
 
 
 class PluginModel(BaseFairseqModel):
@@ -59,6 +61,12 @@ class PluginModel(BaseFairseqModel):
             args = Namespace(**plain)
         return cls.config_class.from_namespace(args)
 
+    @property
+    def memory_configs(self) -> dict[str, MemoryConfig]:
+        """Name of each sparse layer in the routing -> its memory."""
+        stacks = (module for module in self.children() if isinstance(module, SparseStack))
+        return {name: config for stack in stacks for name, config in stack.memory_configs.items()}
+
     def work_alone(self) -> None:
         """Make every sparse layer work without other processes."""
         for module in self.modules():
@@ -88,7 +96,7 @@ class PluginModel(BaseFairseqModel):
             difference = str(error).split("\n")[1].strip()
             raise UsageError(
                 "the checkpoint does not fit this model: "
-                f"{shorten_mismatch(difference, getattr(self, 'memory_config', None))}; "
+                f"{shorten_mismatch(difference, self.memory_configs.values())}; "
                 "train with the same --arch and model flags, or into another --save-dir"
             ) from error
 
@@ -122,12 +130,12 @@ def check_selector(args: Any, promised: Optional[str], general: str) -> None:
         )
 
 
-def shorten_mismatch(difference: str, config: Optional[MemoryConfig]) -> str:
+def shorten_mismatch(difference: str, configs: Iterable[MemoryConfig]) -> str:
     """Shorten PyTorch's line on a state dict that does not fit, and add the flags that matter.
 
     Args:
         difference: the line.
-        config: the memory of the model's sparse layers; ``None``: the model has none.
+        configs: the memories of the model's sparse layers.
     """
     if match := re.match(r"size mismatch for (\S+):.*?Size\((.*?)\).*?Size\((.*?)\)", difference):
         name, saved, wanted = match.groups()
@@ -138,10 +146,10 @@ def shorten_mismatch(difference: str, config: Optional[MemoryConfig]) -> str:
         text = f"only the {where} has {name}"
     else:
         name, text = difference.split()[0], difference
-    return f"{text} (see {', '.join(_flags_that_decide(name, config))})"
+    return f"{text} (see {', '.join(_flags_that_decide(name, configs))})"
 
 
-def _flags_that_decide(name: str, config: Optional[MemoryConfig]) -> list[str]:
+def _flags_that_decide(name: str, configs: Iterable[MemoryConfig]) -> list[str]:
     if "embed_tokens" in name or "output_projection" in name:
         return ["dict.txt of the data", "--decoder-embed-dim"]
     if name.endswith((".memory.block_size", ".memory.value_lr_scale")):
@@ -149,7 +157,7 @@ def _flags_that_decide(name: str, config: Optional[MemoryConfig]) -> list[str]:
     if name.endswith(".memory.balancer.bias"):
         return ["--sffn-balance-rate", "--sffn-expansion", "--sffn-block-size"]
     if ".memory.selector." in name:
-        own = selector_flags(config.selector_class) if config else []
+        own = dict.fromkeys(own for c in configs for own in selector_flags(c.selector_class))
         return ["--sffn-selector", "--sffn-expansion", "--sffn-block-size", *map(flag, own)]
     if ".memory." in name:
         return ["--sffn-freq", "--sffn-expansion", "--decoder-ffn-embed-dim", "--decoder-embed-dim"]

@@ -11,6 +11,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 
 from ..errors import UsageError, flag
 from ..memory import MemoryConfig, Selector
+from .layer_plan import layer_groups
 
 BYTES = 4
 """Bytes of a parameter. fairseq builds every model in fp32."""
@@ -119,22 +120,20 @@ def parts_of_side(args: Any, side: str, dictionary: Any, cross_attention: bool) 
     if len(sizes) < 3:  # options of a checkpoint lack the model's defaults
         return []
     d, f, count = sizes.values()
-    sparse = sparse_layers(args, count)
+    sparse = sparse_layers(args, side)
     if kept := getattr(args, f"{side}_layers_to_keep", None):  # a trained model, pruned
         count = len(kept.split(","))
-        sparse = min(sparse, count)
+    dense = count - sum(number for _, number in sparse)
     maps = 4 * (1 + cross_attention)
     parts = [
         Part("attention layers", count * maps * d * d, options(width, layers)),
-        Part("dense FFNs", (count - sparse) * 2 * d * f, options(hidden, width, layers)),
+        Part("dense FFNs", dense * 2 * d * f, options(hidden, width, layers)),
     ]
     if sparse:
-        table = args.sffn_expansion * f * d
-        full = Selector.registry[str(args.sffn_selector)].key_table == "full"
         shards = args.sffn_expert_parallel
-        tables = (1 + full) * sparse * table // shards
+        tables = sum(table_params(layer, d, f) * number for layer, number in sparse) // shards
         if shards > 1:  # each process draws a whole table and keeps its shard
-            tables += table
+            tables += max(layer.sffn_expansion for layer, _ in sparse) * f * d
         parts.append(Part("tables", tables, options("sffn_expansion", hidden, width, layers)))
     own = any(
         getattr(args, name, None)
@@ -154,13 +153,37 @@ def parts_of_side(args: Any, side: str, dictionary: Any, cross_attention: bool) 
     return parts
 
 
-def sparse_layers(args: Any, layers: int) -> int:
-    """Return the number of sparse layers; 0 if the model has no valid sparse options."""
+def sparse_layers(args: Any, side: str) -> list[tuple[Any, int]]:
+    """Return the sparse layers that are built.
+
+    Args:
+        args, side: see :func:`parts_of_side`.
+
+    Returns:
+        Options of the layers, and number of layers with these options; empty if the model has no
+        valid sparse options.
+    """
     names = ("sffn_freq", "sffn_expansion", "sffn_expert_parallel")
     sizes = [getattr(args, name, None) for name in names]
     known = all(isinstance(size, int) and size > 0 for size in sizes)
-    known = known and str(getattr(args, "sffn_selector", None)) in Selector.registry
-    return layers // args.sffn_freq if known else 0
+    if not known or str(getattr(args, "sffn_selector", None)) not in Selector.registry:
+        return []
+    groups = layer_groups(args, side)
+    if kept := getattr(args, f"{side}_layers_to_keep", None):
+        built = [int(number) for number in kept.split(",") if number.isdecimal()]
+        return [(group.options, sum(n in group.numbers for n in built)) for group in groups]
+    return [(group.options, group.count) for group in groups]
+
+
+def table_params(layer: Any, embed_dim: int, ffn_embed_dim: int) -> int:
+    """Return the number of parameters in the tables of a layer.
+
+    Args:
+        layer: the options of the layer.
+        embed_dim, ffn_embed_dim: widths of the side.
+    """
+    full = Selector.registry[str(layer.sffn_selector)].key_table == "full"
+    return (1 + full) * layer.sffn_expansion * ffn_embed_dim * embed_dim
 
 
 def physical_memory() -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ class SparseStack(nn.Module):
     """Base class to put before fairseq's encoder or decoder: some of its layers are sparse.
 
     Attributes:
-        memory_config: the memory of each sparse layer.
+        memory_configs: name of each sparse layer in the routing -> its memory.
         sparse_layers: index of each sparse layer -> its name in the routing.
         groups: the processes among which tokens count together and blocks are sharded.
     """
@@ -29,16 +29,17 @@ class SparseStack(nn.Module):
     layers: nn.ModuleList
     padding_idx: int
 
-    def plan_layers(self, args: Any, side: str, memory_config: MemoryConfig, prefix: str) -> None:
+    def plan_layers(
+        self, args: Any, side: str, memory_configs: Mapping[int, MemoryConfig], prefix: str
+    ) -> None:
         """Decide which layers are sparse. Call it before the layers are built in order.
 
         Args:
             args: the model's options.
             side: ``encoder`` or ``decoder``.
-            memory_config: the memory of each sparse layer.
+            memory_configs: number of each sparse layer in training -> its memory.
             prefix: a layer's name is this prefix and the layer's number.
         """
-        self.memory_config = memory_config
         self.groups = process_groups(args.sffn_expert_parallel).groups
         # Layers of a pruned model keep their numbers of training, and their order.
         kept = getattr(args, f"{side}_layers_to_keep")
@@ -47,13 +48,21 @@ class SparseStack(nn.Module):
         self.sparse_layers = {
             index: f"{prefix}{number}"
             for index, number in enumerate(numbers)
-            if (number + 1) % args.sffn_freq == 0
+            if number in memory_configs
+        }
+        self.memory_configs = {
+            name: memory_configs[numbers[index]] for index, name in self.sparse_layers.items()
         }
         self._unbuilt_layers = iter(range(len(numbers)))
 
-    def next_is_sparse(self) -> bool:
-        """Return whether the next layer to build is sparse, and advance to the layer after it."""
-        return next(self._unbuilt_layers) in self.sparse_layers
+    def next_memory(self) -> MemoryConfig | None:
+        """Return the memory of the next layer to build, and advance to the layer after it.
+
+        Returns:
+            The memory; ``None``: the layer is dense.
+        """
+        name = self.sparse_layers.get(next(self._unbuilt_layers))
+        return None if name is None else self.memory_configs[name]
 
     def wrap(self, layer: SparseLayer, cfg: Any) -> nn.Module:
         """Wrap a layer for activation checkpointing and FSDP, as fairseq wraps its own layers."""
@@ -84,8 +93,9 @@ class SparseStack(nn.Module):
             UsageError: a token id is outside the dictionary.
         """
         self._check_tokens(tokens_BT)
-        context = max(self.memory_config.context_tokens, 1)
-        token_ids_BTC = trailing_tokens(tokens_BT, context, self.padding_idx)
+        # A memory takes the last ones, as many as it reads.
+        context = max((c.context_tokens for c in self.memory_configs.values()), default=0)
+        token_ids_BTC = trailing_tokens(tokens_BT, max(context, 1), self.padding_idx)
         if last_only:
             token_ids_BTC = token_ids_BTC[:, -1:]
         token_ids_TBC = token_ids_BTC.transpose(0, 1)
@@ -104,8 +114,10 @@ class SparseStack(nn.Module):
 
     def empty_routing(self, tokens: Tensor) -> dict[str, LayerRouting]:
         """Return name of each sparse layer -> routing of no tokens, on the device of ``tokens``."""
-        empty = LayerRouting.empty(self.memory_config.num_blocks, like=tokens)
-        return dict.fromkeys(self.sparse_layers.values(), empty)
+        return {
+            name: LayerRouting.empty(config.num_blocks, like=tokens)
+            for name, config in self.memory_configs.items()
+        }
 
     def routed_layers(
         self, inputs: dict[str, Any], routing: dict[str, LayerRouting]
@@ -129,10 +141,11 @@ class SparseStack(nn.Module):
 
     def _check_tokens(self, tokens: Tensor) -> None:
         # An accelerator checks indices itself. A check here would make the host wait.
-        if tokens.device.type == "cpu" and tokens.numel():
-            types, highest = self.memory_config.vocab_size, int(tokens.max())
+        if self.memory_configs and tokens.device.type == "cpu" and tokens.numel():
+            # All layers read the same dictionary.
+            types = next(iter(self.memory_configs.values())).vocab_size
             assert types is not None
-            if highest >= types:
+            if (highest := int(tokens.max())) >= types:
                 raise UsageError(
                     f"token id {highest}: outside the dictionary of {types} types; "
                     "the data was binarised with another dict.txt"

@@ -11,7 +11,7 @@ from ..errors import UsageError
 from .config import TranslationConfig, sparse
 from .decoder import SparseTransformerDecoder
 from .encoder import SparseTransformerEncoder
-from .memory_config import build_memory_config, check_supported
+from .memory_config import build_memory_configs, check_supported
 from .plugin_model import PluginModel, check_selector, register
 
 
@@ -60,26 +60,26 @@ class SparseTransformer(PluginModel, TransformerModel):
             setattr(args, name, getattr(shell_args, name))
         # fairseq sets this option in a copy of the options.
         args.share_decoder_input_output_embed |= args.merge_src_tgt_embed
+        source, target = shell.encoder.dictionary, shell.decoder.dictionary
+        memory_configs = {
+            side: build_memory_configs(args, len(dictionary), dictionary.count, side)
+            for side, dictionary in (("encoder", source), ("decoder", target))
+        }
         for side in ("encoder", "decoder"):
             if kept := getattr(args, f"{side}_layers_to_keep"):
                 setattr(args, f"{side}_layers", len(kept.split(",")))
-
-        def memory_config(side: str, dictionary: Any) -> Any:
-            return build_memory_config(args, len(dictionary), dictionary.count, side)
-
-        source, target = shell.encoder.dictionary, shell.decoder.dictionary
         encoder = SparseTransformerEncoder(
             args,
             source,
             shell.encoder.embed_tokens,
-            memory_config("encoder", source),
+            memory_configs["encoder"],
             prefix="encoder_layer",
         )
         decoder = SparseTransformerDecoder(
             args,
             target,
             shell.decoder.embed_tokens,
-            memory_config("decoder", target),
+            memory_configs["decoder"],
             no_encoder_attn=args.no_cross_attention,
             prefix="decoder_layer",
         )
@@ -111,11 +111,6 @@ class SparseTransformer(PluginModel, TransformerModel):
         )
         encoder_out = self.encoder(src_tokens, src_lengths, return_all_hiddens, **routing)
         return self.decoder(prev_output_tokens, encoder_out, **routing, **kwargs)
-
-    @property
-    def memory_config(self) -> Any:
-        """The memory of each sparse layer of the decoder."""
-        return self.decoder.memory_config
 
 
 register("transformer_sffn", SparseTransformer, {}, selector=None)

@@ -16,7 +16,7 @@ from omegaconf import II
 from ..errors import UsageError, flag
 from .config import DenseConfig, sparse
 from .decoder import SparseTransformerDecoder
-from .memory_config import build_memory_config, check_supported
+from .memory_config import build_memory_configs, check_supported
 from .plugin_model import PluginModel, check_selector, register
 
 
@@ -78,7 +78,7 @@ class SparseTransformerLM(DenseTransformerLM):
         check_selector(args, cls.selector, "transformer_lm_sffn")
         dictionary = task.source_dictionary
         counts = task.token_counts() if hasattr(task, "token_counts") else dictionary.count
-        memory_config = build_memory_config(args, len(dictionary), counts)
+        memory_configs = build_memory_configs(args, len(dictionary), counts)
         # fairseq builds embeddings (adaptive, character, ...) and decoder in one function. So build
         # a model without layers, and keep its embeddings.
         shell_args = copy.deepcopy(args)
@@ -93,15 +93,10 @@ class SparseTransformerLM(DenseTransformerLM):
             args,
             task.target_dictionary,
             shell.decoder.embed_tokens,
-            memory_config,
+            memory_configs,
             no_encoder_attn=True,
         )
         return cls(decoder)
-
-    @property
-    def memory_config(self) -> Any:
-        """The memory of each sparse layer."""
-        return self.decoder.memory_config
 
 
 SIZES: dict[str, dict[str, Any]] = {

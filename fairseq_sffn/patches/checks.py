@@ -9,7 +9,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 
 from ..criterions.routing_losses import RoutingLosses
 from ..errors import UsageError
-from ..memory import MemoryConfig, SparseMemory
+from ..memory import MemoryConfig
 from ..models.plugin_model import PluginModel
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ def check_options(cfg: Any, model: PluginModel) -> None:
         UsageError: such an option is set.
     """
     path = cfg.common.quantization_config_path
-    if path and hasattr(model, "memory_config"):
+    if path and model.memory_configs:
         raise UsageError(
             f"--quantization-config-path {path}: quantization does not reach the tables of a "
             "sparse FFN"
@@ -58,22 +58,25 @@ def check_criterion(model: PluginModel, criterion: Any, name: str) -> None:
         raise UsageError(
             f"--criterion {name}: not with --adaptive-softmax-cutoff; use sffn_cross_entropy"
         )
-    config: MemoryConfig | None = getattr(model, "memory_config", None)
-    if config is None:  # without sparse layers
-        return
-    selector, has_losses = config.selector_class, isinstance(criterion, RoutingLosses)
-    weighs = has_losses and any(criterion.weights(selector).values())
-    if not has_losses and selector.default_balance_weight:
-        logger.warning(
-            f"--criterion {name}: trains {selector.name} without its balance loss; "
-            "sffn_cross_entropy has it"
-        )
-    if not weighs and not gate_learns(config) and has_router(model):
-        losses = "--balance-loss-weight" + " and --criterion sffn_cross_entropy" * (not has_losses)
-        raise UsageError(
-            f"--sffn-gate {config.gate_name}: leaves the router of {selector.name} without a "
-            f"gradient where no balance loss has a weight; choose another gate, or add {losses}"
-        )
+    has_losses = isinstance(criterion, RoutingLosses)
+    weights = criterion.weights(model.memory_configs).values() if has_losses else ()
+    for layer, config in model.memory_configs.items():
+        selector = config.selector_class
+        weighs = any(layer in weight_of for weight_of in weights)
+        if not weighs and not gate_learns(config) and has_router(config):
+            losses = "--balance-loss-weight"
+            losses += " and --criterion sffn_cross_entropy" * (not has_losses)
+            raise UsageError(
+                f"--sffn-gate {config.gate_name}: leaves the router of {selector.name} without a "
+                f"gradient where no balance loss has a weight; choose another gate, or add {losses}"
+            )
+    selectors = dict.fromkeys(config.selector_class for config in model.memory_configs.values())
+    for selector in selectors:
+        if not has_losses and selector.default_balance_weight:
+            logger.warning(
+                f"--criterion {name}: trains {selector.name} without its balance loss; "
+                "sffn_cross_entropy has it"
+            )
 
 
 def gate_learns(config: MemoryConfig) -> bool:
@@ -85,11 +88,7 @@ def gate_learns(config: MemoryConfig) -> bool:
     return config.gate_name != "none" and not alone
 
 
-def has_router(model: PluginModel) -> bool:
-    """Return whether a model has parameters that only select blocks."""
-    return any(
-        parameter.requires_grad
-        for memory in model.modules()
-        if isinstance(memory, SparseMemory) and memory.config.selector_class.key_table == "full"
-        for parameter in memory.selector.parameters()
-    )
+def has_router(config: MemoryConfig) -> bool:
+    """Return whether a memory has parameters that only select blocks."""
+    selector = config.selector_class
+    return selector.key_table == "full" and selector.num_params(config) > 0

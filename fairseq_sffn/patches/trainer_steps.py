@@ -104,7 +104,7 @@ class StepTrainer(Trainer):
             :meth:`_drop_dummy` handles dummies.
         """
         sample, is_dummy = super()._prepare_sample(sample, is_dummy)
-        if is_dummy and getattr(self.get_model(), "memory_config", None) is not None:
+        if is_dummy and getattr(self.get_model(), "memory_configs", {}):
             sample = {**sample, "net_input": {**sample["net_input"], "is_dummy": True}}
         if not self.model.training:  # validation has one micro-batch per step
             return sample, is_dummy

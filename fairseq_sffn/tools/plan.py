@@ -77,7 +77,7 @@ def plan_figures(model: TransformerLanguageModel, setting: Setting) -> dict[str,
 
         - ``params``: numbers of ``replicated`` and ``sharded`` parameters;
         - ``memory``, ``activations``, ``sent``: bytes by part, expected values if routing is even;
-        - ``sent_per_sparse_layer``: bytes;
+        - ``sent_per_sparse_layer``: bytes of each sparse layer;
         - ``compute_seconds``, ``communication_seconds``: times without overlap;
         - ``communication_share``: share of communication in the sum of both times.
     """
@@ -100,14 +100,14 @@ def plan_figures(model: TransformerLanguageModel, setting: Setting) -> dict[str,
         "optimizer_state": params * state_bytes,
         "activations": sum(activations.values()),
     }
-    layer, keys = 0.0, 0
+    layers, keys = [0.0] * len(memories), 0
     if shards > 1:
-        config = memories[0].config
-        layer = expected_sent_bytes(config, shards, size, tokens, recomputed)
-        keys = mean_keys_bytes(config, shards, size, recomputed)
+        configs = [memory.config for memory in memories]
+        layers = [expected_sent_bytes(c, shards, size, tokens, recomputed) for c in configs]
+        keys = sum(mean_keys_bytes(c, shards, size, recomputed) for c in configs)
     sent = {
-        "sparse_layers": round(layer * len(memories)),
-        "mean_keys": keys * len(memories),
+        "sparse_layers": round(sum(layers)),
+        "mean_keys": keys,
         "replicated_gradients": round(all_reduce_bytes(replicated * size, ranks)),
         "sharded_gradients": round(all_reduce_bytes(sharded * size, ranks // shards)),
     }
@@ -121,7 +121,7 @@ def plan_figures(model: TransformerLanguageModel, setting: Setting) -> dict[str,
         "memory": memory | {"total": sum(memory.values())},
         "activations": activations,
         "sent": sent | {"total": sum(sent.values())},
-        "sent_per_sparse_layer": round(layer),
+        "sent_per_sparse_layer": list(map(round, layers)),
         "compute_seconds": compute,
         "communication_seconds": communication,
         "communication_share": communication / (communication + compute),
@@ -202,7 +202,7 @@ def check_shards(model: TransformerLanguageModel, shards: int) -> None:
     memories = [module for module in model.modules() if isinstance(module, SparseMemory)]
     reason = "this model has no sparse layers" if shards > 1 and not memories else None
     try:
-        for memory in memories[:1]:  # all layers have the same config
+        for memory in memories:
             check_sharding(memory.config, shards)
     except ConfigError as error:
         reason = error.reason

@@ -80,7 +80,8 @@ def test_logged_values(method):
         counts = sum(part[f"layer{number}"].counts for part in layers)
         dropped = sum(part[f"layer{number}"].dropped for part in layers)
         losses = [part[f"layer{number}"].balance_loss.item() for part in layers]
-        assert counts.sum() == sum(sizes) * model.memory_config.active_blocks and dropped > 0
+        memory = model.memory_configs[f"layer{number}"]
+        assert counts.sum() == sum(sizes) * memory.active_blocks and dropped > 0
         expected = {
             "load_entropy": usage.load_entropy(counts),
             "load_max": usage.load_max(counts),

@@ -15,8 +15,7 @@ from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.models import lstm_lm
 
 from fairseq_sffn.errors import UsageError
-from fairseq_sffn.memory import SparseMemory
-from fairseq_sffn.memory.selectors.avgk import AvgK
+from fairseq_sffn.memory import MemoryConfig, SparseMemory
 from fairseq_sffn.models.layer import LayerRouting
 from tests.criterions.small_criterion import (
     TASK,
@@ -94,8 +93,9 @@ def test_a_weight_of_0_leaves_the_losses_out():
     nothing = torch.tensor(math.nan)
     empty = LayerRouting.empty(1, like=nothing)
     layers = {"layer0": empty._replace(balance_loss=nothing, z_loss=nothing)}
-    assert criterion().extra_loss(AvgK, layers) == 0
-    assert math.isnan(criterion(z_loss_weight=1.0).extra_loss(AvgK, layers))
+    configs = {"layer0": MemoryConfig(8, 32, 8, 1, selector="avgk")}
+    assert criterion().extra_loss(configs, layers) == 0
+    assert math.isnan(criterion(z_loss_weight=1.0).extra_loss(configs, layers))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -48,7 +48,7 @@ def test_padding_on_the_right_changes_nothing(model):
     for number, routing in extra.get("routing", {}).items():
         single = [single_extra["routing"][number] for _, single_extra in alone]
         assert torch.equal(routing.counts, sum(layer.counts for layer in single))
-        assert routing.counts.sum() == 15 * model.memory_config.active_blocks
+        assert routing.counts.sum() == 15 * model.memory_configs[number].active_blocks
         assert routing.dropped == 0
 
 
@@ -88,8 +88,9 @@ def step_by_step(model: nn.Module, batch: Tensor, state: dict, start: int = 0) -
         for end in range(start, batch.shape[1])
     ]
     for _, extra in steps:
-        for routing in extra.get("routing", {}).values():
-            assert routing.counts.sum() == len(batch) * model.memory_config.active_blocks
+        for name, routing in extra.get("routing", {}).items():
+            used = model.memory_configs[name].active_blocks
+            assert routing.counts.sum() == len(batch) * used
     return torch.cat([output for output, _ in steps], dim=1)
 
 

@@ -232,7 +232,7 @@ def test_checkpointed_activations_give_the_same_gradients(method, offload):
 
     # 24 tokens, 2 of them padding. They are counted once, although the layer runs twice.
     assert routing.keys() == expected_routing.keys() == {"layer1"}
-    assert routing["layer1"].counts.sum() == 22 * model.memory_config.active_blocks
+    assert routing["layer1"].counts.sum() == 22 * model.memory_configs["layer1"].active_blocks
     for ours, theirs in zip(routing["layer1"], expected_routing["layer1"], strict=True):
         assert torch.equal(ours, theirs)
 

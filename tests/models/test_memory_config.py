@@ -87,7 +87,7 @@ def test_defaults(method, block_size, gate, size, width, ffn, by_flag):
 def test_flags_reach_the_memory(options, expected):
     config = memory_config("avgk", **options)
     assert {name: getattr(config, name) for name in expected} == expected
-    built = small_lm("avgk", **options).memory_config
+    (built,) = small_lm("avgk", **options).memory_configs.values()
     assert {name: getattr(built, name) for name in expected} == expected
 
 

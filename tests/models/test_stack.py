@@ -78,7 +78,7 @@ def stub_decoder() -> SparseTransformerDecoder:
     memory_config = MemoryConfig(WIDTH, 32, 8, 1, selector="stub", vocab_size=TYPES)
     args = small_config("avgk", max_target_positions=16)
     embeddings = nn.Embedding(TYPES, WIDTH, PAD)
-    decoder = SparseTransformerDecoder(args, dictionary(), embeddings, memory_config, True)
+    decoder = SparseTransformerDecoder(args, dictionary(), embeddings, {1: memory_config}, True)
     return decoder.eval()
 
 

@@ -208,7 +208,7 @@ def test_each_side_has_its_own_width_and_dictionary():
 def test_a_decoder_is_as_wide_as_its_encoder_by_default():
     decoder = build(encoder_embed_dim=24, encoder_ffn_embed_dim=64).decoder
     assert decoder.embed_dim == decoder.output_embed_dim == 24
-    assert decoder.memory_config.num_cells == 16 * 64
+    assert decoder.memory_configs["decoder_layer1"].num_cells == 16 * 64
 
 
 def test_shared_embeddings_are_one_tensor():

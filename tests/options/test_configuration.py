@@ -227,7 +227,7 @@ def test_the_task_takes_a_namespace(data_bin: Path) -> None:
     flags = ("--sffn-eval-capacity-factor", "1")
     args = training_namespace(data_bin, data_bin, "transformer_lm_avgk_tiny", *flags)
     model = task.build_model(args, from_checkpoint=True)
-    assert model.memory_config.eval_capacity_factor == 2.0
+    assert model.memory_configs["layer1"].eval_capacity_factor == 2.0
 
 
 def test_a_callers_own_dataset_is_evaluated(data_bin: Path, tmp_path: Path) -> None:

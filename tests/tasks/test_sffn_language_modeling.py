@@ -183,8 +183,8 @@ def test_capacity_at_evaluation(data_bin, method, asked, from_checkpoint, expect
     task = set_up(data_bin, eval_capacity_factor=asked)
     config = small_config(method, sffn_capacity_factor=1.0, sffn_eval_capacity_factor=0.75)
     model = task.build_model(config, from_checkpoint=from_checkpoint)
-    assert model.memory_config.eval_capacity_factor == expected
-    assert model.memory_config.capacity_factor == 1.0
+    memory = model.memory_configs["layer1"]
+    assert (memory.eval_capacity_factor, memory.capacity_factor) == (expected, 1.0)
 
 
 def test_capacity_at_evaluation_is_not_for_training(data_bin):

@@ -99,7 +99,7 @@ def test_what_is_too_much_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_lm("rand_hash").eval()
     found = watched(model, [[random_tokens(5)]])["1"]
     assert found["blocks"] == found["positions"] == found["top_tokens"] == []
-    assert sum(found["counts"]) == 5 * model.memory_config.active_blocks
+    assert sum(found["counts"]) == 5 * model.memory_configs["layer1"].active_blocks
     rows = [[random_tokens(5)]]
     counted = watched(model, rows)["1"]
     monkeypatch.setattr(routing, "MOST_PAIRS", len(counted["counts"]) * len(dictionary()) - 1)

@@ -75,7 +75,7 @@ def routing(experiments: Experiments, table: Table) -> Parts:
         Column(
             "token dependence",
             summary(2),
-            lambda layer: dependence(layer.found, experiments.memory(layer.outcome)),
+            lambda layer: dependence(layer.found, experiments.memories(layer.outcome)[layer.name]),
         ),
         Column("agreement of seeds", summary(2), seed_agreement),
         Column("agreement with tokens", summary(2), token_agreement),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
+
+from fairseq_sffn.memory import MemoryConfig
 
 from ..files import Row, Scale, Table
 from ..outcomes import Experiments, Model
@@ -32,8 +34,8 @@ def costs(experiments: Experiments, table: Table, scale: Scale) -> Part:
 
     columns = [
         Column("model", text, lambda row: row.label),
-        Column("g", whole, of_model(lambda m: m.memory and m.memory.block_size)),
-        Column("b", whole, of_model(lambda m: m.memory and m.memory.active_blocks)),
+        Column("g", numbers, of_model(lambda m: distinct(m, lambda c: c.block_size))),
+        Column("b", numbers, of_model(lambda m: distinct(m, lambda c: c.active_blocks))),
         Column("parameters", whole, of_model(lambda m: m.cost["params"])),
         Column("active", whole, of_model(lambda m: m.cost["active_params"])),
         Column(
@@ -54,9 +56,18 @@ def costs(experiments: Experiments, table: Table, scale: Scale) -> Part:
     return make(columns, table.rows, note, FLOPS_NOTE, table.note, title=title)
 
 
+def numbers(values: Iterable[int]) -> str:
+    """Return several numbers as text."""
+    return "; ".join(map(whole, values))
+
+
+def distinct(model: Model, value: Callable[[MemoryConfig], Any]) -> list[Any]:
+    """Return the different values of the sparse layers, in the order of the layers."""
+    return list(dict.fromkeys(map(value, model.memories.values())))
+
+
 def selects(model: Model) -> str:
-    """Return what chooses a token's blocks, from the docstring of the selector's module."""
-    if model.memory is None:
-        return ""
-    doc = sys.modules[model.memory.selector_class.__module__].__doc__ or ""
-    return doc.splitlines()[0].partition(": ")[2].removesuffix(".")
+    """Return what chooses a token's blocks, from the docstrings of the selectors' modules."""
+    selectors = distinct(model, lambda config: config.selector_class)
+    docs = [sys.modules[selector.__module__].__doc__ or "" for selector in selectors]
+    return "; ".join(doc.splitlines()[0].partition(": ")[2].removesuffix(".") for doc in docs)
