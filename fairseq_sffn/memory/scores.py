@@ -42,7 +42,7 @@ class Scores:
         # From the best block's probability, which is never small. Summing the exponentials again
         # would cost as much as the softmax.
         best_N1 = self.logits.argmax(dim=-1, keepdim=True)
-        return _at_least_fp32(self.logits.gather(1, best_N1)) - self.probs.gather(1, best_N1).log()
+        return at_least_fp32(self.logits.gather(1, best_N1)) - self.probs.gather(1, best_N1).log()
 
     def mean_probs(self, valid_N: Tensor | None) -> Tensor:
         """Return the probability of each block, averaged over the valid tokens: (B,)."""
@@ -52,7 +52,7 @@ class Scores:
     def probs(self) -> Tensor:
         """Probability of each block: (N, B), computed once for gate and losses."""
         if self._probs is None:
-            self._probs = torch.softmax(_at_least_fp32(self.logits), dim=-1)
+            self._probs = torch.softmax(at_least_fp32(self.logits), dim=-1)
         return self._probs
 
 
@@ -100,13 +100,13 @@ class ProductScores(Scores):
 
     def log_partition(self) -> Tensor:
         """Return the log of the summed exponentials of the scores of each head: (N, H)."""
-        left, right = _at_least_fp32(self.left), _at_least_fp32(self.right)
+        left, right = at_least_fp32(self.left), at_least_fp32(self.right)
         return torch.logsumexp(left, dim=-1) + torch.logsumexp(right, dim=-1)
 
     def mean_probs(self, valid_N: Tensor | None) -> Tensor:
         """Return the probability of each block, averaged over heads and valid tokens: (B,)."""
-        left = torch.softmax(_at_least_fp32(self.left), dim=-1)
-        right = torch.softmax(_at_least_fp32(self.right), dim=-1)
+        left = torch.softmax(at_least_fp32(self.left), dim=-1)
+        right = torch.softmax(at_least_fp32(self.right), dim=-1)
         # The weights sum to 1 over tokens and heads, and are 0 at padding.
         weights_N = left.new_ones(len(left)) if valid_N is None else valid_N.to(left.dtype)
         weights_N = weights_N / (left.shape[1] * weights_N.sum().clamp(min=1))
@@ -182,5 +182,6 @@ def mean_over_tokens(values_NX: Tensor, valid_N: Tensor | None) -> Tensor:
         return weights_N @ values_NX
 
 
-def _at_least_fp32(scores: Tensor) -> Tensor:
+def at_least_fp32(scores: Tensor) -> Tensor:
+    """Return the scores in fp32, or in their own dtype if it is wider."""
     return scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -147,7 +147,10 @@ class SparseMemory(MemoryTables):
             )
         if gate is not None:
             assert selection.scores is not None
-            selection = selection._replace(weights=gate(selection.scores, selection.blocks))
+            weights_NA = gate.weights(selection.scores, selection.blocks)
+            if self.config.route_scale != 1:
+                weights_NA = weights_NA * self.config.route_scale
+            selection = selection._replace(weights=weights_NA)
         return selection
 
     def _losses(

@@ -64,6 +64,9 @@ def check_config(config: MemoryConfig) -> None:
     if config.gate_name != "none" and not config.selector_class.scores_blocks:
         reason = f"{config.selector_class.name} gives blocks no score to weigh them by; use none"
         raise ConfigError("gate", config.gate, reason)
+    if config.gate_name == "none" and config.route_scale != 1:
+        reason = "is a factor of the weights of a gate, and the gate is none"
+        raise ConfigError("route_scale", config.route_scale, reason)
     if not isinstance(config.activation, str) and not callable(config.activation):
         raise ConfigError("activation", config.activation, "is no name and no function")
     if isinstance(config.activation, str) and config.activation not in ACTIVATIONS:
@@ -89,7 +92,7 @@ def check_config(config: MemoryConfig) -> None:
             if config.engine in NATIVE:
                 reason = "has no C++ kernels here: no compiler, or FAIRSEQ_SFFN_KERNELS=off"
             raise ConfigError("engine", config.engine, reason)
-    for name in ("init_scale", "value_lr_scale"):
+    for name in ("init_scale", "value_lr_scale", "route_scale"):
         if not 0 < getattr(config, name) < math.inf:
             raise ConfigError(name, getattr(config, name), "must be positive and finite")
     if not isinstance(config.bias, bool):

@@ -9,7 +9,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 
 from ..criterions.routing_losses import RoutingLosses
 from ..errors import UsageError
-from ..memory import MemoryConfig, SparseMemory
+from ..memory import MemoryConfig, SparseMemory, gate
 from ..models.plugin_model import PluginModel
 
 logger = logging.getLogger(__name__)
@@ -68,21 +68,13 @@ def check_criterion(model: PluginModel, criterion: Any, name: str) -> None:
             f"--criterion {name}: trains {selector.name} without its balance loss; "
             "sffn_cross_entropy has it"
         )
-    if not weighs and not gate_learns(config) and has_router(model):
+    learns = gate.learns(config.gate_name, config.active_blocks)
+    if not weighs and not learns and has_router(model):
         losses = "--balance-loss-weight" + " and --criterion sffn_cross_entropy" * (not has_losses)
         raise UsageError(
             f"--sffn-gate {config.gate_name}: leaves the router of {selector.name} without a "
             f"gradient where no balance loss has a weight; choose another gate, or add {losses}"
         )
-
-
-def gate_learns(config: MemoryConfig) -> bool:
-    """Return whether gradients flow through a gate to the scores.
-
-    A single renormalised weight is always 1, so it has no gradient.
-    """
-    alone = config.gate_name == "renormalized" and config.active_blocks == 1
-    return config.gate_name != "none" and not alone
 
 
 def has_router(model: PluginModel) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fairseq_sffn.memory import MemoryConfig, MemoryOutput, ProcessGroups, SparseMemory
+from fairseq_sffn.memory import MemoryConfig, MemoryOutput, ProcessGroups, SparseMemory, gate
 from fairseq_sffn.memory.compute import kernels
 from fairseq_sffn.memory.selectors.gshard import GShard
 from fairseq_sffn.memory.selectors.hash_layer import HashLayer
@@ -54,7 +54,7 @@ CASES = {
     "gshard-sampled": dict(selector=SAMPLED, num_cells=16, block_size=4, active_blocks=2),
     "base": dict(selector="base", num_cells=16, block_size=4, active_blocks=1),
 }
-GATES = ["none", "softmax", "renormalized", "sigmoid"]
+GATES = list(gate.GATES)
 UNSCORED = ["rand_hash", "hash_layer", "hash_layer-bigram"]
 CASE_GATES = [(case, gate) for case in CASES for gate in GATES if case not in UNSCORED]
 CASE_GATES += [(case, "none") for case in UNSCORED]

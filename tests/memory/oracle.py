@@ -60,13 +60,19 @@ def lookup(
         for n in all_tokens:
             head_of = [a % len(heads) for a in range(active)]
             chosen = [exps[n][h][i] for h, i in zip(head_of, blocks[n], strict=True)]
+            sigmoids = [e / (1 + e) for e in chosen]
+            roots = [torch.sqrt(torch.log(1 + e)) for e in chosen]
             weights.append(
                 {
                     "softmax": [e / totals[n][h] for e, h in zip(chosen, head_of, strict=True)],
                     "renormalized": [e / sum(chosen) for e in chosen],
-                    "sigmoid": [e / (1 + e) for e in chosen],
+                    "sigmoid": sigmoids,
+                    "sigmoid_renormalized": [s / (sum(sigmoids) + 1e-20) for s in sigmoids],
+                    "sqrt_softplus": roots,
+                    "sqrt_softplus_renormalized": [r / (sum(roots) + 1e-20) for r in roots],
                 }[config.gate_name]
             )
+            weights[-1] = [config.route_scale * weight for weight in weights[-1]]
 
     # An assignment that the selector left out does not exist. Capacity is given to the first
     # choices of all tokens in order, then to second choices. Padding always fits.

@@ -93,8 +93,8 @@ def test_one_head_is_a_dense_score(left, right, each):
     assert_same(scores.of(blocks_NA), dense.of(blocks_NA), scores)
     assert_same(scores.log_probs(blocks_NA), dense.log_probs(blocks_NA), scores)
     assert_same(scores.log_partition(), dense.log_partition(), scores)
-    for gate in ("softmax", "renormalized", "sigmoid"):
-        assert_same(GATES[gate](scores, blocks_NA), GATES[gate](dense, blocks_NA), scores)
+    for gate in filter(None, GATES.values()):
+        assert_same(gate.weights(scores, blocks_NA), gate.weights(dense, blocks_NA), scores)
     for valid in (None, valid_N, torch.zeros_like(valid_N)):
         assert_same(scores.mean_probs(valid), dense.mean_probs(valid), scores)
         assert_same(

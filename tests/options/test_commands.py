@@ -82,7 +82,7 @@ NOT_IN_THE_TABLE = {
     # fairseq's commands.
     *("sffn_expansion", "sffn_block_size", "sffn_active_blocks", "sffn_freq"),
     *("sffn_capacity_factor", "sffn_eval_capacity_factor", "sffn_init_scale"),
-    *("sffn_value_lr_scale", "sffn_expert_parallel"),
+    *("sffn_value_lr_scale", "sffn_route_scale", "sffn_expert_parallel"),
     *("avgk_balance_rate", "lorkm_rank", "pkm_query_dim", "pkm_heads", "pkm_ffn_query_dim"),
     *("balance_loss_weight", "z_loss_weight"),
     # --scoring bleu has ids of special types, which no training reads.
