@@ -91,8 +91,9 @@ class RoutingLossConfig(FairseqDataclass):
     balance_loss_weight: Optional[float] = field(
         default=None,
         metadata={
-            "help": "weight of the balance loss, which is 1.0 per layer at perfect balance "
-            "(default: the selector's own: 0.01 for switch and gshard, else 0)"
+            "help": "weight of the balance loss, which is 1.0 per layer at perfect balance, and "
+            "minus the entropy of the mean router softmax for sigma_moe (default: the selector's "
+            "own: 0.01 for switch and gshard, 0.001 for sigma_moe, else 0)"
         },
     )
     balance_loss_reduce: ChoiceEnum(["sum", "mean"]) = field(  # type: ignore[valid-type]
@@ -178,7 +179,8 @@ class RoutingLosses(FairseqCriterion):
         """Return name of each loss -> weight.
 
         Raises:
-            UsageError: a loss has a weight, but the selector has no scores.
+            UsageError: a loss has a weight, but the selector has no scores, or does not select by
+                them.
         """
         balance_weight = self.cfg.balance_loss_weight
         if balance_weight is None:
@@ -188,6 +190,11 @@ class RoutingLosses(FairseqCriterion):
             if weight and not selector.scores_blocks:
                 option = f"--{name.replace('_', '-')}-weight {weight}"
                 raise UsageError(f"{option}: {selector.name} gives blocks no score to act on")
+        if balance_weight and not selector.selects_by_scores:
+            raise UsageError(
+                f"--balance-loss-weight {balance_weight}: {selector.name} selects by a fixed "
+                "table, whose load no loss changes"
+            )
         return weights
 
     def extra_loss(

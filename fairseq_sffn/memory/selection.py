@@ -55,7 +55,7 @@ class SelectorInput(NamedTuple):
         """Return the blocks to select, best first: (N, A) int64.
 
         Args:
-            scores: of all blocks.
+            scores: of all blocks. A block with the score -inf is not selected.
             active_blocks: A.
         """
         return scores.top(active_blocks)
@@ -152,9 +152,13 @@ class Selector(nn.Module):
     """Whether selection reads every row of the key table, so that no key is inactive."""
     scores_blocks: ClassVar[bool] = True
     """Whether :meth:`forward` returns scores, which gates and the balance loss need."""
+    selects_by_scores: ClassVar[bool] = True
+    """Whether the scores choose the blocks. Otherwise no balance loss can change the load."""
     default_gate: ClassVar[str] = "none"
     default_balance_weight: ClassVar[float] = 0.0
     """Default weight of the balance loss."""
+    balance_loss_kind: ClassVar[Literal["load", "entropy"]] = "load"
+    """``load``: :func:`.balance.balance_loss`. ``entropy``: :func:`.balance.entropy_loss`."""
     balanced_choices: ClassVar[int | None] = None
     """Number of a token's choices, best first, that the balance loss counts; ``None``: all."""
 

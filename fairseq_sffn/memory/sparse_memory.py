@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .balance import assignment_counts, balance_loss, z_loss
+from .balance import assignment_counts, balance_loss, entropy_loss, z_loss
 from .capacity import drop_over_capacity
 from .config import MemoryConfig
 from .dispatch import combine, dispatch
@@ -27,8 +27,9 @@ class MemoryOutput(NamedTuple):
     Attributes:
         output: (..., D), the shape of x.
         selection: blocks and weights of the N tokens, in the order of the flattened x.
-        balance_loss: () 1.0 at perfect balance; ``None`` if the selector scores no blocks or the
-            losses were not requested.
+        balance_loss: () of the selector's kind (``Selector.balance_loss_kind``): 1.0 at perfect
+            balance by default; ``None`` if the selector scores no blocks or the losses were not
+            requested.
         z_loss: () mean squared log-partition of the scores, or ``None`` as above.
         usage: assignments per block, and dropped ones, padding excluded.
     """
@@ -167,7 +168,10 @@ class SparseMemory(MemoryTables):
             blocks_NA = selection.blocks[:, :choices]
             counts_B = assignment_counts(blocks_NA, self.config.num_blocks, counted)
         total = None if self.groups.tokens is None else self.groups.sum_over_tokens
-        balance = balance_loss(selection.scores, counts_B, valid_N, total)
+        if self.config.selector_class.balance_loss_kind == "entropy":
+            balance = entropy_loss(selection.scores, valid_N, total)
+        else:
+            balance = balance_loss(selection.scores, counts_B, valid_N, total)
         return balance, z_loss(selection.scores, valid_N, total)
 
     def extra_repr(self) -> str:

@@ -170,6 +170,9 @@ METHODS = (
         },
     ),
     Method("base", selector="base"),
+    Method("moe", selector="moe"),
+    Method("sigma_moe", selector="sigma_moe"),
+    Method("hash_moe", selector="hash_moe"),
 )
 
 

@@ -71,9 +71,10 @@ def check_criterion(model: PluginModel, criterion: Any, name: str) -> None:
     learns = gate.learns(config.gate_name, config.active_blocks)
     if not weighs and not learns and has_router(model):
         losses = "--balance-loss-weight" + " and --criterion sffn_cross_entropy" * (not has_losses)
+        remedy = f", or add {losses}" if selector.selects_by_scores else ""
         raise UsageError(
             f"--sffn-gate {config.gate_name}: leaves the router of {selector.name} without a "
-            f"gradient where no balance loss has a weight; choose another gate, or add {losses}"
+            f"gradient where no balance loss has a weight; choose another gate{remedy}"
         )
 
 

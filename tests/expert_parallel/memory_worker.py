@@ -75,6 +75,7 @@ def compare(case: str, shards: int, groups: dict, gate: str) -> None:
     meter = Meter()
     for memory, part in ((alone, slice(None)), (sharded, own)):
         x = x_ND[part].clone().requires_grad_()
+        torch.manual_seed(rank if memory is sharded else 0)  # all ranks use the draws of rank 0
         out = memory(x, ids_N2[part], padding_mask=padding_N[part])
         objective = (out.output * cotangent_ND[part]).sum()
         share = 1.0 if memory is alone else len(x) / len(x_ND)

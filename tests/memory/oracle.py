@@ -116,7 +116,16 @@ def lookup(
                     load = balance_counts[i] / sum(balance_counts) * config.num_blocks
                     balance = balance + share * exps[n][h][i] / totals[n][h] * load
                 z = z + share * torch.log(totals[n][h]) ** 2
+    if name == "sigma_moe":
+        balance = _negative_entropy([exps[n][0] for n in valid])
     return Expected(output, blocks, weights, kept, balance, z, counts, dropped, importance)
+
+
+def _negative_entropy(exps: list[list[Tensor]]) -> Tensor:
+    """Return sum_i P_i log P_i, where P_i is the mean probability of block i."""
+    probs = [[e / sum(row) for e in row] for row in exps]
+    means = [sum(column) / len(probs) for column in zip(*probs, strict=True)]
+    return sum((p * torch.log(p) for p in means), torch.zeros((), dtype=torch.float64))
 
 
 def assert_matches(

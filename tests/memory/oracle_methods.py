@@ -159,6 +159,27 @@ def choose_base(inputs: Inputs) -> Choice:
     return choice._replace(blocks=blocks)
 
 
+def choose_sigma_moe(inputs: Inputs) -> Choice:
+    choice, config = choose_switch(inputs), inputs.memory.config
+    if not inputs.memory.training:
+        return choice
+    with torch.random.fork_rng():
+        torch.set_rng_state(inputs.rng)
+        draws = torch.rand(config.num_blocks).tolist()
+    by_draw = sorted(range(config.num_blocks), key=lambda i: -draws[i])
+    dropout = config.selector_options.expert_dropout
+    left = {i for i in by_draw if draws[i] >= dropout} | set(by_draw[: config.active_blocks])
+    blocks = [
+        [i for i in _best(row, config.num_blocks) if i in left][: config.active_blocks]
+        for (row,) in choice.scores
+    ]
+    return choice._replace(blocks=blocks)
+
+
+def choose_hash_moe(inputs: Inputs) -> Choice:
+    return choose_switch(inputs)._replace(blocks=choose_rand_hash(inputs).blocks)
+
+
 CHOOSE: dict[str, Callable[[Inputs], Choice]] = {
     "avgk": choose_avgk,
     "vanilla_m": choose_vanilla_m,
@@ -170,6 +191,9 @@ CHOOSE: dict[str, Callable[[Inputs], Choice]] = {
     "switch": choose_switch,
     "gshard": choose_gshard,
     "base": choose_base,
+    "moe": choose_switch,
+    "sigma_moe": choose_sigma_moe,
+    "hash_moe": choose_hash_moe,
 }
 
 
