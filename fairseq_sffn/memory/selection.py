@@ -39,6 +39,8 @@ class SelectorInput(NamedTuple):
             rows of each rank.
         stack_over_tokens: stacks tensors of the same shape on each of these ranks,
             (...) -> (ranks, ...); no gradients, no waiting.
+        values: (C, D) the memory's value table, divided by ``MemoryConfig.value_lr_scale``; where
+            blocks are sharded, this rank's.
     """
 
     x: Tensor
@@ -50,6 +52,7 @@ class SelectorInput(NamedTuple):
     gather: Callable[[Tensor], Tensor] = lambda part: part
     gather_tokens: Callable[[Tensor], tuple[Tensor, slice]] = lambda own: (own, slice(0, len(own)))
     stack_over_tokens: Callable[[Tensor], Tensor] = lambda own: own.unsqueeze(0)
+    values: Tensor | None = None
 
     def top(self, scores: Scores, active_blocks: int) -> Tensor:
         """Return the blocks to select, best first: (N, A) int64.

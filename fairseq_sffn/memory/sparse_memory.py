@@ -132,6 +132,7 @@ class SparseMemory(MemoryTables):
         gate = GATES[self.config.gate_name]
         needs_scores = losses or gate is not None
         inputs = SelectorInput(x_ND, self.keys, self.key_bias, token_ids_NT, valid_N, needs_scores)
+        inputs = inputs._replace(values=self.values)
         if self.groups != ProcessGroups():
             inputs = inputs._replace(
                 gather=self.groups.gather,

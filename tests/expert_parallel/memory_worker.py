@@ -31,6 +31,7 @@ TOKENS = (7, 0, 12, 3)
 OTHERS = {
     "base": ("base", dict(selector=BASELayer.Config(scope="world"))),
     "avgk-balanced": ("avgk-g4", dict(selector=AvgK.Config(balance_rate=0.3))),
+    "avgk-averaged": ("avgk-value_norm", dict(selector=AvgK.Config(value_norm=True, key_ema=0.5))),
     "avgk-centered": ("avgk-g4", dict(selector=AvgK.Config(center=True))),
 }
 """Options that several processes need, or that have no case of their own."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fairseq_sffn.memory import MemoryConfig, MemoryOutput, ProcessGroups, SparseMemory, gate
 from fairseq_sffn.memory.compute import kernels
+from fairseq_sffn.memory.selectors.avgk import AvgK
 from fairseq_sffn.memory.selectors.gshard import GShard
 from fairseq_sffn.memory.selectors.hash_layer import HashLayer
 from fairseq_sffn.memory.selectors.lorkm import LoRKM
@@ -25,18 +26,22 @@ BIGRAM = HashLayer.Config(table="bigram")
 SAMPLED = GShard.Config(second_expert="sampled")
 UNNORMED = PKM.Config(heads=2, coefficients="activation", query_norm="none", query_dim=6)
 DROPPED = SigmaMoE.Config(expert_dropout=0.3)
+NORMALIZED = AvgK.Config(normalize_keys=True)
+VALUE_NORM = AvgK.Config(normalize_keys=True, value_norm=True)
 CASES = {
     "avgk-g1": dict(selector="avgk", num_cells=32, block_size=1, active_blocks=8),
     "avgk-g3": dict(selector="avgk", num_cells=24, block_size=3, active_blocks=4),
     "avgk-g4": dict(selector="avgk", num_cells=32, block_size=4, active_blocks=4),
     "avgk-g16": dict(selector="avgk", num_cells=64, block_size=16, active_blocks=2),
     "avgk-whole": dict(selector="avgk", num_cells=64, block_size=64, active_blocks=1),
+    "avgk-normalized": dict(selector=NORMALIZED, num_cells=24, block_size=3, active_blocks=4),
+    "avgk-value_norm": dict(selector=VALUE_NORM, num_cells=32, block_size=4, active_blocks=4),
     "vanilla_m-g1": dict(selector="vanilla_m", num_cells=24, block_size=1, active_blocks=6),
     **{
         f"vanilla_m-{aggregate}": dict(
             selector=VanillaM.Config(aggregate), num_cells=24, block_size=4, active_blocks=2
         )
-        for aggregate in ("avg", "avg_abs", "max", "min")
+        for aggregate in ("avg", "avg_abs", "max", "min", "l2")
     },
     "lorkm-g1": dict(selector=LoRKM.Config(rank=3), num_cells=24, block_size=1, active_blocks=6),
     "lorkm-g4": dict(

@@ -22,7 +22,7 @@ from tests.synchronisations import Synchronisations, operations
 
 LEFT_OUT = ("memory/compute/", "memory/assignment.py")
 """Code that may wait: the engines, and the host's own copy of the scores."""
-STATEFUL = AvgK.Config(center=True, balance_rate=0.1)
+STATEFUL = AvgK.Config(center=True, balance_rate=0.1, key_ema=0.9)
 
 
 @pytest.fixture(autouse=True)

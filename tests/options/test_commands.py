@@ -83,7 +83,15 @@ NOT_IN_THE_TABLE = {
     *("sffn_expansion", "sffn_block_size", "sffn_active_blocks", "sffn_freq"),
     *("sffn_capacity_factor", "sffn_eval_capacity_factor", "sffn_init_scale"),
     *("sffn_value_lr_scale", "sffn_route_scale", "sffn_expert_parallel"),
-    *("avgk_balance_rate", "lorkm_rank", "pkm_query_dim", "pkm_heads", "pkm_ffn_query_dim"),
+    *(
+        "avgk_balance_rate",
+        "avgk_key_ema",
+        "sigma_moe_expert_dropout",
+        "lorkm_rank",
+        "pkm_query_dim",
+        "pkm_heads",
+        "pkm_ffn_query_dim",
+    ),
     *("balance_loss_weight", "z_loss_weight"),
     # --scoring bleu has ids of special types, which no training reads.
     *("pad", "eos", "unk"),
