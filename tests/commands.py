@@ -37,6 +37,9 @@ SMALL = (
 OF_MODEL = {
     "avgk": ("--sffn-block-size", "8"),
     "rand_hash": ("--sffn-block-size", "8"),
+    "moe": ("--sffn-block-size", "8"),
+    "sigma_moe": ("--sffn-block-size", "8"),
+    "hash_moe": ("--sffn-block-size", "8"),
     "pkm": ("--sffn-active-blocks", "16"),
     "sffn": ("--sffn-selector", "avgk", "--sffn-block-size", "8", "--sffn-gate", "sigmoid"),
 }

@@ -28,8 +28,9 @@ class RoutingLossConfig(FairseqDataclass):
     balance_loss_weight: Optional[float] = field(
         default=None,
         metadata={
-            "help": "weight of the balance loss, which is 1.0 per layer at perfect balance "
-            "(default: the selector's own: 0.01 for switch and gshard, else 0)"
+            "help": "weight of the balance loss, which is 1.0 per layer at perfect balance, and "
+            "minus the entropy of the mean router softmax for sigma_moe (default: the selector's "
+            "own: 0.01 for switch and gshard, 0.001 for sigma_moe, else 0)"
         },
     )
     balance_loss_reduce: ChoiceEnum(["sum", "mean"]) = field(  # type: ignore[valid-type]
@@ -132,7 +133,8 @@ class RoutingLosses(FairseqCriterion):
             Name of each loss -> name of each layer on which it acts -> weight.
 
         Raises:
-            UsageError: a loss has a weight, but no selector has scores.
+            UsageError: a loss has a weight, but no selector has scores, or none selects by them, or
+                the scope does not fit.
         """
         selectors = {layer: config.selector_class for layer, config in configs.items()}
         asked = {"balance_loss": self.cfg.balance_loss_weight, "z_loss": self.cfg.z_loss_weight}
@@ -146,11 +148,27 @@ class RoutingLosses(FairseqCriterion):
                 raise UsageError(
                     f"{option}: {' and '.join(names)} {give} blocks no score to act on"
                 )
+            if name == "balance_loss":
+                scoring = {layer: cls for layer, cls in scoring.items() if cls.selects_by_scores}
+                if weight and selectors and not scoring:
+                    names = list(dict.fromkeys(cls.name for cls in selectors.values()))
+                    selects = "selects" if len(names) == 1 else "select"
+                    raise UsageError(
+                        f"--balance-loss-weight {weight}: {' and '.join(names)} {selects} by a "
+                        "fixed table, whose load no loss changes"
+                    )
             found = {
                 layer: cls.default_balance_weight if weight is None else weight
                 for layer, cls in scoring.items()
             }
             weights[name] = {layer: value for layer, value in found.items() if value}
+        scope = str(self.cfg.balance_loss_scope)
+        for layer in weights["balance_loss"]:
+            if selectors[layer].balance_loss_kind == "entropy" and scope != "micro":
+                raise UsageError(
+                    f"--balance-loss-scope {scope}: {selectors[layer].name} balances by the "
+                    "entropy of a micro-batch"
+                )
         return weights
 
     def extra_loss(

@@ -127,12 +127,36 @@ def z_loss(scores: Scores, valid_N: Tensor | None, total: Total | None = None) -
     Returns:
         () loss.
     """
-    mean = mean_over_tokens(scores.log_partition().square(), valid_N).mean()
-    if total is not None:
-        tokens = _tokens(scores, valid_N).double()
-        sums = total(torch.cat([mean.double() * tokens, tokens]))
-        mean = (sums[0] / sums[1].clamp(min=1)).to(mean.dtype)
-    return mean
+    mean_1 = mean_over_tokens(scores.log_partition().square(), valid_N).mean().unsqueeze(0)
+    return _mean_over_ranks(mean_1, scores, valid_N, total).squeeze(0)
+
+
+def entropy_loss(scores: Scores, valid_N: Tensor | None, total: Total | None = None) -> Tensor:
+    """Compute minus the entropy of the mean softmax over the tokens, in nats.
+
+    Csordas et al. 2023 (arXiv 2310.10837), section 5. It is -log B if all blocks are equally likely
+    on average, and 0 if one block is certain.
+
+    Args:
+        scores, valid_N, total: see :func:`balance_loss`.
+
+    Returns:
+        () loss.
+    """
+    probs_B = _mean_over_ranks(scores.mean_shares(valid_N).squeeze(0), scores, valid_N, total)
+    # Without valid tokens the probabilities are 0, where the logarithm has no gradient.
+    return (probs_B * probs_B.clamp(min=torch.finfo(probs_B.dtype).tiny).log()).sum()
+
+
+def _mean_over_ranks(
+    mean_X: Tensor, scores: Scores, valid_N: Tensor | None, total: Total | None
+) -> Tensor:
+    """Return the mean over the tokens of all ranks from the mean over this rank's tokens."""
+    if total is None:
+        return mean_X
+    tokens = _tokens(scores, valid_N).double()
+    sums = total(torch.cat([mean_X.double() * tokens, tokens]))
+    return (sums[:-1] / sums[-1].clamp(min=1)).to(mean_X.dtype)
 
 
 def _tokens(scores: Scores, valid_N: Tensor | None) -> Tensor:

@@ -27,8 +27,9 @@ class MemoryConfig:
         active_blocks: blocks b per token; at most ``num_blocks``.
         selector: name of a selector, for its default options, or an instance of its ``Config``,
             such as ``HashLayer.Config(table="balanced")``.
-        gate: weight of a selected block: ``none``, ``softmax``, ``renormalized`` or ``sigmoid``
-            (see :mod:`.gate`); ``None`` takes the selector's default.
+        gate: weight of a selected block, a name in :data:`.gate.GATES`: ``none``, ``softmax``,
+            ``sigmoid`` or ``sqrt_softplus``, or ``renormalized``, ``sigmoid_renormalized`` or
+            ``sqrt_softplus_renormalized``; ``None`` takes the selector's default.
         activation: ``relu``, ``gelu``, ``silu``, ``tanh``, or any elementwise function of a tensor.
         bias: whether keys have a bias per cell, and the output a bias per feature.
         vocab_size: number of token ids, for selectors that read token ids.
@@ -47,6 +48,7 @@ class MemoryConfig:
             Lample et al. 2019 (arXiv 1907.05242) use a separate learning rate for the values.
         engine: name of the engine that computes the selected blocks (see :mod:`.compute`);
             ``None`` chooses by size.
+        route_scale: factor of the weights of any gate but ``none`` (DeepSeek-V3: 2.5).
 
     Raises:
         ConfigError: a field is out of range or contradicts another one.
@@ -69,6 +71,7 @@ class MemoryConfig:
     init_scale: float = 1.0
     value_lr_scale: float = 1.0
     engine: str | None = None
+    route_scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_config(self)

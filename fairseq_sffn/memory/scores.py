@@ -11,10 +11,22 @@ from torch import Tensor
 
 from .top_blocks import top_blocks
 
+ROUNDED = 40.0
+"""Above this x, softplus(-x) and exp(-x) are the same number in fp64."""
+
+
+def sqrt_softplus(logits: Tensor) -> Tensor:
+    """Return the square root of log(1 + exp(logit)), elementwise."""
+    # For very negative logits softplus is 0 in fp32, where the square root has no gradient.
+    small = torch.exp(logits.clamp(max=-ROUNDED) / 2)
+    large = F.softplus(logits.clamp(min=-ROUNDED), threshold=ROUNDED).sqrt()
+    return torch.where(logits < -ROUNDED, small, large)
+
+
 ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "logits": lambda logits: logits,
     "sigmoid": torch.sigmoid,
-    "sqrt_softplus": lambda logits: F.softplus(logits).sqrt(),
+    "sqrt_softplus": sqrt_softplus,
 }
 """Score function -> function of a logit alone. The score function ``softmax`` is the only other
 one: it is over all blocks."""
@@ -58,9 +70,12 @@ class Scores:
         if bias_B is None:
             return top_blocks(self.logits, active_blocks)
         if function == "softmax":
-            return top_blocks(self.probs.detach() + bias_B, active_blocks)
-        scores_NB = ELEMENTWISE[function](at_least_fp32(self.logits.detach()))
-        return top_blocks(scores_NB + bias_B, active_blocks)
+            scores_NB = self.probs.detach()
+        else:
+            scores_NB = ELEMENTWISE[function](at_least_fp32(self.logits.detach()))
+        # A selector may rule out a block by an infinite logit.
+        biased_NB = (scores_NB + bias_B).masked_fill(self.logits == -torch.inf, -torch.inf)
+        return top_blocks(biased_NB, active_blocks)
 
     def of(self, blocks_NA: Tensor) -> Tensor:
         """Return the scores of the given blocks: (N, A)."""
@@ -156,4 +171,5 @@ def max_entropy(num_blocks: int) -> float:
 
 
 def at_least_fp32(scores: Tensor) -> Tensor:
+    """Return the scores in fp32, or in their own dtype if it is wider."""
     return scores.to(torch.promote_types(scores.dtype, torch.float32))

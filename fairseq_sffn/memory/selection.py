@@ -41,6 +41,8 @@ class SelectorInput(NamedTuple):
             (...) -> (ranks, ...); no gradients, no waiting.
         bias: (B,) added to the scores by :meth:`top`, or ``None``.
         score_function: to which the bias is added; see :meth:`.scores.Scores.top`.
+        values: (C, D) the memory's value table, divided by ``MemoryConfig.value_lr_scale``; where
+            blocks are sharded, this rank's.
     """
 
     x: Tensor
@@ -54,12 +56,13 @@ class SelectorInput(NamedTuple):
     stack_over_tokens: Callable[[Tensor], Tensor] = lambda own: own.unsqueeze(0)
     bias: Tensor | None = None
     score_function: str = "logits"
+    values: Tensor | None = None
 
     def top(self, scores: Scores, active_blocks: int) -> Tensor:
         """Return the blocks to select, best first: (N, A) int64.
 
         Args:
-            scores: of all blocks.
+            scores: of all blocks. A block with the score -inf is not selected.
             active_blocks: A.
         """
         return scores.top(active_blocks, self.bias, self.score_function)
@@ -156,9 +159,13 @@ class Selector(nn.Module):
     """Whether selection reads every row of the key table, so that no key is inactive."""
     scores_blocks: ClassVar[bool] = True
     """Whether :meth:`forward` returns scores, which gates and the balance loss need."""
+    selects_by_scores: ClassVar[bool] = True
+    """Whether the scores choose the blocks. Otherwise no balance loss can change the load."""
     default_gate: ClassVar[str] = "none"
     default_balance_weight: ClassVar[float] = 0.0
     """Default weight of the balance loss."""
+    balance_loss_kind: ClassVar[Literal["load", "entropy"]] = "load"
+    """``load``: :func:`.balance.balance_loss`. ``entropy``: :func:`.balance.entropy_loss`."""
     balanced_choices: ClassVar[int | None] = None
     """Number of a token's choices, best first, that the balance loss counts; ``None``: all."""
 

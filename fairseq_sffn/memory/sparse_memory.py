@@ -8,7 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .balance import assignment_counts, balance_loss, sequence_balance_loss, z_loss
+from .balance import (
+    assignment_counts,
+    balance_loss,
+    entropy_loss,
+    sequence_balance_loss,
+    z_loss,
+)
 from .balancer import Balancer
 from .capacity import drop_over_capacity
 from .config import MemoryConfig
@@ -29,8 +35,9 @@ class MemoryOutput(NamedTuple):
     Attributes:
         output: (..., D), the shape of x.
         selection: blocks and weights of the N tokens, in the order of the flattened x.
-        balance_loss: () 1.0 at perfect balance; ``None`` if the selector scores no blocks or the
-            losses were not requested.
+        balance_loss: () of the selector's kind (``Selector.balance_loss_kind``): 1.0 at perfect
+            balance by default; ``None`` if the selector scores no blocks or the losses were not
+            requested.
         z_loss: () mean squared log-partition of the scores, or ``None`` as above.
         usage: assignments per block, and dropped ones, padding excluded.
     """
@@ -158,6 +165,7 @@ class SparseMemory(MemoryTables):
             *(x_ND, self.keys, self.key_bias, token_ids_NT, valid_N, needs_scores),
             bias=self.balancer.bias,
             score_function=self.balancer.function,
+            values=self.values,
         )
         if self.groups != ProcessGroups():
             inputs = inputs._replace(
@@ -175,7 +183,10 @@ class SparseMemory(MemoryTables):
             )
         if gate is not None:
             assert selection.scores is not None
-            selection = selection._replace(weights=gate(selection.scores, selection.blocks))
+            weights_NA = gate.weights(selection.scores, selection.blocks)
+            if self.config.route_scale != 1:
+                weights_NA = weights_NA * self.config.route_scale
+            selection = selection._replace(weights=weights_NA)
         return selection
 
     def _losses(
@@ -197,6 +208,8 @@ class SparseMemory(MemoryTables):
         total = None if self.groups.tokens is None else self.groups.sum_over_tokens
         function = self.balancer.function
         z = z_loss(scores, valid_N, total)
+        if self.config.selector_class.balance_loss_kind == "entropy":
+            return entropy_loss(scores, valid_N, total), z
         if scope == "sequence":
             of_sequences = (scores, blocks_NA, counted, valid_N, split, total, function)
             return sequence_balance_loss(*of_sequences), z

@@ -70,6 +70,9 @@ def check_config(config: MemoryConfig) -> None:
     if config.gate_name != "none" and not config.selector_class.scores_blocks:
         reason = f"{config.selector_class.name} gives blocks no score to weigh them by; use none"
         raise ConfigError("gate", config.gate, reason)
+    if config.gate_name == "none" and config.route_scale != 1:
+        reason = "is a factor of the weights of a gate, and the gate is none"
+        raise ConfigError("route_scale", config.route_scale, reason)
     if not isinstance(config.activation, str) and not callable(config.activation):
         raise ConfigError("activation", config.activation, "is no name and no function")
     if isinstance(config.activation, str) and config.activation not in ACTIVATIONS:
@@ -92,8 +95,9 @@ def check_config(config: MemoryConfig) -> None:
     if not 0 <= config.balance_rate < math.inf:
         reason = "must not be negative, infinite or NaN"
         raise ConfigError("balance_rate", config.balance_rate, reason)
-    if config.balance_rate and not config.selector_class.scores_blocks:
-        reason = f"{config.selector_class.name} gives blocks no score that a bias could change"
+    selector = config.selector_class
+    if config.balance_rate and not (selector.scores_blocks and selector.selects_by_scores):
+        reason = f"{selector.name} selects by no score that a bias could change"
         raise ConfigError("balance_rate", config.balance_rate, reason)
     if config.engine is not None:
         if config.engine not in ENGINES:
@@ -104,7 +108,7 @@ def check_config(config: MemoryConfig) -> None:
             if config.engine in NATIVE:
                 reason = "has no C++ kernels here: no compiler, or FAIRSEQ_SFFN_KERNELS=off"
             raise ConfigError("engine", config.engine, reason)
-    for name in ("init_scale", "value_lr_scale"):
+    for name in ("init_scale", "value_lr_scale", "route_scale"):
         if not 0 < getattr(config, name) < math.inf:
             raise ConfigError(name, getattr(config, name), "must be positive and finite")
     if not isinstance(config.bias, bool):

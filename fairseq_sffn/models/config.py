@@ -137,10 +137,15 @@ class SparseOptions(FairseqDataclass):
         default=None,
         metadata={
             "help": "weight of a selected block: 'none' (1), 'softmax' (its probability among all "
-            "blocks), 'renormalized' (its probability among the selected blocks) or 'sigmoid' of "
-            "its score. With 'none', only the balance loss trains a learned router or query "
-            "network, so its weight must be above 0 (default: the selector's own)"
+            "blocks), 'renormalized' (its probability among the selected blocks), 'sigmoid' or "
+            "'sqrt_softplus' of its score, or 'sigmoid_renormalized' or "
+            "'sqrt_softplus_renormalized' (divided by the sum over the selected blocks). With "
+            "'none', only the balance loss trains a learned router or query network, so its weight "
+            "must be above 0 (default: the selector's own)"
         },
+    )
+    sffn_route_scale: float = field(
+        default=1.0, metadata={"help": "factor of the weights of any gate but 'none'"}
     )
     sffn_expansion: int = field(
         default=16,

@@ -15,7 +15,7 @@ from .size import check_selector_size
 
 SFFN_FIELDS = (
     *("block_size", "active_blocks", "selector", "gate", "engine", "init_scale"),
-    *("value_lr_scale", "capacity_factor", "eval_capacity_factor", "balance_rate"),
+    *("value_lr_scale", "capacity_factor", "eval_capacity_factor", "balance_rate", "route_scale"),
 )
 """Fields of a memory's config that the options ``sffn_`` + field name set."""
 
@@ -115,6 +115,7 @@ def build_memory_config(
             init_scale=args.sffn_init_scale,
             value_lr_scale=args.sffn_value_lr_scale,
             engine=None if args.sffn_engine is None else str(args.sffn_engine),
+            route_scale=args.sffn_route_scale,
         )
         check_sharding(config, args.sffn_expert_parallel)
     except ConfigError as error:

@@ -165,6 +165,10 @@ METHODS = (
         },
     ),
     Method("base", selector="base"),
+    # The rate of DeepSeek-V3 (arXiv 2412.19437, section 4.2).
+    Method("moe", selector="moe", options={"sffn_balance_rate": 0.001}),
+    Method("sigma_moe", selector="sigma_moe"),
+    Method("hash_moe", selector="hash_moe"),
 )
 
 

@@ -9,7 +9,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 
 from ..criterions.routing_losses import RoutingLosses
 from ..errors import UsageError
-from ..memory import MemoryConfig
+from ..memory import MemoryConfig, gate
 from ..models.plugin_model import PluginModel
 
 logger = logging.getLogger(__name__)
@@ -63,12 +63,14 @@ def check_criterion(model: PluginModel, criterion: Any, name: str) -> None:
     for layer, config in model.memory_configs.items():
         selector = config.selector_class
         weighs = any(layer in weight_of for weight_of in weights)
-        if not weighs and not gate_learns(config) and has_router(config):
+        learns = gate.learns(config.gate_name, config.active_blocks)
+        if not weighs and not learns and has_router(config):
             losses = "--balance-loss-weight"
             losses += " and --criterion sffn_cross_entropy" * (not has_losses)
+            remedy = f", or add {losses}" if selector.selects_by_scores else ""
             raise UsageError(
                 f"--sffn-gate {config.gate_name}: leaves the router of {selector.name} without a "
-                f"gradient where no balance loss has a weight; choose another gate, or add {losses}"
+                f"gradient where no balance loss has a weight; choose another gate{remedy}"
             )
     selectors = dict.fromkeys(config.selector_class for config in model.memory_configs.values())
     for selector in selectors:
@@ -77,15 +79,6 @@ def check_criterion(model: PluginModel, criterion: Any, name: str) -> None:
                 f"--criterion {name}: trains {selector.name} without its balance loss; "
                 "sffn_cross_entropy has it"
             )
-
-
-def gate_learns(config: MemoryConfig) -> bool:
-    """Return whether gradients flow through a gate to the scores.
-
-    A single renormalised weight is always 1, so it has no gradient.
-    """
-    alone = config.gate_name == "renormalized" and config.active_blocks == 1
-    return config.gate_name != "none" and not alone
 
 
 def has_router(config: MemoryConfig) -> bool:

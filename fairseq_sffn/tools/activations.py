@@ -15,7 +15,7 @@ import torch
 from fairseq.models.transformer_lm import TransformerLanguageModel
 from torch import Tensor, nn
 
-from ..memory import MemoryConfig, SparseMemory
+from ..memory import MemoryConfig, SparseMemory, gate
 from ..memory.compute import ENGINES, choose_engine
 from ..memory.compute.engines import EmbeddingBag
 from ..memory.compute.tiles import tile_rows
@@ -135,6 +135,7 @@ def selection_bytes(memory: SparseMemory, tokens: int, dtype: torch.dtype) -> in
         wide = FP32 if isinstance(selector, LearnedGate) else size
         normalised = config.gate_name == "softmax" or config.selector_class.default_balance_weight
         kept += tokens * config.num_blocks * (wide * gated + FP32 * bool(normalised))
+        kept += tokens * config.active_blocks * gate_bytes(config.gate_name)
     if isinstance(selector, VanillaM) and gated:
         separate = not scores_are_cells(config.block_size, selector.aggregate)
         kept += tokens * config.num_cells * size * separate  # pre-activations of all cells
@@ -145,6 +146,17 @@ def selection_bytes(memory: SparseMemory, tokens: int, dtype: torch.dtype) -> in
     if isinstance(selector, LoRKM):
         kept += tokens * selector.down.out_features * size  # x times the first factor of the keys
     return kept
+
+
+def gate_bytes(name: str) -> int:
+    """Return the bytes kept for a selected score by a gate, without the weight.
+
+    Args:
+        name: the gate.
+    """
+    if gate.score_function(name) == "sqrt_softplus":
+        return 4 * FP32 + 1  # scores, exponential, clamped scores and root; which of the two it is
+    return FP32 if name == "sigmoid_renormalized" else 0
 
 
 def memory_bytes(memory: SparseMemory, tokens: int, shards: int, dtype: torch.dtype) -> int:

@@ -74,9 +74,10 @@ def mean_keys_bytes(
     """
     if not issubclass(config.selector_class, AvgK):
         return 0
-    # Mean keys have gradients only with a gate, which reads the scores.
-    passes = 1 + recomputed + (config.gate_name != "none")
-    bias = config.bias and not config.selector_options.exclude_bias
+    # Mean keys have gradients only with a gate, which reads the scores, and no moving average.
+    options = config.selector_options
+    passes = 1 + recomputed + (config.gate_name != "none" and not options.key_ema)
+    bias = config.bias and not options.exclude_bias
     part = config.num_blocks // shards * (config.embed_dim + bias)
     return (shards - 1) * part * number_bytes * passes
 

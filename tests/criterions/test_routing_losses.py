@@ -10,7 +10,7 @@ from fairseq.criterions import FairseqCriterion
 from fairseq.logging import metrics
 
 from fairseq_sffn.criterions.routing_losses import RoutingLosses
-from fairseq_sffn.memory.selectors import hash_layer, rand_hash
+from fairseq_sffn.memory.selectors import hash_layer, hash_moe, rand_hash
 from fairseq_sffn.models.plugin_model import PluginModel
 from fairseq_sffn.models.stack import SparseStack
 from tests.criterions.small_criterion import criterion, logs_of, reduced, sample
@@ -35,7 +35,7 @@ class OnlyRouting(RoutingLosses, Plain):
 
 @pytest.fixture(autouse=True)
 def token_ids_are_checked_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (hash_layer, rand_hash):
+    for module in (hash_layer, hash_moe, rand_hash):
         monkeypatch.setattr(module, "check_token_ids", lambda token_ids, vocab_size: None)
     monkeypatch.setattr(SparseStack, "_check_tokens", lambda self, tokens: None)
 
@@ -45,7 +45,9 @@ def token_ids_are_checked_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_model_and_its_loss(method, checkpoint_activations):
     options = dict(checkpoint_activations=checkpoint_activations, sffn_engine="embedding_bag")
     model, batch = small_lm(method, sffn_freq=1, **options), sample(5, 3)
-    losses = {} if method in ("rand_hash", "hash_layer") else dict(balance_loss_weight=0.1)
+    losses = {} if method in ("rand_hash", "hash_layer") else dict(z_loss_weight=0.1)
+    if losses and method != "hash_moe":
+        losses["balance_loss_weight"] = 0.1
     with Synchronisations(*LEFT_OUT) as places:
         loss, _, _ = criterion(**losses)(model, batch)
         loss.backward()

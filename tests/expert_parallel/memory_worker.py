@@ -32,6 +32,7 @@ TOKENS = (7, 0, 12, 3)
 OTHERS = {
     "base": ("base", dict(selector=BASELayer.Config(scope="world"))),
     "avgk-balanced": ("avgk-g4", dict(balance_rate=0.3)),
+    "avgk-averaged": ("avgk-value_norm", dict(selector=AvgK.Config(value_norm=True, key_ema=0.5))),
     "avgk-centered": ("avgk-g4", dict(selector=AvgK.Config(center=True))),
 }
 """Options that several processes need, or that have no case of their own."""
@@ -76,6 +77,7 @@ def compare(case: str, shards: int, groups: dict, gate: str) -> None:
     meter = Meter()
     for memory, part in ((alone, slice(None)), (sharded, own)):
         x = x_ND[part].clone().requires_grad_()
+        torch.manual_seed(rank if memory is sharded else 0)  # all ranks use the draws of rank 0
         out = memory(x, ids_N2[part], padding_mask=padding_N[part])
         objective = (out.output * cotangent_ND[part]).sum()
         share = 1.0 if memory is alone else len(x) / len(x_ND)

@@ -18,6 +18,7 @@ WHOLE = {
 CASES_HERE = [
     *(case for case in CASES if case != "gshard-sampled"),
     "avgk-balanced",
+    "avgk-averaged",
     "avgk-centered",
 ]
 

@@ -28,6 +28,9 @@ SMALLER = (
 OF_MODEL = {
     "avgk": ("+model.sffn_block_size=8",),
     "rand_hash": ("+model.sffn_block_size=8",),
+    "moe": ("+model.sffn_block_size=8",),
+    "sigma_moe": ("+model.sffn_block_size=8",),
+    "hash_moe": ("+model.sffn_block_size=8",),
     "pkm": ("+model.sffn_active_blocks=16",),
     "sffn": (
         *("+model.sffn_selector=avgk", "+model.sffn_block_size=8"),

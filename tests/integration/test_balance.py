@@ -155,3 +155,8 @@ def test_a_checkpoint_with_earlier_names(data_bin: Path, tmp_path: Path) -> None
     assert commands.losses(resumed) == commands.losses(
         commands.train(data_bin, tmp_path, "avgk", *longer)
     )
+    averages = [
+        torch.load(folder / "checkpoint_last.pt", weights_only=True)["extra_state"]["ema"]
+        for folder in (tmp_path / "of", tmp_path)
+    ]
+    torch.testing.assert_close(*averages, rtol=0, atol=0)

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fairseq_sffn.memory import MemoryConfig, MemoryOutput, ProcessGroups, SparseMemory
+from fairseq_sffn.memory import MemoryConfig, MemoryOutput, ProcessGroups, SparseMemory, gate
 from fairseq_sffn.memory.compute import kernels
+from fairseq_sffn.memory.selectors.avgk import AvgK
 from fairseq_sffn.memory.selectors.gshard import GShard
 from fairseq_sffn.memory.selectors.hash_layer import HashLayer
 from fairseq_sffn.memory.selectors.lorkm import LoRKM
 from fairseq_sffn.memory.selectors.pkm import PKM
+from fairseq_sffn.memory.selectors.sigma_moe import SigmaMoE
 from fairseq_sffn.memory.selectors.vanilla_m import VanillaM
 
 NATIVE = pytest.mark.skipif(kernels.load() is None, reason="no C++ compiler here")
@@ -23,18 +25,23 @@ CPU_ENGINES += [pytest.param(name, marks=NATIVE) for name in NATIVE_ENGINES]
 BIGRAM = HashLayer.Config(table="bigram")
 SAMPLED = GShard.Config(second_expert="sampled")
 UNNORMED = PKM.Config(heads=2, coefficients="activation", query_norm="none", query_dim=6)
+DROPPED = SigmaMoE.Config(expert_dropout=0.3)
+NORMALIZED = AvgK.Config(normalize_keys=True)
+VALUE_NORM = AvgK.Config(normalize_keys=True, value_norm=True)
 CASES = {
     "avgk-g1": dict(selector="avgk", num_cells=32, block_size=1, active_blocks=8),
     "avgk-g3": dict(selector="avgk", num_cells=24, block_size=3, active_blocks=4),
     "avgk-g4": dict(selector="avgk", num_cells=32, block_size=4, active_blocks=4),
     "avgk-g16": dict(selector="avgk", num_cells=64, block_size=16, active_blocks=2),
     "avgk-whole": dict(selector="avgk", num_cells=64, block_size=64, active_blocks=1),
+    "avgk-normalized": dict(selector=NORMALIZED, num_cells=24, block_size=3, active_blocks=4),
+    "avgk-value_norm": dict(selector=VALUE_NORM, num_cells=32, block_size=4, active_blocks=4),
     "vanilla_m-g1": dict(selector="vanilla_m", num_cells=24, block_size=1, active_blocks=6),
     **{
         f"vanilla_m-{aggregate}": dict(
             selector=VanillaM.Config(aggregate), num_cells=24, block_size=4, active_blocks=2
         )
-        for aggregate in ("avg", "avg_abs", "max", "min")
+        for aggregate in ("avg", "avg_abs", "max", "min", "l2")
     },
     "lorkm-g1": dict(selector=LoRKM.Config(rank=3), num_cells=24, block_size=1, active_blocks=6),
     "lorkm-g4": dict(
@@ -53,12 +60,16 @@ CASES = {
     "gshard-top3": dict(selector="gshard", num_cells=16, block_size=4, active_blocks=3),
     "gshard-sampled": dict(selector=SAMPLED, num_cells=16, block_size=4, active_blocks=2),
     "base": dict(selector="base", num_cells=16, block_size=4, active_blocks=1),
+    "moe": dict(selector="moe", num_cells=24, block_size=3, active_blocks=3),
+    "sigma_moe": dict(selector=DROPPED, num_cells=24, block_size=3, active_blocks=3),
+    "hash_moe": dict(selector="hash_moe", num_cells=24, block_size=3, active_blocks=3),
 }
-GATES = ["none", "softmax", "renormalized", "sigmoid"]
+GATES = list(gate.GATES)
 UNSCORED = ["rand_hash", "hash_layer", "hash_layer-bigram"]
 CASE_GATES = [(case, gate) for case in CASES for gate in GATES if case not in UNSCORED]
 CASE_GATES += [(case, "none") for case in UNSCORED]
 VOCAB_SIZE = 10
+TOKEN_COUNTS = [40, 30, 20, 10, 9, 8, 3, 2, 1, 0]
 
 
 def build(
@@ -69,7 +80,7 @@ def build(
 ) -> SparseMemory:
     """Build a memory of a case, without a gate if it has no scores. init_scale is 2 and norms are
     not at their initial values, so that scores and gates differ clearly."""
-    sizes = dict(embed_dim=8, vocab_size=VOCAB_SIZE, init_scale=2.0)
+    sizes = dict(embed_dim=8, vocab_size=VOCAB_SIZE, token_counts=TOKEN_COUNTS, init_scale=2.0)
     if case in UNSCORED:
         changes.pop("gate", None)
     memory = SparseMemory(MemoryConfig(**{**sizes, **CASES[case], **changes}), groups)

@@ -16,6 +16,9 @@ from fairseq_sffn.memory import MemoryOutput, Selection, SparseMemory
 from tests.memory.cases import close
 from tests.memory.oracle_methods import CHOOSE, Inputs, cells
 
+FUNCTIONS = {"sigmoid": lambda e: e / (1 + e), "sqrt_softplus": lambda e: torch.log(1 + e) ** 0.5}
+"""Score function -> function of the exponential of a logit."""
+
 
 @dataclass
 class Expected:
@@ -66,13 +69,19 @@ def lookup(
         for n in all_tokens:
             head_of = [a % len(heads) for a in range(active)]
             chosen = [exps[n][h][i] for h, i in zip(head_of, blocks[n], strict=True)]
+            sigmoids = [e / (1 + e) for e in chosen]
+            roots = [torch.sqrt(torch.log(1 + e)) for e in chosen]
             weights.append(
                 {
                     "softmax": [e / totals[n][h] for e, h in zip(chosen, head_of, strict=True)],
                     "renormalized": [e / sum(chosen) for e in chosen],
-                    "sigmoid": [e / (1 + e) for e in chosen],
+                    "sigmoid": sigmoids,
+                    "sigmoid_renormalized": [s / (sum(sigmoids) + 1e-20) for s in sigmoids],
+                    "sqrt_softplus": roots,
+                    "sqrt_softplus_renormalized": [r / (sum(roots) + 1e-20) for r in roots],
                 }[config.gate_name]
             )
+            weights[-1] = [config.route_scale * weight for weight in weights[-1]]
 
     # An assignment that the selector left out does not exist. Capacity is given to the first
     # choices of all tokens in order, then to second choices. Padding always fits.
@@ -112,10 +121,11 @@ def lookup(
 
     # Losses. The shares of a token's scores are their softmax, or those of the gate's scores.
     shares = [[[e / totals[n][h] for e in exps[n][h]] for h in heads] for n in all_tokens]
-    if config.gate_name == "sigmoid" and not name.startswith("pkm"):
+    function = config.gate_name.removesuffix("_renormalized")
+    if function in FUNCTIONS and not name.startswith("pkm"):
         for n in all_tokens:
-            gates = [e / (1 + e) for e in exps[n][0]]
-            shares[n] = [[gate / sum(gates) for gate in gates]]
+            each = [FUNCTIONS[function](e) for e in exps[n][0]]
+            shares[n] = [[score / sum(each) for score in each]]
     balances = []
     for sequence in sequences or [list(all_tokens)]:
         real = [n for n in sequence if n in valid]
@@ -128,6 +138,8 @@ def lookup(
             balance = balance + share * load[i] / sum(load) * config.num_blocks
         balances += [balance] if real else []
     balance = sum(balances) / max(len(balances), 1) + torch.zeros((), dtype=x_ND.dtype)
+    if name == "sigma_moe":
+        balance = _negative_entropy([exps[n][0] for n in valid])
     z = torch.zeros((), dtype=x_ND.dtype)
     statistics = [len(valid), 0.0, 0.0]
     for n, h in product(valid, heads):
@@ -140,6 +152,13 @@ def lookup(
     return Expected(
         output, blocks, weights, kept, balance, z, counts, dropped, importance, statistics
     )
+
+
+def _negative_entropy(exps: list[list[Tensor]]) -> Tensor:
+    """Return sum_i P_i log P_i, where P_i is the mean probability of block i."""
+    probs = [[e / sum(row) for e in row] for row in exps]
+    means = [sum(column) / len(probs) for column in zip(*probs, strict=True)]
+    return sum((p * torch.log(p) for p in means), torch.zeros((), dtype=torch.float64))
 
 
 def assert_matches(

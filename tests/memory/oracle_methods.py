@@ -57,7 +57,10 @@ def choose_avgk(inputs: Inputs) -> Choice:
         *sums, number = inputs.memory.selector.hidden_totals.tolist()
         x_ND = inputs.x_ND - torch.tensor([total / number for total in sums])
         scored = inputs._replace(x_ND=x_ND)
-    choice = _best_by_cells(scored, _pre_activations(scored), lambda z: sum(z) / len(z))
+    scored_pre, factor = _pre_activations(scored), _key_factor(inputs.memory)
+    choice = _best_by_cells(
+        scored, lambda n, cell: factor(cell) * scored_pre(n, cell), lambda z: sum(z) / len(z)
+    )
     return choice._replace(hidden=_hidden(inputs, pre))
 
 
@@ -159,6 +162,27 @@ def choose_base(inputs: Inputs) -> Choice:
     return choice._replace(blocks=blocks)
 
 
+def choose_sigma_moe(inputs: Inputs) -> Choice:
+    choice, config = choose_switch(inputs), inputs.memory.config
+    if not inputs.memory.training:
+        return choice
+    with torch.random.fork_rng():
+        torch.set_rng_state(inputs.rng)
+        draws = torch.rand(config.num_blocks).tolist()
+    by_draw = sorted(range(config.num_blocks), key=lambda i: -draws[i])
+    dropout = config.selector_options.expert_dropout
+    left = {i for i in by_draw if draws[i] >= dropout} | set(by_draw[: config.active_blocks])
+    blocks = [
+        [i for i in _best(row, config.num_blocks) if i in left][: config.active_blocks]
+        for (row,) in choice.scores
+    ]
+    return choice._replace(blocks=blocks)
+
+
+def choose_hash_moe(inputs: Inputs) -> Choice:
+    return choose_switch(inputs)._replace(blocks=choose_rand_hash(inputs).blocks)
+
+
 CHOOSE: dict[str, Callable[[Inputs], Choice]] = {
     "avgk": choose_avgk,
     "vanilla_m": choose_vanilla_m,
@@ -170,6 +194,9 @@ CHOOSE: dict[str, Callable[[Inputs], Choice]] = {
     "switch": choose_switch,
     "gshard": choose_gshard,
     "base": choose_base,
+    "moe": choose_switch,
+    "sigma_moe": choose_sigma_moe,
+    "hash_moe": choose_hash_moe,
 }
 
 
@@ -231,6 +258,7 @@ def _aggregate(inputs: Inputs) -> Callable[[list[Tensor]], Tensor]:
         "avg_abs": lambda values: sum(v if v > 0 else -v for v in values) / len(values),
         "max": lambda values: max(values, key=float),
         "min": lambda values: min(values, key=float),
+        "l2": lambda values: torch.sqrt(sum(v * v for v in values)),
     }[inputs.memory.config.selector_options.aggregate]
 
 
@@ -247,6 +275,23 @@ def _pre_activations(inputs: Inputs) -> Callable[[int, int], Tensor]:
         return product if memory.key_bias is None else product + memory.key_bias[cell]
 
     return pre
+
+
+def _key_factor(memory: SparseMemory) -> Callable[[int], Tensor | float]:
+    """Return the function from a cell to the factor of its pre-activation in a mean key's score."""
+    options = memory.config.selector_options
+
+    @cache
+    def factor(cell: int) -> Tensor | float:
+        result: Tensor | float = 1.0
+        if options.normalize_keys:
+            result = result / torch.sqrt(sum(k * k for k in memory.keys[cell]))
+        if options.value_norm:
+            scale = memory.config.value_lr_scale
+            result = result * torch.sqrt(sum((scale * v) ** 2 for v in memory.values[cell]))
+        return result
+
+    return factor
 
 
 def _hidden(inputs: Inputs, pre: Callable[[int, int], Tensor]) -> Callable[[int, int, int], Tensor]:

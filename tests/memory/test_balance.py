@@ -1,7 +1,9 @@
+import math
+
 import pytest
 import torch
 
-from fairseq_sffn.memory.balance import assignment_counts, balance_loss, z_loss
+from fairseq_sffn.memory.balance import assignment_counts, balance_loss, entropy_loss, z_loss
 from fairseq_sffn.memory.scores import Scores
 from tests.memory.cases import CASE_GATES, UNSCORED, build, close, tokens
 from tests.memory.oracle import assert_matches
@@ -56,7 +58,9 @@ def test_z_loss_value():
     assert z_loss(Scores(scores_NB), None) == pytest.approx(float(log2**2 + (3 + log2) ** 2) / 2)
 
 
-@pytest.mark.parametrize("loss", [lambda s, v: balance_loss(s, torch.tensor([3, 1]), v), z_loss])
+@pytest.mark.parametrize(
+    "loss", [lambda s, v: balance_loss(s, torch.tensor([3, 1]), v), z_loss, entropy_loss]
+)
 def test_padding_does_not_count(loss):
     scores_NB = torch.randn(6, 2, dtype=DOUBLE)
     valid_N = torch.tensor([1, 0, 1, 1, 0, 0], dtype=torch.bool)
@@ -70,7 +74,12 @@ def test_padding_does_not_count(loss):
 def test_at_least_fp32_inside(dtype):
     scores_NB = torch.randn(8, 4).to(dtype)
     counts_B = torch.tensor([4, 2, 1, 1])
-    for loss in (balance_loss(Scores(scores_NB), counts_B, None), z_loss(Scores(scores_NB), None)):
+    scores = Scores(scores_NB)
+    for loss in (
+        balance_loss(scores, counts_B, None),
+        z_loss(scores, None),
+        entropy_loss(scores, None),
+    ):
         assert loss.dtype == torch.promote_types(dtype, torch.float32)
     # 300 squared overflows fp16.
     assert z_loss(Scores((scores_NB + 300).to(dtype)), None).isfinite()
@@ -143,3 +152,41 @@ def test_global_loads_are_those_of_the_update_so_far(case):
         loads.zero_()
     x, ids = batches[0]
     close(memory(x, ids, balance_scope="global").balance_loss, memory(x, ids).balance_loss)
+
+
+# Entropy
+
+
+def test_entropy_loss_value():
+    """It is the entropy of the mean, not the mean of the entropies."""
+    scores_NB = torch.tensor([[9.0, 0.0, 1.0], [0.0, 9.0, 1.0]], dtype=DOUBLE)
+    probs_B = scores_NB.softmax(dim=1).mean(dim=0)
+    wanted = sum(p * math.log(p) for p in probs_B.tolist())
+    assert entropy_loss(Scores(scores_NB), None) == pytest.approx(wanted, abs=1e-14)
+    assert wanted < -0.69
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 32])
+def test_entropy_loss_is_between_log_b_and_0(num_blocks):
+    even_NB = torch.zeros(5, num_blocks, dtype=DOUBLE)
+    one_NB = even_NB.clone()
+    one_NB[:, 0] = 1e4
+    even, one = (float(entropy_loss(Scores(s), None)) for s in (even_NB, one_NB))
+    assert even == pytest.approx(-math.log(num_blocks), abs=1e-14) and one == 0
+
+
+@pytest.mark.parametrize("valid", [None, [1, 0, 1, 1]])
+def test_entropy_loss_gradcheck(valid):
+    valid_N = None if valid is None else torch.tensor(valid).bool()
+    scores_NB = torch.randn(4, 3, dtype=DOUBLE, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s: entropy_loss(Scores(s), valid_N), scores_NB)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_entropy_loss_has_a_gradient_without_tokens_and_with_impossible_blocks(dtype):
+    scores_NB = torch.tensor([[0.0, 1e4, 3.0]] * 2, dtype=dtype, requires_grad=True)
+    for valid in (None, [False, False]):
+        valid_N = None if valid is None else torch.tensor(valid)
+        loss = entropy_loss(Scores(scores_NB), valid_N)
+        (grad,) = torch.autograd.grad(loss, scores_NB)
+        assert loss == 0 and grad.isfinite().all()

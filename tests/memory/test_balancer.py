@@ -7,6 +7,7 @@ import torch
 
 from fairseq_sffn.memory import ConfigError
 from fairseq_sffn.memory.gate import score_function
+from fairseq_sffn.memory.selectors.sigma_moe import SigmaMoE
 from tests.memory.cases import CASE_GATES, UNSCORED, build, close, tokens
 
 FUNCTIONS = {
@@ -16,7 +17,15 @@ FUNCTIONS = {
     "sqrt_softplus": lambda row: [torch.log(1 + torch.exp(s)) ** 0.5 for s in row],
 }
 """Score function -> function of the logits of one head of a token."""
-SCORED = [(case, gate) for case, gate in CASE_GATES if case not in (*UNSCORED, "base")]
+OTHERS = [*UNSCORED, "hash_moe", "base"]
+SCORED = [(case, gate) for case, gate in CASE_GATES if case not in OTHERS]
+
+
+@pytest.fixture(autouse=True)
+def no_expert_dropout(monkeypatch):
+    monkeypatch.setattr(SigmaMoE, "draw_left_out", lambda self, _: torch.zeros(1, dtype=torch.bool))
+
+
 RATE = 0.3
 
 
@@ -181,7 +190,19 @@ def test_rates_that_are_none(rate):
         build(balance_rate=rate)
 
 
-@pytest.mark.parametrize("case", [*UNSCORED, "base"])
+@pytest.mark.parametrize("case", OTHERS)
 def test_methods_without_a_choice_to_bias(case):
-    with pytest.raises(ConfigError, match=r"balance_rate 0\.1: (base|rand_hash|hash_layer)"):
+    with pytest.raises(
+        ConfigError, match=r"balance_rate 0\.1: (base|rand_hash|hash_layer|hash_moe)"
+    ):
         build(case, balance_rate=0.1)
+
+
+def test_what_expert_dropout_leaves_out_stays_out(monkeypatch):
+    """A large bias does not bring back a block that is left out for a micro-batch."""
+    out_B = torch.arange(8) == 2
+    monkeypatch.setattr(SigmaMoE, "draw_left_out", lambda self, _: out_B)
+    memory, (x, _) = build("sigma_moe", balance_rate=RATE), tokens(9)
+    memory.balancer.bias[2] = 100
+    assert (memory(x).selection.blocks != 2).all()
+    assert (memory.eval()(x).selection.blocks[:, 0] == 2).all()

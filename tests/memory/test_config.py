@@ -12,6 +12,7 @@ from fairseq_sffn.memory.selectors.hash_layer import HashLayer
 from fairseq_sffn.memory.selectors.lorkm import LoRKM
 from fairseq_sffn.memory.selectors.pkm import PKM
 from fairseq_sffn.memory.selectors.pkm_ffn import PKMFFN
+from fairseq_sffn.memory.selectors.sigma_moe import SigmaMoE
 from fairseq_sffn.memory.selectors.switch import Switch
 from fairseq_sffn.memory.selectors.vanilla_m import VanillaM
 from tests.memory.cases import CASES, build
@@ -74,6 +75,12 @@ BALANCED = {**HASH, "selector": HashLayer.Config(table="balanced")}
         (dict(init_scale=0.0), "init_scale", 0.0),
         (dict(init_scale=-1.0), "init_scale", -1.0),
         (dict(value_lr_scale=0.0), "value_lr_scale", 0.0),
+        (dict(gate="sigmoid", route_scale=0.0), "route_scale", 0.0),
+        (dict(gate="sigmoid", route_scale=-1.0), "route_scale", -1.0),
+        (dict(gate="sigmoid", route_scale=float("nan")), "route_scale", "nan"),
+        (dict(gate="sigmoid", route_scale=float("inf")), "route_scale", "inf"),
+        (dict(route_scale=2.5), "route_scale", 2.5),
+        (dict(HASH, route_scale=0.5), "route_scale", 0.5),
         (dict(init_scale=float("nan")), "init_scale", "nan"),
         (dict(init_scale=float("inf")), "init_scale", "inf"),
         (dict(HASH, active_blocks=2), "active_blocks", 2),
@@ -85,6 +92,13 @@ BALANCED = {**HASH, "selector": HashLayer.Config(table="balanced")}
         (dict(HASH, selector=BIGRAM, gate="sigmoid"), "gate", "sigmoid"),
         (dict(selector="rand_hash"), "vocab_size", None),
         (dict(selector="rand_hash", vocab_size=3, gate="softmax"), "gate", "softmax"),
+        (dict(selector="hash_moe"), "vocab_size", None),
+        (dict(selector="hash_moe", vocab_size=3), "token_counts", None),
+        (dict(selector="hash_moe", vocab_size=3, token_counts=[1, 2]), "vocab_size", 3),
+        (dict(selector=SigmaMoE.Config(expert_dropout=1.0)), "expert_dropout", 1.0),
+        (dict(selector=SigmaMoE.Config(expert_dropout=-0.1)), "expert_dropout", -0.1),
+        (dict(selector=SigmaMoE.Config(expert_dropout=float("nan"))), "expert_dropout", "nan"),
+        (dict(selector=SigmaMoE.Config(expert_dropout="0.1")), "expert_dropout", "0.1"),
         (dict(selector=VanillaM.Config("nothing")), "aggregate", "nothing"),
         (dict(selector=LoRKM.Config("nothing")), "aggregate", "nothing"),
         (dict(selector=LoRKM.Config(rank=0)), "rank", 0),
@@ -225,16 +239,19 @@ def scores_every_key(config):
             2 * 16 * 8 + 16 + 8,
             4 * 16 * 8,
         ),
-        (
-            dict(selector="gshard"),
-            2 * 64 * 8 + 64 + 8 + 16 * 8,
-            2 * 16 * 8 + 16 + 8 + 16 * 8,
-            2 * 16 * 8 + 4 * 16 * 8,
+        *(
+            (
+                dict(selector=selector, vocab_size=10, token_counts=[1] * 10),
+                2 * 64 * 8 + 64 + 8 + 16 * 8,
+                2 * 16 * 8 + 16 + 8 + 16 * 8,
+                2 * 16 * 8 + 4 * 16 * 8,
+            )
+            for selector in ("gshard", "moe", "sigma_moe", "hash_moe")
         ),
     ],
     ids=[
         *("avgk", "without bias", "switch", "hash_layer", "vanilla_m"),
-        *("lorkm", "pkm", "pkm_ffn", "rand_hash", "gshard"),
+        *("lorkm", "pkm", "pkm_ffn", "rand_hash", "gshard", "moe", "sigma_moe", "hash_moe"),
     ],
 )
 def test_cost_by_hand(changes, params, active, flops):
@@ -259,6 +276,9 @@ def test_cost_by_hand(changes, params, active, flops):
         ("switch-top1", "softmax"),
         ("gshard", "renormalized"),
         ("base", "sigmoid"),
+        ("moe", "sigmoid_renormalized"),
+        ("sigma_moe", "sigmoid"),
+        ("hash_moe", "sqrt_softplus_renormalized"),
     ],
 )
 def test_default_gate(case, gate):

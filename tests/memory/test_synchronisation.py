@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from fairseq_sffn.memory import MemoryOutput, ProcessGroups, SparseMemory
-from fairseq_sffn.memory.selectors import hash_layer, rand_hash
+from fairseq_sffn.memory.selectors import hash_layer, hash_moe, rand_hash
 from fairseq_sffn.memory.selectors.avgk import AvgK
 from fairseq_sffn.memory.selectors.base_layer import BASELayer
 from tests.memory.cases import CASE_GATES, CASES, build, tokens
@@ -22,12 +22,12 @@ from tests.synchronisations import Synchronisations, operations
 
 LEFT_OUT = ("memory/compute/", "memory/assignment.py")
 """Code that may wait: the engines, and the host's own copy of the scores."""
-STATEFUL = dict(selector=AvgK.Config(center=True), balance_rate=0.1)
+STATEFUL = dict(selector=AvgK.Config(center=True, key_ema=0.9), balance_rate=0.1)
 
 
 @pytest.fixture(autouse=True)
 def token_ids_are_checked_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (hash_layer, rand_hash):
+    for module in (hash_layer, hash_moe, rand_hash):
         monkeypatch.setattr(module, "check_token_ids", lambda token_ids, vocab_size: None)
 
 
@@ -101,7 +101,7 @@ def test_running_state(padded):
 
 
 SHARDABLE = [case for case in CASES if case.startswith(("avgk", "switch", "gshard", "base"))]
-SHARDABLE += ["rand_hash", "hash_layer", "pkm_ffn"]
+SHARDABLE += ["rand_hash", "hash_layer", "pkm_ffn", "moe", "sigma_moe", "hash_moe"]
 
 
 @pytest.mark.parametrize("capacity", [0.0, 0.7])

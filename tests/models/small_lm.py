@@ -17,6 +17,8 @@ from fairseq_sffn.models import transformer_lm
 
 METHODS = ("dense", *(method.name for method in transformer_lm.METHODS if method.selector))
 SPARSE = tuple(method for method in METHODS if method != "dense")
+SMALL_BLOCKS = ("avgk", "rand_hash", "moe", "sigma_moe", "hash_moe")
+"""Methods with blocks of 64 or 128 cells by default."""
 SIZES = ("", "_tiny", "_gpt3_medium")
 TYPES = 20
 WIDTH, FFN = 16, 32
@@ -51,7 +53,7 @@ def small_config(method: str, **options: Any) -> DictConfig:
         decoder_attention_heads=2,
         dropout=0.0,
     )
-    if method in ("avgk", "rand_hash"):  # their default blocks are wider than the FFN
+    if method in SMALL_BLOCKS:  # their default blocks are wider than the FFN
         sizes["sffn_block_size"] = 8
     if method == "pkm":
         sizes["sffn_active_blocks"] = 16

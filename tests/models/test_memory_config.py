@@ -51,7 +51,7 @@ def test_defaults(method, block_size, gate, size, width, ffn, by_flag):
     assert config.selector_options == Selector.registry[method].Config()
     assert config.gate_name == gate and config.bias
     assert config.capacity_factor == config.eval_capacity_factor == config.activation_dropout == 0
-    assert config.init_scale == 1 and config.engine is None
+    assert config.init_scale == config.route_scale == 1 and config.engine is None
     activation = "gelu" if size == "_gpt3_medium" else "relu"
     assert config.activation is get_activation_fn(activation)
 
@@ -76,6 +76,10 @@ def test_defaults(method, block_size, gate, size, width, ffn, by_flag):
         (dict(sffn_eval_capacity_factor=2.0), dict(capacity_factor=0, eval_capacity_factor=2)),
         (dict(sffn_balance_rate=0.25), dict(balance_rate=0.25)),
         (dict(sffn_init_scale=0.5), dict(init_scale=0.5)),
+        (
+            dict(sffn_route_scale=2.5, sffn_gate="sqrt_softplus"),
+            dict(route_scale=2.5, gate="sqrt_softplus"),
+        ),
         (dict(sffn_engine="loop"), dict(engine="loop")),
         (dict(activation_dropout=0.2), dict(activation_dropout=0.2)),
         (dict(relu_dropout=0.3), dict(activation_dropout=0.3)),
@@ -172,6 +176,8 @@ def refused(told: str) -> Iterator[None]:
         ("avgk", dict(relu_dropout=1.0), "--relu-dropout 1.0: "),
         ("avgk", dict(sffn_capacity_factor=math.inf), "--sffn-capacity-factor inf: "),
         ("avgk", dict(sffn_init_scale=math.nan), "--sffn-init-scale nan: "),
+        ("switch", dict(sffn_route_scale=0.0), "--sffn-route-scale 0.0: must be positive and"),
+        ("avgk", dict(sffn_route_scale=2.5), "--sffn-route-scale 2.5: .* the gate is none$"),
         (
             "avgk",
             dict(sffn_engine="grouped", sffn_block_size=2),

@@ -82,10 +82,12 @@ NOT_IN_THE_TABLE = {
     # fairseq's commands.
     *("sffn_expansion", "sffn_block_size", "sffn_active_blocks", "sffn_freq"),
     *("sffn_capacity_factor", "sffn_eval_capacity_factor", "sffn_init_scale"),
-    *("sffn_value_lr_scale", "sffn_expert_parallel"),
+    *("sffn_value_lr_scale", "sffn_route_scale", "sffn_expert_parallel"),
     *(
         "sffn_balance_rate",
         "avgk_balance_rate",
+        "avgk_key_ema",
+        "sigma_moe_expert_dropout",
         "lorkm_rank",
         "pkm_query_dim",
         "pkm_heads",

@@ -14,7 +14,7 @@ from fairseq_sffn.criterions.sffn_cross_entropy import (
     SFFNCrossEntropyCriterion,
 )
 from fairseq_sffn.tools.plan import Setting
-from tests.models.small_lm import build, language_modeling, lm_config
+from tests.models.small_lm import SMALL_BLOCKS, build, language_modeling, lm_config
 
 WIDTH, TYPES = 64, 104
 TOKENS, LENGTH = 256, 32
@@ -23,7 +23,7 @@ TOKENS, LENGTH = 256, 32
 def lm(name: str, **options: Any) -> Any:
     """Build two layers without dropout, of which the second is sparse, with the engine of a GPU."""
     sizes = dict(decoder_layers=2, decoder_embed_dim=WIDTH, decoder_ffn_embed_dim=256, dropout=0.0)
-    if name in ("avgk", "rand_hash"):
+    if name in SMALL_BLOCKS:
         sizes["sffn_block_size"] = 16
     if name != "dense":
         cells = name in ("vanilla_m", "lorkm") or name.startswith("pkm")

@@ -26,6 +26,11 @@ def test_activations_are_what_autograd_keeps(method: str, activation: str) -> No
     [
         ("avgk", dict(sffn_gate="softmax")),
         ("avgk", dict(sffn_gate="sigmoid", sffn_freq=1)),
+        ("avgk", dict(sffn_gate="sqrt_softplus")),
+        ("switch", dict(sffn_gate="sqrt_softplus")),
+        ("moe", dict(sffn_gate="sqrt_softplus_renormalized", sffn_route_scale=2.5)),
+        ("moe", dict(sffn_gate="renormalized")),
+        ("hash_moe", dict(sffn_gate="sigmoid")),
         ("vanilla_m", dict(sffn_gate="sigmoid")),
         ("vanilla_m", dict(sffn_gate="softmax", sffn_block_size=16)),
         ("vanilla_m", dict(sffn_gate="sigmoid", vanilla_m_aggregate="avg_abs")),

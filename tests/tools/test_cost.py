@@ -54,6 +54,7 @@ SELECTION = {
     "gshard": (32 * WIDTH, 2 * 32 * WIDTH),
     "gshard_8d": (16 * WIDTH, 2 * 16 * WIDTH),
     "base": (16 * WIDTH, 2 * 16 * WIDTH),
+    **dict.fromkeys(("moe", "sigma_moe", "hash_moe"), (64 * WIDTH, 2 * 64 * WIDTH)),
 }
 """Method -> parameters and FLOPs of selecting blocks."""
 
@@ -111,7 +112,7 @@ def test_flops_are_those_that_pytorch_counts(method, shape, options, monkeypatch
     attention on a CPU nor grouped products. Attention is counted over the whole square of
     ``CONTEXT`` positions without its causal mask, as is usual. The balance and z losses have
     products too, but are no part of the cost."""
-    for loss in ("balance_loss", "z_loss"):
+    for loss in ("balance_loss", "entropy_loss", "z_loss"):
         monkeypatch.setattr(f"fairseq_sffn.memory.sparse_memory.{loss}", lambda *_: torch.zeros(()))
     engine, losses = ({}, {}) if method == "dense" else ({"sffn_engine": "loop"}, WITH_LOSSES)
     model = small_lm(method, **engine, **options).eval()

@@ -62,9 +62,7 @@ class HashLayer(Selector):
         if config.selector_options.table == "balanced":
             if config.token_counts is None:
                 raise ConfigError("table", "balanced", "needs the counts of the tokens")
-            if len(config.token_counts) != config.vocab_size:
-                reason = f"there are {len(config.token_counts)} token counts"
-                raise ConfigError("vocab_size", config.vocab_size, reason)
+            check_token_counts(config)
 
     def forward(self, inputs: SelectorInput) -> Selection:
         assert inputs.token_ids is not None
@@ -76,6 +74,14 @@ class HashLayer(Selector):
         before_N, current_N = inputs.token_ids.unbind(dim=1)
         blocks_N = (self.table[0, before_N] + self.table[1, current_N]) % self.num_blocks
         return Selection(blocks_N.unsqueeze(1))
+
+
+def check_token_counts(config: MemoryConfig) -> None:
+    """Raise ConfigError if the vocabulary and its counts differ in length."""
+    assert config.token_counts is not None
+    if len(config.token_counts) != config.vocab_size:
+        reason = f"there are {len(config.token_counts)} token counts"
+        raise ConfigError("vocab_size", config.vocab_size, reason)
 
 
 def check_token_ids(token_ids: Tensor, vocab_size: int) -> None:

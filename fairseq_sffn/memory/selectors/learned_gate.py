@@ -32,8 +32,12 @@ class LearnedGate(Selector):
     def flops_per_token(cls, config: MemoryConfig) -> int:
         return 2 * config.num_blocks * config.embed_dim
 
-    def forward(self, inputs: SelectorInput) -> Selection:
+    def scores(self, inputs: SelectorInput) -> Scores:
+        """Return the scores of all blocks."""
         dtype = torch.promote_types(inputs.x.dtype, torch.float32)
         with torch.autocast(inputs.x.device.type, enabled=False):
-            scores = Scores(F.linear(inputs.x.to(dtype), self.router.to(dtype)))
+            return Scores(F.linear(inputs.x.to(dtype), self.router.to(dtype)))
+
+    def forward(self, inputs: SelectorInput) -> Selection:
+        scores = self.scores(inputs)
         return Selection(inputs.top(scores, self.active_blocks), scores)

@@ -21,6 +21,7 @@ AGGREGATES: dict[str, Callable[[Tensor], Tensor]] = {
     "avg_abs": lambda pre_NBG: pre_NBG.abs().mean(dim=2),
     "max": lambda pre_NBG: pre_NBG.amax(dim=2),
     "min": lambda pre_NBG: pre_NBG.amin(dim=2),
+    "l2": lambda pre_NBG: torch.linalg.vector_norm(pre_NBG, dim=2),
 }
 """Name -> function from pre-activations (N, B, G) to scores of blocks (N, B)."""
 
@@ -44,11 +45,11 @@ class VanillaM(Selector):
 
     @dataclass(frozen=True)
     class Config(SelectorConfig):
-        aggregate: Literal["avg", "avg_abs", "max", "min"] = field(
+        aggregate: Literal["avg", "avg_abs", "max", "min", "l2"] = field(
             default="avg",
             metadata={
-                "help": "score of a block: the mean, the mean absolute value, the maximum or the "
-                "minimum of its cells' pre-activations"
+                "help": "score of a block: the mean, the mean absolute value, the maximum, the "
+                "minimum or the Euclidean norm of its cells' pre-activations"
             },
         )
 
@@ -112,7 +113,7 @@ class VanillaM(Selector):
 
 def scores_are_cells(block_size: int, aggregate: str) -> bool:
     """Return whether the score of a block is the pre-activation of its one cell."""
-    return block_size == 1 and aggregate != "avg_abs"
+    return block_size == 1 and aggregate not in ("avg_abs", "l2")
 
 
 def aggregated(pre_NBG: Tensor, aggregate: str) -> Tensor:

@@ -55,13 +55,13 @@ def test_without_bias_it_is_avgk_without(bias):
     close(memory(x).output, avgk(x).output)
 
 
-@pytest.mark.parametrize("aggregate", ["avg", "avg_abs", "max", "min"])
+@pytest.mark.parametrize("aggregate", ["avg", "avg_abs", "max", "min", "l2"])
 def test_every_aggregate_of_one_cell_is_its_pre_activation(aggregate):
     sizes = dict(num_cells=24, block_size=1, active_blocks=6)
     memory = build(selector=VanillaM.Config(aggregate), **sizes)
     x, _ = tokens(10)
     pre_NC = x @ memory.keys.t() + memory.key_bias
-    wanted_NC = pre_NC.abs() if aggregate == "avg_abs" else pre_NC
+    wanted_NC = pre_NC.abs() if aggregate in ("avg_abs", "l2") else pre_NC
     close(memory(x).selection.scores.logits, wanted_NC)
 
 
@@ -72,17 +72,18 @@ def test_every_aggregate_of_one_cell_is_its_pre_activation(aggregate):
         ("avg_abs", [2.0, 1.25, 4.5]),
         ("max", [3.0, 1.5, 5.0]),
         ("min", [-1.0, 1.0, -4.0]),
+        ("l2", [10**0.5, 3.25**0.5, 41**0.5]),
     ],
 )
 def test_aggregates(aggregate, wanted):
     pre_NBG = torch.tensor([[[-1.0, 3.0], [1.0, 1.5], [-4.0, 5.0]]])
-    assert aggregated(pre_NBG, aggregate).tolist() == [wanted]
-    of_one = [1.0, 1.0, 4.0] if aggregate == "avg_abs" else [-1.0, 1.0, -4.0]
+    close(aggregated(pre_NBG, aggregate), torch.tensor([wanted]), tolerance=1e-6)
+    of_one = [1.0, 1.0, 4.0] if aggregate in ("avg_abs", "l2") else [-1.0, 1.0, -4.0]
     assert aggregated(pre_NBG[..., :1], aggregate).tolist() == [of_one]
 
 
 @pytest.mark.parametrize("block_size", [1, 4])
-@pytest.mark.parametrize("aggregate", ["avg", "avg_abs", "max", "min"])
+@pytest.mark.parametrize("aggregate", ["avg", "avg_abs", "max", "min", "l2"])
 def test_a_full_rank_lorkm_is_vanilla_m(aggregate, block_size):
     sizes = dict(num_cells=32, block_size=block_size, active_blocks=8 // block_size)
     memory = build(selector=VanillaM.Config(aggregate), gate="sigmoid", **sizes)
