@@ -173,6 +173,7 @@ METHODS = (
     Method("moe", selector="moe"),
     Method("sigma_moe", selector="sigma_moe"),
     Method("hash_moe", selector="hash_moe"),
+    Method("aoe", selector="aoe"),
 )
 
 
