@@ -169,6 +169,7 @@ METHODS = (
     Method("moe", selector="moe", options={"sffn_balance_rate": 0.001}),
     Method("sigma_moe", selector="sigma_moe"),
     Method("hash_moe", selector="hash_moe"),
+    Method("aoe", selector="aoe"),
 )
 
 

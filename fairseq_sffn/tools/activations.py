@@ -19,6 +19,7 @@ from ..memory import MemoryConfig, SparseMemory, gate
 from ..memory.compute import ENGINES, choose_engine
 from ..memory.compute.engines import EmbeddingBag
 from ..memory.compute.tiles import tile_rows
+from ..memory.selectors.aoe import AoE
 from ..memory.selectors.avgk import AvgK
 from ..memory.selectors.learned_gate import LearnedGate
 from ..memory.selectors.lorkm import LoRKM
@@ -141,8 +142,17 @@ def selection_bytes(memory: SparseMemory, tokens: int, dtype: torch.dtype) -> in
         kept += tokens * config.num_cells * size * separate  # pre-activations of all cells
     if isinstance(selector, AvgK):
         kept += config.num_blocks * config.embed_dim * size  # mean keys
+        # The lengths of keys and values, their factors, and the product of both factors.
+        lengths = selector.normalize_keys + selector.value_norm
+        kept += (2 * lengths + (lengths == 2)) * config.num_cells * size
     if isinstance(selector, LearnedGate) and size < FP32:
         kept += (tokens + config.num_blocks) * config.embed_dim * FP32  # copies of x and router
+    if isinstance(selector, AoE):
+        rank = selector.down.shape[1]
+        kept += tokens * config.active_blocks * (rank * size + 2 * INDEX)
+        kept += (
+            tokens * config.num_blocks * (rank + 1) * size * gated
+        )  # all blocks, and their norms
     if isinstance(selector, LoRKM):
         kept += tokens * selector.down.out_features * size  # x times the first factor of the keys
     return kept

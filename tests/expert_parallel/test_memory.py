@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("quick_start")
 WHOLE = {
     "avgk-whole": "does not divide the 1 blocks",
     **{case: "scores every key" for case in CASES if case.startswith("vanilla_m")},
-    **{case: "has keys of its own" for case in CASES if case.startswith(("lorkm", "pkm"))},
+    **{case: "has keys of its own" for case in CASES if case.startswith(("lorkm", "pkm", "aoe"))},
     "pkm_ffn": None,
 }
 """Method -> reason why its blocks cannot be sharded."""

@@ -42,10 +42,11 @@ def python(script: str, *arguments: str, cwd: Path = ROOT) -> str:
 def test_the_framework_needs_no_fairseq() -> None:
     train = """
 import torch
-for selector in ("avgk", "vanilla_m", "lorkm", "pkm", "rand_hash", "switch", "gshard"):
-    vocab = 11 if selector == "rand_hash" else None
+for selector in ("avgk", "vanilla_m", "lorkm", "pkm", "rand_hash", "switch", "gshard", "hash_moe"):
+    vocab = 11 if "hash" in selector else None
     config = MemoryConfig(embed_dim=8, num_cells=64, block_size=1 if "m" in selector else 8,
-                          active_blocks=4, selector=selector, vocab_size=vocab)
+                          active_blocks=4, selector=selector, vocab_size=vocab,
+                          token_counts=[1] * 11)
     memory = SparseMemory(config)
     x = torch.randn(3, 5, 8)
     memory(x, torch.randint(11, (3, 5))).output.sum().backward()

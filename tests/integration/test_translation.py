@@ -79,14 +79,18 @@ def test_avgk_learns_to_translate(pairs_bin: Path, tmp_path: Path) -> None:
 
 
 SELECTORS = {
-    "avgk": ("--sffn-block-size", "16"),
+    "aoe": (),
+    "avgk": ("--sffn-block-size", "16", "--avgk-key-ema", "0.9", "--avgk-value-norm"),
     "base": (),
     "gshard": ("--gshard-second-expert", "sampled"),
     "hash_layer": ("--hash-table", "bigram"),
+    "hash_moe": ("--sffn-block-size", "16", "--sffn-route-scale", "1.5"),
     "lorkm": (),
+    "moe": ("--sffn-block-size", "16"),
     "pkm": (),
     "pkm_ffn": (),
     "rand_hash": ("--sffn-block-size", "16"),
+    "sigma_moe": ("--sffn-block-size", "16"),
     "switch": ("--sffn-capacity-factor", "1.0"),
     "vanilla_m": (),
 }

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fairseq_sffn.memory import MemoryConfig, MemoryOutput, ProcessGroups, SparseMemory, gate
 from fairseq_sffn.memory.compute import kernels
+from fairseq_sffn.memory.selectors.aoe import AoE
 from fairseq_sffn.memory.selectors.avgk import AvgK
 from fairseq_sffn.memory.selectors.gshard import GShard
 from fairseq_sffn.memory.selectors.hash_layer import HashLayer
@@ -62,6 +63,8 @@ CASES = {
     "base": dict(selector="base", num_cells=16, block_size=4, active_blocks=1),
     "moe": dict(selector="moe", num_cells=24, block_size=3, active_blocks=3),
     "sigma_moe": dict(selector=DROPPED, num_cells=24, block_size=3, active_blocks=3),
+    "aoe": dict(selector=AoE.Config(rank=2), num_cells=24, block_size=3, active_blocks=3),
+    "aoe-g8": dict(selector=AoE.Config(rank=3), num_cells=32, block_size=8, active_blocks=2),
     "hash_moe": dict(selector="hash_moe", num_cells=24, block_size=3, active_blocks=3),
 }
 GATES = list(gate.GATES)

@@ -162,6 +162,24 @@ def choose_base(inputs: Inputs) -> Choice:
     return choice._replace(blocks=blocks)
 
 
+def choose_aoe(inputs: Inputs) -> Choice:
+    selector, config, x_ND = inputs.memory.selector, inputs.memory.config, inputs.x_ND
+
+    @cache
+    def low(n: int, i: int) -> list[Tensor]:
+        return [(row_D * x_ND[n]).sum() for row_D in selector.down[i]]
+
+    def hidden(n: int, a: int, cell: int) -> Tensor:
+        i, within = divmod(cell, config.block_size)
+        pre = _dot(low(n, i), selector.up[i, within])
+        return _activation(config, pre if selector.bias is None else pre + selector.bias[i, within])
+
+    every = range(config.num_blocks)
+    norms = [[torch.sqrt(_dot(low(n, i), low(n, i))) for i in every] for n in range(len(x_ND))]
+    blocks = [_best(row, config.active_blocks) for row in norms]
+    return Choice(blocks, hidden, [[row] for row in norms])
+
+
 def choose_sigma_moe(inputs: Inputs) -> Choice:
     choice, config = choose_switch(inputs), inputs.memory.config
     if not inputs.memory.training:
@@ -195,6 +213,7 @@ CHOOSE: dict[str, Callable[[Inputs], Choice]] = {
     "gshard": choose_gshard,
     "base": choose_base,
     "moe": choose_switch,
+    "aoe": choose_aoe,
     "sigma_moe": choose_sigma_moe,
     "hash_moe": choose_hash_moe,
 }

@@ -25,7 +25,7 @@ def assert_compiles(memory):
 
 
 ONE_OF_EACH = ("avgk-g4", "vanilla_m-max", "lorkm-g1", "pkm", "pkm-activation", "pkm_ffn")
-ONE_OF_EACH += ("moe", "sigma_moe", "hash_moe")
+ONE_OF_EACH += ("moe", "sigma_moe", "hash_moe", "aoe")
 ONE_OF_EACH += ("rand_hash", "hash_layer", "hash_layer-bigram", "switch-top1", "gshard-sampled")
 
 

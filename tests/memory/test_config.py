@@ -6,6 +6,7 @@ import torch
 
 from fairseq_sffn.memory import ConfigError, MemoryConfig, SparseMemory
 from fairseq_sffn.memory.selection import SelectorConfig
+from fairseq_sffn.memory.selectors.aoe import AoE
 from fairseq_sffn.memory.selectors.avgk import AvgK
 from fairseq_sffn.memory.selectors.gshard import GShard
 from fairseq_sffn.memory.selectors.hash_layer import HashLayer
@@ -104,6 +105,10 @@ BALANCED = {**HASH, "selector": HashLayer.Config(table="balanced")}
         (dict(selector=LoRKM.Config(rank=0)), "rank", 0),
         (dict(selector=LoRKM.Config(rank=-1)), "rank", -1),
         (dict(selector=LoRKM.Config(rank=9)), "rank", 9),
+        (dict(selector=AoE.Config(rank=0)), "rank", 0),
+        (dict(selector=AoE.Config(rank=5)), "rank", 5),
+        (dict(selector=AoE.Config(rank=9), block_size=16), "rank", 9),
+        (dict(selector=AoE.Config(rank=2.0)), "rank", 2.0),
         (dict(selector="pkm"), "block_size", 4),
         (dict(selector="pkm_ffn"), "block_size", 4),
         (dict(SINGLE, selector=PKM.Config(heads=0)), "heads", 0),
@@ -219,6 +224,13 @@ def scores_every_key(config):
             16 * 8 + 8 + 3 * 72 + 64,
             2 * 3 * 72 + 2 * 16 * 8,
         ),
+        # Rank 2: 16 blocks of 2 x 8 and 4 x 2, and a bias per cell.
+        (
+            dict(selector=AoE.Config(rank=2)),
+            64 * 8 + 8 + 2 * (16 * 8 + 64) + 64,
+            16 * 8 + 8 + 2 * (16 * 8 + 64) + 64,
+            2 * 2 * (16 * 8 + 16) + 2 * 16 * 8,
+        ),
         # 4 heads with queries of 4, layer norm over 4, 8 + 8 sub-keys of 2 a head; 8 of 64 cells.
         (
             dict(selector="pkm", block_size=1, active_blocks=8),
@@ -251,7 +263,7 @@ def scores_every_key(config):
     ],
     ids=[
         *("avgk", "without bias", "switch", "hash_layer", "vanilla_m"),
-        *("lorkm", "pkm", "pkm_ffn", "rand_hash", "gshard", "moe", "sigma_moe", "hash_moe"),
+        *("lorkm", "aoe", "pkm", "pkm_ffn", "rand_hash", "gshard", "moe", "sigma_moe", "hash_moe"),
     ],
 )
 def test_cost_by_hand(changes, params, active, flops):
@@ -279,6 +291,7 @@ def test_cost_by_hand(changes, params, active, flops):
         ("moe", "sigmoid_renormalized"),
         ("sigma_moe", "sigmoid"),
         ("hash_moe", "sqrt_softplus_renormalized"),
+        ("aoe", "none"),
     ],
 )
 def test_default_gate(case, gate):

@@ -176,6 +176,7 @@ ROBUST = {
     "gshard": ("gshard", dict(block_size=8)),
     "base": ("base", dict(num_cells=8, block_size=8)),
     "hash_layer": ("hash_layer", {}),
+    "aoe": ("aoe-g8", dict(num_cells=16)),
     "moe": ("moe", dict(block_size=8)),
     "sigma_moe": ("sigma_moe", dict(block_size=8)),
     "hash_moe": ("hash_moe", dict(num_cells=48, block_size=8)),

@@ -89,6 +89,7 @@ NOT_IN_THE_TABLE = {
         "avgk_key_ema",
         "sigma_moe_expert_dropout",
         "lorkm_rank",
+        "aoe_rank",
         "pkm_query_dim",
         "pkm_heads",
         "pkm_ffn_query_dim",

@@ -30,7 +30,7 @@ TIED = {tied: {"share_decoder_input_output_embed": tied} for tied in (True, Fals
 UNEQUAL = {"decoder_input_dim": 8, "decoder_output_dim": 24} | TIED[False]
 
 # The sparse layer of a small model, by hand
-OWN_KEYS = ("lorkm", "pkm", "pkm_4d")
+OWN_KEYS = ("aoe", "lorkm", "pkm", "pkm_4d")
 ACTIVE_CELLS = {"pkm": 16, "gshard_8d": 2 * FFN}
 RANK, QUERY, SUB_KEYS = 2, 8, 16 + 32
 
@@ -42,6 +42,7 @@ def product_keys(heads: int) -> tuple[int, int]:
 
 
 SELECTION = {
+    "aoe": (32 * WIDTH + CELLS + CELLS, 2 * (32 * WIDTH + FFN)),
     "avgk": (0, 2 * 64 * WIDTH),
     "vanilla_m": (0, 2 * (CELLS - FFN) * WIDTH),
     "lorkm": (RANK * (WIDTH + CELLS) + CELLS, 2 * RANK * (WIDTH + CELLS)),

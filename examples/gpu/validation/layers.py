@@ -17,6 +17,8 @@ from .twins import Inputs, errors, forced, forward_backward, twin_of
 WIDTH, FFN, EXPANSION, TOKENS, VOCABULARY = 64, 256, 4, 203, 50
 BLOCK_SIZES = (1, 4, 16, 64, 256)
 SINGLE_CELLS = ("pkm", "pkm_ffn")
+OPTIONS = {"sigma_moe": {"expert_dropout": 0.0}}
+"""Selector -> options without which a GPU and a CPU would draw different blocks."""
 DTYPES = {
     "fp32": (torch.float32, None),
     "bf16": (torch.bfloat16, None),
@@ -134,10 +136,11 @@ def build(case: Case) -> tuple[SparseMemory, Inputs]:
         num_cells=EXPANSION * FFN,
         block_size=case.block_size,
         active_blocks=case.active_blocks,
-        selector=case.selector,
+        selector=Selector.registry[case.selector].Config(**OPTIONS.get(case.selector, {})),
         gate=case.gate,
         activation="gelu",  # relu's slope jumps, so rounding would change gradients
         vocab_size=VOCABULARY,
+        token_counts=[1] * VOCABULARY,
         capacity_factor=case.capacity,
         init_scale=2.0,
         engine=case.engine,

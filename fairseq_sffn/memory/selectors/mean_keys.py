@@ -160,7 +160,8 @@ class MeanKeys(WideBuffers, Selector):
         """Return the factor of each cell's key and bias: (C,); ``None``: all are 1."""
         factors_C = None
         if self.normalize_keys:
-            factors_C = 1 / torch.linalg.vector_norm(keys_CD, dim=1).clamp(min=SHORTEST)
+            lengths_C = torch.linalg.vector_norm(keys_CD, dim=1)
+            factors_C = lengths_C.clamp(min=SHORTEST).reciprocal()
         if self.value_norm:
             assert values_CD is not None
             lengths_C = self.value_scale * torch.linalg.vector_norm(values_CD, dim=1)
