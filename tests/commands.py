@@ -24,6 +24,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from fairseq_sffn.models.transformer_lm import METHODS
 from fairseq_sffn.tools import cli
+from tests.models.small_lm import PLAN
 
 ROOT = Path(__file__).parents[1]
 USER_DIR = str(ROOT / "fairseq_sffn")
@@ -42,8 +43,16 @@ OF_MODEL = {
     "hash_moe": ("--sffn-block-size", "8"),
     "pkm": ("--sffn-active-blocks", "16"),
     "sffn": ("--sffn-selector", "avgk", "--sffn-block-size", "8", "--sffn-gate", "sigmoid"),
+    "mixed": ("--decoder-layers", "3", "--sffn-layers", PLAN, "--hash-table", "bigram"),
 }
 """Further flags that a model needs."""
+ARCHS = {"mixed": "sffn"}
+"""Name of a model in the tests -> name of its architecture, if it differs."""
+
+
+def arch(model: str) -> str:
+    """Return the architecture of a small model."""
+    return f"transformer_lm_{ARCHS.get(model, model)}_tiny"
 
 
 def small_flags(model: str) -> tuple[str, ...]:
@@ -118,7 +127,7 @@ def train(data: Path, save_dir: Path, model: str, *flags: str) -> str:
     """Train a small model for 6 updates, unless flags say otherwise. Later flags win."""
     return run(
         *("train", data, "--user-dir", USER_DIR, "--task", "language_modeling"),
-        *("--arch", f"transformer_lm_{model}_tiny", *small_flags(model)),
+        *("--arch", arch(model), *small_flags(model)),
         *("--criterion", "sffn_cross_entropy", "--optimizer", "adam", "--lr", "1e-2"),
         *("--tokens-per-sample", "16", "--batch-size", "8", "--max-update", "6", "--cpu"),
         *("--save-dir", save_dir, "--num-workers", "0", "--log-format", "json"),

@@ -129,8 +129,8 @@ class SparseOptions(FairseqDataclass):
     sffn_selector: Optional[ChoiceEnum(sorted(Selector.registry))] = field(  # type: ignore[valid-type]
         default=None,
         metadata={
-            "help": "selection method; required by transformer_lm_sffn and transformer_sffn, fixed "
-            "by all other models"
+            "help": "selection method; required by transformer_lm_sffn and transformer_sffn unless "
+            "there are --sffn-layers, fixed by all other models"
         },
     )
     sffn_gate: Optional[ChoiceEnum(list(GATES))] = field(  # type: ignore[valid-type]
@@ -164,6 +164,18 @@ class SparseOptions(FairseqDataclass):
     )
     sffn_freq: int = field(
         default=2, metadata={"help": "layer i (from 0) is sparse if (i + 1) is a multiple of this"}
+    )
+    sffn_layers: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "layer plan in place of --sffn-freq, as SELECTOR[/OPTION=VALUE...]:LAYERS, "
+            "separated by commas, such as hash_layer:0-2,avgk/block_size=64:3-. LAYERS, from 0, is "
+            "a layer (3), a range (0-2) or all up to the last layer (3-). Other layers are dense, "
+            "as are those of the selector 'dense'. OPTION is block_size, active_blocks, expansion, "
+            "balance_rate, route_scale or gate, in place of the flag --sffn-OPTION. The plan holds "
+            "for the encoder and the decoder. transformer_lm_sffn and transformer_sffn take every "
+            "selector, all other models their own"
+        },
     )
     sffn_capacity_factor: float = field(
         default=0.0,

@@ -54,7 +54,7 @@ def check_supported(args: Any, sides: Sequence[str]) -> None:
             raise UsageError(
                 f"--{side}-layers-to-keep {kept}: must be different ones of 0 to {layers - 1}"
             )
-        if not 1 <= args.sffn_freq <= layers:
+        if args.sffn_layers is None and not 1 <= args.sffn_freq <= layers:
             raise UsageError(f"--sffn-freq {args.sffn_freq}: must be 1 to --{side}-layers {layers}")
 
 
@@ -71,8 +71,15 @@ def build_memory_configs(
             reason.
     """
     configs: dict[int, MemoryConfig] = {}
-    for group in layer_groups(args, side):
-        config = build_memory_config(group.options, vocab_size, token_counts, side)
+    groups = layer_groups(args, side)
+    _check_selector_options(args, [str(group.options.sffn_selector) for group in groups])
+    for group in groups:
+        try:
+            config = build_memory_config(group.options, vocab_size, token_counts, side)
+        except UsageError as error:
+            if group.entry is None:
+                raise
+            raise UsageError(f"--sffn-layers {group.entry}: {error}") from error
         configs |= dict.fromkeys(group.numbers, config)
     return configs
 
@@ -174,23 +181,32 @@ def _options_of_fields(args: Any, selector: type[Selector], side: str) -> dict[s
 
 
 def _selector_options(args: Any, selector: type[Selector]) -> Any:
-    """Return the selector's own config.
-
-    Raises:
-        UsageError: an option of another selector is set.
-    """
+    """Return the selector's own config."""
     options = {}
-    for other in Selector.registry.values():
-        for option, own in selector_flags(other).items():
-            value = getattr(args, option, None)
-            if value is None:
-                continue
-            if other is not selector:
-                raise UsageError(
-                    f"{flag(option)} {value}: is for the selector {other.name}, "
-                    f"but this model selects by {selector.name}"
-                )
+    for option, own in selector_flags(selector).items():
+        value = getattr(args, option, None)
+        if value is not None:
             # fairseq's choices are enums; the memory takes plain strings.
             plain = isinstance(value, (bool, int, float))
             options[own] = value if plain else str(value)
     return selector.Config(**options)
+
+
+def _check_selector_options(args: Any, selectors: Sequence[str]) -> None:
+    """Refuse options of selectors that no layer has.
+
+    Args:
+        args: the model's options.
+        selectors: names of the selectors of its layers.
+
+    Raises:
+        UsageError: such an option is set.
+    """
+    for other in Selector.registry.values():
+        for option in selector_flags(other):
+            value = getattr(args, option, None)
+            if value is not None and other.name not in selectors:
+                raise UsageError(
+                    f"{flag(option)} {value}: is for the selector {other.name}, "
+                    f"but this model selects by {' and '.join(dict.fromkeys(selectors))}"
+                )

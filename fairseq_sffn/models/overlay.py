@@ -23,21 +23,21 @@ from typing import Any
 
 
 class Overlay:
-    """A module with some attributes replaced. The module itself does not change.
+    """An object with some attributes replaced. The object itself does not change.
 
     ::
 
         TransformerDecoderLayerBase.forward(Overlay(layer, fc1=fc1), x)
 
     Args:
-        module: the module, which has all other attributes. Its own methods run on the module.
+        original: a module or options, which have all other attributes. Its own methods run on it.
         attributes: name -> replacement of the attribute.
     """
 
-    def __init__(self, module: Any, **attributes: Any) -> None:
-        self._module = module
+    def __init__(self, original: Any, **attributes: Any) -> None:
+        self._original = original
         for name, value in attributes.items():
             setattr(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+        return getattr(self._original, name)

@@ -17,6 +17,7 @@ from ..errors import UsageError, flag
 from ..memory import MemoryConfig, ProcessGroups, SparseMemory
 from ..precision import check_precision
 from .config import selector_flags
+from .layer_plan import check_plan
 from .stack import SparseStack
 
 
@@ -114,15 +115,17 @@ def check_selector(args: Any, promised: Optional[str], general: str) -> None:
     """Refuse a model without a selector, or with another selector than its name says.
 
     Args:
-        args: the model's options.
+        args: the model's options, which an instance of its config class holds.
         promised: the selector in the model's name; ``None``: any.
         general: the architecture that takes any selector.
 
     Raises:
         UsageError: the message names the flag, the value and the architecture to use.
     """
-    if args.sffn_selector is None:
-        raise UsageError("--sffn-selector: is required by this model")
+    if args.sffn_layers is not None:
+        check_plan(args, type(args).sffn_freq, promised, general)
+    elif args.sffn_selector is None:
+        raise UsageError("--sffn-selector: is required by this model, or --sffn-layers")
     if promised not in (None, str(args.sffn_selector)):
         raise UsageError(
             f"--sffn-selector {args.sffn_selector}: this model selects by {promised}; "
@@ -153,16 +156,21 @@ def _flags_that_decide(name: str, configs: Iterable[MemoryConfig]) -> list[str]:
     if "embed_tokens" in name or "output_projection" in name:
         return ["dict.txt of the data", "--decoder-embed-dim"]
     if name.endswith((".memory.block_size", ".memory.value_lr_scale")):
-        return [flag(f"sffn_{name.rpartition('.')[2]}")]
+        return [flag(f"sffn_{name.rpartition('.')[2]}"), "--sffn-layers"]
     if name.endswith(".memory.balancer.bias"):
         return ["--sffn-balance-rate", "--sffn-expansion", "--sffn-block-size"]
     if ".memory.selector." in name:
         own = dict.fromkeys(own for c in configs for own in selector_flags(c.selector_class))
-        return ["--sffn-selector", "--sffn-expansion", "--sffn-block-size", *map(flag, own)]
+        chosen = ["--sffn-selector", "--sffn-layers", "--sffn-expansion", "--sffn-block-size"]
+        return [*chosen, *map(flag, own)]
+    sparse, widths = (
+        ["--sffn-freq", "--sffn-layers"],
+        ["--decoder-ffn-embed-dim", "--decoder-embed-dim"],
+    )
     if ".memory." in name:
-        return ["--sffn-freq", "--sffn-expansion", "--decoder-ffn-embed-dim", "--decoder-embed-dim"]
+        return [*sparse, "--sffn-expansion", *widths]
     if ".fc1." in name or ".fc2." in name:
-        return ["--arch", "--sffn-freq", "--decoder-ffn-embed-dim", "--decoder-embed-dim"]
+        return ["--arch", *sparse, *widths]
     return ["--arch", "--decoder-layers", "--decoder-embed-dim"]
 
 

@@ -59,7 +59,7 @@ def check_size(args: Any, task: Any) -> None:
         what, taken = "the parameters of this model", total
     where = f" in {processes} processes" if processes > 1 else ""
     raise UsageError(
-        f"{flag(name)} {largest.options[name]}: {what} take {in_words(taken)} in fp32{where}, "
+        f"{flag(name)} {getattr(args, name)}: {what} take {in_words(taken)} in fp32{where}, "
         f"this machine has {in_words(memory)}"
     )
 
@@ -131,10 +131,12 @@ def parts_of_side(args: Any, side: str, dictionary: Any, cross_attention: bool) 
     ]
     if sparse:
         shards = args.sffn_expert_parallel
+        expansion = max(layer.sffn_expansion for layer, _ in sparse)
         tables = sum(table_params(layer, d, f) * number for layer, number in sparse) // shards
         if shards > 1:  # each process draws a whole table and keeps its shard
-            tables += max(layer.sffn_expansion for layer, _ in sparse) * f * d
-        parts.append(Part("tables", tables, options("sffn_expansion", hidden, width, layers)))
+            tables += expansion * f * d
+        name = "sffn_expansion" if expansion == args.sffn_expansion else "sffn_layers"
+        parts.append(Part("tables", tables, {name: expansion, **options(hidden, width, layers)}))
     own = any(
         getattr(args, name, None)
         for name in ("adaptive_input", "adaptive_softmax_cutoff", "character_embeddings")
@@ -166,13 +168,15 @@ def sparse_layers(args: Any, side: str) -> list[tuple[Any, int]]:
     names = ("sffn_freq", "sffn_expansion", "sffn_expert_parallel")
     sizes = [getattr(args, name, None) for name in names]
     known = all(isinstance(size, int) and size > 0 for size in sizes)
-    if not known or str(getattr(args, "sffn_selector", None)) not in Selector.registry:
+    if not known:
         return []
     groups = layer_groups(args, side)
+    if any(str(group.options.sffn_selector) not in Selector.registry for group in groups):
+        return []
     if kept := getattr(args, f"{side}_layers_to_keep", None):
         built = [int(number) for number in kept.split(",") if number.isdecimal()]
         return [(group.options, sum(n in group.numbers for n in built)) for group in groups]
-    return [(group.options, group.count) for group in groups]
+    return [(group.options, len(group.numbers)) for group in groups]
 
 
 def table_params(layer: Any, embed_dim: int, ffn_embed_dim: int) -> int:

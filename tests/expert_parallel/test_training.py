@@ -32,9 +32,11 @@ OF_MODEL = {
     "gshard": ("--checkpoint-activations", "--balance-loss-scope", "global"),
     "base": ("--base-scope", "world"),
 }
-MODELS = (*commands.MODELS, "sffn")
-SHARED_OUT = ("avgk", "sffn", "pkm_ffn", "rand_hash", "hash_layer", "switch", "gshard", "base")
-SHARED_OUT += ("moe", "sigma_moe", "hash_moe")
+MODELS = (*commands.MODELS, "sffn", "mixed")
+SHARED_OUT = (
+    *("avgk", "sffn", "mixed", "pkm_ffn", "rand_hash", "hash_layer", "switch", "gshard", "base"),
+    *("moe", "sigma_moe", "hash_moe"),
+)
 BACKENDS = {2: "legacy_ddp", 4: "pytorch_ddp"}
 SHARDS = {
     (model, world): [n for n in (1, 2, 4) if n <= world and (n == 1 or model in SHARED_OUT)]

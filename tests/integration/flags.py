@@ -3,6 +3,7 @@
 from omegaconf import OmegaConf
 
 from tests import commands
+from tests.models.small_lm import PLAN
 
 MODELS = (*commands.MODELS, "sffn")
 EVERY_SAMPLE = ("--required-batch-size-multiple", "1")
@@ -35,5 +36,10 @@ OF_MODEL = {
     "sffn": (
         *("+model.sffn_selector=avgk", "+model.sffn_block_size=8"),
         "+model.sffn_gate=sigmoid",
+    ),
+    # Hydra splits an option at commas unless it is quoted.
+    "mixed": (
+        *("model.decoder_layers=3", f"+model.sffn_layers='{PLAN}'"),
+        "+model.hash_table=bigram",
     ),
 }

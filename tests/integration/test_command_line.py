@@ -18,7 +18,7 @@ class Trained:
     checkpoint: Path
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=[*MODELS, "mixed"])
 def trained(
     request: pytest.FixtureRequest, data_bin: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Trained:

@@ -15,9 +15,9 @@ from tests.integration.flags import MODELS, OF_MODEL, RECIPE, SMALLER
 from tests.integration.outputs import last_checkpoint, logged
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, "mixed"])
 def test_hydra_trains_what_arch_trains(model: str, data_bin: Path, tmp_path: Path) -> None:
-    overrides = (*SMALLER, *OF_MODEL.get(model, ()), f"model._name=transformer_lm_{model}_tiny")
+    overrides = (*SMALLER, *OF_MODEL.get(model, ()), f"model._name={commands.arch(model)}")
     hydra_log = commands.hydra_train(data_bin, tmp_path / "hydra", *overrides)
     arch_log = commands.train(data_bin, tmp_path / "arch", model, *RECIPE)
     assert len(losses(hydra_log)) == 6

@@ -43,7 +43,7 @@ def assert_identical(actual: Any, expected: Any) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-@pytest.fixture(scope="module", params=commands.MODELS)
+@pytest.fixture(scope="module", params=[*commands.MODELS, "mixed"])
 def uninterrupted(
     request: pytest.FixtureRequest, data_bin: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[int, Any], dict[str, Any]]:
@@ -70,7 +70,7 @@ def test_resumed_training_is_uninterrupted_training(
     assert_identical(final_state(tmp_path), final)
 
 
-@pytest.mark.parametrize("model", commands.MODELS)
+@pytest.mark.parametrize("model", [*commands.MODELS, "mixed"])
 def test_resume_with_update_freq(model: str, data_bin: Path, tmp_path: Path) -> None:
     """Seven batches make four updates per epoch. The last update has one batch."""
     flags = ("--update-freq", "2", "--checkpoint-activations")

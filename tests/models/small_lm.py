@@ -20,6 +20,8 @@ SPARSE = tuple(method for method in METHODS if method != "dense")
 SMALL_BLOCKS = ("avgk", "rand_hash", "moe", "sigma_moe", "hash_moe")
 """Methods with blocks of 64 or 128 cells by default."""
 SIZES = ("", "_tiny", "_gpt3_medium")
+PLAN = "hash_layer:0,avgk/block_size=8:1,switch:2"
+"""A plan of three layers, each with another selector. The method ``mixed`` has it."""
 TYPES = 20
 WIDTH, FFN = 16, 32
 PAD = 1
@@ -45,7 +47,10 @@ def lm_config(name: str, tokens_per_sample: int = 16, **options: Any) -> DictCon
 
 
 def small_config(method: str, **options: Any) -> DictConfig:
-    """Make the config of two layers without dropout, of which the second is sparse."""
+    """Make the config of two layers without dropout, of which the second is sparse.
+
+    The method ``mixed`` has the three layers of ``PLAN``.
+    """
     sizes: dict[str, Any] = dict(
         decoder_layers=2,
         decoder_embed_dim=WIDTH,
@@ -57,6 +62,9 @@ def small_config(method: str, **options: Any) -> DictConfig:
         sizes["sffn_block_size"] = 8
     if method == "pkm":
         sizes["sffn_active_blocks"] = 16
+    if method == "mixed":
+        method = "sffn"
+        sizes |= dict(decoder_layers=3, sffn_layers=PLAN, hash_table="bigram")
     return lm_config(f"transformer_lm_{method}_tiny", **{**sizes, **options})
 
 
@@ -78,7 +86,7 @@ def small_lm(method: str, dtype: torch.dtype = torch.float64, **options: Any) ->
 def evaluated(method: str, **options: Any) -> Any:
     """Build a model of three layers in evaluation mode. All are sparse unless the method is
     dense."""
-    if method != "dense":
+    if method not in ("dense", "mixed"):
         options["sffn_freq"] = 1
     return small_lm(method, decoder_layers=3, **options).eval()
 

@@ -10,7 +10,7 @@ from tests.memory.cases import close
 from tests.models.small_lm import METHODS, SPARSE, TYPES, evaluated, pad, random_tokens, small_lm
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=[*METHODS, "mixed"])
 def model(request: pytest.FixtureRequest) -> nn.Module:
     return evaluated(request.param)
 
@@ -52,7 +52,7 @@ def test_padding_on_the_right_changes_nothing(model):
         assert routing.dropped == 0
 
 
-@pytest.mark.parametrize("method", SPARSE)
+@pytest.mark.parametrize("method", [*SPARSE, "mixed"])
 def test_padding_does_not_count_in_the_losses(method):
     model, row = evaluated(method), random_tokens(6)
     expected = model(row.unsqueeze(0), routing_losses=True)[1]["routing"]

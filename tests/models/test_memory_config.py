@@ -16,7 +16,11 @@ from fairseq_sffn.errors import UsageError
 from fairseq_sffn.memory import MemoryConfig, Selector
 from fairseq_sffn.memory.selectors.hash_layer import balanced_table
 from fairseq_sffn.models.config import DenseConfig, selector_flags, sparse
-from fairseq_sffn.models.memory_config import build_memory_config, check_supported
+from fairseq_sffn.models.memory_config import (
+    build_memory_config,
+    build_memory_configs,
+    check_supported,
+)
 from tests.models.small_lm import FFN, TYPES, WIDTH, lm_config, small_config, small_lm
 
 COUNTS = [TYPES - i for i in range(TYPES)]
@@ -203,7 +207,7 @@ def refused(told: str) -> Iterator[None]:
 def test_what_cannot_be_honoured_is_told_in_one_line(method, options, told):
     args = small_config(method, **options)
     with refused(told):
-        build_memory_config(args, TYPES, COUNTS)
+        build_memory_configs(args, TYPES, COUNTS)
 
 
 @pytest.mark.parametrize("counts", [None, COUNTS[:-1]])

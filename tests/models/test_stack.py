@@ -102,7 +102,7 @@ def test_a_selector_sees_its_context_in_incremental_decoding(seen):
     assert [ids.tolist() for ids in seen] == [list(map(list, step)) for step in pairs(batch)]
 
 
-@pytest.mark.parametrize("method", SPARSE)
+@pytest.mark.parametrize("method", [*SPARSE, "mixed"])
 def test_token_ids_outside_the_dictionary_are_refused(method):
     batch = random_tokens(2, 4)
     batch[1, 2] = TYPES

@@ -232,17 +232,18 @@ def test_moving_average(method):
             dict(sffn_expansion=8),
             {},
             "decoder.layers.1.fc1.memory.keys is [256, 16] in the checkpoint and [512, 16] in the"
-            " model (see --sffn-freq, --sffn-expansion, --decoder-ffn-embed-dim, ",
+            " model (see --sffn-freq, --sffn-layers, --sffn-expansion, --decoder-ffn-embed-dim, ",
         ),
         (
             {},
             dict(sffn_freq=1),
-            "only the model has decoder.layers.0.fc1.memory.keys (see --sffn-freq,",
+            "only the model has decoder.layers.0.fc1.memory.keys (see --sffn-freq, --sffn-layers,",
         ),
         (
             dict(sffn_freq=1),
             {},
-            "only the model has decoder.layers.0.fc1.weight (see --arch, --sffn-freq,",
+            "only the model has decoder.layers.0.fc1.weight (see --arch, --sffn-freq,"
+            " --sffn-layers,",
         ),
         (
             dict(decoder_layers=3),
@@ -260,14 +261,15 @@ def test_moving_average(method):
             dict(method="hash_layer"),
             {},
             "only the checkpoint has decoder.layers.1.fc1.memory.selector.table"
-            " (see --sffn-selector, --sffn-expansion, --sffn-block-size, --avgk-exclude-bias,",
+            " (see --sffn-selector, --sffn-layers, --sffn-expansion, --sffn-block-size,"
+            " --avgk-exclude-bias,",
         ),
         (
             {},
             dict(avgk_center=True),
             "only the model has decoder.layers.1.fc1.memory.selector.hidden_totals"
-            " (see --sffn-selector, --sffn-expansion, --sffn-block-size, --avgk-exclude-bias,"
-            " --avgk-center)",
+            " (see --sffn-selector, --sffn-layers, --sffn-expansion, --sffn-block-size,"
+            " --avgk-exclude-bias, --avgk-center,",
         ),
         (
             {},
@@ -280,7 +282,7 @@ def test_moving_average(method):
             dict(sffn_block_size=4),
             {},
             "decoder.layers.1.fc1.memory.block_size is 4 in the checkpoint and 8 in the model"
-            " (see --sffn-block-size)",
+            " (see --sffn-block-size, --sffn-layers)",
         ),
     ],
 )
