@@ -16,6 +16,7 @@ from fairseq.utils import split_paths
 from omegaconf import II
 
 from ..errors import UsageError
+from ..memory.selectors.hash_moe import HashMoE
 
 CHECKED_TOKENS = 2**27
 """Number of tokens at the start of a split that are checked before training.
@@ -119,8 +120,13 @@ class SFFNLanguageModelingTask(LanguageModelingTask):
                 "--sffn-eval-capacity-factor"
             )
         counts = self.hash_counts
-        if counts != "dictionary" and str(getattr(args, "hash_table", None)) != "balanced":
-            raise UsageError(f"--hash-counts {counts}: is for models with --hash-table balanced")
+        balanced = str(getattr(args, "hash_table", None)) == "balanced"
+        balanced |= str(getattr(args, "sffn_selector", None)) == HashMoE.name
+        if counts != "dictionary" and not balanced:
+            raise UsageError(
+                f"--hash-counts {counts}: is for models with --hash-table balanced, and for "
+                f"{HashMoE.name}"
+            )
         return super().build_model(args, from_checkpoint)
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> Any:

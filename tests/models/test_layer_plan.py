@@ -47,6 +47,17 @@ def planned(plan: str, model: str = "sffn", layers: int = 4, **options: Any) -> 
         ("avgk:0-2", [Entry("avgk:0-2", "avgk", {}, 0, 2)]),
         ("avgk:1-", [Entry("avgk:1-", "avgk", {}, 1, None)]),
         (
+            "moe/balance_rate=1e-3/route_scale=2.5:0",
+            [
+                Entry(
+                    "moe/balance_rate=1e-3/route_scale=2.5:0",
+                    "moe",
+                    dict(sffn_balance_rate=0.001, sffn_route_scale=2.5),
+                    *(0, 0),
+                )
+            ],
+        ),
+        (
             "dense:0-1, hash_layer:2",
             [Entry("dense:0-1", "dense", {}, 0, 1), Entry("hash_layer:2", "hash_layer", {}, 2, 2)],
         ),
@@ -256,8 +267,8 @@ def test_layerdrop_skips_layers_that_differ() -> None:
         ("switch/:0", "--sffn-layers switch/:0: is not of the form"),
         ("switch:0-1-2", "--sffn-layers switch:0-1-2: is not of the form"),
         ("switch:0.5", "--sffn-layers switch:0.5: is not of the form"),
-        ("moe5:0", "--sffn-layers moe5:0: moe5 is none of dense, avgk, "),
-        ("switch:0,moe5:1", "--sffn-layers moe5:1: moe5 is none of dense, avgk, "),
+        ("moe5:0", "--sffn-layers moe5:0: moe5 is none of dense, aoe, avgk, "),
+        ("switch:0,moe5:1", "--sffn-layers moe5:1: moe5 is none of dense, aoe, avgk, "),
         (
             "dense/block_size=8:0",
             "--sffn-layers dense/block_size=8:0: dense layers take no options",
@@ -293,6 +304,12 @@ def test_layerdrop_skips_layers_that_differ() -> None:
             "switch/gate=hard:0",
             "--sffn-layers switch/gate=hard:0: --sffn-gate hard: is none of none, softmax",
         ),
+        (
+            "hash_layer/balance_rate=0.1:0",
+            "--sffn-layers hash_layer/balance_rate=0.1:0: --sffn-balance-rate 0.1: hash_layer sel",
+        ),
+        ("moe/balance_rate=x:0", "--sffn-layers moe/balance_rate=x:0: balance_rate x is not a num"),
+        ("moe/route_scale=:0", "--sffn-layers moe/route_scale=:0: route_scale '' is not a number"),
         (
             "hash_layer/gate=softmax:0",
             "--sffn-layers hash_layer/gate=softmax:0: --sffn-gate softmax: hash_layer gives",

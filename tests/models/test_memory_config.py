@@ -38,7 +38,14 @@ def memory_config(method: str, **options: Any) -> MemoryConfig:
 )
 @pytest.mark.parametrize(
     ("method", "block_size", "gate"),
-    [("avgk", 64, "none"), ("switch", None, "softmax"), ("hash_layer", None, "none")],
+    [
+        ("avgk", 64, "none"),
+        ("switch", None, "softmax"),
+        ("hash_layer", None, "none"),
+        ("moe", 64, "sigmoid_renormalized"),
+        ("sigma_moe", 128, "sigmoid"),
+        ("hash_moe", 64, "sqrt_softplus_renormalized"),
+    ],
 )
 @pytest.mark.parametrize("by_flag", [False, True], ids=["named", "sffn"])
 def test_defaults(method, block_size, gate, size, width, ffn, by_flag):
@@ -107,6 +114,14 @@ def test_options_of_the_selector(value):
     assert selector.exclude_bias is value
 
 
+def test_counts_reach_the_table_of_hash_moe():
+    config = memory_config("hash_moe", sffn_expansion=1, sffn_active_blocks=1)
+    table = config.selector_class(config).table
+    loads = torch.zeros(4, dtype=torch.int64)
+    loads.scatter_add_(0, table[:, 0].long(), torch.tensor(COUNTS))
+    assert loads.max() <= 1.2 * sum(COUNTS) / 4
+
+
 def test_counts_reach_balanced_tables():
     config = memory_config("hash_layer", hash_table="balanced")
     assert config.vocab_size == TYPES
@@ -122,6 +137,9 @@ def test_every_selector_has_its_flags():
         assert selector_flags(selector).keys() <= config.__dataclass_fields__.keys()
     assert selector_flags(Selector.registry["avgk"]) == {
         "avgk_exclude_bias": "exclude_bias",
+        "avgk_normalize_keys": "normalize_keys",
+        "avgk_value_norm": "value_norm",
+        "avgk_key_ema": "key_ema",
         "avgk_center": "center",
     }
     assert selector_flags(Selector.registry["hash_layer"]) == {"hash_table": "table"}

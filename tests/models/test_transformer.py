@@ -21,7 +21,7 @@ from fairseq_sffn.models.transformer import SparseTransformer
 from tests.models.small_lm import FFN, PAD, TYPES, WIDTH, dictionary, random_tokens
 
 SELECTORS = sorted(Selector.registry)
-BLOCKS = {"avgk": 8, "rand_hash": 8}
+BLOCKS = dict.fromkeys(("avgk", "rand_hash", "moe", "sigma_moe", "hash_moe"), 8)
 """Block sizes of selectors whose default is wider than the FFN."""
 
 

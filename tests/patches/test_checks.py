@@ -35,6 +35,23 @@ ADAPTIVE = ("--no-share-decoder-input-output-embed", "--adaptive-softmax-cutoff"
             *("switch", "--criterion cross_entropy --sffn-gate none"),
             "add --balance-loss-weight and --criterion sffn_cross_entropy$",
         ),
+        (
+            *("moe", "--sffn-active-blocks 1"),
+            "--sffn-gate sigmoid_renormalized: leaves the router of moe .* add --balance-loss-w",
+        ),
+        (
+            *("hash_moe", "--sffn-gate none"),
+            "--sffn-gate none: leaves the router of hash_moe .*; choose another gate$",
+        ),
+        (
+            *("hash_moe", "--balance-loss-weight 0.1"),
+            "^--balance-loss-weight 0.1: hash_moe selects by a fixed table",
+        ),
+        ("avgk", "--sffn-route-scale 2", "^--sffn-route-scale 2.0: .* the gate is none$"),
+        ("moe", "--sffn-route-scale nan", "^--sffn-route-scale nan: must be positive and finite$"),
+        ("avgk", "--avgk-key-ema 1", "^--avgk-key-ema 1.0: must be at least 0 and below 1$"),
+        ("sigma_moe", "--sigma-moe-expert-dropout 1", "^--sigma-moe-expert-dropout 1.0: must be"),
+        ("aoe", "--aoe-rank 17", "^--aoe-rank 17: is not 1 to 16, the smaller of block size and"),
         ("hash_layer", "--balance-loss-weight 0.1", "--balance-loss-weight 0.1: hash_layer gives"),
         ("rand_hash", "--z-loss-weight 0.1", "--z-loss-weight 0.1: rand_hash gives"),
         ("avgk", "--decoder-layers-to-keep 0,1", "--decoder-layers-to-keep 0,1: is for a trained"),
@@ -58,6 +75,11 @@ def test_refused(model: str, flags: str, message: str, data_bin: Path, tmp_path:
     [
         ("base", "--sffn-gate none --balance-loss-weight 0.1"),
         ("pkm_ffn", "--sffn-gate none --z-loss-weight 0.1"),
+        ("moe", "--sffn-active-blocks 1 --sffn-gate sqrt_softplus --sffn-route-scale 1.5"),
+        ("sigma_moe", "--sffn-gate none"),  # it has its own balance loss
+        ("hash_moe", "--sffn-gate sigmoid --z-loss-weight 0.1"),
+        ("hash_moe", "--task sffn_language_modeling --hash-counts train"),
+        ("aoe", "--sffn-gate none"),  # it has no router
         ("switch", "--sffn-gate none"),  # it has its own balance loss
         ("switch", "--balance-loss-weight 0"),
         ("gshard", "--balance-loss-weight 0 --sffn-gate renormalized"),  # it has two blocks

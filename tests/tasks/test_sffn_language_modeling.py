@@ -17,6 +17,7 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf import OmegaConf
 
 from fairseq_sffn.errors import UsageError
+from fairseq_sffn.memory.selectors import hash_moe
 from fairseq_sffn.memory.selectors.hash_layer import balanced_table
 from fairseq_sffn.tasks import sffn_language_modeling
 from fairseq_sffn.tasks.sffn_language_modeling import (
@@ -126,6 +127,22 @@ def test_balanced_tables_are_made_of_the_counts(data_bin, hash_counts):
     model = models.build_model(small_config("hash_layer", hash_table="balanced"), plain)
     other = model.decoder.layers[1].fc1.memory.selector.table
     assert (other.tolist() == table.tolist()) == (hash_counts == "dictionary")
+
+
+@pytest.mark.parametrize("hash_counts", ["dictionary", "train"])
+def test_tables_of_hash_moe_are_made_of_the_counts(data_bin, hash_counts, monkeypatch):
+    seen, made = [], hash_moe.balanced_blocks
+
+    def record(counts, *sizes):
+        seen.append(list(counts))
+        return made(counts, *sizes)
+
+    monkeypatch.setattr(hash_moe, "balanced_blocks", record)
+    task = set_up(data_bin, hash_counts=hash_counts)
+    task.build_model(small_config("hash_moe"))
+    assert seen == [list(task.token_counts())]
+    of_dictionary = list(set_up(data_bin).token_counts())
+    assert (seen == [of_dictionary]) == (hash_counts == "dictionary")
 
 
 def test_a_loaded_model_needs_no_training_split(data):
