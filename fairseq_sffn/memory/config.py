@@ -30,16 +30,20 @@ class MemoryConfig:
         gate: weight of a selected block: ``none``, ``softmax``, ``renormalized`` or ``sigmoid``
             (see :mod:`.gate`); ``None`` takes the selector's default.
         activation: ``relu``, ``gelu``, ``silu``, ``tanh``, or any elementwise function of a tensor.
+        glu: ``silu`` or ``gelu`` for gated cells f(x . k + c) * (x . u + c') with a second key
+            table ``up``, for selectors that use the memory's key table (Shazeer 2020, arXiv
+            2002.05202). This f replaces ``activation``. ``None``: plain cells.
         bias: whether keys have a bias per cell, and the output a bias per feature.
         vocab_size: number of token ids, for selectors that read token ids.
         token_counts: number of occurrences of each token id in the training data, for balanced
             hash tables.
-        activation_dropout: probability of dropping an activation f(x . k + c) in training.
+        activation_dropout: probability of dropping an activation f(x . k + c), or the product of
+            a gated cell, in training.
         capacity_factor: in training, a block takes at most this many times its fair share of the
             (token, block) assignments, and the rest is dropped; 0 drops nothing.
         eval_capacity_factor: the same in evaluation.
-        init_scale: factor of the initial tables. They are uniform in +-1/sqrt(d) (keys and key
-            bias) and +-1/sqrt(k) (values and value bias), where k is ``active_cells``: the
+        init_scale: factor of the initial tables. They are uniform in +-1/sqrt(d) (keys, up and
+            their biases) and +-1/sqrt(k) (values and value bias), where k is ``active_cells``: the
             initialization of a dense FFN with k hidden units, for any ``num_cells``.
         value_lr_scale: factor of Adam's steps on the value table, which is stored divided by it.
             Lample et al. 2019 (arXiv 1907.05242) use a separate learning rate for the values.
@@ -57,6 +61,7 @@ class MemoryConfig:
     selector: str | SelectorConfig = "avgk"
     gate: str | None = None
     activation: str | Callable[[Tensor], Tensor] = "relu"
+    glu: str | None = None
     bias: bool = True
     vocab_size: int | None = None
     token_counts: Sequence[int] | None = field(default=None, repr=False, compare=False)
@@ -102,23 +107,27 @@ class MemoryConfig:
 
     @property
     def activation_fn(self) -> Callable[[Tensor], Tensor]:
-        return ACTIVATIONS[self.activation] if isinstance(self.activation, str) else self.activation
+        name = self.glu or self.activation
+        return ACTIVATIONS[name] if isinstance(name, str) else name
+
+    @property
+    def num_tables(self) -> int:
+        """Number of tables with a row per cell: values, and the memory's own keys and ``up``."""
+        return 1 + (self.selector_class.key_table == "full") + (self.glu is not None)
 
     def num_params(self) -> int:
         """Return the number of trained parameters, including the selector's."""
-        tables = 2 if self.selector_class.key_table == "full" else 1
-        params = tables * self.num_cells * self.embed_dim
+        params = self.num_tables * self.num_cells * self.embed_dim
         if self.bias:
-            params += (tables - 1) * self.num_cells + self.embed_dim
+            params += (self.num_tables - 1) * self.num_cells + self.embed_dim
         return params + self.selector_class.num_params(self)
 
     def active_params(self) -> int:
         """Return the number of parameters that one token uses, including the selector's."""
         inactive = self.num_cells - self.active_cells
-        params = self.num_params() - inactive * self.embed_dim
-        if self.selector_class.key_table == "full" and not self.selector_class.scores_every_key:
-            params -= inactive * (self.embed_dim + self.bias)
-        return params
+        tables = self.num_tables - self.selector_class.scores_every_key
+        biases = (tables - 1) * self.bias  # the values have none per cell
+        return self.num_params() - inactive * (tables * self.embed_dim + biases)
 
     def flops_per_token(self) -> int:
         """Return the forward FLOPs of a token: selection and active cells.
@@ -126,8 +135,7 @@ class MemoryConfig:
         A multiply-add counts as 2. Avg-K's mean keys are left out: their cost is per pass, not per
         token.
         """
-        tables = 2 if self.selector_class.key_table == "full" else 1
-        active = 2 * tables * self.active_cells * self.embed_dim
+        active = 2 * self.num_tables * self.active_cells * self.embed_dim
         return self.selection_flops_per_token() + active
 
     def selection_flops_per_token(self) -> int:

@@ -6,7 +6,7 @@ from .config import MemoryConfig
 from .selection import Selector
 from .validation import ConfigError
 
-SHARDED = ("keys", "key_bias", "values")
+SHARDED = ("keys", "key_bias", "up", "up_bias", "values")
 """Parameters of which each rank holds the rows of its own blocks, where blocks are sharded."""
 
 

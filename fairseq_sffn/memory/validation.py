@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .activations import ACTIVATIONS
+from .activations import ACTIVATIONS, GATED
 from .compute import ENGINES, NATIVE
 from .gate import GATES
 from .selection import Selector, SelectorConfig
@@ -68,6 +68,11 @@ def check_config(config: MemoryConfig) -> None:
         raise ConfigError("activation", config.activation, "is no name and no function")
     if isinstance(config.activation, str) and config.activation not in ACTIVATIONS:
         raise ConfigError("activation", config.activation, f"is none of {', '.join(ACTIVATIONS)}")
+    if config.glu is not None and config.glu not in GATED:
+        raise ConfigError("glu", config.glu, f"is none of {', '.join(GATED)}")
+    if config.glu is not None and config.selector_class.key_table != "full":
+        reason = f"{config.selector_class.name} computes no cells from a key table, to gate them"
+        raise ConfigError("glu", config.glu, reason)
     if config.context_tokens and config.vocab_size is None:
         reason = f"{config.selector_class.name} looks at token ids and needs to know how many"
         raise ConfigError("vocab_size", None, reason)

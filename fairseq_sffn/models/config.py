@@ -13,6 +13,7 @@ from omegaconf import II
 
 from ..errors import UsageError, flag
 from ..memory import Selector
+from ..memory.activations import GATED
 from ..memory.compute import ENGINES
 from ..memory.gate import GATES
 
@@ -51,7 +52,29 @@ class FollowingOptions(FairseqDataclass):
 
 
 @dataclass
-class DenseConfig(FollowingOptions, TransformerLanguageModelConfig):
+class GatedOptions(FairseqDataclass):
+    """Options of gated feed-forward networks, in dense and sparse layers."""
+
+    sffn_glu: Optional[ChoiceEnum(list(GATED))] = field(  # type: ignore[valid-type]
+        default=None,
+        metadata={
+            "help": "gated FFNs in all layers, dense and sparse: hidden units and memory cells are "
+            "f(x . k) * (x . u), with this f in place of --activation-fn and a third table or "
+            "matrix of all u; for selectors that use the memory's key table (default: none)"
+        },
+    )
+    sffn_glu_width: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "width of gated FFNs. It takes the place of the FFN width: for dense layers, "
+            "memory cells and active blocks. By default, a gated FFN has about as many parameters "
+            "as a plain one (default: 2/3 of the FFN width, to the nearest multiple of 64)"
+        },
+    )
+
+
+@dataclass
+class DenseConfig(FollowingOptions, GatedOptions, TransformerLanguageModelConfig):
     """Options of fairseq's Transformer language model.
 
     Input and output widths default to ``decoder_embed_dim``, as in fairseq's own architectures.
@@ -90,7 +113,8 @@ def _flat_fields(config: type, prefix: str = "") -> list[tuple[str, Any, Any]]:
 class TranslationConfig(
     make_dataclass(  # type: ignore[misc]
         "FlatTransformerConfig", _flat_fields(TransformerConfig), bases=(FollowingOptions,)
-    )
+    ),
+    GatedOptions,
 ):
     """Options of fairseq's encoder-decoder Transformer.
 

@@ -8,12 +8,13 @@ from fairseq.models.transformer import TransformerConfig, TransformerEncoder
 from torch import Tensor, nn
 
 from ..memory import MemoryConfig
+from .gated import GatedTransformerEncoder
 from .layer import SparseEncoderLayer
 from .overlay import Overlay
-from .stack import SparseStack
+from .stack import SparseStack, wrap_layer
 
 
-class SparseTransformerEncoder(SparseStack, TransformerEncoder):
+class SparseTransformerEncoder(SparseStack, GatedTransformerEncoder):
     """fairseq's encoder with sparse layers.
 
     Args:
@@ -39,7 +40,7 @@ class SparseTransformerEncoder(SparseStack, TransformerEncoder):
         if not self.next_is_sparse():
             return super().build_encoder_layer(cfg)
         cfg = TransformerConfig.from_namespace(cfg)
-        return self.wrap(SparseEncoderLayer(cfg, self.memory_config, self.groups), cfg)
+        return wrap_layer(SparseEncoderLayer(cfg, self.memory_config, self.groups), cfg)
 
     def forward(
         self,

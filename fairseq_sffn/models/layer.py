@@ -106,7 +106,7 @@ class SparseLayer(nn.Module):
         # The memory itself applies activation and dropout, between keys and values.
         self.fc1.memory.dropout = self.activation_dropout_module
         self.activation_dropout_module = nn.Identity()
-        self.activation_fn = _identity
+        self.activation_fn = identity
 
     def build_fc1(self, *args: Any) -> SparseFFN:
         return SparseFFN(self.memory_config, self.groups)
@@ -170,5 +170,6 @@ class SparseDecoderLayer(SparseLayer, TransformerDecoderLayerBase):
     fairseq_layer = TransformerDecoderLayerBase
 
 
-def _identity(x: Tensor) -> Tensor:
+def identity(x: Tensor) -> Tensor:
+    """Return x: the activation of a layer whose first map applies its own."""
     return x

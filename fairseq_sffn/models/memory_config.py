@@ -14,7 +14,7 @@ from .size import check_selector_size
 
 SFFN_FIELDS = (
     *("block_size", "active_blocks", "selector", "gate", "engine", "init_scale"),
-    *("value_lr_scale", "capacity_factor", "eval_capacity_factor"),
+    *("value_lr_scale", "capacity_factor", "eval_capacity_factor", "glu"),
 )
 """Fields of a memory's config that the options ``sffn_`` + field name set."""
 
@@ -62,7 +62,8 @@ def build_memory_config(
     """Return the memory of each sparse layer.
 
     Args:
-        args: the model's options, with ``sffn_selector`` set.
+        args: the model's options, with ``sffn_selector`` set, and the widths of gated FFNs (see
+            :func:`.gated.set_gated_widths`).
         vocab_size: token ids in the dictionary.
         token_counts: occurrences of each token id in the training data.
         side: ``encoder`` or ``decoder``.
@@ -85,6 +86,7 @@ def build_memory_config(
             selector=_selector_options(args, selector),
             gate=None if args.sffn_gate is None else str(args.sffn_gate),
             activation=utils.get_activation_fn(str(args.activation_fn)),
+            glu=None if args.sffn_glu is None else str(args.sffn_glu),
             vocab_size=vocab_size,
             token_counts=token_counts,
             activation_dropout=getattr(args, _dropout_option(args)) or 0.0,
@@ -97,9 +99,8 @@ def build_memory_config(
         check_sharding(config, args.sffn_expert_parallel)
     except ConfigError as error:
         if error.field == "active_blocks" and args.sffn_active_blocks is None:
-            blocks = (
-                f"{active_blocks} active blocks, as many as make --{side}-ffn-embed-dim {width}"
-            )
+            flag_of_width = _flag_of_width(args, side)
+            blocks = f"{active_blocks} active blocks, as many as make {flag_of_width} {width}"
             raise UsageError(
                 f"--sffn-block-size {block_size}: needs {blocks}, but {error.reason}"
             ) from error
@@ -127,10 +128,15 @@ def _block_sizes(args: Any, selector: type[Selector], side: str) -> tuple[int, i
     if remainder or not active_blocks:
         default = "" if given else f"the default of {selector.name}, "
         raise UsageError(
-            f"--sffn-block-size {block_size}: {default}does not divide --{side}-ffn-embed-dim "
-            f"{width}; choose one that does, or set --sffn-active-blocks"
+            f"--sffn-block-size {block_size}: {default}does not divide "
+            f"{_flag_of_width(args, side)} {width}; choose one that does, or set "
+            "--sffn-active-blocks"
         )
     return block_size, active_blocks
+
+
+def _flag_of_width(args: Any, side: str) -> str:
+    return f"--{side}-ffn-embed-dim" if args.sffn_glu is None else "--sffn-glu-width"
 
 
 def _dropout_option(args: Any) -> str:

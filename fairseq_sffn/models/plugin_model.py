@@ -145,13 +145,16 @@ def _flags_that_decide(name: str, config: Optional[MemoryConfig]) -> list[str]:
         return ["dict.txt of the data", "--decoder-embed-dim"]
     if name.endswith((".memory.block_size", ".memory.value_lr_scale")):
         return [flag(f"sffn_{name.rpartition('.')[2]}")]
+    if re.search(r"\.fc1\.(memory\.(glu|up|up_bias)$|gate_proj\.|up_proj\.)", name):
+        return ["--sffn-glu", "--sffn-glu-width"]
     if ".memory.selector." in name:
         own = selector_flags(config.selector_class) if config else []
         return ["--sffn-selector", "--sffn-expansion", "--sffn-block-size", *map(flag, own)]
+    width = "--sffn-glu-width" if config and config.glu else "--decoder-ffn-embed-dim"
     if ".memory." in name:
-        return ["--sffn-freq", "--sffn-expansion", "--decoder-ffn-embed-dim", "--decoder-embed-dim"]
+        return ["--sffn-freq", "--sffn-expansion", width, "--decoder-embed-dim"]
     if ".fc1." in name or ".fc2." in name:
-        return ["--arch", "--sffn-freq", "--decoder-ffn-embed-dim", "--decoder-embed-dim"]
+        return ["--arch", "--sffn-freq", "--sffn-glu", width, "--decoder-embed-dim"]
     return ["--arch", "--decoder-layers", "--decoder-embed-dim"]
 
 

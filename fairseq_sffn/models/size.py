@@ -11,6 +11,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 
 from ..errors import UsageError, flag
 from ..memory import MemoryConfig, Selector
+from .gated import gated_width
 
 BYTES = 4
 """Bytes of a parameter. fairseq builds every model in fp32."""
@@ -119,6 +120,9 @@ def parts_of_side(args: Any, side: str, dictionary: Any, cross_attention: bool) 
     if len(sizes) < 3:  # options of a checkpoint lack the model's defaults
         return []
     d, f, count = sizes.values()
+    gated = getattr(args, "sffn_glu", None) is not None
+    if gated:
+        hidden, f = "sffn_glu_width", gated_width(args, side)
     sparse = sparse_layers(args, count)
     if kept := getattr(args, f"{side}_layers_to_keep", None):  # a trained model, pruned
         count = len(kept.split(","))
@@ -126,13 +130,13 @@ def parts_of_side(args: Any, side: str, dictionary: Any, cross_attention: bool) 
     maps = 4 * (1 + cross_attention)
     parts = [
         Part("attention layers", count * maps * d * d, options(width, layers)),
-        Part("dense FFNs", (count - sparse) * 2 * d * f, options(hidden, width, layers)),
+        Part("dense FFNs", (count - sparse) * (2 + gated) * d * f, options(hidden, width, layers)),
     ]
     if sparse:
         table = args.sffn_expansion * f * d
         full = Selector.registry[str(args.sffn_selector)].key_table == "full"
         shards = args.sffn_expert_parallel
-        tables = (1 + full) * sparse * table // shards
+        tables = (1 + full + gated) * sparse * table // shards
         if shards > 1:  # each process draws a whole table and keeps its shard
             tables += table
         parts.append(Part("tables", tables, options("sffn_expansion", hidden, width, layers)))

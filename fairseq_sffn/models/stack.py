@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..memory import MemoryConfig
-from .layer import LayerRouting, SparseLayer
+from .layer import LayerRouting
 from .process_groups import process_groups
 
 
@@ -54,14 +54,6 @@ class SparseStack(nn.Module):
     def next_is_sparse(self) -> bool:
         """Return whether the next layer to build is sparse, and advance to the layer after it."""
         return next(self._unbuilt_layers) in self.sparse_layers
-
-    def wrap(self, layer: SparseLayer, cfg: Any) -> nn.Module:
-        """Wrap a layer for activation checkpointing and FSDP, as fairseq wraps its own layers."""
-        wrapped: nn.Module = layer
-        if cfg.checkpoint_activations:
-            wrapped = checkpoint_wrapper(wrapped, offload_to_cpu=cfg.offload_activations)
-        min_params = 0 if cfg.checkpoint_activations else cfg.min_params_to_wrap
-        return fsdp_wrap(wrapped, min_num_params=min_params)
 
     def routing_inputs(
         self, tokens_BT: Tensor, losses: bool, is_dummy: bool, last_only: bool = False
@@ -127,6 +119,14 @@ class SparseStack(nn.Module):
                     f"token id {highest}: outside the dictionary of {types} types; "
                     "the data was binarised with another dict.txt"
                 )
+
+
+def wrap_layer(layer: nn.Module, cfg: Any) -> nn.Module:
+    """Wrap a layer for activation checkpointing and FSDP, as fairseq wraps its own layers."""
+    if cfg.checkpoint_activations:
+        layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
+    min_params = 0 if cfg.checkpoint_activations else cfg.min_params_to_wrap
+    return fsdp_wrap(layer, min_num_params=min_params)
 
 
 def trailing_tokens(tokens_BT: Tensor, context: int, padding_idx: int) -> Tensor:

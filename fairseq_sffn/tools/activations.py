@@ -25,6 +25,7 @@ from ..memory.selectors.lorkm import LoRKM
 from ..memory.selectors.pkm import PKM
 from ..memory.selectors.product_keys import ProductKeys
 from ..memory.selectors.vanilla_m import VanillaM, scores_are_cells
+from ..models.gated import GatedLinear
 from .traffic import visit_probability
 
 FP32, INDEX = torch.float32.itemsize, torch.int64.itemsize
@@ -61,8 +62,11 @@ def activation_bytes(
         memory = next((m for m in layer.modules() if isinstance(m, SparseMemory)), None)
         if memory is None:
             dropout = layer.activation_dropout_module.p
-            hidden = tokens * layer.fc1.out_features
-            hidden *= hidden_bytes(layer.activation_fn, dropout, dtype)
+            hidden = tokens * layer.fc2.in_features
+            if isinstance(layer.fc1, GatedLinear):
+                hidden *= hidden_bytes(layer.fc1.activation, dropout, dtype, gated=True)
+            else:
+                hidden *= hidden_bytes(layer.activation_fn, dropout, dtype)
             layers.append({"attention": attention, "dense_ffn": norm + row + hidden + mask})
         else:
             kept = memory_bytes(memory, tokens, shards, dtype) + norm + mask
@@ -84,7 +88,12 @@ def activation_bytes(
     return {"layer_inputs": inputs, **kept_by, "vocabulary": vocabulary}
 
 
-def hidden_bytes(activation: Callable[[Tensor], Tensor], dropout: float, dtype: torch.dtype) -> int:
+def hidden_bytes(
+    activation: Callable[[Tensor], Tensor],
+    dropout: float,
+    dtype: torch.dtype,
+    gated: bool = False,
+) -> int:
     """Return the bytes kept for a hidden unit of a token.
 
     The activation function keeps its own tensors. The product with the values keeps the result of
@@ -95,6 +104,7 @@ def hidden_bytes(activation: Callable[[Tensor], Tensor], dropout: float, dtype: 
         activation: the activation function.
         dropout: probability of dropout after it.
         dtype: dtype of the hidden units.
+        gated: whether the result is multiplied by a second product, as in a gated FFN.
     """
     kept: list[Tensor] = []
 
@@ -104,6 +114,8 @@ def hidden_bytes(activation: Callable[[Tensor], Tensor], dropout: float, dtype: 
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = activation(torch.zeros(1, dtype=dtype, requires_grad=True))
+        if gated:
+            result = result * torch.zeros(1, dtype=dtype, requires_grad=True)
     numbers = kept if dropout else [*kept, result]
     sizes = {number.data_ptr(): number.itemsize for number in numbers}
     return sum(sizes.values()) + (dtype.itemsize + 1 if dropout else 0)
@@ -191,7 +203,7 @@ def memory_bytes(memory: SparseMemory, tokens: int, shards: int, dtype: torch.dt
     passed_by = isinstance(selector, PKM) and selector.uses_softmax
     activation = nn.Identity() if passed_by else config.activation_fn
     dropout: Any = memory.dropout  # torch's or fairseq's
-    hidden = hidden_bytes(activation, dropout.p, dtype)
+    hidden = hidden_bytes(activation, dropout.p, dtype, gated=config.glu is not None)
     if gated or (uses_bag and shards > 1):  # also before the weights, or before empty slots are 0
         hidden += size
     return kept + assignments * config.block_size * hidden

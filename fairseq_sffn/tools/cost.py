@@ -136,8 +136,11 @@ def dense_counterpart(model: TransformerLanguageModel, context: int) -> dict[str
     """
     parts = cost_by_part(model, context)
     width, hidden = model.decoder.embed_dim, model.decoder.cfg.decoder.ffn_embed_dim
-    params = 2 * width * hidden + hidden + width
-    dense_ffn = sum((Cost(params, params, 4 * width * hidden) for _ in _memories(model)), Cost())
+    dense_ffn = Cost()
+    for memory in _memories(model):
+        maps = 2 + (memory.config.glu is not None)
+        params = maps * width * hidden + (maps - 1) * hidden + width
+        dense_ffn += Cost(params, params, 2 * maps * width * hidden)
     sparse = {"selection": Cost(), "memory": Cost()}
     return parts | sparse | {"dense_ffn": parts["dense_ffn"] + dense_ffn}
 

@@ -53,9 +53,26 @@ CASES = {
     "gshard-top3": dict(selector="gshard", num_cells=16, block_size=4, active_blocks=3),
     "gshard-sampled": dict(selector=SAMPLED, num_cells=16, block_size=4, active_blocks=2),
     "base": dict(selector="base", num_cells=16, block_size=4, active_blocks=1),
+    "avgk-glu": dict(num_cells=32, block_size=4, active_blocks=4, glu="silu"),
+    "vanilla_m-glu": dict(
+        selector=VanillaM.Config("max"), num_cells=24, block_size=4, active_blocks=2, glu="silu"
+    ),
+    "pkm_ffn-glu": dict(
+        selector="pkm_ffn", num_cells=24, block_size=1, active_blocks=5, glu="gelu"
+    ),
+    "rand_hash-glu": dict(
+        selector="rand_hash", num_cells=24, block_size=3, active_blocks=3, glu="silu"
+    ),
+    "gshard-glu": dict(selector="gshard", num_cells=16, block_size=4, active_blocks=2, glu="gelu"),
 }
 GATES = ["none", "softmax", "renormalized", "sigmoid"]
-UNSCORED = ["rand_hash", "hash_layer", "hash_layer-bigram"]
+UNSCORED = ["rand_hash", "hash_layer", "hash_layer-bigram", "rand_hash-glu"]
+FULL_KEYS = [
+    case
+    for case, sizes in CASES.items()
+    if MemoryConfig(embed_dim=8, vocab_size=10, **sizes).selector_class.key_table == "full"
+    and "glu" not in sizes
+]
 CASE_GATES = [(case, gate) for case in CASES for gate in GATES if case not in UNSCORED]
 CASE_GATES += [(case, "none") for case in UNSCORED]
 VOCAB_SIZE = 10

@@ -6,7 +6,6 @@ cells.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -250,13 +249,23 @@ def _pre_activations(inputs: Inputs) -> Callable[[int, int], Tensor]:
 
 
 def _hidden(inputs: Inputs, pre: Callable[[int, int], Tensor]) -> Callable[[int, int, int], Tensor]:
-    return lambda n, a, cell: _activation(inputs.memory.config, pre(n, cell))
+    memory, x_ND = inputs.memory, inputs.x_ND
+
+    def hidden(n: int, a: int, cell: int) -> Tensor:
+        result = _activation(memory.config, pre(n, cell))
+        if memory.config.glu:
+            factor = (x_ND[n] * memory.up[cell]).sum()
+            result = result * (factor if memory.up_bias is None else factor + memory.up_bias[cell])
+        return result
+
+    return hidden
 
 
 def _activation(config: MemoryConfig, z: Tensor) -> Tensor:
-    if config.activation == "relu":
+    name = config.glu or config.activation
+    if name == "relu":
         return z if z > 0 else z * 0
-    return z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+    return z / (1 + torch.exp(-z)) if name == "silu" else z * 0.5 * (1 + torch.erf(z / 2**0.5))
 
 
 def assert_balanced(blocks_N: Tensor, scores_NB: Tensor) -> None:

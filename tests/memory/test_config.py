@@ -14,6 +14,7 @@ from fairseq_sffn.memory.selectors.pkm import PKM
 from fairseq_sffn.memory.selectors.pkm_ffn import PKMFFN
 from fairseq_sffn.memory.selectors.switch import Switch
 from fairseq_sffn.memory.selectors.vanilla_m import VanillaM
+from fairseq_sffn.memory.sharding import SHARDED
 from tests.memory.cases import CASES, build
 
 SIZES = dict(embed_dim=8, num_cells=64, block_size=4, active_blocks=4)
@@ -39,6 +40,10 @@ BALANCED = {**HASH, "selector": HashLayer.Config(table="balanced")}
         (dict(gate=""), "gate", ""),
         (dict(HASH, gate="softmax"), "gate", "softmax"),
         (dict(activation="nothing"), "activation", "nothing"),
+        (dict(glu="relu"), "glu", "relu"),
+        (dict(glu=True), "glu", True),
+        (dict(SINGLE, selector="pkm", glu="silu"), "glu", "silu"),
+        (dict(selector="lorkm", glu="gelu"), "glu", "gelu"),
         (dict(HASH, vocab_size=None), "vocab_size", None),
         (dict(HASH, vocab_size=0), "vocab_size", 0),
         (dict(HASH, vocab_size=-3), "vocab_size", -3),
@@ -158,22 +163,17 @@ def test_active_params_are_those_that_one_token_reaches(case, bias):
     out.output.sum().backward()
     config, cells = memory.config, set(out.selection.blocks.flatten().tolist())
     active = sum(p.numel() for p in memory.selector.parameters())
-    for name in ("keys", "key_bias", "values"):
+    for name in SHARDED:
         if (table := getattr(memory, name)) is not None:
             reached = table.grad.reshape(config.num_blocks, -1).any(dim=1)
             assert set(reached.nonzero().flatten().tolist()) == cells
-            rows = (
-                config.num_blocks if name != "values" and scores_every_key(config) else len(cells)
-            )
+            every = name.startswith("key") and config.selector_class.scores_every_key
+            rows = config.num_blocks if every else len(cells)
             active += rows * table[0].numel() * config.block_size
     if bias:
         active += memory.value_bias.numel()
     duplicates = config.active_blocks - len(cells)  # counted once for each head
     assert config.active_params() == active + duplicates * 8
-
-
-def scores_every_key(config):
-    return config.selector_class.scores_every_key
 
 
 @pytest.mark.parametrize(
@@ -189,12 +189,25 @@ def scores_every_key(config):
             2 * 4 * 8 + 4 * 16 * 8,
         ),
         (dict(HASH, block_size=16), 2 * 64 * 8 + 64 + 8, 2 * 16 * 8 + 16 + 8, 4 * 16 * 8),
+        # A third table with a bias per cell.
+        (
+            dict(glu="silu"),
+            3 * 64 * 8 + 2 * 64 + 8,
+            3 * 16 * 8 + 2 * 16 + 8,
+            2 * 16 * 8 + 6 * 16 * 8,
+        ),
         # All keys take part. The active ones are computed once.
         (
             dict(selector="vanilla_m"),
             2 * 64 * 8 + 64 + 8,
             64 * 8 + 16 * 8 + 64 + 8,
             2 * 64 * 8 + 2 * 16 * 8,
+        ),
+        (
+            dict(selector="vanilla_m", glu="silu"),
+            3 * 64 * 8 + 2 * 64 + 8,
+            64 * 8 + 2 * 16 * 8 + 64 + 16 + 8,
+            2 * 64 * 8 + 4 * 16 * 8,
         ),
         # Rank 3: 8 x 3 and 3 x 64, and a bias per cell.
         (
@@ -231,8 +244,8 @@ def scores_every_key(config):
         ),
     ],
     ids=[
-        *("avgk", "without bias", "switch", "hash_layer", "vanilla_m"),
-        *("lorkm", "pkm", "pkm_ffn", "rand_hash", "gshard"),
+        *("avgk", "without bias", "switch", "hash_layer", "avgk-glu"),
+        *("vanilla_m", "vanilla_m-glu", "lorkm", "pkm", "pkm_ffn", "rand_hash", "gshard"),
     ],
 )
 def test_cost_by_hand(changes, params, active, flops):
@@ -240,7 +253,7 @@ def test_cost_by_hand(changes, params, active, flops):
     assert config.num_params() == params
     assert config.active_params() == active
     assert config.flops_per_token() == flops
-    tables = 2 if config.selector_class.key_table == "full" else 1
+    tables = 1 + (config.selector_class.key_table == "full") + (config.glu is not None)
     assert config.selection_flops_per_token() == flops - 2 * tables * config.active_cells * 8
 
 
