@@ -10,9 +10,10 @@ from tests.memory.cases import close
 from tests.models.small_lm import METHODS, SPARSE, TYPES, evaluated, pad, random_tokens, small_lm
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=[*METHODS, "dense-silu", "avgk-silu", "vanilla_m-silu", "switch-gelu"])
 def model(request: pytest.FixtureRequest) -> nn.Module:
-    return evaluated(request.param)
+    method, _, glu = request.param.partition("-")
+    return evaluated(method, **({"sffn_glu": glu} if glu else {}))
 
 
 # Evaluation: causality, neighbours, padding

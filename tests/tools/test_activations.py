@@ -32,6 +32,11 @@ def test_activations_are_what_autograd_keeps(method: str, activation: str) -> No
         ("pkm", dict(pkm_coefficients="activation")),
         ("switch", dict(decoder_output_dim=32, share_decoder_input_output_embed=False)),
         ("switch", dict(decoder_input_dim=32, share_decoder_input_output_embed=False)),
+        ("dense", dict(sffn_glu="silu")),
+        ("avgk", dict(sffn_glu="silu")),
+        ("avgk", dict(sffn_glu="gelu", sffn_gate="softmax", sffn_freq=1)),
+        ("vanilla_m", dict(sffn_glu="silu")),
+        ("pkm_ffn", dict(sffn_glu="gelu")),
         ("dense", dict(layernorm_embedding=True, activation_fn="gelu_accurate")),
     ],
 )

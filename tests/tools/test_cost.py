@@ -99,12 +99,36 @@ def test_cost_by_hand(method, tied):
     )
 
 
+@pytest.mark.parametrize("method", ["dense", "avgk", "vanilla_m", "pkm_ffn", "switch"])
+def test_cost_of_gated_ffns(method):
+    """Three maps of 64 units in place of two of 32, and three tables."""
+    model = small_lm(method, sffn_glu="silu")
+    parts = cost_by_part(model, CONTEXT)
+    ffn = always_active(3 * 64 * WIDTH + 2 * 64 + WIDTH, 2 * 3 * 64 * WIDTH)
+    assert parts["dense_ffn"] == (ffn + ffn if method == "dense" else ffn)
+    if method != "dense":
+        cells, active = 16 * 64, 64
+        scored = cells if method == "vanilla_m" else active
+        params = scored * (WIDTH + 1) + active * (2 * WIDTH + 1) + WIDTH
+        whole = cells * (3 * WIDTH + 2) + WIDTH
+        assert parts["memory"] == Cost(whole, params, 2 * 3 * active * WIDTH)
+    assert total(parts).params == sum(parameter.numel() for parameter in model.parameters())
+    dense = small_lm("dense", sffn_glu="silu")
+    assert dense_counterpart(model, CONTEXT) == cost_by_part(dense, CONTEXT)
+
+
 WITH_LOSSES = {"routing_losses": True}
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("shape", "options"), [((1, CONTEXT), {}), ((3, CONTEXT), {}), ((2, CONTEXT), UNEQUAL)]
+    ("shape", "options"),
+    [
+        ((1, CONTEXT), {}),
+        ((3, CONTEXT), {}),
+        ((2, CONTEXT), UNEQUAL),
+        ((2, CONTEXT), {"sffn_glu": "silu"}),
+    ],
 )
 def test_flops_are_those_that_pytorch_counts(method, shape, options, monkeypatch):
     """Only plain matrix products of a forward pass are counted, as the counter knows neither fused
@@ -113,6 +137,8 @@ def test_flops_are_those_that_pytorch_counts(method, shape, options, monkeypatch
     products too, but are no part of the cost."""
     for loss in ("balance_loss", "z_loss"):
         monkeypatch.setattr(f"fairseq_sffn.memory.sparse_memory.{loss}", lambda *_: torch.zeros(()))
+    if "sffn_glu" in options and method in OWN_KEYS:
+        pytest.skip("has no gated cells")
     engine, losses = ({}, {}) if method == "dense" else ({"sffn_engine": "loop"}, WITH_LOSSES)
     model = small_lm(method, **engine, **options).eval()
     counter = FlopCounterMode(display=False)
