@@ -159,7 +159,7 @@ def load(experiments: Experiments, table: Table) -> Figure:
         for i, o in enumerate(rows):
             loads.plot(*curve(o, "load_max"), **line(i))
             updates, unused = curve(o, "unused_blocks")
-            share = [1 - blocks / experiments.memory(o).num_blocks for blocks in unused]
+            share = [1 - blocks / experiments.memory(o).routed_blocks for blocks in unused]
             used.plot(updates, share, label=o.row.label, **line(i))
         finish(loads, title=name)
         finish(used, "updates")

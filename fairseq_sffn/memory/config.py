@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,9 @@ class MemoryConfig:
         num_cells: rows d_m of the key and value tables.
         block_size: cells g per block; divides ``num_cells``.
         active_blocks: blocks b per token; at most ``num_blocks``.
+        shared_blocks: blocks s that every token uses with weight 1 (Dai et al. 2024, arXiv
+            2401.06066). The selector chooses the other b - s of the other B - s blocks; usage and
+            balance loss are of these alone. With s = b = B the memory is a dense FFN.
         selector: name of a selector, for its default options, or an instance of its ``Config``,
             such as ``HashLayer.Config(table="balanced")``.
         gate: weight of a selected block: ``none``, ``softmax``, ``renormalized`` or ``sigmoid``
@@ -71,6 +75,7 @@ class MemoryConfig:
     init_scale: float = 1.0
     value_lr_scale: float = 1.0
     engine: str | None = None
+    shared_blocks: int = 0
 
     def __post_init__(self) -> None:
         check_config(self)
@@ -83,6 +88,37 @@ class MemoryConfig:
     def active_cells(self) -> int:
         """Cells k that a token uses: A * G."""
         return self.active_blocks * self.block_size
+
+    @property
+    def shared_cells(self) -> int:
+        """Cells of the shared blocks."""
+        return self.shared_blocks * self.block_size
+
+    @property
+    def routed_blocks(self) -> int:
+        """Blocks that are not shared."""
+        return self.num_blocks - self.shared_blocks
+
+    @property
+    def routed_cells(self) -> int:
+        """Cells of the blocks that are not shared."""
+        return self.num_cells - self.shared_cells
+
+    @cached_property
+    def routed(self) -> MemoryConfig:
+        """The config of the blocks that are not shared, which the selector sees.
+
+        Raises:
+            ConfigError: the selector does not support them, or all blocks are shared.
+        """
+        if not self.shared_blocks:
+            return self
+        return replace(
+            self,
+            num_cells=self.routed_cells,
+            active_blocks=self.active_blocks - self.shared_blocks,
+            shared_blocks=0,
+        )
 
     @property
     def selector_options(self) -> Any:
@@ -112,15 +148,21 @@ class MemoryConfig:
 
     @property
     def num_tables(self) -> int:
-        """Number of tables with a row per cell: values, and the memory's own keys and ``up``."""
+        """Number of tables with a row per routed cell: values, and the memory's keys and ``up``."""
         return 1 + (self.selector_class.key_table == "full") + (self.glu is not None)
 
     def num_params(self) -> int:
         """Return the number of trained parameters, including the selector's."""
-        params = self.num_tables * self.num_cells * self.embed_dim
+        keys = 1 + (self.glu is not None)  # of shared cells
+        params = self.shared_cells * ((keys + 1) * self.embed_dim + keys * self.bias)
+        params += self.num_tables * self.routed_cells * self.embed_dim
         if self.bias:
-            params += (self.num_tables - 1) * self.num_cells + self.embed_dim
-        return params + self.selector_class.num_params(self)
+            params += (self.num_tables - 1) * self.routed_cells + self.embed_dim
+        return params + self.selection_params()
+
+    def selection_params(self) -> int:
+        """Return the part of :meth:`num_params` that belongs to the selector."""
+        return self.selector_class.num_params(self.routed) if self.routed_blocks else 0
 
     def active_params(self) -> int:
         """Return the number of parameters that one token uses, including the selector's."""
@@ -135,9 +177,10 @@ class MemoryConfig:
         A multiply-add counts as 2. Avg-K's mean keys are left out: their cost is per pass, not per
         token.
         """
-        active = 2 * self.num_tables * self.active_cells * self.embed_dim
-        return self.selection_flops_per_token() + active
+        routed = self.num_tables * (self.active_cells - self.shared_cells)
+        shared = (2 + (self.glu is not None)) * self.shared_cells
+        return self.selection_flops_per_token() + 2 * (routed + shared) * self.embed_dim
 
     def selection_flops_per_token(self) -> int:
         """Return the part of :meth:`flops_per_token` that selects the blocks."""
-        return self.selector_class.flops_per_token(self)
+        return self.selector_class.flops_per_token(self.routed) if self.routed_blocks else 0

@@ -14,6 +14,7 @@ from .config import MemoryConfig
 from .process_groups import ProcessGroups
 from .selection import Selection
 from .sharding import SHARDED, check_sharding
+from .shared_blocks import SharedBlocks
 from .validation import ConfigError
 
 
@@ -29,6 +30,8 @@ class MemoryTables(nn.Module):
         up: (C, D) second key table of gated cells, or ``None`` without ``config.glu``.
         values: (C, D) value table.
         key_bias, up_bias, value_bias: (C,), (C,) and (D,), or ``None`` without ``config.bias``.
+        shared: the shared blocks, which are replicas, or ``None``. The other tables have the cells
+            of the routed blocks.
         dropout: applied to the activations; any module that keeps the shape of its input.
 
     Where blocks are sharded, the parameters in ``SHARDED`` have the rows of this rank's blocks.
@@ -39,7 +42,7 @@ class MemoryTables(nn.Module):
         super().__init__()
         self.config, self.groups = config, groups or ProcessGroups()
         check_sharding(config, self.groups.shards)
-        cells, width = config.num_cells // self.groups.shards, config.embed_dim
+        cells, width = config.routed_cells // self.groups.shards, config.embed_dim
         has_keys = config.selector_class.key_table == "full"
         self.keys = nn.Parameter(torch.empty(cells, width)) if has_keys else None
         self.key_bias = nn.Parameter(torch.empty(cells)) if has_keys and config.bias else None
@@ -47,6 +50,7 @@ class MemoryTables(nn.Module):
         self.up_bias = nn.Parameter(torch.empty(cells)) if config.glu and config.bias else None
         self.values = nn.Parameter(torch.empty(cells, width))
         self.value_bias = nn.Parameter(torch.empty(width)) if config.bias else None
+        self.shared = SharedBlocks(config) if config.shared_blocks else None
         # Checkpoints store what the shapes of the tables do not tell: the block size, the scale of
         # the values, and the function of gated cells.
         self.block_size: Tensor
@@ -77,15 +81,21 @@ class MemoryTables(nn.Module):
             if name not in SHARDED or self.groups.shards == 1:
                 nn.init.uniform_(parameter, -bound, bound)
                 continue
-            whole = parameter.new_empty(self.config.num_cells, *parameter.shape[1:])
+            cells = self.config.routed_cells
+            whole = parameter.new_empty(cells, *parameter.shape[1:])
             with torch.no_grad():
-                part = self.groups.part_of(self.config.num_cells)
+                part = self.groups.part_of(cells)
                 parameter.copy_(nn.init.uniform_(whole, -bound, bound)[part])
+        if self.shared is not None:
+            for name, parameter in self.shared.named_parameters():
+                nn.init.uniform_(parameter, -bounds[name], bounds[name])
 
     def compute(self, x_ND: Tensor, selection: Selection) -> Tensor:
         """Compute the selected blocks, all held by this rank: (N, D), in the dtype of x."""
+        if not self.config.routed_blocks:
+            return torch.zeros_like(x_ND)
         config, dtype = self.config, x_ND.dtype
-        shape = (config.num_blocks // self.groups.shards, config.block_size, config.embed_dim)
+        shape = (config.routed_blocks // self.groups.shards, config.block_size, config.embed_dim)
         if config.engine is None:
             num_tokens, active = selection.blocks.shape
             engine = choose_engine(x_ND.device.type, dtype, num_tokens, active, shape)

@@ -52,6 +52,7 @@ def check_config(config: MemoryConfig) -> None:
             f"{config.num_cells} cells in blocks of {config.block_size} make"
         )
         raise ConfigError("active_blocks", config.active_blocks, reason)
+    _check_shared_blocks(config)
     if not isinstance(config.selector, (str, SelectorConfig)):
         raise ConfigError("selector", config.selector, "is no name and no selector's Config")
     if type(config.selector) is SelectorConfig:
@@ -106,4 +107,25 @@ def check_config(config: MemoryConfig) -> None:
     for name, choices in config.selector_options.choices().items():
         if (value := getattr(config.selector_options, name)) not in choices:
             raise ConfigError(name, value, f"is none of {', '.join(choices)}")
-    config.selector_class.validate(config)
+    if not config.shared_blocks:
+        config.selector_class.validate(config)
+    elif config.routed_blocks:
+        try:
+            _ = config.routed
+        except ConfigError as error:
+            reason = f"{error.reason} (beside shared_blocks {config.shared_blocks})"
+            raise ConfigError(error.field, error.value, reason) from error
+
+
+def _check_shared_blocks(config: MemoryConfig) -> None:
+    shared, active = config.shared_blocks, config.active_blocks
+    if not isinstance(shared, int) or isinstance(shared, bool):
+        raise ConfigError("shared_blocks", shared, "is not a whole number")
+    if shared < 0:
+        raise ConfigError("shared_blocks", shared, "must not be negative")
+    if shared > active or (shared == active < config.num_blocks):
+        reason = (
+            f"must be below the {active} active blocks: the other {config.routed_blocks} blocks "
+            "would never be used"
+        )
+        raise ConfigError("shared_blocks", shared, reason)

@@ -181,6 +181,14 @@ class SparseOptions(FairseqDataclass):
             "dense one (default: FFN width / block size)"
         },
     )
+    sffn_shared_blocks: int = field(
+        default=0,
+        metadata={
+            "help": "of the active blocks, the number that every token uses, with weight 1; the "
+            "others are selected among the remaining blocks, and only these count in usage and "
+            "balance loss"
+        },
+    )
     sffn_freq: int = field(
         default=2, metadata={"help": "layer i (from 0) is sparse if (i + 1) is a multiple of this"}
     )

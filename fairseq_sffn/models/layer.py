@@ -28,7 +28,7 @@ class LayerRouting(NamedTuple):
     Attributes:
         balance_loss: () load-balancing loss; 0 for a selector without scores, or if not computed.
         z_loss: () mean squared log-sum-exp of the scores; 0 in the same cases.
-        counts: (B,) assignments per block.
+        counts: (B,) assignments per block that is not shared.
         dropped: () dropped assignments.
         importance: (B,) sum of the weights of the assignments per block.
         sent: () bytes sent to other ranks.

@@ -14,7 +14,7 @@ from .size import check_selector_size
 
 SFFN_FIELDS = (
     *("block_size", "active_blocks", "selector", "gate", "engine", "init_scale"),
-    *("value_lr_scale", "capacity_factor", "eval_capacity_factor", "glu"),
+    *("value_lr_scale", "capacity_factor", "eval_capacity_factor", "glu", "shared_blocks"),
 )
 """Fields of a memory's config that the options ``sffn_`` + field name set."""
 
@@ -95,7 +95,11 @@ def build_memory_config(
             init_scale=args.sffn_init_scale,
             value_lr_scale=args.sffn_value_lr_scale,
             engine=None if args.sffn_engine is None else str(args.sffn_engine),
+            shared_blocks=args.sffn_shared_blocks,
         )
+        if not config.routed_blocks:
+            reason = "shares every block, which makes a dense FFN; use a dense model"
+            raise ConfigError("shared_blocks", config.shared_blocks, reason)
         check_sharding(config, args.sffn_expert_parallel)
     except ConfigError as error:
         if error.field == "active_blocks" and args.sffn_active_blocks is None:

@@ -150,9 +150,12 @@ def _flags_that_decide(name: str, config: Optional[MemoryConfig]) -> list[str]:
     if ".memory.selector." in name:
         own = selector_flags(config.selector_class) if config else []
         return ["--sffn-selector", "--sffn-expansion", "--sffn-block-size", *map(flag, own)]
+    if ".memory.shared." in name:
+        return ["--sffn-shared-blocks", "--sffn-block-size", "--decoder-embed-dim"]
     width = "--sffn-glu-width" if config and config.glu else "--decoder-ffn-embed-dim"
     if ".memory." in name:
-        return ["--sffn-freq", "--sffn-expansion", width, "--decoder-embed-dim"]
+        shared = ["--sffn-shared-blocks"] if config and config.shared_blocks else []
+        return ["--sffn-freq", "--sffn-expansion", *shared, width, "--decoder-embed-dim"]
     if ".fc1." in name or ".fc2." in name:
         return ["--arch", "--sffn-freq", "--sffn-glu", width, "--decoder-embed-dim"]
     return ["--arch", "--decoder-layers", "--decoder-embed-dim"]

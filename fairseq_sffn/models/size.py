@@ -76,7 +76,7 @@ def check_selector_size(config: MemoryConfig, options: dict[str, int]) -> None:
             of the selector.
     """
     memory = physical_memory()
-    taken = config.selector_class.num_params(config) * BYTES
+    taken = config.selection_params() * BYTES
     on_meta = torch.get_default_device().type == "meta"
     if memory is None or on_meta or taken <= memory or not options:
         return

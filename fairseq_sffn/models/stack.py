@@ -86,7 +86,7 @@ class SparseStack(nn.Module):
 
     def empty_routing(self, tokens: Tensor) -> dict[str, LayerRouting]:
         """Return name of each sparse layer -> routing of no tokens, on the device of ``tokens``."""
-        empty = LayerRouting.empty(self.memory_config.num_blocks, like=tokens)
+        empty = LayerRouting.empty(self.memory_config.routed_blocks, like=tokens)
         return dict.fromkeys(self.sparse_layers.values(), empty)
 
     def routed_layers(

@@ -81,7 +81,7 @@ def gate_learns(config: MemoryConfig) -> bool:
 
     A single renormalised weight is always 1, so it has no gradient.
     """
-    alone = config.gate_name == "renormalized" and config.active_blocks == 1
+    alone = config.gate_name == "renormalized" and config.routed.active_blocks == 1
     return config.gate_name != "none" and not alone
 
 

@@ -131,7 +131,7 @@ def selection_bytes(memory: SparseMemory, tokens: int, dtype: torch.dtype) -> in
         tokens: tokens of the micro-batch.
         dtype: dtype of parameters and hidden states.
     """
-    config, selector, size = memory.config, memory.selector, dtype.itemsize
+    config, selector, size = memory.config.routed, memory.selector, dtype.itemsize
     if not scores_are_kept(config):
         return 0
     kept, gated = 0, config.gate_name != "none"
@@ -170,7 +170,7 @@ def memory_bytes(memory: SparseMemory, tokens: int, shards: int, dtype: torch.dt
         shards: ranks over which the blocks are to be sharded.
         dtype: dtype of parameters and hidden states.
     """
-    config, selector, size = memory.config, memory.selector, dtype.itemsize
+    config, selector, size = memory.config.routed, memory.selector, dtype.itemsize
     width, gated = config.embed_dim, config.gate_name != "none"
     assignments = tokens * config.active_blocks
     shape = config.num_blocks // shards, config.block_size, width
@@ -181,8 +181,8 @@ def memory_bytes(memory: SparseMemory, tokens: int, shards: int, dtype: torch.dt
     )
     uses_bag = isinstance(engine, EmbeddingBag)
     kept = 0
-    if shards == 1 or scores_are_kept(config):
-        kept += tokens * width * size  # x, for the blocks of this rank or for the selector
+    if shards == 1 or scores_are_kept(config) or memory.shared is not None:
+        kept += tokens * width * size  # x, for blocks of this rank, the selector or shared blocks
     if shards > 1:
         # The rows that the blocks of this rank take, and the token of each row that returns.
         rows = round(tokens * shards * visit_probability(config, shards))
@@ -200,10 +200,13 @@ def memory_bytes(memory: SparseMemory, tokens: int, shards: int, dtype: torch.dt
         kept += assignments * (FP32 + (0 if uses_bag and size == FP32 else size))
         # The order of the weights; with several ranks, the indices by which they are sent.
         kept += assignments * INDEX * ((0 if uses_bag else 1) + (3 if shards > 1 else 0))
+    dropout: Any = memory.dropout  # torch's or fairseq's
+    gated_cells = config.glu is not None
+    hidden = hidden_bytes(config.activation_fn, dropout.p, dtype, gated_cells)
+    kept += tokens * memory.config.shared_cells * hidden
     passed_by = isinstance(selector, PKM) and selector.uses_softmax
     activation = nn.Identity() if passed_by else config.activation_fn
-    dropout: Any = memory.dropout  # torch's or fairseq's
-    hidden = hidden_bytes(activation, dropout.p, dtype, gated=config.glu is not None)
+    hidden = hidden_bytes(activation, dropout.p, dtype, gated_cells)
     if gated or (uses_bag and shards > 1):  # also before the weights, or before empty slots are 0
         hidden += size
     return kept + assignments * config.block_size * hidden

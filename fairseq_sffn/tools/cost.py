@@ -109,7 +109,7 @@ def _memories(module: nn.Module) -> list[SparseMemory]:
 
 def _selection(memory: SparseMemory) -> Cost:
     config = memory.config
-    params = config.selector_class.num_params(config)
+    params = config.selection_params()
     return Cost(params, params, config.selection_flops_per_token())
 
 
@@ -160,7 +160,7 @@ def mean_keys_flops(model: TransformerLanguageModel) -> int:
 
     Each number in the key tables takes one addition. The costs per token do not include them.
     """
-    configs = [memory.config for memory in _memories(model)]
+    configs = [memory.config.routed for memory in _memories(model)]
     return sum(config.selector_class.flops_per_step(config) for config in configs)
 
 

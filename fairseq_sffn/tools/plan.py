@@ -102,7 +102,7 @@ def plan_figures(model: TransformerLanguageModel, setting: Setting) -> dict[str,
     }
     layer, keys = 0.0, 0
     if shards > 1:
-        config = memories[0].config
+        config = memories[0].config.routed
         layer = expected_sent_bytes(config, shards, size, tokens, recomputed)
         keys = mean_keys_bytes(config, shards, size, recomputed)
     sent = {

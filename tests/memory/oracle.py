@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fairseq_sffn.memory import MemoryOutput, Selection, SparseMemory
 from tests.memory.cases import close
-from tests.memory.oracle_methods import CHOOSE, Inputs, cells
+from tests.memory.oracle_methods import CHOOSE, Inputs, cells, hidden_unit
 
 
 @dataclass
@@ -40,8 +40,9 @@ def lookup(
 ) -> Expected:
     """Compute by the definitions what ``memory`` must return, one cell at a time."""
     config = memory.config
-    active = config.active_blocks
-    all_tokens, all_blocks = range(len(x_ND)), range(config.num_blocks)
+    routed = config.routed
+    active = routed.active_blocks
+    all_tokens, all_blocks = range(len(x_ND)), range(routed.num_blocks)
     valid = [n for n in all_tokens if padding_N is None or not padding_N[n]]
     name = config.selector_class.name
     choice = CHOOSE[name](Inputs(memory, x_ND, ids_NT, valid, made, rng))
@@ -74,8 +75,8 @@ def lookup(
     assigned = [(n, a) for a in range(active) for n in valid if kept[n][a]]
     kept = [list(row) for row in kept]
     if factor:
-        capacity = max(1, int(factor * math.ceil(len(assigned) / config.num_blocks)))
-        room = [capacity] * config.num_blocks
+        capacity = max(1, int(factor * math.ceil(len(assigned) / routed.num_blocks)))
+        room = [capacity] * routed.num_blocks
         for n, a in assigned:
             kept[n][a] = room[blocks[n][a]] > 0
             room[blocks[n][a]] -= 1
@@ -88,12 +89,16 @@ def lookup(
             for cell in cells(config, blocks[n][a]) if kept[n][a] else ():
                 term = choice.hidden(n, a, cell) * memory.values[cell]
                 row = row + (term if weights is None else weights[n][a] * term)
+        for cell in range(config.shared_cells):
+            row = (
+                row + hidden_unit(config, memory.shared, x_ND[n], cell) * memory.shared.values[cell]
+            )
         rows.append(row if memory.value_bias is None else row + memory.value_bias)
     output = torch.stack(rows)
 
     # Losses and counts
-    counts, balance_counts = ([0] * config.num_blocks for _ in range(2))
-    importance = [0.0] * config.num_blocks
+    counts, balance_counts = ([0] * routed.num_blocks for _ in range(2))
+    importance = [0.0] * routed.num_blocks
     for n, a in assigned:
         counts[blocks[n][a]] += 1
         balance_counts[blocks[n][a]] += a == 0 or name != "gshard"
@@ -107,7 +112,7 @@ def lookup(
             for h in heads:
                 share = 1 / (len(valid) * len(heads))
                 for i in all_blocks:
-                    load = balance_counts[i] / sum(balance_counts) * config.num_blocks
+                    load = balance_counts[i] / sum(balance_counts) * routed.num_blocks
                     balance = balance + share * exps[n][h][i] / totals[n][h] * load
                 z = z + share * torch.log(totals[n][h]) ** 2
     return Expected(output, blocks, weights, kept, balance, z, counts, dropped, importance)

@@ -82,7 +82,7 @@ def choose_lorkm(inputs: Inputs) -> Choice:
 
 
 def choose_pkm(inputs: Inputs) -> Choice:
-    config = inputs.memory.config
+    config = inputs.memory.config.routed
     blocks, scores = _best_products(inputs)
     num_heads = len(scores[0])
 
@@ -111,7 +111,7 @@ def choose_rand_hash(inputs: Inputs) -> Choice:
 
 
 def choose_hash_layer(inputs: Inputs) -> Choice:
-    table, config = inputs.memory.selector.table.tolist(), inputs.memory.config
+    table, config = inputs.memory.selector.table.tolist(), inputs.memory.config.routed
     if config.selector_options.table == "bigram":
         blocks = [
             [(table[0][before] + table[1][current]) % config.num_blocks]
@@ -123,7 +123,7 @@ def choose_hash_layer(inputs: Inputs) -> Choice:
 
 
 def choose_switch(inputs: Inputs) -> Choice:
-    router, config = inputs.memory.selector.router, inputs.memory.config
+    router, config = inputs.memory.selector.router, inputs.memory.config.routed
     scores = [[[(x_D * row_D).sum() for row_D in router]] for x_D in inputs.x_ND]
     blocks = [_best(row[0], config.active_blocks) for row in scores]
     return Choice(blocks, _hidden(inputs, _pre_activations(inputs)), scores)
@@ -133,7 +133,7 @@ def choose_gshard(inputs: Inputs) -> Choice:
     choice = choose_switch(inputs)
     if not inputs.memory.training:
         return choice
-    if inputs.memory.config.selector_options.second_expert == "all":
+    if inputs.memory.config.routed.selector_options.second_expert == "all":
         return choice
     with torch.random.fork_rng():
         torch.set_rng_state(inputs.rng)
@@ -181,7 +181,7 @@ def _best_by_cells(
     pre: Callable[[int, int], Tensor],
     aggregate: Callable[[list[Tensor]], Tensor],
 ) -> Choice:
-    config = inputs.memory.config
+    config = inputs.memory.config.routed
     scores = [
         [[aggregate([pre(n, cell) for cell in cells(config, i)]) for i in range(config.num_blocks)]]
         for n in range(len(inputs.x_ND))
@@ -192,7 +192,7 @@ def _best_by_cells(
 
 def _best_products(inputs: Inputs) -> tuple[list[list[int]], list[list[list[Tensor]]]]:
     """Select blocks and scores by product keys, from all products."""
-    selector, active = inputs.memory.selector, inputs.memory.config.active_blocks
+    selector, active = inputs.memory.selector, inputs.memory.config.routed.active_blocks
     num_heads, _, half = selector.left.shape
     blocks, scores = [], []
     for x_D in inputs.x_ND:
@@ -230,7 +230,7 @@ def _aggregate(inputs: Inputs) -> Callable[[list[Tensor]], Tensor]:
         "avg_abs": lambda values: sum(v if v > 0 else -v for v in values) / len(values),
         "max": lambda values: max(values, key=float),
         "min": lambda values: min(values, key=float),
-    }[inputs.memory.config.selector_options.aggregate]
+    }[inputs.memory.config.routed.selector_options.aggregate]
 
 
 def cells(config: MemoryConfig, block: int) -> range:
@@ -242,8 +242,7 @@ def _pre_activations(inputs: Inputs) -> Callable[[int, int], Tensor]:
 
     @cache
     def pre(n: int, cell: int) -> Tensor:
-        product = (x_ND[n] * memory.keys[cell]).sum()
-        return product if memory.key_bias is None else product + memory.key_bias[cell]
+        return _product(x_ND[n], memory.keys, memory.key_bias, cell)
 
     return pre
 
@@ -254,11 +253,21 @@ def _hidden(inputs: Inputs, pre: Callable[[int, int], Tensor]) -> Callable[[int,
     def hidden(n: int, a: int, cell: int) -> Tensor:
         result = _activation(memory.config, pre(n, cell))
         if memory.config.glu:
-            factor = (x_ND[n] * memory.up[cell]).sum()
-            result = result * (factor if memory.up_bias is None else factor + memory.up_bias[cell])
+            result = result * _product(x_ND[n], memory.up, memory.up_bias, cell)
         return result
 
     return hidden
+
+
+def hidden_unit(config: MemoryConfig, tables: nn.Module, x_D: Tensor, cell: int) -> Tensor:
+    """Return the factor of the value of a cell, from ``keys`` and ``up`` and their biases."""
+    result = _activation(config, _product(x_D, tables.keys, tables.key_bias, cell))
+    return result * _product(x_D, tables.up, tables.up_bias, cell) if config.glu else result
+
+
+def _product(x_D: Tensor, table_CD: Tensor, bias_C: Tensor | None, cell: int) -> Tensor:
+    product = (x_D * table_CD[cell]).sum()
+    return product if bias_C is None else product + bias_C[cell]
 
 
 def _activation(config: MemoryConfig, z: Tensor) -> Tensor:

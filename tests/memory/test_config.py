@@ -42,6 +42,13 @@ BALANCED = {**HASH, "selector": HashLayer.Config(table="balanced")}
         (dict(activation="nothing"), "activation", "nothing"),
         (dict(glu="relu"), "glu", "relu"),
         (dict(glu=True), "glu", True),
+        (dict(shared_blocks=-1), "shared_blocks", -1),
+        (dict(shared_blocks=4), "shared_blocks", 4),
+        (dict(shared_blocks=5), "shared_blocks", 5),
+        (dict(shared_blocks=1.0), "shared_blocks", 1.0),
+        (dict(shared_blocks=True), "shared_blocks", True),
+        (dict(HASH, active_blocks=3, shared_blocks=1), "active_blocks", 2),
+        (dict(SINGLE, selector=PKM.Config(heads=4), shared_blocks=1), "heads", 4),
         (dict(SINGLE, selector="pkm", glu="silu"), "glu", "silu"),
         (dict(selector="lorkm", glu="gelu"), "glu", "gelu"),
         (dict(HASH, vocab_size=None), "vocab_size", None),
@@ -161,8 +168,10 @@ def test_active_params_are_those_that_one_token_reaches(case, bias):
     memory = build(case, activation=torch.exp, bias=bias, gate="none")
     out = memory(torch.randn(1, 8).double(), torch.tensor([[3, 4]]))
     out.output.sum().backward()
-    config, cells = memory.config, set(out.selection.blocks.flatten().tolist())
+    config, cells = memory.config.routed, set(out.selection.blocks.flatten().tolist())
     active = sum(p.numel() for p in memory.selector.parameters())
+    if memory.shared is not None:
+        active += sum(p.numel() for p in memory.shared.parameters())
     for name in SHARDED:
         if (table := getattr(memory, name)) is not None:
             reached = table.grad.reshape(config.num_blocks, -1).any(dim=1)
@@ -173,7 +182,7 @@ def test_active_params_are_those_that_one_token_reaches(case, bias):
     if bias:
         active += memory.value_bias.numel()
     duplicates = config.active_blocks - len(cells)  # counted once for each head
-    assert config.active_params() == active + duplicates * 8
+    assert memory.config.active_params() == active + duplicates * 8
 
 
 @pytest.mark.parametrize(
@@ -195,6 +204,27 @@ def test_active_params_are_those_that_one_token_reaches(case, bias):
             3 * 64 * 8 + 2 * 64 + 8,
             3 * 16 * 8 + 2 * 16 + 8,
             2 * 16 * 8 + 6 * 16 * 8,
+        ),
+        # Two shared blocks of three tables; the others are scored.
+        (
+            dict(glu="gelu", shared_blocks=2),
+            3 * 64 * 8 + 2 * 64 + 8,
+            3 * 16 * 8 + 2 * 16 + 8,
+            2 * 14 * 8 + 6 * 16 * 8,
+        ),
+        # Shared cells have keys, the others have not.
+        (
+            dict(selector=LoRKM.Config(rank=3), shared_blocks=1),
+            64 * 8 + 8 + 4 * 9 + 3 * 68 + 60,
+            16 * 8 + 8 + 4 * 9 + 3 * 68 + 60,
+            2 * 3 * 68 + 2 * 16 * 8 + 2 * 4 * 8,
+        ),
+        # All blocks are shared.
+        (
+            dict(active_blocks=16, shared_blocks=16),
+            2 * 64 * 8 + 64 + 8,
+            2 * 64 * 8 + 64 + 8,
+            4 * 64 * 8,
         ),
         # All keys take part. The active ones are computed once.
         (
@@ -245,6 +275,7 @@ def test_active_params_are_those_that_one_token_reaches(case, bias):
     ],
     ids=[
         *("avgk", "without bias", "switch", "hash_layer", "avgk-glu"),
+        *("avgk-glu-shared", "lorkm-shared", "all shared"),
         *("vanilla_m", "vanilla_m-glu", "lorkm", "pkm", "pkm_ffn", "rand_hash", "gshard"),
     ],
 )
@@ -253,8 +284,11 @@ def test_cost_by_hand(changes, params, active, flops):
     assert config.num_params() == params
     assert config.active_params() == active
     assert config.flops_per_token() == flops
-    tables = 1 + (config.selector_class.key_table == "full") + (config.glu is not None)
-    assert config.selection_flops_per_token() == flops - 2 * tables * config.active_cells * 8
+    keys = 1 + (config.glu is not None)
+    own_tables = 1 + keys * (config.selector_class.key_table == "full")
+    active = own_tables * (config.active_cells - config.shared_cells)
+    active += (1 + keys) * config.shared_cells
+    assert config.selection_flops_per_token() == flops - 2 * active * 8
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_equal_scores(case):
         out.selection.blocks.unflatten(1, (-1, heads)).transpose(1, 2).flatten(0, 1).tolist()
     ):
         assert len(set(row)) == len(row)
-        assert min(row) >= 0 and max(row) < memory.config.num_blocks
+        assert min(row) >= 0 and max(row) < memory.config.routed_blocks
     for weights in (out.selection.weights, out.selection.coefficients):
         if weights is not None:
             close(weights, weights[:1, :1].expand_as(weights))
