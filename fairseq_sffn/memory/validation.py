@@ -123,9 +123,10 @@ def _check_shared_blocks(config: MemoryConfig) -> None:
         raise ConfigError("shared_blocks", shared, "is not a whole number")
     if shared < 0:
         raise ConfigError("shared_blocks", shared, "must not be negative")
-    if shared > active or (shared == active < config.num_blocks):
+    if shared > active:
+        raise ConfigError("shared_blocks", shared, f"is more than the {active} active blocks")
+    if shared == active < config.num_blocks:
         reason = (
-            f"must be below the {active} active blocks: the other {config.routed_blocks} blocks "
-            "would never be used"
+            f"leaves none of the {active} active blocks to the other {config.routed_blocks} blocks"
         )
         raise ConfigError("shared_blocks", shared, reason)

@@ -5,7 +5,8 @@ They are the dense layers of a model with ``--sffn-glu``, whose sparse layers ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable
 from typing import Any
 
 from fairseq.models.transformer import TransformerConfig, TransformerDecoder, TransformerEncoder
@@ -24,45 +25,31 @@ WIDTH_MULTIPLE = 64
 """The default width of a gated FFN is a multiple of this."""
 
 
-def gated_width(args: Any, side: str) -> int:
-    """Return the width of a gated FFN.
+def ffn_width(args: Any, side: str) -> int:
+    """Return the width of a model's FFNs: the FFN width, or the width of gated FFNs.
 
-    It is ``sffn_glu_width``, or two thirds of the FFN width, to the nearest multiple of 64. Its
-    three matrices then have as many parameters as the two of the plain FFN (Shazeer 2020, arXiv
-    2002.05202).
+    The latter is ``sffn_glu_width``, or two thirds of the FFN width, to the nearest multiple of 64.
+    The three matrices of a gated FFN then have as many parameters as the two of a plain one
+    (Shazeer 2020, arXiv 2002.05202).
 
     Args:
-        args: the model's options, with ``sffn_glu`` set.
+        args: the model's options.
         side: ``encoder`` or ``decoder``.
 
     Raises:
-        UsageError: the given width is below 1.
+        UsageError: the given width is below 1, or FFNs are not gated.
     """
-    width: int | None = args.sffn_glu_width
-    if width is None:
-        multiples = round(getattr(args, f"{side}_ffn_embed_dim") * 2 / 3 / WIDTH_MULTIPLE)
-        return WIDTH_MULTIPLE * max(1, multiples)
-    if width < 1:
-        raise UsageError(f"--sffn-glu-width {width}: must be at least 1")
-    return width
-
-
-def set_gated_widths(args: Any, sides: Sequence[str]) -> None:
-    """Replace the FFN widths of a model with ``sffn_glu`` by those of its gated FFNs.
-
-    Args:
-        args: the model's options, changed in place.
-        sides: ``encoder``, ``decoder`` or both.
-
-    Raises:
-        UsageError: the given width is below 1, or the FFNs are not gated.
-    """
-    if args.sffn_glu is None:
-        if args.sffn_glu_width is not None:
-            raise UsageError(f"--sffn-glu-width {args.sffn_glu_width}: needs --sffn-glu")
-        return
-    for side in sides:
-        setattr(args, f"{side}_ffn_embed_dim", gated_width(args, side))
+    plain: int = getattr(args, f"{side}_ffn_embed_dim")
+    given: int | None = getattr(args, "sffn_glu_width", None)
+    if getattr(args, "sffn_glu", None) is None:
+        if given is not None:
+            raise UsageError(f"--sffn-glu-width {given}: needs --sffn-glu")
+        return plain
+    if given is None:
+        return WIDTH_MULTIPLE * max(1, round(plain * 2 / 3 / WIDTH_MULTIPLE))
+    if given < 1:
+        raise UsageError(f"--sffn-glu-width {given}: must be at least 1")
+    return given
 
 
 class GatedLinear(nn.Module):
@@ -118,7 +105,8 @@ class GatedTransformerEncoder(TransformerEncoder):
     def build_encoder_layer(self, cfg: Any) -> nn.Module:
         if self.args.sffn_glu is None:
             return super().build_encoder_layer(cfg)
-        cfg = TransformerConfig.from_namespace(cfg)
+        cfg = copy.deepcopy(TransformerConfig.from_namespace(cfg))
+        cfg.encoder.ffn_embed_dim = ffn_width(self.args, "encoder")
         return wrap_layer(GatedEncoderLayer(cfg, str(self.args.sffn_glu)), cfg)
 
 
@@ -128,6 +116,7 @@ class GatedTransformerDecoder(TransformerDecoder):
     def build_decoder_layer(self, cfg: Any, no_encoder_attn: bool = False) -> nn.Module:
         if self.args.sffn_glu is None:
             return super().build_decoder_layer(cfg, no_encoder_attn)
-        cfg = TransformerConfig.from_namespace(cfg)
+        cfg = copy.deepcopy(TransformerConfig.from_namespace(cfg))
+        cfg.decoder.ffn_embed_dim = ffn_width(self.args, "decoder")
         layer = GatedDecoderLayer(cfg, str(self.args.sffn_glu), no_encoder_attn=no_encoder_attn)
         return wrap_layer(layer, cfg)

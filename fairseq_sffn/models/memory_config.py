@@ -10,6 +10,7 @@ from ..errors import UsageError, flag
 from ..memory import ConfigError, MemoryConfig, Selector
 from ..memory.sharding import check_sharding
 from .config import selector_flags
+from .gated import ffn_width
 from .size import check_selector_size
 
 SFFN_FIELDS = (
@@ -62,8 +63,7 @@ def build_memory_config(
     """Return the memory of each sparse layer.
 
     Args:
-        args: the model's options, with ``sffn_selector`` set, and the widths of gated FFNs (see
-            :func:`.gated.set_gated_widths`).
+        args: the model's options, with ``sffn_selector`` set.
         vocab_size: token ids in the dictionary.
         token_counts: occurrences of each token id in the training data.
         side: ``encoder`` or ``decoder``.
@@ -73,7 +73,7 @@ def build_memory_config(
             reason.
     """
     selector = Selector.registry[str(args.sffn_selector)]
-    width = getattr(args, f"{side}_ffn_embed_dim")
+    width = ffn_width(args, side)
     if args.sffn_expansion < 1:
         raise UsageError(f"--sffn-expansion {args.sffn_expansion}: must be at least 1")
     block_size, active_blocks = _block_sizes(args, selector, side)
@@ -120,7 +120,7 @@ def build_memory_config(
 
 def _block_sizes(args: Any, selector: type[Selector], side: str) -> tuple[int, int]:
     """Return the cells per block and the active blocks per token."""
-    width = getattr(args, f"{side}_ffn_embed_dim")
+    width = ffn_width(args, side)
     block_size, given = args.sffn_block_size, args.sffn_block_size is not None
     if not given:
         block_size = selector.default_block_size(width)

@@ -11,7 +11,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 
 from ..errors import UsageError, flag
 from ..memory import MemoryConfig, Selector
-from .gated import gated_width
+from .gated import ffn_width
 
 BYTES = 4
 """Bytes of a parameter. fairseq builds every model in fp32."""
@@ -119,10 +119,11 @@ def parts_of_side(args: Any, side: str, dictionary: Any, cross_attention: bool) 
     sizes = options(width, hidden, layers)
     if len(sizes) < 3:  # options of a checkpoint lack the model's defaults
         return []
-    d, f, count = sizes.values()
+    d, _, count = sizes.values()
     gated = getattr(args, "sffn_glu", None) is not None
-    if gated:
-        hidden, f = "sffn_glu_width", gated_width(args, side)
+    f = ffn_width(args, side)
+    if gated and args.sffn_glu_width is not None:
+        hidden = "sffn_glu_width"
     sparse = sparse_layers(args, count)
     if kept := getattr(args, f"{side}_layers_to_keep", None):  # a trained model, pruned
         count = len(kept.split(","))

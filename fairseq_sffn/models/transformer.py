@@ -11,7 +11,6 @@ from ..errors import UsageError
 from .config import TranslationConfig, sparse
 from .decoder import SparseTransformerDecoder
 from .encoder import SparseTransformerEncoder
-from .gated import set_gated_widths
 from .memory_config import build_memory_config, check_supported
 from .plugin_model import PluginModel, check_selector, register
 
@@ -42,7 +41,6 @@ class SparseTransformer(PluginModel, TransformerModel):
         args = cls.options(args)
         check_supported(args, ["encoder", "decoder"])
         check_selector(args, cls.selector, "transformer_sffn")
-        set_gated_widths(args, ["encoder", "decoder"])
         # fairseq shares embeddings while it builds a model. So build a model without layers, and
         # keep its embeddings.
         shell_args = copy.deepcopy(args)

@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import UsageError, flag
 from .config import DenseConfig, sparse
 from .decoder import SparseTransformerDecoder
-from .gated import GatedTransformerDecoder, set_gated_widths
+from .gated import GatedTransformerDecoder, ffn_width
 from .memory_config import build_memory_config, check_supported
 from .plugin_model import PluginModel, check_selector, register
 
@@ -40,7 +40,7 @@ class DenseTransformerLM(PluginModel, TransformerLanguageModel):
                 FFNs is wrong.
         """
         args = cls.options(args)
-        set_gated_widths(args, ["decoder"])
+        ffn_width(args, "decoder")  # checks it
         if args.sffn_glu is None:
             return cls.build_dense_model(args, task)
         embed_tokens = cls.build_embed_tokens(args, task)
@@ -123,7 +123,6 @@ class SparseTransformerLM(DenseTransformerLM):
         args = cls.options(args)
         check_supported(args, ["decoder"])
         check_selector(args, cls.selector, "transformer_lm_sffn")
-        set_gated_widths(args, ["decoder"])
         dictionary = task.source_dictionary
         counts = task.token_counts() if hasattr(task, "token_counts") else dictionary.count
         memory_config = build_memory_config(args, len(dictionary), counts)

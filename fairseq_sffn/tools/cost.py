@@ -19,6 +19,7 @@ from torch import nn
 
 from ..errors import UsageError, flag
 from ..memory import SparseMemory
+from ..models.gated import ffn_width
 from .language_model import build_language_model
 
 
@@ -129,13 +130,13 @@ def model_cost(model: TransformerLanguageModel, context: int) -> Cost:
 
 
 def dense_counterpart(model: TransformerLanguageModel, context: int) -> dict[str, Cost]:
-    """Return the cost by part of the same model with dense FFNs of width ``decoder_ffn_embed_dim``.
+    """Return the cost by part of the same model with dense layers only.
 
     Args:
         model, context: see :func:`cost_by_part`.
     """
     parts = cost_by_part(model, context)
-    width, hidden = model.decoder.embed_dim, model.decoder.cfg.decoder.ffn_embed_dim
+    width, hidden = model.decoder.embed_dim, ffn_width(model.decoder.args, "decoder")
     dense_ffn = Cost()
     for memory in _memories(model):
         maps = 2 + (memory.config.glu is not None)

@@ -68,7 +68,7 @@ CASES = {
         selector=PKM.Config(heads=2), num_cells=15, block_size=1, active_blocks=7, shared_blocks=3
     ),
     "rand_hash-shared": dict(
-        selector="rand_hash", num_cells=24, block_size=3, active_blocks=3, shared_blocks=1
+        selector="rand_hash", num_cells=27, block_size=3, active_blocks=3, shared_blocks=1
     ),
     "switch-shared": dict(
         selector="switch",
@@ -81,8 +81,7 @@ CASES = {
     "gshard-glu": dict(selector="gshard", num_cells=16, block_size=4, active_blocks=2, glu="gelu"),
 }
 GATES = ["none", "softmax", "renormalized", "sigmoid"]
-UNSCORED = ["rand_hash", "hash_layer", "hash_layer-bigram", "rand_hash-glu"]
-UNSCORED += ["rand_hash-shared"]
+UNSCORED = ["rand_hash", "hash_layer", "hash_layer-bigram", "rand_hash-glu", "rand_hash-shared"]
 FULL_KEYS = [
     case
     for case, sizes in CASES.items()

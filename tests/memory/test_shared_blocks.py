@@ -173,8 +173,11 @@ def test_gradients_of_replicas_are_not_marked():
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        (dict(shared_blocks=3), "shared_blocks 3: must be below the 3 active blocks: the other 5 "),
-        (dict(shared_blocks=4), "shared_blocks 4: must be below the 3 active blocks: "),
+        (
+            dict(shared_blocks=3),
+            "shared_blocks 3: leaves none of the 3 active blocks to the other 5 ",
+        ),
+        (dict(shared_blocks=4), "shared_blocks 4: is more than the 3 active blocks"),
         (
             dict(selector="hash_layer", active_blocks=3, shared_blocks=1, vocab_size=10),
             r"active_blocks 2: hash_layer uses one block \(beside shared_blocks 1\)",

@@ -204,6 +204,18 @@ def test_what_does_not_fit_is_told_in_one_line(
         ),
         (
             "avgk",
+            {},
+            dict(sffn_shared_blocks=2),
+            "only the model has .*memory.shared.keys .see --sffn-shared-blocks, ",
+        ),
+        (
+            "avgk",
+            dict(sffn_shared_blocks=2),
+            dict(sffn_shared_blocks=3),
+            r".*memory.keys is \[496, 16\] .* --sffn-shared-blocks, ",
+        ),
+        (
+            "avgk",
             dict(sffn_glu="silu", sffn_freq=1),
             dict(sffn_glu="silu", sffn_glu_width=32, sffn_freq=1),
             r".*memory.keys is \[1024, 16\] .* --sffn-glu-width, ",

@@ -117,6 +117,22 @@ def test_cost_of_gated_ffns(method):
     assert dense_counterpart(model, CONTEXT) == cost_by_part(dense, CONTEXT)
 
 
+def test_cost_of_shared_blocks():
+    """They are scored by nothing, and take part for every token."""
+    plain = cost_by_part(small_lm("avgk"), CONTEXT)
+    shared = cost_by_part(small_lm("avgk", sffn_shared_blocks=2), CONTEXT)
+    assert shared["memory"] == plain["memory"]
+    assert shared["selection"] == always_active(0, 2 * 62 * WIDTH)
+    # PKM's shared cells have keys and biases of their own.
+    pkm = small_lm("pkm", sffn_shared_blocks=4)
+    parts = cost_by_part(pkm, CONTEXT)
+    own = 4 * (WIDTH + 1)
+    assert parts["memory"].params == CELLS * WIDTH + WIDTH + own
+    assert parts["memory"].active_params == 16 * WIDTH + WIDTH + own
+    assert parts["memory"].flops_per_token == 2 * (12 + 2 * 4) * WIDTH
+    assert total(parts).params == sum(parameter.numel() for parameter in pkm.parameters())
+
+
 WITH_LOSSES = {"routing_losses": True}
 
 
@@ -128,6 +144,7 @@ WITH_LOSSES = {"routing_losses": True}
         ((3, CONTEXT), {}),
         ((2, CONTEXT), UNEQUAL),
         ((2, CONTEXT), {"sffn_glu": "silu"}),
+        ((2, CONTEXT), {"sffn_shared_blocks": 1, "sffn_active_blocks": 5}),
     ],
 )
 def test_flops_are_those_that_pytorch_counts(method, shape, options, monkeypatch):
@@ -139,6 +156,11 @@ def test_flops_are_those_that_pytorch_counts(method, shape, options, monkeypatch
         monkeypatch.setattr(f"fairseq_sffn.memory.sparse_memory.{loss}", lambda *_: torch.zeros(()))
     if "sffn_glu" in options and method in OWN_KEYS:
         pytest.skip("has no gated cells")
+    if "sffn_shared_blocks" in options:
+        if method == "dense":
+            pytest.skip("has no blocks")
+        if method in ("hash_layer", "base"):
+            options = {**options, "sffn_active_blocks": 2}
     engine, losses = ({}, {}) if method == "dense" else ({"sffn_engine": "loop"}, WITH_LOSSES)
     model = small_lm(method, **engine, **options).eval()
     counter = FlopCounterMode(display=False)
