@@ -46,10 +46,15 @@ def ffn_width(args: Any, side: str) -> int:
             raise UsageError(f"--sffn-glu-width {given}: needs --sffn-glu")
         return plain
     if given is None:
-        return WIDTH_MULTIPLE * max(1, round(plain * 2 / 3 / WIDTH_MULTIPLE))
+        return default_gated_width(plain)
     if given < 1:
         raise UsageError(f"--sffn-glu-width {given}: must be at least 1")
     return given
+
+
+def default_gated_width(plain: int) -> int:
+    """Return two thirds of the width of a plain FFN, to the nearest multiple of 64."""
+    return WIDTH_MULTIPLE * max(1, round(plain * 2 / 3 / WIDTH_MULTIPLE))
 
 
 class GatedLinear(nn.Module):

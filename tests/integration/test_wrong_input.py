@@ -61,8 +61,8 @@ TRAINING = [
     ("avgk", "--sffn-shared-blocks 4", "leaves none of the 4 active blocks to the other 60"),
     ("lorkm", "--sffn-glu silu", "computes no cells from a key table"),
     ("dense", "--sffn-glu-width 64", "needs --sffn-glu"),
-    ("dense", "--sffn-glu silu --sffn-glu-width 0", "must be at least 1"),
-    ("avgk", "--sffn-glu silu --sffn-block-size 48", "does not divide --sffn-glu-width 64"),
+    ("dense", "--sffn-glu-width 0 --sffn-glu silu", "must be at least 1"),
+    ("avgk", "--sffn-block-size 48 --sffn-glu silu", "does not divide --sffn-glu-width 64"),
     # Numbers out of range
     ("switch", "--sffn-capacity-factor -1.0", "must be positive and finite, or 0 for dropless"),
     ("switch", "--sffn-capacity-factor nan", "must be positive and finite, or 0 for dropless"),
