@@ -51,6 +51,8 @@ measure() {
 layer() {
     measure python layer-2048x256 1 layer --tokens 2048 --width 256 --rows all
     measure python layer-2048x256 2 layer --tokens 2048 --width 256 --rows defaults
+    measure python layer-glu-2048x256 1 layer --tokens 2048 --width 256 --rows main --glu silu
+    measure python layer-glu-2048x256 2 layer --tokens 2048 --width 256 --rows main --glu silu
     measure python layer-4096x1024 1 layer --tokens 4096 --width 1024 --rows main
     measure python layer-2048x512 1 layer --tokens 2048 --width 512 --rows defaults
     measure python layer-2048x512 2 layer --tokens 2048 --width 512 --rows main

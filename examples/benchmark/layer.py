@@ -1,5 +1,6 @@
 """Measures forward + backward of a sparse layer with selection, against an equally large dense FFN.
 
+With ``--glu``, both have gated cells or hidden units, two thirds as many.
 Token ids are uniform and hidden states are normal, so blocks get about equally many tokens. In rows
 marked skewed, half of the tokens also use one common block.
 """
@@ -21,9 +22,11 @@ from timing import (
     place_of,
     run_part,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from fairseq_sffn.memory import MemoryConfig, Selector, SparseMemory
+from fairseq_sffn.memory.activations import ACTIVATIONS, GATED
+from fairseq_sffn.models.gated import GatedLinear, default_gated_width
 
 EXPANSION = 16
 VOCABULARY = 8000
@@ -69,7 +72,15 @@ def choose_rows(ffn: int, which: str) -> list[Row]:
     return sorted(set(rows), key=lambda row: (row.skewed, row.selector, -row.block_size))
 
 
-def memory_config(row: Row, width: int, ffn: int, expansion: int = EXPANSION) -> MemoryConfig:
+def gated_ffn(width: int, units: int, glu: str, place: Place = CPU) -> nn.Module:
+    """Build the gated FFN that sparse layers with gated cells are compared with."""
+    first = GatedLinear(nn.Linear(width, units), nn.Linear(width, units), ACTIVATIONS[glu])
+    return nn.Sequential(first, nn.Linear(units, width)).to(**place.tensors)
+
+
+def memory_config(
+    row: Row, width: int, ffn: int, expansion: int = EXPANSION, glu: str | None = None
+) -> MemoryConfig:
     """Configure a memory with as many active cells as the FFN has units. PKM has ``PKM_CELLS``."""
     active = min(PKM_CELLS, ffn) if row.selector == "pkm" else ffn
     return MemoryConfig(
@@ -79,6 +90,7 @@ def memory_config(row: Row, width: int, ffn: int, expansion: int = EXPANSION) ->
         active_blocks=active // row.block_size,
         selector=row.selector,
         vocab_size=VOCABULARY,
+        glu=glu,
     )
 
 
@@ -112,13 +124,15 @@ def measure(
     repeats: int,
     ffn: int | None = None,
     place: Place = CPU,
+    glu: str | None = None,
 ) -> list[dict[str, Any]]:
     """Return a JSON row for each of ``rows``."""
     ffn = ffn or 4 * width
     x = hidden_states(tokens, width, place)
     token_ids = torch.randint(VOCABULARY, (tokens,), device=place.device)
-    dense = forward_backward(dense_ffn(width, ffn, place), x)
-    configs = [memory_config(row, width, ffn) for row in rows]
+    ffn_layer = gated_ffn(width, ffn, glu, place) if glu else dense_ffn(width, ffn, place)
+    dense = forward_backward(ffn_layer, x)
+    configs = [memory_config(row, width, ffn, glu=glu) for row in rows]
     works = {
         str(i): training_work(build_memory(row, config, place), x, token_ids)
         for i, (row, config) in enumerate(zip(rows, configs, strict=True))
@@ -136,13 +150,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--rows", choices=["all", "defaults", "main"], default="all")
+    parser.add_argument("--glu", choices=GATED, help="gated cells, against a gated FFN")
     args = parser.parse_args(argv)
-    place = place_of(args)
-    rows = choose_rows(4 * args.width, args.rows)
+    place, ffn = place_of(args), 4 * args.width
+    if args.glu:
+        ffn = default_gated_width(ffn)
+    rows = choose_rows(ffn, args.rows)
+    if args.glu:
+        rows = [row for row in rows if Selector.registry[row.selector].key_table == "full"]
     run_part(
         "layer",
         args,
-        lambda: measure(args.tokens, args.width, rows, args.repeats, place=place),
+        lambda: measure(args.tokens, args.width, rows, args.repeats, ffn, place, args.glu),
     )
 
 

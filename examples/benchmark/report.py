@@ -82,6 +82,7 @@ def goals_table(parts: list[Part]) -> str:
         (row["selector"], row["block_size"]): row["ratio"]
         for part in of(parts, "layer")
         if part["settings"]["threads"] == 1 and part["settings"]["device"] == "cpu"
+        if not part["settings"].get("glu")
         for row in part["rows"]
         if (row["tokens"], row["width"], row["skewed"]) == (2048, 256, False)
     }
@@ -100,6 +101,8 @@ def layer_tables(parts: list[Part]) -> str:
         device = part["gpu"] or settings["device"]
         if settings.get("dtype", "fp32") != "fp32":
             device += f", {settings['dtype']}"
+        if glu := settings.get("glu"):
+            device += f", gated cells ({glu})"
         key = device, settings["tokens"], settings["width"]
         sizes.setdefault(key, {})[settings["threads"]] = part["rows"]
     texts = []

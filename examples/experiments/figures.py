@@ -160,7 +160,7 @@ def load(experiments: Experiments, table: Table) -> Figure:
             loads.plot(*curve(o, "load_max"), **line(i))
             updates, unused = curve(o, "unused_blocks")
             blocks = statistics.mean(
-                memory.num_blocks for memory in experiments.memories(o).values()
+                memory.routed_blocks for memory in experiments.memories(o).values()
             )
             share = [1 - without / blocks for without in unused]
             used.plot(updates, share, label=o.row.label, **line(i))

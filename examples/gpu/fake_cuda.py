@@ -54,11 +54,15 @@ class Case:
     training: bool = True
     losses: bool = True
     options: dict[str, Any] = field(default_factory=dict)
+    glu: str | None = None
+    shared: int = 0
 
     def __str__(self) -> str:
         words = [self.size, self.selector, f"g={self.block_size}", self.kind]
         words += [f"gate={self.gate}"] if self.gate else []
         words += [f"{name}={value}" for name, value in self.options.items()]
+        words += [f"glu={self.glu}"] if self.glu else []
+        words += [f"shared={self.shared}"] if self.shared else []
         words += ["padding"] * self.padding + ["capacity"] * bool(self.capacity)
         words += ["evaluation"] * (not self.training) + ["without losses"] * (not self.losses)
         return " ".join(words)
@@ -95,6 +99,15 @@ def cases(quick: bool) -> Iterator[Case]:
     ):
         for kind in ("bf16", "autocast fp16"):
             yield Case("toy", selector, block_size, kind, options=options, padding=True)
+    for selector, block_size, glu, shared in (
+        *(("avgk", g, "silu", 2) for g in (64, 16, 1)),
+        ("switch", 256, "gelu", 1),
+        ("vanilla_m", 64, "silu", 1),
+        ("pkm_ffn", 1, "silu", 8),
+        ("pkm", 1, None, 8),
+    ):
+        for kind in KINDS:
+            yield Case("toy", selector, block_size, kind, padding=True, glu=glu, shared=shared)
     for selector, block_size in (
         *(("avgk", g) for g in (4096, 256, 64, 16, 4, 1)),  # B = 16 to 65536
         ("rand_hash", 64),
@@ -122,9 +135,9 @@ def build(case: Case) -> Any:
         active = 128
     config = MemoryConfig(
         embed_dim=sizes["embed_dim"],
-        num_cells=EXPANSION * ffn,
+        num_cells=EXPANSION * ffn + case.shared * case.block_size,
         block_size=case.block_size,
-        active_blocks=active,
+        active_blocks=active + case.shared,
         selector=cls.Config(**case.options),
         gate=case.gate,
         activation="gelu",
@@ -133,6 +146,8 @@ def build(case: Case) -> Any:
         capacity_factor=case.capacity,
         eval_capacity_factor=case.capacity,
         activation_dropout=0.1,
+        glu=case.glu,
+        shared_blocks=case.shared,
     )
     with torch.device("meta"):
         memory = SparseMemory(config)

@@ -52,6 +52,7 @@ def steps(quick: bool) -> Iterator[Step]:
             yield Step(method, "tiny", kind)
     yield Step("switch", "tiny", "bf16", "--sffn-capacity-factor 1.25")
     yield Step("avgk", "tiny", "bf16", "--checkpoint-activations")
+    yield Step("avgk", "tiny", "bf16", "--sffn-glu silu --sffn-shared-blocks 1")
 
 
 def run(step: Step) -> Outcome:

@@ -13,3 +13,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "tanh": F.tanh,
 }
+
+GATED = ("silu", "gelu")
+"""Activation functions of gated cells: SwiGLU and GEGLU (Shazeer 2020, arXiv 2002.05202)."""

@@ -6,7 +6,7 @@ from .config import MemoryConfig
 from .selection import Selector
 from .validation import ConfigError
 
-SHARDED = ("keys", "key_bias", "values")
+SHARDED = ("keys", "key_bias", "up", "up_bias", "values")
 """Parameters of which each rank holds the rows of its own blocks, where blocks are sharded."""
 
 
@@ -30,8 +30,9 @@ def check_sharding(config: MemoryConfig, shards: int) -> None:
         reason = f"{selector.name} scores every key for every token, and no rank has all of them"
     elif not can_be_sharded(selector):
         reason = f"{selector.name} has keys of its own, which every token needs whole"
-    elif config.num_blocks % shards:
-        reason = f"does not divide the {config.num_blocks} blocks of a layer"
+    elif config.routed_blocks % shards or not config.routed_blocks:
+        kind = " that are not shared" if config.shared_blocks else ""
+        reason = f"does not divide the {config.routed_blocks} blocks of a layer{kind}"
     else:
         return
     raise ConfigError("shards", shards, reason)

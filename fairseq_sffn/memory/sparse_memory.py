@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .balance import (
     assignment_counts,
@@ -53,23 +53,27 @@ class SparseMemory(MemoryTables):
     """y = sum over selected blocks i of w_i * f(x K_i^T + c_i) V_i + output bias.
 
     Liu et al. 2023 (arXiv 2305.13999). With all blocks active and no gate it is a dense FFN of
-    ``num_cells`` hidden units.
+    ``num_cells`` hidden units. Gated cells and shared blocks: see :class:`.config.MemoryConfig`.
 
     Args:
         config: sizes and choices.
         groups: the ranks that share its tokens and blocks; none by default.
 
     Attributes:
-        selector: the module that selects blocks.
+        selector: the module that selects blocks among those that are not shared.
         balancer: the biases that balance the load, and the load of an update.
-        keys, key_bias, values, value_bias, dropout: see :class:`.tables.MemoryTables`.
+        keys, key_bias, up, up_bias, values, value_bias, shared, dropout: see
+            :class:`.tables.MemoryTables`.
     """
 
     def __init__(self, config: MemoryConfig, groups: ProcessGroups | None = None) -> None:
         super().__init__(config, groups)
-        self.selector = config.selector_class(config)
+        self.selector: nn.Module = nn.Identity()  # if all blocks are shared
+        if config.routed_blocks:
+            self.selector = config.selector_class(config.routed)
         function = score_function(config.gate_name)
-        self.balancer = Balancer(config.num_blocks, config.balance_rate, function)
+        rate = config.balance_rate if config.routed_blocks else 0.0
+        self.balancer = Balancer(config.routed_blocks, rate, function)
         self.reset_parameters()
 
     def forward(
@@ -108,7 +112,8 @@ class SparseMemory(MemoryTables):
         # Select: the blocks of each token and their weights.
         selection = self._select(x_ND, token_ids_NT, valid_N, losses)
         counted = selection.counted(valid_N)
-        counts_B = assignment_counts(selection.blocks, self.config.num_blocks, counted)
+        num_blocks = self.config.routed_blocks
+        counts_B = assignment_counts(selection.blocks, num_blocks, counted)
         balance = z = None
         sent = dropped = scored = counts_B.new_zeros(())
         mass = entropy = bias_range = torch.zeros((), device=x.device)
@@ -128,7 +133,6 @@ class SparseMemory(MemoryTables):
         importance_B = block_importance(selection, counts_B, counted)
         factor = self.config.capacity_factor if self.training else self.config.eval_capacity_factor
         if factor:
-            num_blocks = self.config.num_blocks
             selection, dropped = drop_over_capacity(selection, num_blocks, factor, counted)
 
         # Compute: the selected blocks, on the ranks that hold them. Under autocast the tables are
@@ -141,13 +145,16 @@ class SparseMemory(MemoryTables):
             if self.groups.blocks is None:
                 output_ND = self.compute(x_ND, selection)
             else:
-                blocks = self.config.num_blocks // self.groups.shards
+                blocks = num_blocks // self.groups.shards
                 dispatched = dispatch(x_ND, selection, blocks, self.groups.blocks)
                 computed_RD = self.compute(dispatched.x_RD, dispatched.selection)
                 output_ND = combine(computed_RD, dispatched)
                 sent = sent.new_full((), dispatched.traffic.sent_bytes(self.training))
 
             # Combine: the sum over blocks, scaled, plus the bias.
+            if self.shared is not None:
+                shared_ND = self.shared(x_ND, self.config.activation_fn, self.dropout)
+                output_ND = output_ND + shared_ND
             if self.config.value_lr_scale != 1:
                 output_ND = output_ND * self.config.value_lr_scale
             if self.value_bias is not None:
@@ -159,6 +166,8 @@ class SparseMemory(MemoryTables):
         self, x_ND: Tensor, token_ids_NT: Tensor | None, valid_N: Tensor | None, losses: bool
     ) -> Selection:
         """Select the blocks of each token, and compute their gate values."""
+        if not self.config.routed_blocks:
+            return Selection(torch.zeros(len(x_ND), 0, dtype=torch.int64, device=x_ND.device))
         gate = GATES[self.config.gate_name]
         needs_scores = losses or gate is not None or self.balancer.needs_moments
         inputs = SelectorInput(
@@ -174,11 +183,12 @@ class SparseMemory(MemoryTables):
                 stack_over_tokens=self.groups.stack_over_tokens,
             )
         selection: Selection = self.selector(inputs)
-        if selection.scores is not None and selection.scores.num_blocks != self.config.num_blocks:
+        num_blocks = self.config.routed_blocks
+        if selection.scores is not None and selection.scores.num_blocks != num_blocks:
             raise ConfigError(
                 *("shards", self.groups.shards),
                 f"{self.config.selector_class.name} scores {selection.scores.num_blocks} of "
-                f"{self.config.num_blocks} blocks: a rank has the keys of its own blocks, so the "
+                f"{num_blocks} blocks: a rank has the keys of its own blocks, so the "
                 "selector has to gather what it computes of them (SelectorInput.gather)",
             )
         if gate is not None:
@@ -204,7 +214,7 @@ class SparseMemory(MemoryTables):
         if (choices := self.config.selector_class.balanced_choices) is not None:
             counted = None if counted is None else counted[:, :choices]
             blocks_NA = blocks_NA[:, :choices]
-            counts_B = assignment_counts(blocks_NA, self.config.num_blocks, counted)
+            counts_B = assignment_counts(blocks_NA, self.config.routed_blocks, counted)
         total = None if self.groups.tokens is None else self.groups.sum_over_tokens
         function = self.balancer.function
         z = z_loss(scores, valid_N, total)
@@ -236,5 +246,5 @@ class SparseMemory(MemoryTables):
         return (
             f"cells={config.num_cells}, blocks={config.num_blocks} x {config.block_size}, "
             f"active={config.active_blocks}, selector={config.selector_class.name}, "
-            f"gate={config.gate_name}"
+            f"gate={config.gate_name}, glu={config.glu}, shared={config.shared_blocks}"
         )

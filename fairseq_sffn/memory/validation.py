@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .activations import ACTIVATIONS
+from .activations import ACTIVATIONS, GATED
 from .compute import ENGINES, NATIVE
 from .gate import GATES
 from .selection import Selector, SelectorConfig
@@ -58,6 +58,7 @@ def check_config(config: MemoryConfig) -> None:
             f"{config.num_cells} cells in blocks of {config.block_size} make"
         )
         raise ConfigError("active_blocks", config.active_blocks, reason)
+    _check_shared_blocks(config)
     if not isinstance(config.selector, (str, SelectorConfig)):
         raise ConfigError("selector", config.selector, "is no name and no selector's Config")
     if type(config.selector) is SelectorConfig:
@@ -77,6 +78,11 @@ def check_config(config: MemoryConfig) -> None:
         raise ConfigError("activation", config.activation, "is no name and no function")
     if isinstance(config.activation, str) and config.activation not in ACTIVATIONS:
         raise ConfigError("activation", config.activation, f"is none of {', '.join(ACTIVATIONS)}")
+    if config.glu is not None and config.glu not in GATED:
+        raise ConfigError("glu", config.glu, f"is none of {', '.join(GATED)}")
+    if config.glu is not None and config.selector_class.key_table != "full":
+        reason = f"{config.selector_class.name} computes no cells from a key table, to gate them"
+        raise ConfigError("glu", config.glu, reason)
     if config.context_tokens and config.vocab_size is None:
         reason = f"{config.selector_class.name} looks at token ids and needs to know how many"
         raise ConfigError("vocab_size", None, reason)
@@ -120,4 +126,26 @@ def check_config(config: MemoryConfig) -> None:
     for name, choices in config.selector_options.choices().items():
         if (value := getattr(config.selector_options, name)) not in choices:
             raise ConfigError(name, value, f"is none of {', '.join(choices)}")
-    config.selector_class.validate(config)
+    if not config.shared_blocks:
+        config.selector_class.validate(config)
+    elif config.routed_blocks:
+        try:
+            _ = config.routed
+        except ConfigError as error:
+            reason = f"{error.reason} (beside shared_blocks {config.shared_blocks})"
+            raise ConfigError(error.field, error.value, reason) from error
+
+
+def _check_shared_blocks(config: MemoryConfig) -> None:
+    shared, active = config.shared_blocks, config.active_blocks
+    if not isinstance(shared, int) or isinstance(shared, bool):
+        raise ConfigError("shared_blocks", shared, "is not a whole number")
+    if shared < 0:
+        raise ConfigError("shared_blocks", shared, "must not be negative")
+    if shared > active:
+        raise ConfigError("shared_blocks", shared, f"is more than the {active} active blocks")
+    if shared == active < config.num_blocks:
+        reason = (
+            f"leaves none of the {active} active blocks to the other {config.routed_blocks} blocks"
+        )
+        raise ConfigError("shared_blocks", shared, reason)

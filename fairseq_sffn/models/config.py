@@ -13,6 +13,7 @@ from omegaconf import II
 
 from ..errors import UsageError, flag
 from ..memory import Selector
+from ..memory.activations import GATED
 from ..memory.compute import ENGINES
 from ..memory.gate import GATES
 
@@ -51,7 +52,29 @@ class FollowingOptions(FairseqDataclass):
 
 
 @dataclass
-class DenseConfig(FollowingOptions, TransformerLanguageModelConfig):
+class GatedOptions(FairseqDataclass):
+    """Options of gated feed-forward networks, in dense and sparse layers."""
+
+    sffn_glu: Optional[ChoiceEnum(list(GATED))] = field(  # type: ignore[valid-type]
+        default=None,
+        metadata={
+            "help": "gated FFNs in all layers, dense and sparse: hidden units and memory cells are "
+            "f(x . k) * (x . u), with this f in place of --activation-fn and a third table or "
+            "matrix of all u; for selectors that use the memory's key table (default: none)"
+        },
+    )
+    sffn_glu_width: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "width of gated FFNs. It takes the place of the FFN width: for dense layers, "
+            "memory cells and active blocks. By default, a gated FFN has about as many parameters "
+            "as a plain one (default: 2/3 of the FFN width, to the nearest multiple of 64)"
+        },
+    )
+
+
+@dataclass
+class DenseConfig(FollowingOptions, GatedOptions, TransformerLanguageModelConfig):
     """Options of fairseq's Transformer language model.
 
     Input and output widths default to ``decoder_embed_dim``, as in fairseq's own architectures.
@@ -90,7 +113,8 @@ def _flat_fields(config: type, prefix: str = "") -> list[tuple[str, Any, Any]]:
 class TranslationConfig(
     make_dataclass(  # type: ignore[misc]
         "FlatTransformerConfig", _flat_fields(TransformerConfig), bases=(FollowingOptions,)
-    )
+    ),
+    GatedOptions,
 ):
     """Options of fairseq's encoder-decoder Transformer.
 
@@ -162,6 +186,14 @@ class SparseOptions(FairseqDataclass):
             "dense one (default: FFN width / block size)"
         },
     )
+    sffn_shared_blocks: int = field(
+        default=0,
+        metadata={
+            "help": "of the active blocks, the number that every token uses, with weight 1; the "
+            "others are selected among the remaining blocks, and only these count in usage and "
+            "balance loss"
+        },
+    )
     sffn_freq: int = field(
         default=2, metadata={"help": "layer i (from 0) is sparse if (i + 1) is a multiple of this"}
     )
@@ -171,10 +203,10 @@ class SparseOptions(FairseqDataclass):
             "help": "layer plan in place of --sffn-freq, as SELECTOR[/OPTION=VALUE...]:LAYERS, "
             "separated by commas, such as hash_layer:0-2,avgk/block_size=64:3-. LAYERS, from 0, is "
             "a layer (3), a range (0-2) or all up to the last layer (3-). Other layers are dense, "
-            "as are those of the selector 'dense'. OPTION is block_size, active_blocks, expansion, "
-            "balance_rate, route_scale or gate, in place of the flag --sffn-OPTION. The plan holds "
-            "for the encoder and the decoder. transformer_lm_sffn and transformer_sffn take every "
-            "selector, all other models their own"
+            "as are those of the selector 'dense'. OPTION is block_size, active_blocks, "
+            "shared_blocks, expansion, balance_rate, route_scale or gate, in place of the flag "
+            "--sffn-OPTION. The plan holds for the encoder and the decoder. transformer_lm_sffn "
+            "and transformer_sffn take every selector, all other models their own"
         },
     )
     sffn_capacity_factor: float = field(

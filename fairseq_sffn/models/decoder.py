@@ -21,12 +21,13 @@ from fairseq.models.transformer import TransformerConfig, TransformerDecoder
 from torch import Tensor, nn
 
 from ..memory import MemoryConfig
+from .gated import GatedTransformerDecoder
 from .layer import SparseDecoderLayer
 from .overlay import Overlay
-from .stack import SparseStack
+from .stack import SparseStack, wrap_layer
 
 
-class SparseTransformerDecoder(SparseStack, TransformerDecoder):
+class SparseTransformerDecoder(SparseStack, GatedTransformerDecoder):
     """fairseq's decoder with sparse layers.
 
     Args:
@@ -57,7 +58,7 @@ class SparseTransformerDecoder(SparseStack, TransformerDecoder):
             return super().build_decoder_layer(cfg, no_encoder_attn)
         cfg = TransformerConfig.from_namespace(cfg)
         layer = SparseDecoderLayer(cfg, memory, self.groups, no_encoder_attn=no_encoder_attn)
-        return self.wrap(layer, cfg)
+        return wrap_layer(layer, cfg)
 
     def forward(
         self,

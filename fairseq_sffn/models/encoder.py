@@ -9,12 +9,13 @@ from fairseq.models.transformer import TransformerConfig, TransformerEncoder
 from torch import Tensor, nn
 
 from ..memory import MemoryConfig
+from .gated import GatedTransformerEncoder
 from .layer import SparseEncoderLayer
 from .overlay import Overlay
-from .stack import SparseStack
+from .stack import SparseStack, wrap_layer
 
 
-class SparseTransformerEncoder(SparseStack, TransformerEncoder):
+class SparseTransformerEncoder(SparseStack, GatedTransformerEncoder):
     """fairseq's encoder with sparse layers.
 
     Args:
@@ -40,7 +41,7 @@ class SparseTransformerEncoder(SparseStack, TransformerEncoder):
         if (memory := self.next_memory()) is None:
             return super().build_encoder_layer(cfg)
         cfg = TransformerConfig.from_namespace(cfg)
-        return self.wrap(SparseEncoderLayer(cfg, memory, self.groups), cfg)
+        return wrap_layer(SparseEncoderLayer(cfg, memory, self.groups), cfg)
 
     def forward(
         self,

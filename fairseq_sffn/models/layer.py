@@ -28,7 +28,7 @@ class LayerRouting(NamedTuple):
     Attributes:
         balance_loss: () load-balancing loss; 0 for a selector without scores, or if not computed.
         z_loss: () mean squared log-sum-exp of the scores; 0 in the same cases.
-        counts: (B,) assignments per block.
+        counts: (B,) assignments per block that is not shared.
         dropped: () dropped assignments.
         importance: (B,) sum of the weights of the assignments per block.
         sent: () bytes sent to other ranks.
@@ -124,7 +124,7 @@ class SparseLayer(nn.Module):
         # The memory itself applies activation and dropout, between keys and values.
         self.fc1.memory.dropout = self.activation_dropout_module
         self.activation_dropout_module = nn.Identity()
-        self.activation_fn = _identity
+        self.activation_fn = identity
 
     def build_fc1(self, *args: Any) -> SparseFFN:
         return SparseFFN(self.memory_config, self.groups)
@@ -189,5 +189,6 @@ class SparseDecoderLayer(SparseLayer, TransformerDecoderLayerBase):
     fairseq_layer = TransformerDecoderLayerBase
 
 
-def _identity(x: Tensor) -> Tensor:
+def identity(x: Tensor) -> Tensor:
+    """Return x: the activation of a layer whose first map applies its own."""
     return x

@@ -20,7 +20,7 @@ from .overlay import Overlay
 FLAG = "--sffn-layers"
 DENSE = "dense"
 """Name in a plan of layers that are not sparse."""
-SIZES = ("block_size", "active_blocks", "expansion")
+SIZES = ("block_size", "active_blocks", "shared_blocks", "expansion")
 """Numbers that an entry may give, each in place of the option ``sffn_`` + name."""
 FRACTIONS = ("balance_rate", "route_scale")
 """Numbers with a fraction that an entry may give, in the same way."""

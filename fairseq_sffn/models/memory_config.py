@@ -10,12 +10,14 @@ from ..errors import UsageError, flag
 from ..memory import ConfigError, MemoryConfig, Selector
 from ..memory.sharding import check_sharding
 from .config import selector_flags
+from .gated import ffn_width
 from .layer_plan import layer_groups
 from .size import check_selector_size
 
 SFFN_FIELDS = (
     *("block_size", "active_blocks", "selector", "gate", "engine", "init_scale"),
     *("value_lr_scale", "capacity_factor", "eval_capacity_factor", "balance_rate", "route_scale"),
+    *("glu", "shared_blocks"),
 )
 """Fields of a memory's config that the options ``sffn_`` + field name set."""
 
@@ -100,7 +102,7 @@ def build_memory_config(
             reason.
     """
     selector = Selector.registry[str(args.sffn_selector)]
-    width = getattr(args, f"{side}_ffn_embed_dim")
+    width = ffn_width(args, side)
     if args.sffn_expansion < 1:
         raise UsageError(f"--sffn-expansion {args.sffn_expansion}: must be at least 1")
     block_size, active_blocks = _block_sizes(args, selector, side)
@@ -113,6 +115,7 @@ def build_memory_config(
             selector=_selector_options(args, selector),
             gate=None if args.sffn_gate is None else str(args.sffn_gate),
             activation=utils.get_activation_fn(str(args.activation_fn)),
+            glu=None if args.sffn_glu is None else str(args.sffn_glu),
             vocab_size=vocab_size,
             token_counts=token_counts,
             activation_dropout=getattr(args, _dropout_option(args)) or 0.0,
@@ -123,13 +126,16 @@ def build_memory_config(
             value_lr_scale=args.sffn_value_lr_scale,
             engine=None if args.sffn_engine is None else str(args.sffn_engine),
             route_scale=args.sffn_route_scale,
+            shared_blocks=args.sffn_shared_blocks,
         )
+        if not config.routed_blocks:
+            reason = "shares every block, which makes a dense FFN; use a dense model"
+            raise ConfigError("shared_blocks", config.shared_blocks, reason)
         check_sharding(config, args.sffn_expert_parallel)
     except ConfigError as error:
         if error.field == "active_blocks" and args.sffn_active_blocks is None:
-            blocks = (
-                f"{active_blocks} active blocks, as many as make --{side}-ffn-embed-dim {width}"
-            )
+            flag_of_width = _flag_of_width(args, side)
+            blocks = f"{active_blocks} active blocks, as many as make {flag_of_width} {width}"
             raise UsageError(
                 f"--sffn-block-size {block_size}: needs {blocks}, but {error.reason}"
             ) from error
@@ -145,7 +151,7 @@ def build_memory_config(
 
 def _block_sizes(args: Any, selector: type[Selector], side: str) -> tuple[int, int]:
     """Return the cells per block and the active blocks per token."""
-    width = getattr(args, f"{side}_ffn_embed_dim")
+    width = ffn_width(args, side)
     block_size, given = args.sffn_block_size, args.sffn_block_size is not None
     if not given:
         block_size = selector.default_block_size(width)
@@ -157,10 +163,15 @@ def _block_sizes(args: Any, selector: type[Selector], side: str) -> tuple[int, i
     if remainder or not active_blocks:
         default = "" if given else f"the default of {selector.name}, "
         raise UsageError(
-            f"--sffn-block-size {block_size}: {default}does not divide --{side}-ffn-embed-dim "
-            f"{width}; choose one that does, or set --sffn-active-blocks"
+            f"--sffn-block-size {block_size}: {default}does not divide "
+            f"{_flag_of_width(args, side)} {width}; choose one that does, or set "
+            "--sffn-active-blocks"
         )
     return block_size, active_blocks
+
+
+def _flag_of_width(args: Any, side: str) -> str:
+    return f"--{side}-ffn-embed-dim" if args.sffn_glu is None else "--sffn-glu-width"
 
 
 def _dropout_option(args: Any) -> str:

@@ -159,18 +159,22 @@ def _flags_that_decide(name: str, configs: Iterable[MemoryConfig]) -> list[str]:
         return [flag(f"sffn_{name.rpartition('.')[2]}"), "--sffn-layers"]
     if name.endswith(".memory.balancer.bias"):
         return ["--sffn-balance-rate", "--sffn-expansion", "--sffn-block-size"]
+    if re.search(r"\.fc1\.(memory\.(glu|up|up_bias)$|gate_proj\.|up_proj\.)", name):
+        return ["--sffn-glu", "--sffn-glu-width"]
     if ".memory.selector." in name:
         own = dict.fromkeys(own for c in configs for own in selector_flags(c.selector_class))
         chosen = ["--sffn-selector", "--sffn-layers", "--sffn-expansion", "--sffn-block-size"]
         return [*chosen, *map(flag, own)]
-    sparse, widths = (
-        ["--sffn-freq", "--sffn-layers"],
-        ["--decoder-ffn-embed-dim", "--decoder-embed-dim"],
-    )
+    if ".memory.shared." in name:
+        return ["--sffn-shared-blocks", "--sffn-block-size", "--decoder-embed-dim"]
+    sparse = ["--sffn-freq", "--sffn-layers"]
+    gated = any(config.glu for config in configs)
+    widths = ["--sffn-glu-width" if gated else "--decoder-ffn-embed-dim", "--decoder-embed-dim"]
     if ".memory." in name:
-        return [*sparse, "--sffn-expansion", *widths]
+        shared = ["--sffn-shared-blocks"] if any(c.shared_blocks for c in configs) else []
+        return [*sparse, "--sffn-expansion", *shared, *widths]
     if ".fc1." in name or ".fc2." in name:
-        return ["--arch", *sparse, *widths]
+        return ["--arch", *sparse, "--sffn-glu", *widths]
     return ["--arch", "--decoder-layers", "--decoder-embed-dim"]
 
 

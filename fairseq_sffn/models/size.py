@@ -11,6 +11,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 
 from ..errors import UsageError, flag
 from ..memory import MemoryConfig, Selector
+from .gated import ffn_width
 from .layer_plan import layer_groups
 
 BYTES = 4
@@ -76,7 +77,7 @@ def check_selector_size(config: MemoryConfig, options: dict[str, int]) -> None:
             of the selector.
     """
     memory = physical_memory()
-    taken = config.selector_class.num_params(config) * BYTES
+    taken = config.selection_params() * BYTES
     on_meta = torch.get_default_device().type == "meta"
     if memory is None or on_meta or taken <= memory or not options:
         return
@@ -119,7 +120,11 @@ def parts_of_side(args: Any, side: str, dictionary: Any, cross_attention: bool) 
     sizes = options(width, hidden, layers)
     if len(sizes) < 3:  # options of a checkpoint lack the model's defaults
         return []
-    d, f, count = sizes.values()
+    d, _, count = sizes.values()
+    gated = getattr(args, "sffn_glu", None) is not None
+    f = ffn_width(args, side)
+    if gated and args.sffn_glu_width is not None:
+        hidden = "sffn_glu_width"
     sparse = sparse_layers(args, side)
     if kept := getattr(args, f"{side}_layers_to_keep", None):  # a trained model, pruned
         count = len(kept.split(","))
@@ -127,7 +132,7 @@ def parts_of_side(args: Any, side: str, dictionary: Any, cross_attention: bool) 
     maps = 4 * (1 + cross_attention)
     parts = [
         Part("attention layers", count * maps * d * d, options(width, layers)),
-        Part("dense FFNs", dense * 2 * d * f, options(hidden, width, layers)),
+        Part("dense FFNs", dense * (2 + gated) * d * f, options(hidden, width, layers)),
     ]
     if sparse:
         shards = args.sffn_expert_parallel
@@ -187,7 +192,8 @@ def table_params(layer: Any, embed_dim: int, ffn_embed_dim: int) -> int:
         embed_dim, ffn_embed_dim: widths of the side.
     """
     full = Selector.registry[str(layer.sffn_selector)].key_table == "full"
-    return (1 + full) * layer.sffn_expansion * ffn_embed_dim * embed_dim
+    gated = getattr(layer, "sffn_glu", None) is not None
+    return (1 + full + gated) * layer.sffn_expansion * ffn_embed_dim * embed_dim
 
 
 def physical_memory() -> int | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..memory import MemoryConfig
-from .layer import LayerRouting, SparseLayer
+from .layer import LayerRouting
 from .process_groups import process_groups
 
 
@@ -64,14 +64,6 @@ class SparseStack(nn.Module):
         name = self.sparse_layers.get(next(self._unbuilt_layers))
         return None if name is None else self.memory_configs[name]
 
-    def wrap(self, layer: SparseLayer, cfg: Any) -> nn.Module:
-        """Wrap a layer for activation checkpointing and FSDP, as fairseq wraps its own layers."""
-        wrapped: nn.Module = layer
-        if cfg.checkpoint_activations:
-            wrapped = checkpoint_wrapper(wrapped, offload_to_cpu=cfg.offload_activations)
-        min_params = 0 if cfg.checkpoint_activations else cfg.min_params_to_wrap
-        return fsdp_wrap(wrapped, min_num_params=min_params)
-
     def routing_inputs(
         self,
         tokens_BT: Tensor,
@@ -115,7 +107,7 @@ class SparseStack(nn.Module):
     def empty_routing(self, tokens: Tensor) -> dict[str, LayerRouting]:
         """Return name of each sparse layer -> routing of no tokens, on the device of ``tokens``."""
         return {
-            name: LayerRouting.empty(config.num_blocks, like=tokens)
+            name: LayerRouting.empty(config.routed_blocks, like=tokens)
             for name, config in self.memory_configs.items()
         }
 
@@ -150,6 +142,14 @@ class SparseStack(nn.Module):
                     f"token id {highest}: outside the dictionary of {types} types; "
                     "the data was binarised with another dict.txt"
                 )
+
+
+def wrap_layer(layer: nn.Module, cfg: Any) -> nn.Module:
+    """Wrap a layer for activation checkpointing and FSDP, as fairseq wraps its own layers."""
+    if cfg.checkpoint_activations:
+        layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
+    min_params = 0 if cfg.checkpoint_activations else cfg.min_params_to_wrap
+    return fsdp_wrap(layer, min_num_params=min_params)
 
 
 def trailing_tokens(tokens_BT: Tensor, context: int, padding_idx: int) -> Tensor:

@@ -12,10 +12,12 @@ from typing import Any, ClassVar, NamedTuple, Optional
 from fairseq.dataclass import FairseqDataclass
 from fairseq.models.transformer_lm import TransformerLanguageModel
 from omegaconf import II
+from torch import nn
 
 from ..errors import UsageError, flag
 from .config import DenseConfig, sparse
 from .decoder import SparseTransformerDecoder
+from .gated import GatedTransformerDecoder, ffn_width
 from .memory_config import build_memory_configs, check_supported
 from .plugin_model import PluginModel, check_selector, register
 
@@ -34,9 +36,54 @@ class DenseTransformerLM(PluginModel, TransformerLanguageModel):
             task: the task, which has the dictionary.
 
         Raises:
-            UsageError: the embeddings cannot be shared as the options say.
+            UsageError: the embeddings cannot be shared as the options say, or the width of gated
+                FFNs is wrong.
         """
         args = cls.options(args)
+        ffn_width(args, "decoder")  # checks it
+        if args.sffn_glu is None:
+            return cls.build_dense_model(args, task)
+        embed_tokens = cls.build_embed_tokens(args, task)
+        return cls(
+            GatedTransformerDecoder(
+                args, task.target_dictionary, embed_tokens, no_encoder_attn=True
+            )
+        )
+
+    @classmethod
+    def build_embed_tokens(cls, args: Any, task: Any) -> nn.Module:
+        """Return the embeddings of a model whose decoder is not fairseq's.
+
+        Args:
+            args: the model's options. Those that fairseq fills in are set.
+            task: the task, which has the dictionary.
+
+        Raises:
+            UsageError: the embeddings cannot be shared as the options say.
+        """
+        # fairseq builds embeddings (adaptive, character, ...) and decoder in one function. So build
+        # a model without layers, and keep its embeddings.
+        shell_args = copy.deepcopy(args)
+        shell_args.decoder_layers, shell_args.decoder_layers_to_keep = 0, None
+        shell = cls.build_dense_model(shell_args, task)
+        args.max_target_positions = shell_args.max_target_positions
+        args.checkpoint_activations = shell_args.checkpoint_activations
+        if args.decoder_layers_to_keep:
+            args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
+        embed_tokens: nn.Module = shell.decoder.embed_tokens
+        return embed_tokens
+
+    @classmethod
+    def build_dense_model(cls, args: Any, task: Any) -> Any:
+        """Return a model with fairseq's decoder.
+
+        Args:
+            args: the model's options. Those that fairseq fills in are set.
+            task: the task, which has the dictionary.
+
+        Raises:
+            UsageError: the embeddings cannot be shared as the options say.
+        """
         tied = args.share_decoder_input_output_embed and args.adaptive_softmax_cutoff is None
         for name in ("character_embeddings", "adaptive_input"):
             if tied and getattr(args, name):
@@ -79,20 +126,10 @@ class SparseTransformerLM(DenseTransformerLM):
         dictionary = task.source_dictionary
         counts = task.token_counts() if hasattr(task, "token_counts") else dictionary.count
         memory_configs = build_memory_configs(args, len(dictionary), counts)
-        # fairseq builds embeddings (adaptive, character, ...) and decoder in one function. So build
-        # a model without layers, and keep its embeddings.
-        shell_args = copy.deepcopy(args)
-        shell_args.decoder_layers, shell_args.decoder_layers_to_keep = 0, None
-        shell = super().build_model(shell_args, task)
-        # Options that fairseq and DenseTransformerLM filled in.
-        args.max_target_positions = shell_args.max_target_positions
-        args.checkpoint_activations = shell_args.checkpoint_activations
-        if args.decoder_layers_to_keep:
-            args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
         decoder = SparseTransformerDecoder(
             args,
             task.target_dictionary,
-            shell.decoder.embed_tokens,
+            cls.build_embed_tokens(args, task),
             memory_configs,
             no_encoder_attn=True,
         )

@@ -63,7 +63,7 @@ def check_criterion(model: PluginModel, criterion: Any, name: str) -> None:
     for layer, config in model.memory_configs.items():
         selector = config.selector_class
         weighs = any(layer in weight_of for weight_of in weights)
-        learns = gate.learns(config.gate_name, config.active_blocks)
+        learns = gate.learns(config.gate_name, config.routed.active_blocks)
         if not weighs and not learns and has_router(config):
             losses = "--balance-loss-weight"
             losses += " and --criterion sffn_cross_entropy" * (not has_losses)
@@ -84,4 +84,4 @@ def check_criterion(model: PluginModel, criterion: Any, name: str) -> None:
 def has_router(config: MemoryConfig) -> bool:
     """Return whether a memory has parameters that only select blocks."""
     selector = config.selector_class
-    return selector.key_table == "full" and selector.num_params(config) > 0
+    return selector.key_table == "full" and config.selection_params() > 0

@@ -26,6 +26,7 @@ from ..memory.selectors.lorkm import LoRKM
 from ..memory.selectors.pkm import PKM
 from ..memory.selectors.product_keys import ProductKeys
 from ..memory.selectors.vanilla_m import VanillaM, scores_are_cells
+from ..models.gated import GatedLinear
 from .traffic import visit_probability
 
 FP32, INDEX = torch.float32.itemsize, torch.int64.itemsize
@@ -62,8 +63,11 @@ def activation_bytes(
         memory = next((m for m in layer.modules() if isinstance(m, SparseMemory)), None)
         if memory is None:
             dropout = layer.activation_dropout_module.p
-            hidden = tokens * layer.fc1.out_features
-            hidden *= hidden_bytes(layer.activation_fn, dropout, dtype)
+            hidden = tokens * layer.fc2.in_features
+            if isinstance(layer.fc1, GatedLinear):
+                hidden *= hidden_bytes(layer.fc1.activation, dropout, dtype, gated=True)
+            else:
+                hidden *= hidden_bytes(layer.activation_fn, dropout, dtype)
             layers.append({"attention": attention, "dense_ffn": norm + row + hidden + mask})
         else:
             kept = memory_bytes(memory, tokens, shards, dtype) + norm + mask
@@ -85,7 +89,12 @@ def activation_bytes(
     return {"layer_inputs": inputs, **kept_by, "vocabulary": vocabulary}
 
 
-def hidden_bytes(activation: Callable[[Tensor], Tensor], dropout: float, dtype: torch.dtype) -> int:
+def hidden_bytes(
+    activation: Callable[[Tensor], Tensor],
+    dropout: float,
+    dtype: torch.dtype,
+    gated: bool = False,
+) -> int:
     """Return the bytes kept for a hidden unit of a token.
 
     The activation function keeps its own tensors. The product with the values keeps the result of
@@ -96,6 +105,7 @@ def hidden_bytes(activation: Callable[[Tensor], Tensor], dropout: float, dtype: 
         activation: the activation function.
         dropout: probability of dropout after it.
         dtype: dtype of the hidden units.
+        gated: whether the result is multiplied by a second product, as in a gated FFN.
     """
     kept: list[Tensor] = []
 
@@ -105,6 +115,8 @@ def hidden_bytes(activation: Callable[[Tensor], Tensor], dropout: float, dtype: 
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = activation(torch.zeros(1, dtype=dtype, requires_grad=True))
+        if gated:
+            result = result * torch.zeros(1, dtype=dtype, requires_grad=True)
     numbers = kept if dropout else [*kept, result]
     sizes = {number.data_ptr(): number.itemsize for number in numbers}
     return sum(sizes.values()) + (dtype.itemsize + 1 if dropout else 0)
@@ -120,7 +132,7 @@ def selection_bytes(memory: SparseMemory, tokens: int, dtype: torch.dtype) -> in
         tokens: tokens of the micro-batch.
         dtype: dtype of parameters and hidden states.
     """
-    config, selector, size = memory.config, memory.selector, dtype.itemsize
+    config, selector, size = memory.config.routed, memory.selector, dtype.itemsize
     if not scores_are_kept(config):
         return 0
     kept, gated = 0, config.gate_name != "none"
@@ -180,7 +192,7 @@ def memory_bytes(memory: SparseMemory, tokens: int, shards: int, dtype: torch.dt
         shards: ranks over which the blocks are to be sharded.
         dtype: dtype of parameters and hidden states.
     """
-    config, selector, size = memory.config, memory.selector, dtype.itemsize
+    config, selector, size = memory.config.routed, memory.selector, dtype.itemsize
     width, gated = config.embed_dim, config.gate_name != "none"
     assignments = tokens * config.active_blocks
     shape = config.num_blocks // shards, config.block_size, width
@@ -191,8 +203,8 @@ def memory_bytes(memory: SparseMemory, tokens: int, shards: int, dtype: torch.dt
     )
     uses_bag = isinstance(engine, EmbeddingBag)
     kept = 0
-    if shards == 1 or scores_are_kept(config):
-        kept += tokens * width * size  # x, for the blocks of this rank or for the selector
+    if shards == 1 or scores_are_kept(config) or memory.shared is not None:
+        kept += tokens * width * size  # x, for blocks of this rank, the selector or shared blocks
     if shards > 1:
         # The rows that the blocks of this rank take, and the token of each row that returns.
         rows = round(tokens * shards * visit_probability(config, shards))
@@ -210,10 +222,13 @@ def memory_bytes(memory: SparseMemory, tokens: int, shards: int, dtype: torch.dt
         kept += assignments * (FP32 + (0 if uses_bag and size == FP32 else size))
         # The order of the weights; with several ranks, the indices by which they are sent.
         kept += assignments * INDEX * ((0 if uses_bag else 1) + (3 if shards > 1 else 0))
+    dropout: Any = memory.dropout  # torch's or fairseq's
+    gated_cells = config.glu is not None
+    hidden = hidden_bytes(config.activation_fn, dropout.p, dtype, gated_cells)
+    kept += tokens * memory.config.shared_cells * hidden
     passed_by = isinstance(selector, PKM) and selector.uses_softmax
     activation = nn.Identity() if passed_by else config.activation_fn
-    dropout: Any = memory.dropout  # torch's or fairseq's
-    hidden = hidden_bytes(activation, dropout.p, dtype)
+    hidden = hidden_bytes(activation, dropout.p, dtype, gated_cells)
     if gated or (uses_bag and shards > 1):  # also before the weights, or before empty slots are 0
         hidden += size
     return kept + assignments * config.block_size * hidden

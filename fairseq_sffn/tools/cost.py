@@ -19,6 +19,7 @@ from torch import nn
 
 from ..errors import UsageError, flag
 from ..memory import SparseMemory
+from ..models.gated import ffn_width
 from .language_model import build_language_model
 
 
@@ -109,7 +110,7 @@ def _memories(module: nn.Module) -> list[SparseMemory]:
 
 def _selection(memory: SparseMemory) -> Cost:
     config = memory.config
-    params = config.selector_class.num_params(config)
+    params = config.selection_params()
     return Cost(params, params, config.selection_flops_per_token())
 
 
@@ -129,15 +130,18 @@ def model_cost(model: TransformerLanguageModel, context: int) -> Cost:
 
 
 def dense_counterpart(model: TransformerLanguageModel, context: int) -> dict[str, Cost]:
-    """Return the cost by part of the same model with dense FFNs of width ``decoder_ffn_embed_dim``.
+    """Return the cost by part of the same model with dense layers only.
 
     Args:
         model, context: see :func:`cost_by_part`.
     """
     parts = cost_by_part(model, context)
-    width, hidden = model.decoder.embed_dim, model.decoder.cfg.decoder.ffn_embed_dim
-    params = 2 * width * hidden + hidden + width
-    dense_ffn = sum((Cost(params, params, 4 * width * hidden) for _ in _memories(model)), Cost())
+    width, hidden = model.decoder.embed_dim, ffn_width(model.decoder.args, "decoder")
+    dense_ffn = Cost()
+    for memory in _memories(model):
+        maps = 2 + (memory.config.glu is not None)
+        params = maps * width * hidden + (maps - 1) * hidden + width
+        dense_ffn += Cost(params, params, 2 * maps * width * hidden)
     sparse = {"selection": Cost(), "memory": Cost()}
     return parts | sparse | {"dense_ffn": parts["dense_ffn"] + dense_ffn}
 
@@ -157,7 +161,7 @@ def mean_keys_flops(model: TransformerLanguageModel) -> int:
 
     Each number in the key tables takes one addition. The costs per token do not include them.
     """
-    configs = [memory.config for memory in _memories(model)]
+    configs = [memory.config.routed for memory in _memories(model)]
     return sum(config.selector_class.flops_per_step(config) for config in configs)
 
 

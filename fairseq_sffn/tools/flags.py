@@ -13,7 +13,7 @@ from ..checkpoints import loading
 from ..criterions.routing_losses import RoutingLossConfig
 from ..errors import flag
 from ..memory import Selector
-from ..models.config import SparseOptions, selector_flags
+from ..models.config import GatedOptions, SparseOptions, selector_flags
 from ..models.transformer_lm import METHODS
 from ..tasks.sffn_language_modeling import SFFNLanguageModelingConfig
 
@@ -29,6 +29,10 @@ flags of other selectors.
 MODELS = """\
 For every architecture with sparse layers, in `fairseq-train`, `fairseq-hydra-train`,
 `fairseq-sffn cost` and `fairseq-sffn plan`. The architectures `*_gpt3_medium` set `--sffn-freq 6`.
+"""
+
+GATED = """\
+For every architecture, dense ones included.
 """
 
 CRITERIONS = """\
@@ -86,6 +90,7 @@ def page() -> str:
                 f"{models_of(name)}\n",
                 options_table({flag: config[field] for flag, field in own.items()}),
             ]
+    parts += ["## Gated FFNs\n", GATED, options_table(fields(GatedOptions))]
     parts += ["## Criterions\n", CRITERIONS, options_table(fields(RoutingLossConfig))]
     own_fields = SFFNLanguageModelingConfig.__annotations__
     task = [option for option in fields(SFFNLanguageModelingConfig) if option.name in own_fields]

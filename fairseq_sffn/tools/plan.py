@@ -102,7 +102,7 @@ def plan_figures(model: TransformerLanguageModel, setting: Setting) -> dict[str,
     }
     layers, keys = [0.0] * len(memories), 0
     if shards > 1:
-        configs = [memory.config for memory in memories]
+        configs = [memory.config.routed for memory in memories]
         layers = [expected_sent_bytes(c, shards, size, tokens, recomputed) for c in configs]
         keys = sum(mean_keys_bytes(c, shards, size, recomputed) for c in configs)
     sent = {

@@ -55,7 +55,7 @@ class Routing:
 
     def __enter__(self) -> Routing:
         for name, memory in self.memories.items():
-            blocks = memory.config.num_blocks
+            blocks = memory.config.routed_blocks
             types = len(self.dictionary)
             self.counts_B[name] = torch.zeros(blocks, dtype=torch.int64)
             if blocks * types <= MOST_PAIRS:

@@ -85,6 +85,7 @@ def test_nothing_fails_or_waits_over_all_selectors_and_types(tmp_path):
             for kind in ("fp32", "fp64", "bf16", "fp16", "autocast bf16", "autocast fp16")
         ),
         *("padding", "capacity", "evaluation", "without losses", "gate=softmax"),
+        *("glu=silu shared=2", "avgk_tiny bf16 --sffn-glu silu --sffn-shared-blocks 1"),
         *(f"paper avgk g={block_size} bf16" for block_size in (4096, 64, 16, 1)),
         *(
             f"training step of avgk_gpt3_medium {kind} --sffn-block-size {block_size}"

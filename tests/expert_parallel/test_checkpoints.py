@@ -33,9 +33,11 @@ def flags(world: int, shards: int, updates: int) -> tuple[str, ...]:
     return (*FLAGS, *more, *(("--sffn-expert-parallel", f"{shards}") if shards > 1 else ()))
 
 
-def train(data: Path, save_dir: Path, world: int, shards: int, updates: int) -> dict[int, str]:
+def train(
+    data: Path, save_dir: Path, world: int, shards: int, updates: int, *more: str
+) -> dict[int, str]:
     """Train and return update -> loss."""
-    arguments = ("avgk", *flags(world, shards, updates))
+    arguments = ("avgk", *flags(world, shards, updates), *more)
     if world == 1:
         return commands.losses(commands.train(data, save_dir, *arguments))
     jobs = {"job": launch.training(data, save_dir, *arguments)}
@@ -107,6 +109,26 @@ def test_data_parallel_resumes_without_more_flags(uninterrupted, data_bin, tmp_p
     assert parts(saved) == {}
     losses |= train(data_bin, saved, 1, 1, 8)
     assert_near(losses, uninterrupted[0])
+
+
+def test_gated_cells_and_shared_blocks(data_bin, tmp_path, capsys):
+    """The third table is sharded, shared blocks are not. Two processes, then one, train what one
+    trains."""
+    more = ("--sffn-glu", "silu", "--sffn-shared-blocks", "2")
+    want = train(data_bin, tmp_path / "one", 1, 1, 4, *more)
+    saved = tmp_path / "two"
+    got = train(data_bin, saved, 2, 2, 2, *more)
+    main = torch.load(saved / "checkpoint_last.pt", weights_only=True)
+    tables = {name.rpartition(".")[2] for name in main["sffn"]["sharded"]}
+    assert tables == {"keys", "key_bias", "up", "up_bias", "values"}
+    memory = "decoder.layers.1.fc1.memory"
+    assert f"{memory}.shared.up" in main["model"] and f"{memory}.up" not in main["model"]
+    cli.main(["reshard", str(saved / "checkpoint_last.pt"), str(tmp_path / "x.pt"), "--shards=3"])
+    complete, again = whole(saved / "checkpoint_last.pt"), whole(tmp_path / "x.pt")
+    torch.testing.assert_close(again, complete, rtol=0, atol=0)
+    assert len(complete["model"][f"{memory}.up"]) == 126 * 8
+    got |= train(data_bin, saved, 1, 1, 4, *more)
+    assert_near(got, want)
 
 
 def test_no_file_has_all(saved):

@@ -12,7 +12,7 @@ WHOLE = {
     "avgk-whole": "does not divide the 1 blocks",
     **{case: "scores every key" for case in CASES if case.startswith("vanilla_m")},
     **{case: "has keys of its own" for case in CASES if case.startswith(("lorkm", "pkm", "aoe"))},
-    "pkm_ffn": None,
+    **{"pkm_ffn": None, "pkm_ffn-glu": None},
 }
 """Method -> reason why its blocks cannot be sharded."""
 CASES_HERE = [

@@ -48,6 +48,12 @@ EXTRA_LOSSES = (
         ("hash_layer", ("--hash-table", "balanced", "--no-share-decoder-input-output-embed")),
         ("switch", ("--decoder-learned-pos", "--no-decoder-normalize-before")),
         ("avgk", ("--sffn-capacity-factor", "1.0", "--sffn-engine", "loop")),
+        ("dense", ("--sffn-glu", "silu", "--checkpoint-activations", *CHARACTERS)),
+        ("avgk", ("--sffn-glu", "silu", "--sffn-shared-blocks", "2", *EVERYTHING, *EXTRA_LOSSES)),
+        ("switch", ("--sffn-glu=gelu", "--sffn-glu-width=48", "--sffn-value-lr-scale=2")),
+        ("gshard", ("--sffn-shared-blocks", "1", "--sffn-active-blocks", "3", *EXTRA_LOSSES)),
+        ("hash_layer", ("--sffn-shared-blocks", "1", "--sffn-active-blocks", "2")),
+        ("pkm", ("--sffn-shared-blocks", "4", "--sffn-value-lr-scale", "2")),
     ],
 )
 def test_options_in_combination(

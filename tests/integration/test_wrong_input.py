@@ -57,6 +57,12 @@ TRAINING = [
     ("avgk", "--sffn-freq 3", "must be 1 to --decoder-layers 2"),
     ("avgk", "--sffn-freq 0", "must be 1 to --decoder-layers 2"),
     ("avgk", "--sffn-freq -1", "must be 1 to --decoder-layers 2"),
+    ("avgk", "--sffn-shared-blocks -1", "must not be negative"),
+    ("avgk", "--sffn-shared-blocks 4", "leaves none of the 4 active blocks to the other 60"),
+    ("lorkm", "--sffn-glu silu", "computes no cells from a key table"),
+    ("dense", "--sffn-glu-width 64", "needs --sffn-glu"),
+    ("dense", "--sffn-glu-width 0 --sffn-glu silu", "must be at least 1"),
+    ("avgk", "--sffn-block-size 48 --sffn-glu silu", "does not divide --sffn-glu-width 64"),
     # Numbers out of range
     ("switch", "--sffn-capacity-factor -1.0", "must be positive and finite, or 0 for dropless"),
     ("switch", "--sffn-capacity-factor nan", "must be positive and finite, or 0 for dropless"),

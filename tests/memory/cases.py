@@ -66,9 +66,44 @@ CASES = {
     "aoe": dict(selector=AoE.Config(rank=2), num_cells=24, block_size=3, active_blocks=3),
     "aoe-g8": dict(selector=AoE.Config(rank=3), num_cells=32, block_size=8, active_blocks=2),
     "hash_moe": dict(selector="hash_moe", num_cells=24, block_size=3, active_blocks=3),
+    "avgk-glu": dict(num_cells=32, block_size=4, active_blocks=4, glu="silu"),
+    "vanilla_m-glu": dict(
+        selector=VanillaM.Config("max"), num_cells=24, block_size=4, active_blocks=2, glu="silu"
+    ),
+    "pkm_ffn-glu": dict(
+        selector="pkm_ffn", num_cells=24, block_size=1, active_blocks=5, glu="gelu"
+    ),
+    "rand_hash-glu": dict(
+        selector="rand_hash", num_cells=24, block_size=3, active_blocks=3, glu="silu"
+    ),
+    "avgk-shared": dict(num_cells=40, block_size=4, active_blocks=5, shared_blocks=2),
+    "pkm-shared": dict(
+        selector=PKM.Config(heads=2), num_cells=15, block_size=1, active_blocks=7, shared_blocks=3
+    ),
+    "rand_hash-shared": dict(
+        selector="rand_hash", num_cells=27, block_size=3, active_blocks=3, shared_blocks=1
+    ),
+    "switch-shared": dict(
+        selector="switch",
+        num_cells=40,
+        block_size=8,
+        active_blocks=2,
+        shared_blocks=1,
+        glu="silu",
+    ),
+    "gshard-glu": dict(selector="gshard", num_cells=16, block_size=4, active_blocks=2, glu="gelu"),
 }
 GATES = list(gate.GATES)
-UNSCORED = ["rand_hash", "hash_layer", "hash_layer-bigram"]
+UNSCORED = ["rand_hash", "hash_layer", "hash_layer-bigram", "rand_hash-glu", "rand_hash-shared"]
+FULL_KEYS = [
+    case
+    for case, sizes in CASES.items()
+    if MemoryConfig(
+        embed_dim=8, vocab_size=10, token_counts=[1] * 10, **sizes
+    ).selector_class.key_table
+    == "full"
+    and not sizes.keys() & {"glu", "shared_blocks"}
+]
 CASE_GATES = [(case, gate) for case in CASES for gate in GATES if case not in UNSCORED]
 CASE_GATES += [(case, "none") for case in UNSCORED]
 VOCAB_SIZE = 10

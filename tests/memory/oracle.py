@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fairseq_sffn.memory import MemoryOutput, Selection, SparseMemory
 from tests.memory.cases import close
-from tests.memory.oracle_methods import CHOOSE, Inputs, cells
+from tests.memory.oracle_methods import CHOOSE, Inputs, cells, hidden_unit
 
 FUNCTIONS = {"sigmoid": lambda e: e / (1 + e), "sqrt_softplus": lambda e: torch.log(1 + e) ** 0.5}
 """Score function -> function of the exponential of a logit."""
@@ -49,8 +49,9 @@ def lookup(
     The balance loss is that of the micro-batch, or the mean over ``sequences`` of token numbers.
     """
     config = memory.config
-    active = config.active_blocks
-    all_tokens, all_blocks = range(len(x_ND)), range(config.num_blocks)
+    routed = config.routed
+    active = routed.active_blocks
+    all_tokens, all_blocks = range(len(x_ND)), range(routed.num_blocks)
     valid = [n for n in all_tokens if padding_N is None or not padding_N[n]]
     name = config.selector_class.name
     choice = CHOOSE[name](Inputs(memory, x_ND, ids_NT, valid, made, rng))
@@ -89,8 +90,8 @@ def lookup(
     assigned = [(n, a) for a in range(active) for n in valid if kept[n][a]]
     kept = [list(row) for row in kept]
     if factor:
-        capacity = max(1, int(factor * math.ceil(len(assigned) / config.num_blocks)))
-        room = [capacity] * config.num_blocks
+        capacity = max(1, int(factor * math.ceil(len(assigned) / routed.num_blocks)))
+        room = [capacity] * routed.num_blocks
         for n, a in assigned:
             kept[n][a] = room[blocks[n][a]] > 0
             room[blocks[n][a]] -= 1
@@ -103,11 +104,15 @@ def lookup(
             for cell in cells(config, blocks[n][a]) if kept[n][a] else ():
                 term = choice.hidden(n, a, cell) * memory.values[cell]
                 row = row + (term if weights is None else weights[n][a] * term)
+        for cell in range(config.shared_cells):
+            row = (
+                row + hidden_unit(config, memory.shared, x_ND[n], cell) * memory.shared.values[cell]
+            )
         rows.append(row if memory.value_bias is None else row + memory.value_bias)
     output = torch.stack(rows)
 
     # Counts
-    counts, importance = [0] * config.num_blocks, [0.0] * config.num_blocks
+    counts, importance = [0] * routed.num_blocks, [0.0] * routed.num_blocks
     for n, a in assigned:
         counts[blocks[n][a]] += 1
         factors = [table[n][a] for table in (weights, choice.coefficients) if table is not None]
@@ -129,13 +134,13 @@ def lookup(
     balances = []
     for sequence in sequences or [list(all_tokens)]:
         real = [n for n in sequence if n in valid]
-        load = [0] * config.num_blocks
+        load = [0] * routed.num_blocks
         for n, a in assigned:
             load[blocks[n][a]] += n in real and (a == 0 or name != "gshard")
         balance = torch.zeros((), dtype=x_ND.dtype)
         for n, h, i in product(real, heads, all_blocks):
             share = shares[n][h][i] / (len(real) * len(heads))
-            balance = balance + share * load[i] / sum(load) * config.num_blocks
+            balance = balance + share * load[i] / sum(load) * routed.num_blocks
         balances += [balance] if real else []
     balance = sum(balances) / max(len(balances), 1) + torch.zeros((), dtype=x_ND.dtype)
     if name == "sigma_moe":

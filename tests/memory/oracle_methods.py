@@ -6,7 +6,6 @@ cells.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -86,7 +85,7 @@ def choose_lorkm(inputs: Inputs) -> Choice:
 
 
 def choose_pkm(inputs: Inputs) -> Choice:
-    config = inputs.memory.config
+    config = inputs.memory.config.routed
     blocks, scores = _best_products(inputs)
     num_heads = len(scores[0])
 
@@ -115,7 +114,7 @@ def choose_rand_hash(inputs: Inputs) -> Choice:
 
 
 def choose_hash_layer(inputs: Inputs) -> Choice:
-    table, config = inputs.memory.selector.table.tolist(), inputs.memory.config
+    table, config = inputs.memory.selector.table.tolist(), inputs.memory.config.routed
     if config.selector_options.table == "bigram":
         blocks = [
             [(table[0][before] + table[1][current]) % config.num_blocks]
@@ -127,7 +126,7 @@ def choose_hash_layer(inputs: Inputs) -> Choice:
 
 
 def choose_switch(inputs: Inputs) -> Choice:
-    router, config = inputs.memory.selector.router, inputs.memory.config
+    router, config = inputs.memory.selector.router, inputs.memory.config.routed
     scores = [[[(x_D * row_D).sum() for row_D in router]] for x_D in inputs.x_ND]
     blocks = [_best(row[0], config.active_blocks) for row in scores]
     return Choice(blocks, _hidden(inputs, _pre_activations(inputs)), scores)
@@ -137,7 +136,7 @@ def choose_gshard(inputs: Inputs) -> Choice:
     choice = choose_switch(inputs)
     if not inputs.memory.training:
         return choice
-    if inputs.memory.config.selector_options.second_expert == "all":
+    if inputs.memory.config.routed.selector_options.second_expert == "all":
         return choice
     with torch.random.fork_rng():
         torch.set_rng_state(inputs.rng)
@@ -228,7 +227,7 @@ def _best_by_cells(
     pre: Callable[[int, int], Tensor],
     aggregate: Callable[[list[Tensor]], Tensor],
 ) -> Choice:
-    config = inputs.memory.config
+    config = inputs.memory.config.routed
     scores = [
         [[aggregate([pre(n, cell) for cell in cells(config, i)]) for i in range(config.num_blocks)]]
         for n in range(len(inputs.x_ND))
@@ -239,7 +238,7 @@ def _best_by_cells(
 
 def _best_products(inputs: Inputs) -> tuple[list[list[int]], list[list[list[Tensor]]]]:
     """Select blocks and scores by product keys, from all products."""
-    selector, active = inputs.memory.selector, inputs.memory.config.active_blocks
+    selector, active = inputs.memory.selector, inputs.memory.config.routed.active_blocks
     num_heads, _, half = selector.left.shape
     blocks, scores = [], []
     for x_D in inputs.x_ND:
@@ -278,7 +277,7 @@ def _aggregate(inputs: Inputs) -> Callable[[list[Tensor]], Tensor]:
         "max": lambda values: max(values, key=float),
         "min": lambda values: min(values, key=float),
         "l2": lambda values: torch.sqrt(sum(v * v for v in values)),
-    }[inputs.memory.config.selector_options.aggregate]
+    }[inputs.memory.config.routed.selector_options.aggregate]
 
 
 def cells(config: MemoryConfig, block: int) -> range:
@@ -290,8 +289,7 @@ def _pre_activations(inputs: Inputs) -> Callable[[int, int], Tensor]:
 
     @cache
     def pre(n: int, cell: int) -> Tensor:
-        product = (x_ND[n] * memory.keys[cell]).sum()
-        return product if memory.key_bias is None else product + memory.key_bias[cell]
+        return _product(x_ND[n], memory.keys, memory.key_bias, cell)
 
     return pre
 
@@ -314,13 +312,33 @@ def _key_factor(memory: SparseMemory) -> Callable[[int], Tensor | float]:
 
 
 def _hidden(inputs: Inputs, pre: Callable[[int, int], Tensor]) -> Callable[[int, int, int], Tensor]:
-    return lambda n, a, cell: _activation(inputs.memory.config, pre(n, cell))
+    memory, x_ND = inputs.memory, inputs.x_ND
+
+    def hidden(n: int, a: int, cell: int) -> Tensor:
+        result = _activation(memory.config, pre(n, cell))
+        if memory.config.glu:
+            result = result * _product(x_ND[n], memory.up, memory.up_bias, cell)
+        return result
+
+    return hidden
+
+
+def hidden_unit(config: MemoryConfig, tables: nn.Module, x_D: Tensor, cell: int) -> Tensor:
+    """Return the factor of the value of a cell, from ``keys`` and ``up`` and their biases."""
+    result = _activation(config, _product(x_D, tables.keys, tables.key_bias, cell))
+    return result * _product(x_D, tables.up, tables.up_bias, cell) if config.glu else result
+
+
+def _product(x_D: Tensor, table_CD: Tensor, bias_C: Tensor | None, cell: int) -> Tensor:
+    product = (x_D * table_CD[cell]).sum()
+    return product if bias_C is None else product + bias_C[cell]
 
 
 def _activation(config: MemoryConfig, z: Tensor) -> Tensor:
-    if config.activation == "relu":
+    name = config.glu or config.activation
+    if name == "relu":
         return z if z > 0 else z * 0
-    return z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+    return z / (1 + torch.exp(-z)) if name == "silu" else z * 0.5 * (1 + torch.erf(z / 2**0.5))
 
 
 def assert_balanced(blocks_N: Tensor, scores_NB: Tensor) -> None:

@@ -16,6 +16,7 @@ from fairseq_sffn.memory.selectors.pkm_ffn import PKMFFN
 from fairseq_sffn.memory.selectors.sigma_moe import SigmaMoE
 from fairseq_sffn.memory.selectors.switch import Switch
 from fairseq_sffn.memory.selectors.vanilla_m import VanillaM
+from fairseq_sffn.memory.sharding import SHARDED
 from tests.memory.cases import CASES, build
 
 SIZES = dict(embed_dim=8, num_cells=64, block_size=4, active_blocks=4)
@@ -41,6 +42,17 @@ BALANCED = {**HASH, "selector": HashLayer.Config(table="balanced")}
         (dict(gate=""), "gate", ""),
         (dict(HASH, gate="softmax"), "gate", "softmax"),
         (dict(activation="nothing"), "activation", "nothing"),
+        (dict(glu="relu"), "glu", "relu"),
+        (dict(glu=True), "glu", True),
+        (dict(shared_blocks=-1), "shared_blocks", -1),
+        (dict(shared_blocks=4), "shared_blocks", 4),
+        (dict(shared_blocks=5), "shared_blocks", 5),
+        (dict(shared_blocks=1.0), "shared_blocks", 1.0),
+        (dict(shared_blocks=True), "shared_blocks", True),
+        (dict(HASH, active_blocks=3, shared_blocks=1), "active_blocks", 2),
+        (dict(SINGLE, selector=PKM.Config(heads=4), shared_blocks=1), "heads", 4),
+        (dict(SINGLE, selector="pkm", glu="silu"), "glu", "silu"),
+        (dict(selector="lorkm", glu="gelu"), "glu", "gelu"),
         (dict(HASH, vocab_size=None), "vocab_size", None),
         (dict(HASH, vocab_size=0), "vocab_size", 0),
         (dict(HASH, vocab_size=-3), "vocab_size", -3),
@@ -177,24 +189,21 @@ def test_active_params_are_those_that_one_token_reaches(case, bias):
     memory = build(case, activation=torch.exp, bias=bias, gate="none")
     out = memory(torch.randn(1, 8).double(), torch.tensor([[3, 4]]))
     out.output.sum().backward()
-    config, cells = memory.config, set(out.selection.blocks.flatten().tolist())
+    config, cells = memory.config.routed, set(out.selection.blocks.flatten().tolist())
     active = sum(p.numel() for p in memory.selector.parameters())
-    for name in ("keys", "key_bias", "values"):
+    if memory.shared is not None:
+        active += sum(p.numel() for p in memory.shared.parameters())
+    for name in SHARDED:
         if (table := getattr(memory, name)) is not None:
             reached = table.grad.reshape(config.num_blocks, -1).any(dim=1)
             assert set(reached.nonzero().flatten().tolist()) == cells
-            rows = (
-                config.num_blocks if name != "values" and scores_every_key(config) else len(cells)
-            )
+            every = name.startswith("key") and config.selector_class.scores_every_key
+            rows = config.num_blocks if every else len(cells)
             active += rows * table[0].numel() * config.block_size
     if bias:
         active += memory.value_bias.numel()
     duplicates = config.active_blocks - len(cells)  # counted once for each head
-    assert config.active_params() == active + duplicates * 8
-
-
-def scores_every_key(config):
-    return config.selector_class.scores_every_key
+    assert memory.config.active_params() == active + duplicates * 8
 
 
 @pytest.mark.parametrize(
@@ -210,12 +219,46 @@ def scores_every_key(config):
             2 * 4 * 8 + 4 * 16 * 8,
         ),
         (dict(HASH, block_size=16), 2 * 64 * 8 + 64 + 8, 2 * 16 * 8 + 16 + 8, 4 * 16 * 8),
+        # A third table with a bias per cell.
+        (
+            dict(glu="silu"),
+            3 * 64 * 8 + 2 * 64 + 8,
+            3 * 16 * 8 + 2 * 16 + 8,
+            2 * 16 * 8 + 6 * 16 * 8,
+        ),
+        # Two shared blocks of three tables; the others are scored.
+        (
+            dict(glu="gelu", shared_blocks=2),
+            3 * 64 * 8 + 2 * 64 + 8,
+            3 * 16 * 8 + 2 * 16 + 8,
+            2 * 14 * 8 + 6 * 16 * 8,
+        ),
+        # Shared cells have keys, the others have not.
+        (
+            dict(selector=LoRKM.Config(rank=3), shared_blocks=1),
+            64 * 8 + 8 + 4 * 9 + 3 * 68 + 60,
+            16 * 8 + 8 + 4 * 9 + 3 * 68 + 60,
+            2 * 3 * 68 + 2 * 16 * 8 + 2 * 4 * 8,
+        ),
+        # All blocks are shared.
+        (
+            dict(active_blocks=16, shared_blocks=16),
+            2 * 64 * 8 + 64 + 8,
+            2 * 64 * 8 + 64 + 8,
+            4 * 64 * 8,
+        ),
         # All keys take part. The active ones are computed once.
         (
             dict(selector="vanilla_m"),
             2 * 64 * 8 + 64 + 8,
             64 * 8 + 16 * 8 + 64 + 8,
             2 * 64 * 8 + 2 * 16 * 8,
+        ),
+        (
+            dict(selector="vanilla_m", glu="silu"),
+            3 * 64 * 8 + 2 * 64 + 8,
+            64 * 8 + 2 * 16 * 8 + 64 + 16 + 8,
+            2 * 64 * 8 + 4 * 16 * 8,
         ),
         # Rank 3: 8 x 3 and 3 x 64, and a bias per cell.
         (
@@ -262,8 +305,9 @@ def scores_every_key(config):
         ),
     ],
     ids=[
-        *("avgk", "without bias", "switch", "hash_layer", "vanilla_m"),
-        *("lorkm", "aoe", "pkm", "pkm_ffn", "rand_hash", "gshard", "moe", "sigma_moe", "hash_moe"),
+        *("avgk", "without bias", "switch", "hash_layer", "avgk-glu", "avgk-glu-shared"),
+        *("lorkm-shared", "all shared", "vanilla_m", "vanilla_m-glu", "lorkm", "aoe", "pkm"),
+        *("pkm_ffn", "rand_hash", "gshard", "moe", "sigma_moe", "hash_moe"),
     ],
 )
 def test_cost_by_hand(changes, params, active, flops):
@@ -271,8 +315,11 @@ def test_cost_by_hand(changes, params, active, flops):
     assert config.num_params() == params
     assert config.active_params() == active
     assert config.flops_per_token() == flops
-    tables = 2 if config.selector_class.key_table == "full" else 1
-    assert config.selection_flops_per_token() == flops - 2 * tables * config.active_cells * 8
+    keys = 1 + (config.glu is not None)
+    own_tables = 1 + keys * (config.selector_class.key_table == "full")
+    active = own_tables * (config.active_cells - config.shared_cells)
+    active += (1 + keys) * config.shared_cells
+    assert config.selection_flops_per_token() == flops - 2 * active * 8
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_what_stands_at_padding_changes_nothing_else(case, training, scale):
             close(other.balance_loss, a.balance_loss, "balance_loss", 1e-12)
             close(other.z_loss, a.z_loss, "z_loss", 1e-12)
     if not (training and case == "gshard-sampled"):
-        assert a.usage.counts.sum() == 6 * memory.config.active_blocks
+        assert a.usage.counts.sum() == 6 * memory.config.routed.active_blocks
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in UNSCORED])

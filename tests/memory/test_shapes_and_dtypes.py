@@ -84,9 +84,10 @@ ONE_BLOCK = [case for case in CASES if not case.startswith("gshard")]
 @pytest.mark.parametrize("capacity_factor", [0.0, 0.5])
 @pytest.mark.parametrize("case", ONE_BLOCK)
 def test_one_block(case, capacity_factor):
-    block_size = CASES[case]["block_size"]
-    changes = dict(num_cells=block_size, active_blocks=1, capacity_factor=capacity_factor)
-    if case.startswith("pkm") and case != "pkm_ffn":
+    block_size, active = CASES[case]["block_size"], 1 + CASES[case].get("shared_blocks", 0)
+    sizes = dict(num_cells=active * block_size, active_blocks=active)
+    changes = dict(sizes, capacity_factor=capacity_factor)
+    if case.startswith("pkm") and not case.startswith("pkm_ffn"):
         changes["selector"] = dataclasses.replace(CASES[case]["selector"], heads=1)
     memory = build(case, **changes)
     out = assert_matches(memory, *tokens(6))
@@ -105,12 +106,12 @@ def test_equal_scores(case):
             if not name.startswith("value"):
                 parameter.zero_()
     out = memory(x, token_ids)
-    heads = 2 if case in ("pkm", "pkm-activation") else 1
+    heads = 2 if case in ("pkm", "pkm-activation", "pkm-shared") else 1
     for row in (
         out.selection.blocks.unflatten(1, (-1, heads)).transpose(1, 2).flatten(0, 1).tolist()
     ):
         assert len(set(row)) == len(row)
-        assert min(row) >= 0 and max(row) < memory.config.num_blocks
+        assert min(row) >= 0 and max(row) < memory.config.routed_blocks
     for weights in (out.selection.weights, out.selection.coefficients):
         if weights is not None:
             close(weights, weights[:1, :1].expand_as(weights))

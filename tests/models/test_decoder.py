@@ -9,10 +9,19 @@ from torch import Tensor, nn
 from tests.memory.cases import close
 from tests.models.small_lm import METHODS, SPARSE, TYPES, evaluated, pad, random_tokens, small_lm
 
+OPTIONS = {
+    "dense-silu": dict(sffn_glu="silu"),
+    "avgk-silu": dict(sffn_glu="silu", sffn_shared_blocks=2),
+    "vanilla_m-silu": dict(sffn_glu="silu"),
+    "pkm-shared": dict(sffn_shared_blocks=4),
+    "hash_layer-shared": dict(sffn_shared_blocks=1, sffn_active_blocks=2),
+    "switch-gelu": dict(sffn_glu="gelu", sffn_shared_blocks=1, sffn_active_blocks=2),
+}
 
-@pytest.fixture(params=[*METHODS, "mixed"])
+
+@pytest.fixture(params=[*METHODS, "mixed", *OPTIONS])
 def model(request: pytest.FixtureRequest) -> nn.Module:
-    return evaluated(request.param)
+    return evaluated(request.param.partition("-")[0], **OPTIONS.get(request.param, {}))
 
 
 # Evaluation: causality, neighbours, padding
@@ -48,7 +57,7 @@ def test_padding_on_the_right_changes_nothing(model):
     for number, routing in extra.get("routing", {}).items():
         single = [single_extra["routing"][number] for _, single_extra in alone]
         assert torch.equal(routing.counts, sum(layer.counts for layer in single))
-        assert routing.counts.sum() == 15 * model.memory_configs[number].active_blocks
+        assert routing.counts.sum() == 15 * model.memory_configs[number].routed.active_blocks
         assert routing.dropped == 0
 
 
@@ -89,7 +98,7 @@ def step_by_step(model: nn.Module, batch: Tensor, state: dict, start: int = 0) -
     ]
     for _, extra in steps:
         for name, routing in extra.get("routing", {}).items():
-            used = model.memory_configs[name].active_blocks
+            used = model.memory_configs[name].routed.active_blocks
             assert routing.counts.sum() == len(batch) * used
     return torch.cat([output for output, _ in steps], dim=1)
 

@@ -86,6 +86,14 @@ def test_defaults(method, block_size, gate, size, width, ffn, by_flag):
         (dict(sffn_capacity_factor=1.5), dict(capacity_factor=1.5, eval_capacity_factor=0)),
         (dict(sffn_eval_capacity_factor=2.0), dict(capacity_factor=0, eval_capacity_factor=2)),
         (dict(sffn_balance_rate=0.25), dict(balance_rate=0.25)),
+        (
+            dict(sffn_shared_blocks=2),
+            dict(shared_blocks=2, num_blocks=64, routed_blocks=62, active_blocks=4),
+        ),
+        (
+            dict(sffn_glu="silu", sffn_glu_width=48),
+            dict(glu="silu", num_cells=16 * 48, active_blocks=6),
+        ),
         (dict(sffn_init_scale=0.5), dict(init_scale=0.5)),
         (
             dict(sffn_route_scale=2.5, sffn_gate="sqrt_softplus"),
@@ -178,6 +186,25 @@ def refused(told: str) -> Iterator[None]:
         ),
         ("avgk", dict(sffn_active_blocks=0), "--sffn-active-blocks 0: "),
         ("avgk", dict(sffn_active_blocks=65), "--sffn-active-blocks 65: .* 64 blocks"),
+        ("avgk", dict(sffn_shared_blocks=-1), "--sffn-shared-blocks -1: must not be negative"),
+        ("avgk", dict(sffn_shared_blocks=4), "--sffn-shared-blocks 4: leaves none of the 4 act"),
+        ("avgk", dict(sffn_shared_blocks=9), "--sffn-shared-blocks 9: is more than the 4 active"),
+        ("switch", dict(sffn_shared_blocks=1), "--sffn-shared-blocks 1: leaves none of the 1 ac"),
+        (
+            "avgk",
+            dict(sffn_shared_blocks=4, sffn_expansion=1),
+            "--sffn-shared-blocks 4: shares every block, .* use a dense model",
+        ),
+        (
+            "hash_layer",
+            dict(sffn_shared_blocks=1, sffn_active_blocks=3),
+            r"--sffn-active-blocks 2: hash_layer uses one block \(beside shared_blocks 1\)",
+        ),
+        (
+            "avgk",
+            dict(sffn_shared_blocks=1, sffn_expert_parallel=2),
+            "--sffn-expert-parallel 2: does not divide the 63 blocks of a layer that are not sh",
+        ),
         ("switch", dict(sffn_active_blocks=17), "--sffn-active-blocks 17: .* 16 blocks"),
         ("hash_layer", dict(sffn_active_blocks=2), "--sffn-active-blocks 2: hash_layer"),
         ("hash_layer", dict(sffn_gate="softmax"), "--sffn-gate softmax: hash_layer"),

@@ -35,6 +35,8 @@ def refusal(config: Any) -> str:
         ("hash_layer", dict(sffn_expansion=HUGE), "its tables take 4.1 PB"),
         ("avgk", dict(decoder_ffn_embed_dim=HUGE), "its tables take 2.05 PB"),
         ("avgk", dict(decoder_layers=HUGE), "its tables take 32.8 PB"),
+        ("dense", dict(sffn_glu_width=HUGE), "its dense FFNs take 384 TB"),
+        ("avgk", dict(sffn_glu_width=HUGE), "its tables take 3.07 PB"),
         ("dense", dict(decoder_layers=HUGE), "its attention layers take 4.1 PB"),
         ("dense", dict(decoder_embed_dim=HUGE), "its attention layers take 32 YB"),
         ("dense", dict(decoder_ffn_embed_dim=HUGE), "its dense FFNs take 256 TB"),
@@ -45,7 +47,8 @@ def refusal(config: Any) -> str:
 def test_sizes_that_no_machine_holds(method: str, option: dict[str, int], what: str) -> None:
     name, value = next(iter(option.items()))
     tokens = option.pop("tokens_per_sample", 16)
-    config = small_config(method, **option)
+    glu = {"sffn_glu": "silu"} if name == "sffn_glu_width" else {}
+    config = small_config(method, **option, **glu)
     config.tokens_per_sample = tokens
     memory = in_words(size.physical_memory())
     flag = "--" + name.replace("_", "-")
@@ -69,11 +72,14 @@ def test_sizes_of_an_encoder_decoder_model(side: str, size: str) -> None:
             check_size(options, both)
 
 
+@pytest.mark.parametrize(
+    "glu", [{}, dict(sffn_glu="silu"), dict(sffn_glu="silu", sffn_glu_width=64)]
+)
 @pytest.mark.parametrize("method", ["dense", "avgk", "switch", "gshard", "vanilla_m", "rand_hash"])
-def test_parts_are_those_of_the_model(method: str) -> None:
+def test_parts_are_those_of_the_model(method: str, glu: dict[str, Any]) -> None:
     """The estimate leaves out only small parts: biases, norms and routers."""
     sizes = dict(decoder_embed_dim=64, decoder_ffn_embed_dim=256, decoder_layers=4)
-    config = small_config(method, **sizes)
+    config = small_config(method, **sizes, **glu)
     counted = sum(part.params for part in parts_of(config, language_modeling()))
     positions = 16 * 64  # computed, not trained
     params = sum(parameter.numel() for parameter in build(config).parameters()) + positions

@@ -101,12 +101,53 @@ def test_cost_by_hand(method, tied):
     )
 
 
+@pytest.mark.parametrize("method", ["dense", "avgk", "vanilla_m", "pkm_ffn", "switch"])
+def test_cost_of_gated_ffns(method):
+    """Three maps of 64 units in place of two of 32, and three tables."""
+    model = small_lm(method, sffn_glu="silu")
+    parts = cost_by_part(model, CONTEXT)
+    ffn = always_active(3 * 64 * WIDTH + 2 * 64 + WIDTH, 2 * 3 * 64 * WIDTH)
+    assert parts["dense_ffn"] == (ffn + ffn if method == "dense" else ffn)
+    if method != "dense":
+        cells, active = 16 * 64, 64
+        scored = cells if method == "vanilla_m" else active
+        params = scored * (WIDTH + 1) + active * (2 * WIDTH + 1) + WIDTH
+        whole = cells * (3 * WIDTH + 2) + WIDTH
+        assert parts["memory"] == Cost(whole, params, 2 * 3 * active * WIDTH)
+    assert total(parts).params == sum(parameter.numel() for parameter in model.parameters())
+    dense = small_lm("dense", sffn_glu="silu")
+    assert dense_counterpart(model, CONTEXT) == cost_by_part(dense, CONTEXT)
+
+
+def test_cost_of_shared_blocks():
+    """They are scored by nothing, and take part for every token."""
+    plain = cost_by_part(small_lm("avgk"), CONTEXT)
+    shared = cost_by_part(small_lm("avgk", sffn_shared_blocks=2), CONTEXT)
+    assert shared["memory"] == plain["memory"]
+    assert shared["selection"] == always_active(0, 2 * 62 * WIDTH)
+    # PKM's shared cells have keys and biases of their own.
+    pkm = small_lm("pkm", sffn_shared_blocks=4)
+    parts = cost_by_part(pkm, CONTEXT)
+    own = 4 * (WIDTH + 1)
+    assert parts["memory"].params == CELLS * WIDTH + WIDTH + own
+    assert parts["memory"].active_params == 16 * WIDTH + WIDTH + own
+    assert parts["memory"].flops_per_token == 2 * (12 + 2 * 4) * WIDTH
+    assert total(parts).params == sum(parameter.numel() for parameter in pkm.parameters())
+
+
 WITH_LOSSES = {"routing_losses": True}
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("shape", "options"), [((1, CONTEXT), {}), ((3, CONTEXT), {}), ((2, CONTEXT), UNEQUAL)]
+    ("shape", "options"),
+    [
+        ((1, CONTEXT), {}),
+        ((3, CONTEXT), {}),
+        ((2, CONTEXT), UNEQUAL),
+        ((2, CONTEXT), {"sffn_glu": "silu"}),
+        ((2, CONTEXT), {"sffn_shared_blocks": 1, "sffn_active_blocks": 5}),
+    ],
 )
 def test_flops_are_those_that_pytorch_counts(method, shape, options, monkeypatch):
     """Only plain matrix products of a forward pass are counted, as the counter knows neither fused
@@ -115,6 +156,13 @@ def test_flops_are_those_that_pytorch_counts(method, shape, options, monkeypatch
     products too, but are no part of the cost."""
     for loss in ("balance_loss", "entropy_loss", "z_loss"):
         monkeypatch.setattr(f"fairseq_sffn.memory.sparse_memory.{loss}", lambda *_: torch.zeros(()))
+    if "sffn_glu" in options and method in OWN_KEYS:
+        pytest.skip("has no gated cells")
+    if "sffn_shared_blocks" in options:
+        if method == "dense":
+            pytest.skip("has no blocks")
+        if method in ("hash_layer", "base"):
+            options = {**options, "sffn_active_blocks": 2}
     engine, losses = ({}, {}) if method == "dense" else ({"sffn_engine": "loop"}, WITH_LOSSES)
     model = small_lm(method, **engine, **options).eval()
     counter = FlopCounterMode(display=False)

@@ -111,7 +111,7 @@ def token_share(layer: Mapping[str, Any], active_blocks: int) -> float | None:
 
 def dependence(found: Iterable[Mapping[str, Any]], memory: MemoryConfig) -> Summary | None:
     """Summarise the :func:`token_share` of a layer over runs."""
-    return known(token_share(layer, memory.active_blocks) for layer in found)
+    return known(token_share(layer, memory.routed.active_blocks) for layer in found)
 
 
 def known(values: Iterable[float | None]) -> Summary | None:

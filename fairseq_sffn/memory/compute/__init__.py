@@ -14,6 +14,7 @@ the same numbers up to rounding, at different cost; :func:`choose_engine` picks 
 On a CPU the first and the last use C++ kernels (:mod:`.kernels`) if a compiler is installed.
 """
 
-from .engines import ENGINES, NATIVE, Engine, Tables, choose_engine
+from .choice import choose_engine
+from .engines import ENGINES, NATIVE, Engine, Tables
 
 __all__ = ["ENGINES", "NATIVE", "Engine", "Tables", "choose_engine"]

@@ -1,4 +1,4 @@
-"""The engines that compute the selected blocks, and the choice of the one that runs."""
+"""The engines that compute the selected blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..selection import Selection
 from .chunks import chunk_assignments
 from .embedding_bag import dot_rows, sum_rows
-from .embedding_bag_kernels import EMBEDDING_BAGS, EmbeddingBagKernels, RowOrder, pays_to_mask
+from .embedding_bag_kernels import EMBEDDING_BAGS, EmbeddingBagKernels, RowOrder
 from .grouped_mm import GROUPED_MMS, GroupedMM
 from .sorted_assignments import pre_activations, sum_values
 from .tiled_products import gathered_products, scattered_products
@@ -26,15 +26,22 @@ class Tables(NamedTuple):
         keys: (B, G, D), or ``None`` where the selector has its own keys or needs none.
         key_bias: (B, G), or ``None``.
         values: (B, G, D).
+        up: (B, G, D) second key table of gated cells; ``None``: cells are not gated.
+        up_bias: (B, G), or ``None``.
     """
 
     keys: Tensor | None
     key_bias: Tensor | None
     values: Tensor
+    up: Tensor | None = None
+    up_bias: Tensor | None = None
 
 
 class Engine(Protocol):
-    """Computes sum over a token's selected blocks of weight * f(x . keys + bias) . values."""
+    """Computes sum over a token's selected blocks of weight * f(x . keys + bias) . values.
+
+    Gated cells multiply f(x . keys + bias) by x . up + up bias (Shazeer 2020, arXiv 2002.05202).
+    """
 
     def supports(
         self, device_type: str, dtype: torch.dtype, table_shape: tuple[int, int, int]
@@ -53,10 +60,10 @@ class Engine(Protocol):
 
         Args:
             x_ND: hidden states, in the dtype of the tables.
-            tables: keys, key bias and values.
+            tables: keys, values and, for gated cells, up, with their biases.
             selection: the blocks of each token.
             activation: f, elementwise.
-            dropout: applied to the result of f, elementwise.
+            dropout: applied to the hidden activations, elementwise.
 
         Returns:
             (N, D) in the dtype of the tables.
@@ -89,11 +96,10 @@ class SortedAssignments:
         def in_order(values_NA: Tensor) -> Tensor:
             return values_NA.flatten(0, 1)[order_P]
 
-        def pre_activations_PG() -> Tensor:
-            assert tables.keys is not None
-            return pre_activations(x_ND, tables.keys, tables.key_bias, assignments, self.mm)
+        def products_PG(table_BGD: Tensor, bias_BG: Tensor | None) -> Tensor:
+            return pre_activations(x_ND, table_BGD, bias_BG, assignments, self.mm)
 
-        hidden_PG = _hidden(selection, activation, in_order, pre_activations_PG)
+        hidden_PG = _hidden(tables, selection, activation, in_order, products_PG)
         hidden_PG = dropout(hidden_PG).to(x_ND.dtype)
         weights_P = None
         if selection.weights is not None:
@@ -132,11 +138,10 @@ class Tiled:
                 values_NA = values_NA.masked_fill(dropped_NA, 0.0)
             return values_NA.flatten(0, 1).index_select(0, tiles.order_P)
 
-        def pre_activations_PG() -> Tensor:
-            assert tables.keys is not None
-            return gathered_products(x_ND, tables.keys, tables.key_bias, tiles)
+        def products_PG(table_BGD: Tensor, bias_BG: Tensor | None) -> Tensor:
+            return gathered_products(x_ND, table_BGD, bias_BG, tiles)
 
-        hidden_PG = _hidden(selection, activation, in_order, pre_activations_PG)
+        hidden_PG = _hidden(tables, selection, activation, in_order, products_PG)
         hidden_PG = dropout(hidden_PG).to(x_ND.dtype)
         if selection.weights is not None:
             hidden_PG = hidden_PG * in_order(selection.weights).to(x_ND.dtype).unsqueeze(1)
@@ -170,12 +175,10 @@ class EmbeddingBag:
         def in_order(values_NAG: Tensor) -> Tensor:
             return values_NAG.flatten(1)
 
-        def pre_activations_NK() -> Tensor:
-            assert tables.keys is not None
-            keys_BGD, bias_BG = tables.keys, tables.key_bias
-            return dot_rows(x_ND, keys_BGD, bias_BG, blocks_NA, order, self.kernels)
+        def products_NK(table_BGD: Tensor, bias_BG: Tensor | None) -> Tensor:
+            return dot_rows(x_ND, table_BGD, bias_BG, blocks_NA, order, self.kernels)
 
-        hidden_NK = _hidden(selection, activation, in_order, pre_activations_NK)
+        hidden_NK = _hidden(tables, selection, activation, in_order, products_NK)
         hidden_NK = dropout(hidden_NK).to(x_ND.dtype)
         if selection.weights is not None or selection.kept is not None:
             hidden_NAG = hidden_NK.unflatten(1, (-1, tables.values.shape[1]))
@@ -188,24 +191,30 @@ class EmbeddingBag:
 
 
 def _hidden(
+    tables: Tables,
     selection: Selection,
     activation: Callable[[Tensor], Tensor],
     in_order: Callable[[Tensor], Tensor],
-    pre_activations: Callable[[], Tensor],
+    products: Callable[[Tensor, Tensor | None], Tensor],
 ) -> Tensor:
     """Return the hidden activations, in the order and shape of the engine.
 
     Args:
+        tables: keys and, for gated cells, up.
         selection: may know coefficients or pre-activations.
         activation: f, elementwise.
         in_order: brings (N, A, G) into the order and shape of the engine.
-        pre_activations: computes the pre-activations where the selection does not know them.
+        products: computes x . row + bias for the cells of the assignments, from a table and its
+            bias.
     """
     if selection.coefficients is not None:
         return in_order(selection.coefficients.unsqueeze(2))
     if selection.pre_activations is not None:
-        return activation(in_order(selection.pre_activations))
-    return activation(pre_activations())
+        hidden = activation(in_order(selection.pre_activations))
+    else:
+        assert tables.keys is not None
+        hidden = activation(products(tables.keys, tables.key_bias))
+    return hidden if tables.up is None else hidden * products(tables.up, tables.up_bias)
 
 
 ENGINES: dict[str, Engine] = {
@@ -220,42 +229,3 @@ NATIVE = tuple(name for name in ENGINES if name.startswith("native_"))
 CACHED_ASSIGNMENTS = 4096
 """Number of assignments whose gathered rows fit in a processor's cache (measured). Page faults of
 larger temporaries cost more than the matrix products."""
-
-EMBEDDING_BAG_ELEMENTS = 2**16
-"""Up to this many multiplications per block, a matrix product on a CPU costs more than it saves
-(measured)."""
-
-SMALL_BLOCK = 8
-"""Blocks of fewer cells fill a small part of a matrix unit's tile."""
-
-
-def choose_engine(
-    device_type: str,
-    dtype: torch.dtype,
-    num_tokens: int,
-    active_blocks: int,
-    table_shape: tuple[int, int, int],
-) -> Engine:
-    """Return the fastest engine for these sizes among those that support them.
-
-    ``torch.compile`` can trace ``tiled`` and ``masked`` only, so that it gets one of these.
-
-    Args:
-        device_type: ``cpu`` or an accelerator.
-        dtype: of the tables.
-        num_tokens: N.
-        active_blocks: A.
-        table_shape: (B, G, D).
-    """
-    num_blocks, block_size, width = table_shape
-    on_cpu, compiling = device_type == "cpu", torch.compiler.is_compiling()
-    if not on_cpu or compiling:
-        small = block_size < SMALL_BLOCK and not on_cpu
-        if small and pays_to_mask(num_tokens, active_blocks, num_blocks):
-            return ENGINES["masked"]
-        return ENGINES["embedding_bag" if block_size == 1 and not compiling else "tiled"]
-    load = num_tokens * active_blocks / num_blocks
-    few = load <= 1 or load * block_size * width <= EMBEDDING_BAG_ELEMENTS
-    name = "embedding_bag" if block_size == 1 or few else "loop"
-    native = ENGINES[f"native_{name}"]
-    return native if native.supports(device_type, dtype, table_shape) else ENGINES[name]

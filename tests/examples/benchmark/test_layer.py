@@ -22,6 +22,23 @@ def test_layer_measures_every_selector(scripts: dict[str, ModuleType]) -> None:
         assert row["active_cells"] == 32
 
 
+def test_gated_layers(
+    scripts: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, output = scripts["layer"], tmp_path / "layer.json"
+    monkeypatch.setattr(layer, "BLOCK_SIZES", ())
+    sizes = ["--tokens", "8", "--width", "24", "--rows", "defaults", "--repeats", "1"]
+    layer.main(["--output", str(output), *sizes, "--glu", "silu"])
+    rows = json.loads(output.read_text())["rows"]
+    assert {"avgk", "switch", "vanilla_m"} <= {row["selector"] for row in rows}
+    assert not {"pkm", "lorkm"} & {row["selector"] for row in rows}
+    for row in rows:
+        check_figures(row)
+        assert (row["ffn"], row["active_cells"]) == (64, 64)
+    ffn = layer.gated_ffn(24, 64, "silu")
+    assert sum(p.numel() for p in ffn.parameters()) == 3 * 24 * 64 + 2 * 64 + 24
+
+
 def test_layer_in_half_precision(scripts: dict[str, ModuleType], timing: ModuleType) -> None:
     layer, place = scripts["layer"], timing.Place("cpu", "bf16")
     (row,) = layer.measure(16, 8, [layer.Row("avgk", 8)], repeats=1, ffn=32, place=place)

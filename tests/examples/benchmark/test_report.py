@@ -40,6 +40,7 @@ def runs(tmp_path: Path) -> Path:
     parts = {
         "layer-1": part("layer", [of_layer, {**of_layer, "skewed": True}], **sizes),
         "layer-2": part("layer", [of_layer], **{**sizes, "threads": 2}),
+        "layer-glu-1": part("layer", [of_layer], **sizes, glu="silu"),
         "memory": part("memory", [{**memory, "selector": "dense"}, {**memory, **ratios}]),
         "selection": part(
             "selection", [{"what": "adam", "selector": "avgk", "block_size": 64, **figures}]
@@ -94,6 +95,7 @@ def test_report(
     assert "| vanilla_m | 1 | 11.00 | not measured |" in text
     assert "| avgk | 64 | 1024 | 2 (1.5-2.5) | 2 (1.5-2.5) |" in text
     assert "| avgk, skewed | 64 | 1024 | 2 (1.5-2.5) |  |" in text
+    assert "N = 2048, d = 256, cpu, gated cells (silu); the dense FFN takes" in text
     assert "| avgk | 64 | 1.0 (1.25) | 1.0 (1.25) | 1.0 (1.25) | 1.0 (1.25) |" in text
     assert "| adam | avgk | 64 | 2 (1.5-2.5) |" in text
     assert "| dense | adam | 2,000 | 1 |" in text
@@ -105,7 +107,7 @@ def test_report(
     assert "Measured with other code" in text
     results = json.loads((runs / "results.json").read_text())
     assert {"cpu", "cores", "torch", "commit", "dates", "seed", "command", "parts"} <= set(results)
-    assert results["command"] == "bash x.sh" and len(results["parts"]) == 9
+    assert results["command"] == "bash x.sh" and len(results["parts"]) == 10
     assert (runs / "scaling.png").is_file()
 
 

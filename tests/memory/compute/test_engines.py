@@ -7,8 +7,15 @@ import torch.utils.checkpoint
 from torch import nn
 
 from fairseq_sffn.memory import ConfigError, MemoryConfig, Selection, SparseMemory
-from fairseq_sffn.memory.compute import embedding_bag_kernels, engines, kernels, tiled_torch, tiles
-from tests.memory.cases import CASES, CPU_ENGINES, NATIVE, build, grads_of, tokens
+from fairseq_sffn.memory.compute import (
+    choose_engine,
+    embedding_bag_kernels,
+    engines,
+    kernels,
+    tiled_torch,
+    tiles,
+)
+from tests.memory.cases import CASES, CPU_ENGINES, FULL_KEYS, NATIVE, build, grads_of, tokens
 from tests.memory.oracle import assert_matches
 
 
@@ -39,9 +46,18 @@ def test_equals_the_loops(case, losses, engine, size, monkeypatch):
     assert_matches(memory, *tokens(8), losses=losses)
 
 
+@pytest.mark.parametrize(("engine", "size"), CUT)
+@pytest.mark.parametrize("glu", ["silu", "gelu"])
+@pytest.mark.parametrize("case", FULL_KEYS)
+def test_gated_cells_equal_the_loops(case, glu, engine, size, monkeypatch):
+    cut(monkeypatch, size)
+    memory = build(case, engine=engine, glu=glu, gate="sigmoid", capacity_factor=1.5)
+    assert_matches(memory, *tokens(8), losses=size != 5)
+
+
 @pytest.mark.parametrize("chunk_size", [1, 5, 4096])
 @pytest.mark.parametrize("gate", ["none", "sigmoid"])
-@pytest.mark.parametrize("case", ["avgk-g4", "avgk-g16", "switch-top2"])
+@pytest.mark.parametrize("case", ["avgk-g4", "avgk-g16", "avgk-glu", "switch-top2"])
 def test_grouped_equals_loop_in_fp32(case, gate, chunk_size, monkeypatch):
     loop = build(case, torch.float32, engine="loop", gate=gate)
     grouped = build(case, torch.float32, engine="grouped", gate=gate)
@@ -131,7 +147,7 @@ def test_choice_by_size(
         monkeypatch.setattr(kernels, "load", lambda: None)
     elif device_type == "cpu" and dtype != torch.bfloat16:
         name = f"native_{name}"
-    chosen = engines.choose_engine(device_type, dtype, num_tokens, active, table_shape)
+    chosen = choose_engine(device_type, dtype, num_tokens, active, table_shape)
     assert chosen is engines.ENGINES[name]
     assert chosen.supports(device_type, dtype, table_shape)
 
