@@ -115,7 +115,7 @@ def parse_entry(text: str, plan: str) -> Entry:
     """
     if not text:
         raise UsageError(f"{FLAG} {plan or repr(plan)}: has an empty entry")
-    match = re.fullmatch(r"([^/:]+)((?:/[^/:]+)*):([0-9]+)(-?)([0-9]*)", text)
+    match = re.fullmatch(r"([^/:]+)((?:/[^/:]+)*):([0-9]{1,18})(-?)([0-9]{0,18})", text)
     if match is None or (match[5] and not match[4]):
         raise UsageError(f"{FLAG} {text}: is not of the form {FORM}")
     selector, options, first, dash, last = match.groups()
@@ -131,7 +131,7 @@ def parse_entry(text: str, plan: str) -> Entry:
             raise UsageError(f"{FLAG} {text}: {name} is none of {', '.join((*SIZES, *CHOICES))}")
         if f"sffn_{name}" in given:
             raise UsageError(f"{FLAG} {text}: gives {name} twice")
-        if name in SIZES and not re.fullmatch("-?[0-9]+", value):
+        if name in SIZES and not re.fullmatch("-?[0-9]{1,18}", value):
             raise UsageError(f"{FLAG} {text}: {name} {value or repr(value)} is not a whole number")
         given[f"sffn_{name}"] = int(value) if name in SIZES else value
     end = (int(last) if last else None) if dash else int(first)

@@ -32,6 +32,7 @@ def test_activations_are_what_autograd_keeps(method: str, activation: str) -> No
         ("pkm", dict(pkm_coefficients="activation")),
         ("switch", dict(decoder_output_dim=32, share_decoder_input_output_embed=False)),
         ("switch", dict(decoder_input_dim=32, share_decoder_input_output_embed=False)),
+        ("sffn", dict(sffn_layers="switch:0,avgk/block_size=16/gate=softmax:1")),
         ("dense", dict(layernorm_embedding=True, activation_fn="gelu_accurate")),
     ],
 )

@@ -313,7 +313,7 @@ def test_rows_with_other_sparse_layers(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "scales").mkdir()
     shutil.copy(folder / "scales" / "small.toml", tmp_path / "scales")
     rows = '{ label = "Avg-K", model = "avgk" }, '
-    rows += '{ label = "Switch", model = "switch", flags = "--sffn-freq 1" }'
+    rows += '{ label = "Switch", model = "switch", flags = "--sffn-layers switch:0,switch:2" }'
     head = 'title = "R"\nkind = "routing"\nfigure = "routing"\n'
     table = tmp_path / "r.toml"
     table.write_text(f"{head}rows = [{rows}]\n")
