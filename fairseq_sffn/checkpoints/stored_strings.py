@@ -61,6 +61,17 @@ def is_numbers(value: str) -> bool:
     return value == "" or is_literal(value, are_numbers)
 
 
+def is_plan(value: str) -> bool:
+    """Return whether a string has the form of a layer plan.
+
+    An example is ``--sffn-layers hash_layer:0-2,avgk/block_size=64:3-``.
+    """
+    entry = r" *\w+(/\w+=\w+)*:\d+(-\d*)? *"
+    return len(value) < 10_000 and all(
+        re.fullmatch(entry, part, re.ASCII) for part in value.split(",")
+    )
+
+
 def is_settings(value: str) -> bool:
     """Return whether a string is a JSON object of numbers, booleans and words.
 
@@ -95,6 +106,7 @@ STRINGS: dict[str, Callable[[str], bool]] = {
     "adam_betas": is_numbers,
     "encoder_layers_to_keep": is_numbers,
     "decoder_layers_to_keep": is_numbers,
+    "sffn_layers": is_plan,
 }
 """Option that takes a string -> rule for its stored value."""
 

@@ -116,7 +116,7 @@ def parse_entry(text: str, plan: str) -> Entry:
     """
     if not text:
         raise UsageError(f"{FLAG} {plan or repr(plan)}: has an empty entry")
-    match = re.fullmatch(r"([^/:]+)((?:/[^/:]+)*):([0-9]+)(-?)([0-9]*)", text)
+    match = re.fullmatch(r"([^/:]+)((?:/[^/:]+)*):([0-9]{1,18})(-?)([0-9]{0,18})", text)
     if match is None or (match[5] and not match[4]):
         raise UsageError(f"{FLAG} {text}: is not of the form {FORM}")
     selector, options, first, dash, last = match.groups()
@@ -132,7 +132,7 @@ def parse_entry(text: str, plan: str) -> Entry:
             raise UsageError(f"{FLAG} {text}: {name} is none of {', '.join(OPTIONS)}")
         if f"sffn_{name}" in given:
             raise UsageError(f"{FLAG} {text}: gives {name} twice")
-        if name in SIZES and not re.fullmatch("-?[0-9]+", value):
+        if name in SIZES and not re.fullmatch("-?[0-9]{1,18}", value):
             raise UsageError(f"{FLAG} {text}: {name} {value or repr(value)} is not a whole number")
         if name in FRACTIONS and not re.fullmatch(r"-?[0-9]*\.?[0-9]+(e-?[0-9]+)?", value):
             raise UsageError(f"{FLAG} {text}: {name} {value or repr(value)} is not a number")

@@ -47,8 +47,13 @@ def sample(*lengths: int) -> dict[str, Any]:
 
 
 def two_layers(method: str, **options: Any) -> nn.Module:
-    """Build a model with two sparse layers in evaluation mode, so that passes agree."""
-    return small_lm(method, sffn_freq=1, **options).eval()
+    """Build a model with two sparse layers in evaluation mode, so that passes agree.
+
+    The method ``mixed`` has three.
+    """
+    if method != "mixed":
+        options["sffn_freq"] = 1
+    return small_lm(method, **options).eval()
 
 
 def routing(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from fairseq_sffn.memory import usage
 from tests.criterions.small_criterion import close, logs_of, reduced, routing, sample, two_layers
 from tests.models.small_lm import PAD, pad, small_lm
 
-SPARSE = ("avgk", "switch", "hash_layer")
+SPARSE = ("avgk", "switch", "hash_layer", "mixed")
 
 
 def concatenated(batches: list[dict[str, Any]]) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def test_ratios_of_several_batches_are_those_of_one(method):
     expected = reduced(logs_of(model, [concatenated(parts)], log_format="json"))
     assert actual.keys() == expected.keys()
     for name in RATIOS:
-        for key in (name, f"{name}_layer0", f"{name}_layer1"):
+        for key in (name, *(f"{name}_{layer}" for layer in model.memory_configs)):
             assert actual[key] == expected[key]
     close(actual["loss"], expected["loss"], 1e-3)
     # No part has these values by itself.
@@ -75,12 +75,11 @@ def test_logged_values(method):
     actual = reduced(logs_of(model, parts, log_format="json"))
     layers = [routing(model, batch) for batch in parts]
     sizes = [batch["ntokens"] for batch in parts]
-    means = dict.fromkeys([*RATIOS, *OF_SCORES], 0.0)
-    for number in (0, 1):
-        counts = sum(part[f"layer{number}"].counts for part in layers)
-        dropped = sum(part[f"layer{number}"].dropped for part in layers)
-        losses = [part[f"layer{number}"].balance_loss.item() for part in layers]
-        memory = model.memory_configs[f"layer{number}"]
+    values: dict[str, list[float]] = {}
+    for layer, memory in model.memory_configs.items():
+        counts = sum(part[layer].counts for part in layers)
+        dropped = sum(part[layer].dropped for part in layers)
+        losses = [part[layer].balance_loss.item() for part in layers]
         assert counts.sum() == sum(sizes) * memory.active_blocks and dropped > 0
         expected = {
             "load_entropy": usage.load_entropy(counts),
@@ -88,23 +87,25 @@ def test_logged_values(method):
             "load_min": usage.load_min(counts),
             "unused_blocks": (counts == 0).sum().item(),
             "memory_usage": (counts > 0).double().mean().item(),
-            "load_kl": usage.load_kl(sum(part[f"layer{number}"].importance for part in layers)),
+            "load_kl": usage.load_kl(sum(part[layer].importance for part in layers)),
             "dropped_share": dropped.item() / counts.sum().item(),
             "balance_loss": sum(map(math.prod, zip(losses, sizes, strict=True))) / sum(sizes),
         }
-        if method == "hash_layer":
+        if memory.selector_class.name == "hash_layer":
             del expected["balance_loss"]
+            assert f"balance_loss_{layer}" not in actual
         else:
-            parts_of_layer = [part[f"layer{number}"] for part in layers]
-            assert sum(part.scored for part in parts_of_layer) == sum(sizes)
+            of_layer = [part[layer] for part in layers]
+            assert sum(part.scored for part in of_layer) == sum(sizes)
             for name, field in (("routed_mass", "routed_mass"), ("gate_entropy", "entropy")):
-                total = sum(float(getattr(part, field)) for part in parts_of_layer)
+                total = sum(float(getattr(part, field)) for part in of_layer)
                 expected[name] = total / sum(sizes)
         for name, value in expected.items():
-            assert actual[f"{name}_layer{number}"] == pytest.approx(value, abs=6e-5), name
-            means[name] += value / 2
-    for name in expected:
-        assert actual[name] == pytest.approx(means[name], abs=6e-5), name
+            assert actual[f"{name}_{layer}"] == pytest.approx(value, abs=6e-5), name
+            values.setdefault(name, []).append(value)
+    for name, found in values.items():
+        mean = sum(found) / len(found)
+        assert actual[name] == pytest.approx(mean, abs=6e-5), name
     for name in OF_SCORES:
         assert (name in actual) == (method != "hash_layer")
 

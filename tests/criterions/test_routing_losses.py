@@ -41,10 +41,11 @@ def token_ids_are_checked_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("checkpoint_activations", [False, True])
-@pytest.mark.parametrize("method", SPARSE)
+@pytest.mark.parametrize("method", [*SPARSE, "mixed"])
 def test_a_model_and_its_loss(method, checkpoint_activations):
     options = dict(checkpoint_activations=checkpoint_activations, sffn_engine="embedding_bag")
-    model, batch = small_lm(method, sffn_freq=1, **options), sample(5, 3)
+    options |= {} if method == "mixed" else dict(sffn_freq=1)
+    model, batch = small_lm(method, **options), sample(5, 3)
     losses = {} if method in ("rand_hash", "hash_layer") else dict(z_loss_weight=0.1)
     if losses and method != "hash_moe":
         losses["balance_loss_weight"] = 0.1

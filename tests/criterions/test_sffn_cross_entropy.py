@@ -16,6 +16,7 @@ from fairseq.models import lstm_lm
 
 from fairseq_sffn.errors import UsageError
 from fairseq_sffn.memory import MemoryConfig, SparseMemory
+from fairseq_sffn.memory.selectors.avgk import AvgK
 from fairseq_sffn.models.layer import LayerRouting
 from tests.criterions.small_criterion import (
     TASK,
@@ -74,6 +75,41 @@ def test_loss(method, options, balance_weight, z_weight, sentence_avg):
     close(loss, plain + size * (balance_weight * balance + z_weight * z))
     # The log has the loss of the language model alone.
     assert {key: log[key] for key in plain_log} == plain_log
+
+
+@pytest.mark.parametrize(
+    ("options", "balance_weights", "z_weights"),
+    [
+        ({}, (0, 0.2, 0.01), (0, 0, 0)),
+        (dict(balance_loss_weight=0.5), (0, 0.5, 0.5), (0, 0, 0)),
+        (dict(balance_loss_weight=0.0), (0, 0, 0), (0, 0, 0)),
+        (dict(balance_loss_reduce="mean"), (0, 0.1, 0.005), (0, 0, 0)),
+        (dict(z_loss_weight=0.3), (0, 0.2, 0.01), (0, 0.3, 0.3)),
+        (
+            dict(balance_loss_weight=0.0, z_loss_weight=0.3, balance_loss_reduce="mean"),
+            *((0, 0, 0), (0, 0.15, 0.15)),
+        ),
+    ],
+)
+def test_losses_of_layers_with_different_selectors(
+    options, balance_weights, z_weights, monkeypatch
+):
+    """A hash layer has no scores. By default, each layer has the weight of its selector."""
+    monkeypatch.setattr(AvgK, "default_balance_weight", 0.2)
+    model, batch = two_layers("mixed"), sample(5, 3, 1)
+    plain, size, _ = CrossEntropyCriterion(TASK, False)(model, batch)
+    loss, _, _ = criterion(**options)(model, batch)
+    layers = routing(model, batch).values()
+    assert [bool(layer.balance_loss) for layer in layers] == [False, True, True]
+    expected = sum(w * layer.balance_loss for w, layer in zip(balance_weights, layers, strict=True))
+    expected += sum(w * layer.z_loss for w, layer in zip(z_weights, layers, strict=True))
+    close(loss, plain + size * expected)
+    # A default weight of 0 leaves a layer out of the mean.
+    monkeypatch.setattr(AvgK, "default_balance_weight", 0.0)
+    weights = criterion(**options).weights(model.memory_configs)["balance_loss"]
+    found = [weights.get(f"layer{number}", 0) for number in range(3)]
+    given = options.get("balance_loss_weight")
+    assert found == [0, given or 0, 0.01 if given is None else given]
 
 
 def test_gradients_of_the_balance_loss_reach_the_router():

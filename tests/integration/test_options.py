@@ -41,6 +41,7 @@ EXTRA_LOSSES = (
         ("switch", (*EVERYTHING, *EXTRA_LOSSES)),
         ("hash_layer", (*EVERYTHING, *CHARACTERS)),
         ("sffn", (*EVERYTHING, *EXTRA_LOSSES, *CHARACTERS)),
+        ("mixed", (*EVERYTHING[:5], *EXTRA_LOSSES)),
         ("switch", ("--offload-activations", "--decoder-layerdrop", "0.5")),
         ("avgk", ("--activation-dropout", "0.2", "--activation-fn", "gelu")),
         ("avgk", ("--sffn-active-blocks", "1", "--sffn-block-size", "1", "--avgk-exclude-bias")),
@@ -225,6 +226,48 @@ def test_layers_kept_at_evaluation_are_as_they_were_trained(data_bin: Path, tmp_
     assert "decoder.layers.0.fc1.memory.keys" in kept and "decoder.layers.1.fc1.weight" in kept
     _, extra = model.eval()(torch.tensor([[4, 5, 6]]))
     assert list(extra["routing"]) == ["layer1"]
+
+
+def test_layers_of_a_plan_are_kept_as_they_were_trained(data_bin: Path, tmp_path: Path) -> None:
+    plan = "hash_layer:0,avgk/block_size=8:1,switch:3"
+    commands.train(data_bin, tmp_path, "mixed", "--decoder-layers", "4", "--sffn-layers", plan)
+    checkpoint = tmp_path / "checkpoint_last.pt"
+    full = commands.evaluate(data_bin, checkpoint)
+    found = {
+        keep: commands.evaluate(
+            *(data_bin, checkpoint, "--model-overrides", str({"decoder_layers_to_keep": keep}))
+        )
+        for keep in ("0,1,2,3", "1,3", "3,1", "2")
+    }
+    assert found["0,1,2,3"] == full and found["1,3"] == found["3,1"]
+    assert len(set(found.values())) == 3
+
+
+@pytest.mark.parametrize("model", ["avgk", "switch", "pkm"])
+def test_a_uniform_plan_trains_the_same_model(model: str, data_bin: Path, tmp_path: Path) -> None:
+    """By the name of the model, and by its selector. Dropout is on."""
+    of_model = commands.OF_MODEL.get(model, ())
+    runs = {
+        "freq": (model, ()),
+        "named": (model, ("--sffn-layers", f"{model}:1")),
+        "sffn": ("sffn", ("--sffn-layers", f"{model}:1")),
+    }
+    saved, logs = {}, {}
+    for run, (name, flags) in runs.items():
+        arch = ("--arch", f"transformer_lm_{name}_tiny")
+        logs[run] = records(
+            commands.train(data_bin, tmp_path / run, model, *arch, *of_model, *flags)
+        )
+        saved[run] = last_checkpoint(tmp_path / run)
+    for run in ("named", "sffn"):
+        for part in ("model", "last_optimizer_state"):
+            torch.testing.assert_close(saved[run][part], saved["freq"][part], rtol=0, atol=0)
+        assert list(saved[run]["model"]) == list(saved["freq"]["model"])
+        for ours, theirs in zip(logs[run], logs["freq"], strict=True):
+            timed = {"wps", "ups", "train_wall", "wall"}
+            assert {k: ours[k] for k in ours if k not in timed} == {
+                k: theirs[k] for k in theirs if k not in timed
+            }
 
 
 def test_layers_kept_in_any_order(data_bin: Path, tmp_path: Path) -> None:

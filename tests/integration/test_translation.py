@@ -94,11 +94,16 @@ SELECTORS = {
     "switch": ("--sffn-capacity-factor", "1.0"),
     "vanilla_m": (),
 }
+FLAGS = {
+    **{name: ("--sffn-selector", name, *flags) for name, flags in SELECTORS.items()},
+    "mixed": ("--sffn-layers", "hash_layer:0,avgk/block_size=16:1", "--hash-table", "bigram"),
+}
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
-def test_every_selector_resumes_exactly(selector: str, pairs_bin: Path, tmp_path: Path) -> None:
-    flags = ("--sffn-selector", selector, *SELECTORS[selector])
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_every_selector_resumes_exactly(
+    flags: tuple[str, ...], pairs_bin: Path, tmp_path: Path
+) -> None:
     whole = train(pairs_bin, tmp_path / "whole", "transformer_sffn", 4, *flags)
     parts = train(pairs_bin, tmp_path / "parts", "transformer_sffn", 2, *flags)
     parts += train(pairs_bin, tmp_path / "parts", "transformer_sffn", 4, *flags)

@@ -55,6 +55,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Tensor]]] 
         lambda: small_lm("sffn", sffn_selector="switch", activation_fn="gelu"),
         lm_output,
     ),
+    "mixed": (lambda: small_lm("mixed"), lm_output),
     "checkpointed": (lambda: small_lm("avgk", checkpoint_activations=True), lm_output),
     "balanced": (
         lambda: small_lm("avgk", avgk_center=True, sffn_balance_rate=0.1),

@@ -212,7 +212,7 @@ def gradients(model: nn.Module, batch: Tensor) -> tuple[dict[str, Tensor], dict[
 
 
 @pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("method", ["avgk", "switch", "hash_layer"])
+@pytest.mark.parametrize("method", ["avgk", "switch", "hash_layer", "mixed"])
 def test_checkpointed_activations_give_the_same_gradients(method, offload):
     dropout = dict(dropout=0.1, attention_dropout=0.1, activation_dropout=0.1)
     model = small_lm(method, **dropout)
@@ -231,10 +231,11 @@ def test_checkpointed_activations_give_the_same_gradients(method, offload):
         close(actual[name], grad, name)
 
     # 24 tokens, 2 of them padding. They are counted once, although the layer runs twice.
-    assert routing.keys() == expected_routing.keys() == {"layer1"}
-    assert routing["layer1"].counts.sum() == 22 * model.memory_configs["layer1"].active_blocks
-    for ours, theirs in zip(routing["layer1"], expected_routing["layer1"], strict=True):
-        assert torch.equal(ours, theirs)
+    assert routing.keys() == expected_routing.keys() == model.memory_configs.keys()
+    for name, layer in routing.items():
+        assert layer.counts.sum() == 22 * model.memory_configs[name].active_blocks
+        for ours, theirs in zip(layer, expected_routing[name], strict=True):
+            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("checkpoint_activations", [False, True])

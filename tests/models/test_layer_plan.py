@@ -262,7 +262,15 @@ def test_layerdrop_skips_layers_that_differ() -> None:
         ("switch:0,,switch:1", "--sffn-layers switch:0,,switch:1: has an empty entry"),
         *(
             (entry, f"--sffn-layers {entry}: is not of the form SELECTOR[/OPTION=VALUE...]:LAYERS")
-            for entry in ("switch", "switch:", ":0", "switch:x", "switch:-1", "switch:0:1")
+            for entry in (
+                "switch",
+                "switch:",
+                ":0",
+                f"switch:{'9' * 5000}",
+                "switch:x",
+                "switch:-1",
+                "switch:0:1",
+            )
         ),
         ("switch/:0", "--sffn-layers switch/:0: is not of the form"),
         ("switch:0-1-2", "--sffn-layers switch:0-1-2: is not of the form"),

@@ -208,11 +208,17 @@ class Wrapper(nn.Module):
 
 
 @pytest.mark.parametrize("checkpoint_activations", [False, True])
-def test_wrapped_layers_are_routed(checkpoint_activations, monkeypatch):
-    options = dict(sffn_freq=1, checkpoint_activations=checkpoint_activations)
-    model, batch = small_lm("switch", **options), random_tokens(2, 8)
+@pytest.mark.parametrize(
+    ("method", "options", "active_blocks"),
+    [("switch", dict(sffn_freq=1), [1, 1]), ("mixed", {}, [1, 4, 1])],
+)
+def test_wrapped_layers_are_routed(
+    method, options, active_blocks, checkpoint_activations, monkeypatch
+):
+    options = dict(checkpoint_activations=checkpoint_activations, **options)
+    model, batch = small_lm(method, **options), random_tokens(2, 8)
     monkeypatch.setattr(stack, "fsdp_wrap", lambda layer, min_num_params: Wrapper(layer))
-    wrapped = small_lm("switch", **options)
+    wrapped = small_lm(method, **options)
     state = model.state_dict()
     names = {re.sub(r"(layers\.\d+)", r"\1.layer", name): name for name in state}
     wrapped.load_state_dict({new: state[old] for new, old in names.items()})
@@ -220,7 +226,7 @@ def test_wrapped_layers_are_routed(checkpoint_activations, monkeypatch):
         output, extra = each(batch, routing_losses=True)
         losses = sum(layer.balance_loss + layer.z_loss for layer in extra["routing"].values())
         (output.square().sum() + losses).backward()
-        assert list(extra["routing"]) == ["layer0", "layer1"]
-        assert all(layer.counts.sum() == 16 for layer in extra["routing"].values())
+        used = {f"layer{number}": 16 * active for number, active in enumerate(active_blocks)}
+        assert {name: layer.counts.sum() for name, layer in extra["routing"].items()} == used
     for ours, theirs in zip(wrapped.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad)

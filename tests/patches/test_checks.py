@@ -54,6 +54,14 @@ ADAPTIVE = ("--no-share-decoder-input-output-embed", "--adaptive-softmax-cutoff"
         ("aoe", "--aoe-rank 17", "^--aoe-rank 17: is not 1 to 16, the smaller of block size and"),
         ("hash_layer", "--balance-loss-weight 0.1", "--balance-loss-weight 0.1: hash_layer gives"),
         ("rand_hash", "--z-loss-weight 0.1", "--z-loss-weight 0.1: rand_hash gives"),
+        (
+            *("mixed", "--sffn-layers hash_layer:0,rand_hash/block_size=8:1 --z-loss-weight 0.1"),
+            "--z-loss-weight 0.1: hash_layer and rand_hash give blocks no score",
+        ),
+        (
+            *("mixed", "--sffn-layers hash_layer:0,switch:1,base/gate=none:2"),
+            "--sffn-gate none: leaves the router of base .* add --balance-loss-weight$",
+        ),
         ("avgk", "--decoder-layers-to-keep 0,1", "--decoder-layers-to-keep 0,1: is for a trained"),
         ("dense", "--decoder-layers-to-keep 0", "--decoder-layers-to-keep 0: is for a trained"),
         ("avgk", " ".join((*SMOOTHED, *ADAPTIVE)), "not with --adaptive-softmax-cutoff"),
@@ -82,6 +90,8 @@ def test_refused(model: str, flags: str, message: str, data_bin: Path, tmp_path:
         ("aoe", "--sffn-gate none"),  # it has no router
         ("switch", "--sffn-gate none"),  # it has its own balance loss
         ("switch", "--balance-loss-weight 0"),
+        ("mixed", "--sffn-layers hash_layer:0,switch/gate=none:1"),
+        ("mixed", "--balance-loss-weight 0.1"),  # for the layers with scores
         ("gshard", "--balance-loss-weight 0 --sffn-gate renormalized"),  # it has two blocks
         ("lorkm", "--sffn-gate none"),  # its keys are also those of the cells
         ("avgk", "--sffn-gate none --criterion cross_entropy"),
@@ -113,6 +123,7 @@ def test_a_wrapped_model_is_found() -> None:
     [
         ("switch", "cross_entropy", True),
         ("switch", "sffn_cross_entropy", False),
+        ("mixed", "cross_entropy", True),
         ("avgk", "cross_entropy", False),
         ("dense", "cross_entropy", False),
     ],

@@ -50,6 +50,7 @@ def test_activations_are_what_autograd_keeps(method: str, activation: str) -> No
         ("avgk", dict(sffn_glu="gelu", sffn_gate="softmax", sffn_freq=1)),
         ("vanilla_m", dict(sffn_glu="silu")),
         ("pkm_ffn", dict(sffn_glu="gelu")),
+        ("sffn", dict(sffn_layers="switch:0,avgk/block_size=16/gate=softmax:1")),
         ("dense", dict(layernorm_embedding=True, activation_fn="gelu_accurate")),
     ],
 )

@@ -135,10 +135,28 @@ def test_cost_of_shared_blocks():
     assert total(parts).params == sum(parameter.numel() for parameter in pkm.parameters())
 
 
+def test_cost_of_layers_that_differ_is_the_sum():
+    parts = cost_by_part(small_lm("mixed"), CONTEXT)
+    methods = ("hash_layer", "avgk", "switch")
+    assert parts["selection"] == sum((always_active(*SELECTION[m]) for m in methods), Cost())
+    assert parts["memory"] == sum(map(memory_by_hand, methods), Cost())
+    assert parts["dense_ffn"] == Cost()
+    # The second layer has blocks, cells and parameters of its own.
+    plan = "switch:0,avgk/block_size=4/expansion=2/active_blocks=3:1"
+    parts = cost_by_part(small_lm("sffn", sffn_layers=plan), CONTEXT)
+    cells, active = 2 * FFN, 12
+    tables = cells * (2 * WIDTH + 1) + WIDTH
+    used = active * (2 * WIDTH + 1) + WIDTH
+    avgk = Cost(tables, used, 4 * active * WIDTH)
+    assert parts["memory"] == memory_by_hand("switch") + avgk
+    means = always_active(0, 2 * cells // 4 * WIDTH)
+    assert parts["selection"] == always_active(*SELECTION["switch"]) + means
+
+
 WITH_LOSSES = {"routing_losses": True}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "mixed"])
 @pytest.mark.parametrize(
     ("shape", "options"),
     [

@@ -118,6 +118,18 @@ def test_losses_of_words_are_refused(checkpoint, data_bin, capsys):
         evaluate(checkpoint, f"{data_bin}:valid", "--post-process", "subword_nmt", capsys=capsys)
 
 
+def test_routing_of_layers_that_differ(data_bin, tmp_path, capsys):
+    commands.train(data_bin, tmp_path, "mixed")
+    name = f"{data_bin}:valid"
+    report = evaluate(tmp_path / "checkpoint_last.pt", name, "--routing", name, capsys=capsys)
+    shapes = {layer: len(found["counts"]) for layer, found in report["routing"].items()}
+    assert shapes == {"0": 16, "1": 64, "2": 16}
+    used = {layer: sum(found["counts"]) for layer, found in report["routing"].items()}
+    assert used == {"0": 360, "1": 4 * 360, "2": 360}
+    # The table of the first layer is of pairs of tokens.
+    assert report["routing"]["0"]["token_bits"] < report["routing"]["0"]["block_bits"]
+
+
 def test_routing_is_that_of_its_own_set(checkpoint, data_bin, other, capsys):
     reports = [
         evaluate(checkpoint, f"{data_bin}:valid", "--routing", f"{folder}:valid", capsys=capsys)

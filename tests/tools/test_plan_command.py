@@ -14,6 +14,7 @@ from fairseq.dataclass.initialize import add_defaults
 from fairseq.optim import FP16Optimizer, MemoryEfficientFP16Optimizer, build_optimizer
 from omegaconf import OmegaConf, open_dict
 
+from fairseq_sffn.errors import UsageError
 from fairseq_sffn.tools import cli
 from fairseq_sffn.tools.cost import cost_by_part, total, training_flops_per_token
 from fairseq_sffn.tools.plan import plan_figures
@@ -92,6 +93,32 @@ def test_time_and_what_is_sent_of_gradients() -> None:
     # Replicas of all blocks
     whole = plan_figures(model, setting(world_size=8))
     assert whole["sent"]["sparse_layers"] == whole["params"]["sharded"] == 0
+
+
+def test_layers_that_differ_add_up() -> None:
+    """A model of a plan sends and keeps what models of each of its layers do together."""
+    options = dict(world_size=4, sffn_expert_parallel=2)
+    layers = ("hash_layer:0", "avgk/block_size=16/gate=softmax:1")
+    mixed = plan_figures(lm("sffn", sffn_layers=",".join(layers)), setting(**options))
+    alone = [plan_figures(lm("sffn", sffn_layers=layer), setting(**options)) for layer in layers]
+    sent = [figures["sent_per_sparse_layer"][0] for figures in alone]
+    assert mixed["sent_per_sparse_layer"] == sent and sent[0] < sent[1]
+    assert mixed["sent"]["sparse_layers"] == pytest.approx(sum(sent), abs=1)
+    assert mixed["sent"]["mean_keys"] == alone[1]["sent"]["mean_keys"] > 0
+    for part in ("selection", "memory"):
+        kept = [figures["activations"][part] for figures in alone]
+        assert mixed["activations"][part] == sum(kept)
+    sharded = [figures["params"]["sharded"] for figures in alone]
+    assert mixed["params"]["sharded"] == sum(sharded)
+
+
+def test_every_layer_of_a_plan_must_be_sharded(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--arch", "transformer_lm_sffn_tiny", "--world-size", "2", "--tokens-per-rank", "64")
+    with pytest.raises(UsageError, match="--sffn-expert-parallel 2: vanilla_m scores every key"):
+        plan(
+            *(capsys, *flags, "--sffn-expert-parallel", "2"),
+            *("--sffn-layers", "hash_layer:0,vanilla_m:1"),
+        )
 
 
 # The command

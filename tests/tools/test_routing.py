@@ -30,7 +30,7 @@ def watched(model: Any, batches: list[list[Tensor]]) -> dict[str, Any]:
 
 
 def alone(model: Any, row: Tensor) -> list[list[int]]:
-    """Return the blocks that the last layer selects for each token of a sentence."""
+    """Return the blocks that the second layer selects for each token of a sentence."""
     found = []
     memory = model.decoder.layers[1].fc1.memory
     handle = memory.register_forward_hook(lambda m, args, out: found.append(out.selection.blocks))
@@ -40,7 +40,7 @@ def alone(model: Any, row: Tensor) -> list[list[int]]:
     return found[0].tolist()
 
 
-@pytest.mark.parametrize("method", ["avgk", "switch", "rand_hash"])
+@pytest.mark.parametrize("method", ["avgk", "switch", "rand_hash", "mixed"])
 def test_routing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routing, "POSITIONS", 12)
     model = small_lm(method).eval()

@@ -282,6 +282,19 @@ def test_taxonomy(printed: str) -> None:
     assert cells(large, "dense")[:3] == ["", "", "354,740,224"]
 
 
+def test_taxonomy_of_a_layer_plan(folder: Path, tmp_path: Path) -> None:
+    """A cell lists the different values of the layers, in their order."""
+    shutil.copytree(folder / "scales", tmp_path / "scales")
+    plan = "--sffn-layers avgk/block_size=32:0,hash_layer:1,avgk/block_size=32:3"
+    row = f'{{ label = "Mixed", model = "sffn", flags = "{plan}" }}'
+    head = 'title = "Methods"\nkind = "taxonomy"\nseeds = []\n'
+    (tmp_path / "methods.toml").write_text(f"{head}rows = [{row}]\n")
+    small = section(report(tmp_path, "--no-figures"), "Methods").split("**`_gpt3")[0]
+    found = cells(small, "Mixed")
+    assert found[:2] == ["32; 512", "16; 1"]
+    assert found[-1] == "the blocks whose mean key fits best; selects a block by token id"
+
+
 def test_figures_are_drawn_alike_each_time(folder: Path, printed: str) -> None:
     figures = folder / "figures" / "small"
     names = ["balance", "flops", "gap", "lines", "main", "routing"]
@@ -313,7 +326,7 @@ def test_rows_with_other_sparse_layers(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "scales").mkdir()
     shutil.copy(folder / "scales" / "small.toml", tmp_path / "scales")
     rows = '{ label = "Avg-K", model = "avgk" }, '
-    rows += '{ label = "Switch", model = "switch", flags = "--sffn-freq 1" }'
+    rows += '{ label = "Switch", model = "switch", flags = "--sffn-layers switch:0,switch:2" }'
     head = 'title = "R"\nkind = "routing"\nfigure = "routing"\n'
     table = tmp_path / "r.toml"
     table.write_text(f"{head}rows = [{rows}]\n")
