@@ -191,10 +191,8 @@ class RoutingLosses(FairseqCriterion):
                 option = f"--{name.replace('_', '-')}-weight {weight}"
                 raise UsageError(f"{option}: {selector.name} gives blocks no score to act on")
         if balance_weight and not selector.selects_by_scores:
-            raise UsageError(
-                f"--balance-loss-weight {balance_weight}: {selector.name} selects by a fixed "
-                "table, whose load no loss changes"
-            )
+            option = f"--balance-loss-weight {balance_weight}"
+            raise UsageError(f"{option}: {selector.name} selects by a fixed table")
         return weights
 
     def extra_loss(
