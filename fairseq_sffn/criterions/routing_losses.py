@@ -155,7 +155,7 @@ class RoutingLosses(FairseqCriterion):
                     selects = "selects" if len(names) == 1 else "select"
                     raise UsageError(
                         f"--balance-loss-weight {weight}: {' and '.join(names)} {selects} by a "
-                        "fixed table, whose load no loss changes"
+                        "fixed table"
                     )
             found = {
                 layer: cls.default_balance_weight if weight is None else weight
