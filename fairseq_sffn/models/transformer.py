@@ -18,7 +18,8 @@ from .plugin_model import PluginModel, check_selector, register
 class SparseTransformer(PluginModel, TransformerModel):
     """fairseq's ``transformer`` with sparse layers.
 
-    Every ``--sffn-freq``-th layer of the encoder and of the decoder is sparse.
+    Every ``--sffn-freq``-th layer of the encoder and of the decoder is sparse, or those that
+    ``--sffn-layers`` names.
     """
 
     config_class: ClassVar[type[FairseqDataclass]] = sparse(

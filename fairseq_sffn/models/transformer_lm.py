@@ -103,7 +103,10 @@ class DenseTransformerLM(PluginModel, TransformerLanguageModel):
 
 
 class SparseTransformerLM(DenseTransformerLM):
-    """A Transformer language model in which every ``--sffn-freq``-th layer is sparse."""
+    """A Transformer language model with sparse layers.
+
+    Every ``--sffn-freq``-th layer is sparse, or those that ``--sffn-layers`` names.
+    """
 
     config_class: ClassVar[type[FairseqDataclass]] = sparse("SparseLMConfig", DenseConfig)
     selector: ClassVar[Optional[str]] = None

@@ -52,7 +52,7 @@ def test_biases_are_added_to_the_scores_for_selection(case, gate, training):
     for losses in (True, False):
         selection = memory(x, ids, losses=losses).selection
         logits_NHB = logits_of(memory(x, ids).selection.scores)
-        heads, active = logits_NHB.shape[1], memory.config.active_blocks
+        heads, active = logits_NHB.shape[1], memory.config.routed.active_blocks
         for n in range(9):
             for h in range(heads):
                 row = function(list(logits_NHB[n, h]))

@@ -11,6 +11,7 @@ from tests.memory.cases import CPU_ENGINES, FULL_KEYS, build, close, tokens
 
 WHOLE = {
     **{case: 4 for case in ("avgk-g4", "vanilla_m-max", "rand_hash", "switch-top2", "gshard")},
+    **dict.fromkeys(("moe", "sigma_moe", "hash_moe"), 4),
     **{"pkm_ffn": 1, "hash_layer": 48, "hash_layer-bigram": 48, "base": 48},
 }
 """Case -> a block size with which all blocks may be active."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fairseq_sffn.memory import ConfigError, MemoryConfig, ProcessGroups, Selector, SparseMemory
 from fairseq_sffn.memory.selectors.pkm import PKM
+from fairseq_sffn.memory.selectors.sigma_moe import SigmaMoE
 from fairseq_sffn.memory.sharding import check_sharding
 from tests.memory.cases import CPU_ENGINES, build, close, tokens
 from tests.memory.oracle import assert_matches
@@ -18,14 +19,17 @@ from tests.memory.oracle import assert_matches
 SIZES = {
     **{name: dict(block_size=4, active_blocks=4) for name in ("avgk", "vanilla_m", "lorkm")},
     **{name: dict(block_size=4, active_blocks=4) for name in ("rand_hash", "switch", "gshard")},
+    **{name: dict(block_size=4, active_blocks=4) for name in ("moe", "sigma_moe", "hash_moe")},
+    "aoe": dict(block_size=4, active_blocks=4),
     **{name: dict(block_size=4, active_blocks=3) for name in ("hash_layer", "base")},
     **{name: dict(block_size=1, active_blocks=6) for name in ("pkm", "pkm_ffn")},
 }
 """Selector -> sizes with 2 shared blocks."""
+CONFIGS = {"pkm": PKM.Config(heads=2), "sigma_moe": SigmaMoE.Config(expert_dropout=0.0)}
 
 
 def memory_of(selector: str, **changes) -> SparseMemory:
-    config = PKM.Config(heads=2) if selector == "pkm" else selector
+    config = CONFIGS.get(selector, selector)
     sizes = dict(num_cells=32, shared_blocks=2, **SIZES[selector])
     if Selector.registry[selector].scores_blocks:
         changes.setdefault("gate", "sigmoid")

@@ -24,6 +24,7 @@ WHOLE = {
     **{name: dict(sffn_block_size=8) for name in ("avgk", "vanilla_m", "rand_hash")},
     **{"pkm_ffn": dict(sffn_gate="none"), "gshard": dict(sffn_gate="none")},
     **{"switch": dict(sffn_gate="none"), "base": dict(sffn_gate="none"), "hash_layer": {}},
+    **{name: dict(sffn_gate="none") for name in ("moe", "sigma_moe", "hash_moe")},
 }
 """Selector -> options with which all blocks may be active and weigh nothing."""
 
@@ -57,13 +58,13 @@ def test_the_default_width_is_two_thirds(method: str, ffn: int, width: int) -> N
     assert fc1.gate_proj.weight.shape == fc1.up_proj.weight.shape == (width, WIDTH)
     assert fc2.weight.shape == (WIDTH, width)
     if method == "avgk":
-        config = model.memory_config
+        (config,) = model.memory_configs.values()
         assert (config.num_cells, config.active_cells) == (16 * width, width)
 
 
 def test_a_given_width_is_that_of_all_layers() -> None:
     model = small_lm("switch", sffn_glu="gelu", sffn_glu_width=40)
-    config = model.memory_config
+    (config,) = model.memory_configs.values()
     assert model.decoder.layers[0].fc2.in_features == config.block_size == 40
     assert (config.glu, config.num_blocks, config.active_blocks) == ("gelu", 16, 1)
 
@@ -124,7 +125,8 @@ def test_translation_models_are_gated_on_both_sides(selector: str) -> None:
     whole.load_state_dict(as_sparse(half.state_dict(), whole))
     for side in (half.encoder, half.decoder):
         assert isinstance(side.layers[0].fc1, GatedLinear)
-        assert side.layers[0].fc2.in_features == side.memory_config.num_cells == GATED_WIDTH
+        (config,) = side.memory_configs.values()
+        assert side.layers[0].fc2.in_features == config.num_cells == GATED_WIDTH
     source = translation.padded([random_tokens(6), random_tokens(4)], left=True)
     target = translation.padded([random_tokens(5), random_tokens(3)], left=False)
     outputs = [translation.call(model, source, target)[0] for model in (half, whole)]

@@ -80,7 +80,8 @@ def test_every_numeric_flag_of_training(choice: str) -> None:
 NOT_IN_THE_TABLE = {
     # The memory of a sparse layer or the criterion checks these, as they are also used without
     # fairseq's commands.
-    *("sffn_expansion", "sffn_block_size", "sffn_active_blocks", "sffn_freq"),
+    *("sffn_expansion", "sffn_block_size", "sffn_active_blocks", "sffn_shared_blocks"),
+    *("sffn_freq", "sffn_glu_width"),
     *("sffn_capacity_factor", "sffn_eval_capacity_factor", "sffn_init_scale"),
     *("sffn_value_lr_scale", "sffn_route_scale", "sffn_expert_parallel"),
     *(
