@@ -96,8 +96,8 @@ def choose_pkm(inputs: Inputs) -> Choice:
         return Choice(blocks, lambda n, a, cell: _activation(config, selected(n, a)), scores)
     coefficients = []
     for n in range(len(blocks)):
-        exps = [torch.exp(selected(n, a)) for a in range(config.active_blocks)]
-        heads = [exps[a % num_heads :: num_heads] for a in range(config.active_blocks)]
+        exps = [torch.exp(selected(n, a)) for a in range(config.routed.active_blocks)]
+        heads = [exps[a % num_heads :: num_heads] for a in range(config.routed.active_blocks)]
         coefficients.append([e / sum(head) for e, head in zip(exps, heads, strict=True)])
     return Choice(blocks, lambda n, a, cell: coefficients[n][a], scores, coefficients=coefficients)
 
@@ -117,7 +117,7 @@ def choose_hash_layer(inputs: Inputs) -> Choice:
     table, config = inputs.memory.selector.table.tolist(), inputs.memory.config.routed
     if config.selector_options.table == "bigram":
         blocks = [
-            [(table[0][before] + table[1][current]) % config.num_blocks]
+            [(table[0][before] + table[1][current]) % config.routed.num_blocks]
             for before, current in inputs.ids_NT.tolist()
         ]
     else:
@@ -128,7 +128,7 @@ def choose_hash_layer(inputs: Inputs) -> Choice:
 def choose_switch(inputs: Inputs) -> Choice:
     router, config = inputs.memory.selector.router, inputs.memory.config.routed
     scores = [[[(x_D * row_D).sum() for row_D in router]] for x_D in inputs.x_ND]
-    blocks = [_best(row[0], config.active_blocks) for row in scores]
+    blocks = [_best(row[0], config.routed.active_blocks) for row in scores]
     return Choice(blocks, _hidden(inputs, _pre_activations(inputs)), scores)
 
 
@@ -173,9 +173,9 @@ def choose_aoe(inputs: Inputs) -> Choice:
         pre = _dot(low(n, i), selector.up[i, within])
         return _activation(config, pre if selector.bias is None else pre + selector.bias[i, within])
 
-    every = range(config.num_blocks)
+    every = range(config.routed.num_blocks)
     norms = [[torch.sqrt(_dot(low(n, i), low(n, i))) for i in every] for n in range(len(x_ND))]
-    blocks = [_best(row, config.active_blocks) for row in norms]
+    blocks = [_best(row, config.routed.active_blocks) for row in norms]
     return Choice(blocks, hidden, [[row] for row in norms])
 
 
@@ -185,12 +185,12 @@ def choose_sigma_moe(inputs: Inputs) -> Choice:
         return choice
     with torch.random.fork_rng():
         torch.set_rng_state(inputs.rng)
-        draws = torch.rand(config.num_blocks).tolist()
-    by_draw = sorted(range(config.num_blocks), key=lambda i: -draws[i])
+        draws = torch.rand(config.routed.num_blocks).tolist()
+    by_draw = sorted(range(config.routed.num_blocks), key=lambda i: -draws[i])
     dropout = config.selector_options.expert_dropout
-    left = {i for i in by_draw if draws[i] >= dropout} | set(by_draw[: config.active_blocks])
+    left = {i for i in by_draw if draws[i] >= dropout} | set(by_draw[: config.routed.active_blocks])
     blocks = [
-        [i for i in _best(row, config.num_blocks) if i in left][: config.active_blocks]
+        [i for i in _best(row, config.routed.num_blocks) if i in left][: config.routed.active_blocks]
         for (row,) in choice.scores
     ]
     return choice._replace(blocks=blocks)
@@ -229,10 +229,10 @@ def _best_by_cells(
 ) -> Choice:
     config = inputs.memory.config.routed
     scores = [
-        [[aggregate([pre(n, cell) for cell in cells(config, i)]) for i in range(config.num_blocks)]]
+        [[aggregate([pre(n, cell) for cell in cells(config, i)]) for i in range(config.routed.num_blocks)]]
         for n in range(len(inputs.x_ND))
     ]
-    blocks = [_best(row[0], config.active_blocks) for row in scores]
+    blocks = [_best(row[0], config.routed.active_blocks) for row in scores]
     return Choice(blocks, _hidden(inputs, pre), scores)
 
 
