@@ -127,7 +127,7 @@ def test_training(
 def test_missing_selector(data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(commands.OF_MODEL, "sffn")
     line = refused_training(data_bin, tmp_path, "sffn")
-    assert line == "--sffn-selector: is required by this model"
+    assert line == "--sffn-selector: is required by this model, or --sffn-layers"
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_wrong_input_is_refused_in_one_line(
     line = stopped.value.code
     assert isinstance(line, str) and "\n" not in line
     if reason is None:
-        assert line == "--sffn-selector: is required by this model"
+        assert line == "--sffn-selector: is required by this model, or --sffn-layers"
     else:
         assert line.startswith(f"{flags}: ") and reason in line
     assert capsys.readouterr() == ("", "")
