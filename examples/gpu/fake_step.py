@@ -64,7 +64,7 @@ def run(step: Step) -> Outcome:
     context = 2048 if step.size == "gpt3_medium" else 128
     arch = f"transformer_lm_{step.method}_{step.size}"
     model = build_language_model(arch, TYPES, context, step.flags.split())
-    criterion = build_criterion(Selector.registry[step.method].scores_blocks)
+    criterion = build_criterion(Selector.registry[step.method])
     with recorder.fake_cuda():
         try:
             recorder.to_cuda(model, dtype)
@@ -89,15 +89,15 @@ def run(step: Step) -> Outcome:
     return outcome
 
 
-def build_criterion(scores_blocks: bool) -> SFFNCrossEntropyCriterion:
-    """Build cross entropy, with balance and z losses if the model scores blocks."""
+def build_criterion(selector: type[Selector]) -> SFFNCrossEntropyCriterion:
+    """Build cross entropy, with the balance and z losses that the selector has."""
     dictionary = Dictionary()
     for i in range(TYPES - len(dictionary)):
         dictionary.add_symbol(f"w{i}")
     task = LanguageModelingTask(OmegaConf.create({}), dictionary)
-    weight = 0.01 if scores_blocks else 0.0
+    weight = 0.01 if selector.scores_blocks else 0.0
     config = SFFNCrossEntropyConfig(
-        balance_loss_weight=weight,
+        balance_loss_weight=weight if selector.selects_by_scores else 0.0,
         z_loss_weight=weight,
         sentence_avg=False,
         distributed_world_size=1,

@@ -29,6 +29,9 @@ MEMORIES = {
     "avgk_by_keys_alone": dict(
         block_size=4, active_blocks=4, selector=AvgK.Config(exclude_bias=True)
     ),
+    "avgk_averaged": dict(
+        block_size=4, active_blocks=4, gate="softmax", selector=AvgK.Config(key_ema=0.9)
+    ),
     "switch": dict(block_size=16, active_blocks=1),
     "rand_hash": dict(block_size=4, active_blocks=3, vocab_size=TYPES),
 }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fairseq_sffn.memory import MemoryOutput, ProductScores, Scores, SparseMemory
-from fairseq_sffn.memory.selectors import base_layer, vanilla_m
+from fairseq_sffn.memory.selectors import base_layer
 
 FLOOR = 1e-3
 """Smallest denominator of a tensor's relative error, as a share of the largest number of all
@@ -104,20 +104,15 @@ def forced(blocks_NA: Tensor) -> Iterator[list[float]]:
         losses.append(lost_N.max().item() if len(lost_N) else 0.0)
 
     def top(self: Scores, active_blocks: int) -> Tensor:
-        compare(self, plain[type(self)](self, active_blocks), blocks_NA)
-        return blocks_NA
-
-    def top_blocks(scores_nB: Tensor, active_blocks: int) -> Tensor:
         # Without losses some selectors score a few tokens at a time.
         nonlocal rest_nA
-        ours_nA, rest_nA = rest_nA.tensor_split([len(scores_nB)])
-        compare(Scores(scores_nB), scores_nB.topk(active_blocks).indices, ours_nA)
+        ours_nA, rest_nA = rest_nA.tensor_split([self.num_tokens])
+        compare(self, plain[type(self)](self, active_blocks), ours_nA)
         return ours_nA
 
     with (
         mock.patch.object(Scores, "top", top),
         mock.patch.object(ProductScores, "top", top),
-        mock.patch.object(vanilla_m, "top_blocks", top_blocks),
         mock.patch.object(base_layer, "balanced_assignment", lambda *_, **__: blocks_NA.squeeze(1)),
     ):
         yield losses
