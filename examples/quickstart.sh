@@ -14,9 +14,10 @@ cd "$(dirname "$0")/.."
 UPDATES=${QUICKSTART_UPDATES:-500}
 [[ $UPDATES =~ ^[1-9][0-9]*$ ]] ||
     { echo "QUICKSTART_UPDATES=$UPDATES: must be a positive whole number" >&2; exit 1; }
-# A validation and its save take as long as some ten updates.
+# Updates from one validation to the next: a validation takes as long as tens of updates, so a short
+# training validates no more often than one of 500 updates does.
 INTERVAL=$(((UPDATES + 5) / 6))
-INTERVAL=$((INTERVAL < 50 ? 50 : INTERVAL))
+INTERVAL=$((INTERVAL < 84 ? 84 : INTERVAL))
 # Any white space separates words. read fails at the end of its input.
 read -r -d '' -a MODELS <<<"${QUICKSTART_MODELS:-dense hash_layer switch avgk}" || true
 python -W ignore - "${MODELS[@]}" <<'END'

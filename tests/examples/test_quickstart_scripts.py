@@ -58,7 +58,7 @@ def report(ngram: ModuleType) -> ModuleType:
 # quickstart.sh
 
 
-@pytest.mark.parametrize(("updates", "interval"), [(500, 84), (300, 50), (100, 50), (1, 50)])
+@pytest.mark.parametrize(("updates", "interval"), [(600, 100), (500, 84), (100, 84), (1, 84)])
 def test_a_short_training_is_not_mostly_validation(
     updates: int, interval: int, tmp_path: Path
 ) -> None:
