@@ -109,8 +109,8 @@ class SparseMemory(MemoryTables):
 
         Raises:
             ValueError: a shape does not fit, token ids are missing or out of range, the forced
-                engine does not support these tables, or the selector returns no int64 blocks, no
-                scores for the gate, or scores of some blocks only.
+                engine does not support these tables, or the selector returns blocks that are not
+                int64, no scores although they are needed, or scores of some blocks only.
         """
         x_ND, token_ids_NT, valid_N = flatten_inputs(self.config, x, token_ids, padding_mask)
 
@@ -188,7 +188,7 @@ class SparseMemory(MemoryTables):
                 stack_over_tokens=self.groups.stack_over_tokens,
             )
         selection: Selection = self.selector(inputs)
-        check_selection(self.config, selection, self.groups.shards)
+        check_selection(self.config, selection, needs_scores, self.groups.shards)
         if gate is not None:
             assert selection.scores is not None
             weights_NA = gate.weights(selection.scores, selection.blocks)

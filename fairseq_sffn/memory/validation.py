@@ -165,21 +165,24 @@ def check_selector(config: MemoryConfig, selector: nn.Module) -> None:
         raise ConfigError("selector", config.selector_class.name, reason)
 
 
-def check_selection(config: MemoryConfig, selection: Selection, shards: int) -> None:
+def check_selection(
+    config: MemoryConfig, selection: Selection, needs_scores: bool, shards: int
+) -> None:
     """Raise ConfigError if a selector did not return what the memory needs.
 
     Args:
         config: of the memory.
         selection: what the selector returned.
+        needs_scores: whether the gate, the losses or the balancer read its scores.
         shards: number of ranks over which the blocks are sharded.
     """
     name, scores, blocks = config.selector_class.name, selection.scores, config.routed_blocks
     if selection.blocks.dtype != torch.int64:
         reason = f"returned blocks of dtype {selection.blocks.dtype}; must be torch.int64"
         raise ConfigError("selector", name, reason)
-    if scores is None and config.gate_name != "none":
-        reason = f"{name} returned no scores to weigh the blocks by (Selection.scores)"
-        raise ConfigError("gate", config.gate_name, reason)
+    if scores is None and needs_scores and config.selector_class.scores_blocks:
+        reason = "returned no scores, which gates and losses need, and its scores_blocks is True"
+        raise ConfigError("selector", name, reason)
     if scores is not None and scores.num_blocks != blocks:
         reason = (
             f"{name} scores {scores.num_blocks} of {blocks} blocks: a rank has the keys of its own "

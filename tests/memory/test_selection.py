@@ -256,14 +256,20 @@ def test_num_params_is_the_number_of_trained_parameters(declared, refused, devic
 
 
 @pytest.mark.parametrize(
-    ("dtype", "gate", "message"),
+    ("dtype", "gate", "losses", "message"),
     [
-        (torch.int32, "none", r"^selector returning: returned blocks of dtype torch\.int32; must"),
-        (torch.int64, "softmax", "^gate softmax: returning returned no scores to weigh"),
-        (torch.int64, "none", None),
+        (
+            torch.int32,
+            "none",
+            False,
+            r"returned blocks of dtype torch\.int32; must be torch\.int64",
+        ),
+        (torch.int64, "softmax", False, "returned no scores, which gates and losses need"),
+        (torch.int64, "none", True, "returned no scores, which gates and losses need"),
+        (torch.int64, "none", False, None),
     ],
 )
-def test_what_a_selector_returns_is_checked(dtype, gate, message):
+def test_what_a_selector_returns_is_checked(dtype, gate, losses, message):
     class Returning(Selector):
         name = "returning"
 
@@ -272,10 +278,10 @@ def test_what_a_selector_returns_is_checked(dtype, gate, message):
 
     memory = build(selector="returning", active_blocks=1, gate=gate)
     if message is None:
-        assert memory(tokens(2)[0]).balance_loss is None
+        assert memory(tokens(2)[0], losses=losses).balance_loss is None
         return
-    with pytest.raises(ConfigError, match=message) as caught:
-        memory(tokens(2)[0])
+    with pytest.raises(ConfigError, match=f"^selector returning: {message}") as caught:
+        memory(tokens(2)[0], losses=losses)
     assert "\n" not in str(caught.value)
 
 
