@@ -113,7 +113,7 @@ def test_a_balanced_table_needs_counts():
     with pytest.raises(
         ConfigError, match=r"^table balanced: needs .*\(MemoryConfig\.token_counts\)$"
     ):
-        build(selector=BALANCED, active_blocks=1)
+        build(selector=BALANCED, active_blocks=1, token_counts=None)
 
 
 def test_a_memory_takes_its_table_from_the_counts():
