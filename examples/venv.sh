@@ -1,5 +1,10 @@
-# Sourced by the shell scripts of examples/ and tests/ with the project root as the working directory:
-# makes .venv if it is not there or its requirements changed, and activates it.
+# Sourced by the shell scripts of examples/ and tests/, or by hand, from any folder: makes .venv in this
+# project's root if it is not there or its requirements changed, and activates it. If that fails, the
+# status is not 0 and nothing is activated. Shells other than bash source it in the root.
+
+project_root() {
+    CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]:-examples/venv.sh}")/.." && pwd
+}
 
 python_for_venv() {
     for candidate in python3.11 python3.12 python3; do
@@ -14,22 +19,22 @@ python_for_venv() {
     return 1
 }
 
-make_venv() {
-    if cat examples/requirements.txt setup.py | cmp -s - .venv/made-from.txt; then return; fi
+# The steps are joined by &&: the shell that sources this file need not have set -e.
+make_venv() (
+    cd -- "$1" || exit
+    if cat examples/requirements.txt setup.py | cmp -s - .venv/made-from.txt; then exit; fi
     echo "making .venv (two minutes, once)"
-    local python
-    python=$(python_for_venv)
-    [ -x .venv/bin/python ] || "$python" -m venv .venv
-    local pip=(.venv/bin/python -m pip --disable-pip-version-check)
+    python=$(python_for_venv) || exit
+    pip=(.venv/bin/python -m pip --disable-pip-version-check)
     # ve-fairseq is installed without its dependencies, as torchaudio must not be installed
-    # (requirements.txt says why).
-    "${pip[@]}" install --quiet --requirement <(grep -v '^ve-fairseq==' examples/requirements.txt)
-    "${pip[@]}" install --quiet --no-deps --requirement examples/requirements.txt
-    "${pip[@]}" -qq uninstall --yes torchaudio
-    "${pip[@]}" install --quiet --no-deps --no-build-isolation --editable .
-    # This is the last step, so that an interrupted installation is repeated.
-    cat examples/requirements.txt setup.py >.venv/made-from.txt
-}
+    # (requirements.txt says why). made-from.txt is written last, so that an interrupted installation
+    # is repeated.
+    { [ -x .venv/bin/python ] || "$python" -m venv .venv; } &&
+        "${pip[@]}" install --quiet --requirement <(grep -v '^ve-fairseq==' examples/requirements.txt) &&
+        "${pip[@]}" install --quiet --no-deps --requirement examples/requirements.txt &&
+        "${pip[@]}" -qq uninstall --yes torchaudio &&
+        "${pip[@]}" install --quiet --no-deps --no-build-isolation --editable . &&
+        cat examples/requirements.txt setup.py >.venv/made-from.txt
+)
 
-make_venv
-. .venv/bin/activate
+make_venv "$(project_root)" && . "$(project_root)/.venv/bin/activate"

@@ -143,6 +143,9 @@ class Selector(nn.Module):
 
     Args:
         config: the memory's sizes; ``config.selector_options`` has the selector's own options.
+
+    Raises:
+        TypeError: a class is defined with the name of another selector.
     """
 
     registry: ClassVar[dict[str, type[Selector]]] = {}
@@ -173,6 +176,10 @@ class Selector(nn.Module):
         super().__init_subclass__()
         if "name" not in cls.__dict__:  # an abstract class between Selector and its methods
             return
+        if (other := cls.registry.get(cls.name)) is not None:
+            new, old = (f"{each.__module__}.{each.__qualname__}" for each in (cls, other))
+            if new != old:  # a module that is loaded again may replace its own class
+                raise TypeError(f"{new}: the name {cls.name} belongs to the selector {old}")
         if "flag_prefix" not in cls.__dict__:
             cls.flag_prefix = cls.name.replace("_", "-")
         if "Config" not in cls.__dict__:

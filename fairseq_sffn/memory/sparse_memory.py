@@ -26,7 +26,7 @@ from .scores import Split
 from .selection import Selection, SelectorInput
 from .tables import MemoryTables
 from .usage import Usage, block_importance, score_statistics
-from .validation import ConfigError
+from .validation import check_selection, check_selector
 
 
 class MemoryOutput(NamedTuple):
@@ -59,6 +59,9 @@ class SparseMemory(MemoryTables):
         config: sizes and choices.
         groups: the ranks that share its tokens and blocks; none by default.
 
+    Raises:
+        ConfigError: ``num_params`` of the selector is not the number of its parameters.
+
     Attributes:
         selector: the module that selects blocks among those that are not shared.
         balancer: the biases that balance the load, and the load of an update.
@@ -71,6 +74,7 @@ class SparseMemory(MemoryTables):
         self.selector: nn.Module = nn.Identity()  # if all blocks are shared
         if config.routed_blocks:
             self.selector = config.selector_class(config.routed)
+            check_selector(config, self.selector)
         function = score_function(config.gate_name)
         rate = config.balance_rate if config.routed_blocks else 0.0
         self.balancer = Balancer(config.routed_blocks, rate, function)
@@ -105,7 +109,8 @@ class SparseMemory(MemoryTables):
 
         Raises:
             ValueError: a shape does not fit, token ids are missing or out of range, the forced
-                engine does not support these tables, or the selector does not score all blocks.
+                engine does not support these tables, or the selector returns blocks that are not
+                int64, no scores although they are needed, or scores of some blocks only.
         """
         x_ND, token_ids_NT, valid_N = flatten_inputs(self.config, x, token_ids, padding_mask)
 
@@ -183,14 +188,7 @@ class SparseMemory(MemoryTables):
                 stack_over_tokens=self.groups.stack_over_tokens,
             )
         selection: Selection = self.selector(inputs)
-        num_blocks = self.config.routed_blocks
-        if selection.scores is not None and selection.scores.num_blocks != num_blocks:
-            raise ConfigError(
-                *("shards", self.groups.shards),
-                f"{self.config.selector_class.name} scores {selection.scores.num_blocks} of "
-                f"{num_blocks} blocks: a rank has the keys of its own blocks, so the "
-                "selector has to gather what it computes of them (SelectorInput.gather)",
-            )
+        check_selection(self.config, selection, needs_scores, self.groups.shards)
         if gate is not None:
             assert selection.scores is not None
             weights_NA = gate.weights(selection.scores, selection.blocks)

@@ -6,11 +6,12 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from .activations import ACTIVATIONS, GATED
 from .compute import ENGINES, NATIVE
 from .gate import GATES
-from .selection import Selector, SelectorConfig
+from .selection import Selection, Selector, SelectorConfig
 
 if TYPE_CHECKING:
     from .config import MemoryConfig
@@ -149,3 +150,42 @@ def _check_shared_blocks(config: MemoryConfig) -> None:
             f"leaves none of the {active} active blocks to the other {config.routed_blocks} blocks"
         )
         raise ConfigError("shared_blocks", shared, reason)
+
+
+def check_selector(config: MemoryConfig, selector: nn.Module) -> None:
+    """Raise ConfigError if ``Selector.num_params`` does not tell the size of a selector.
+
+    Args:
+        config: of the memory.
+        selector: the selector of its routed blocks. Its parameters may be on the meta device.
+    """
+    trained = sum(each.numel() for each in selector.parameters() if each.requires_grad)
+    if (declared := config.selection_params()) != trained:
+        reason = f"has {trained:,} trained parameters, but its num_params returns {declared:,}"
+        raise ConfigError("selector", config.selector_class.name, reason)
+
+
+def check_selection(
+    config: MemoryConfig, selection: Selection, needs_scores: bool, shards: int
+) -> None:
+    """Raise ConfigError if a selector did not return what the memory needs.
+
+    Args:
+        config: of the memory.
+        selection: what the selector returned.
+        needs_scores: whether the gate, the losses or the balancer read its scores.
+        shards: number of ranks over which the blocks are sharded.
+    """
+    name, scores, blocks = config.selector_class.name, selection.scores, config.routed_blocks
+    if selection.blocks.dtype != torch.int64:
+        reason = f"returned blocks of dtype {selection.blocks.dtype}; must be torch.int64"
+        raise ConfigError("selector", name, reason)
+    if scores is None and needs_scores and config.selector_class.scores_blocks:
+        reason = "returned no scores, which gates and losses need, and its scores_blocks is True"
+        raise ConfigError("selector", name, reason)
+    if scores is not None and scores.num_blocks != blocks:
+        reason = (
+            f"{name} scores {scores.num_blocks} of {blocks} blocks: a rank has the keys of its own "
+            "blocks, so the selector has to gather what it computes of them (SelectorInput.gather)"
+        )
+        raise ConfigError("shards", shards, reason)

@@ -242,7 +242,8 @@ class SparseOptions(FairseqDataclass):
         default=1.0,
         metadata={
             "help": "learning rate of the value tables, in multiples of the learning rate; needs "
-            "an optimizer that ignores the scale of gradients, such as Adam"
+            "an optimizer that ignores the scale of gradients and tables, such as Adam (not sgd, "
+            "nag, lamb, or adafactor with --scale-parameter)"
         },
     )
     sffn_expert_parallel: int = field(

@@ -1,4 +1,4 @@
-"""Checks of a command's options before any work. This package does not change fairseq.
+"""Checks of a command's options before the first update. This package does not change fairseq.
 
 - :mod:`.ranges`: the range of each number.
 - :mod:`.relations`: conditions on an option that depend on other options.

@@ -14,6 +14,9 @@ from ..models.plugin_model import PluginModel
 
 logger = logging.getLogger(__name__)
 
+SCALE_DEPENDENT = ("sgd", "nag", "lamb", "adafactor --scale-parameter")
+"""Optimizers whose steps depend on the scale of gradients or of parameters."""
+
 
 def check_options(cfg: Any, model: PluginModel) -> None:
     """Refuse options of fairseq with which training would give a useless model.
@@ -37,6 +40,32 @@ def check_options(cfg: Any, model: PluginModel) -> None:
                 f"--{side}-layers-to-keep {kept}: is for a trained model, as in --model-overrides "
                 f"\"{{'{side}_layers_to_keep': '{kept}'}}\"; a training's checkpoints would be "
                 "pruned whenever they are loaded"
+            )
+    check_value_lr_scale(cfg.optimizer, model)
+
+
+def check_value_lr_scale(options: Any, model: PluginModel) -> None:
+    """Refuse ``--sffn-value-lr-scale`` with an optimizer that does not follow it.
+
+    A value table is stored divided by the factor, so its gradients are multiplied by it. A step
+    that does not depend on the scale of gradients then changes the values by the factor. SGD's
+    step grows with the gradients. A step in proportion to the norm of the table cancels the factor.
+
+    Args:
+        options: options of the optimizer; ``None``: unknown.
+        model: the model.
+
+    Raises:
+        UsageError: the optimizer is one of these.
+    """
+    name = str(getattr(options, "_name", None) or "")
+    if name == "adafactor" and getattr(options, "scale_parameter", False):
+        name += " --scale-parameter"
+    for config in model.memory_configs.values():
+        if config.value_lr_scale != 1 and name in SCALE_DEPENDENT:
+            raise UsageError(
+                f"--sffn-value-lr-scale {config.value_lr_scale}: not with --optimizer {name}; it "
+                "needs steps that do not depend on the scale of gradients and tables, as Adam's"
             )
 
 

@@ -1,4 +1,5 @@
-"""The scripts of examples/quickstart on small synthetic data, in process."""
+"""examples/quickstart.sh with programs that do nothing, and the scripts of examples/quickstart on
+small synthetic data, in process."""
 
 from __future__ import annotations
 
@@ -7,7 +8,10 @@ import itertools
 import json
 import lzma
 import math
+import os
 import random
+import shutil
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -49,6 +53,38 @@ def report(ngram: ModuleType) -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "ngram", ngram)
         return load_script("report")
+
+
+# quickstart.sh
+
+
+@pytest.mark.parametrize(("updates", "interval"), [(600, 100), (500, 84), (100, 84), (1, 84)])
+def test_a_short_training_is_not_mostly_validation(
+    updates: int, interval: int, tmp_path: Path
+) -> None:
+    (tmp_path / "examples" / "quickstart").mkdir(parents=True)
+    (tmp_path / "examples" / "venv.sh").touch()
+    for name in ("quickstart.sh", "requirements.txt", "quickstart/prepare.py"):
+        shutil.copy(SCRIPTS.parent / name, tmp_path / "examples" / name)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("python", "fairseq-preprocess", "fairseq-train", "fairseq-eval-lm"):
+        (programs / name).write_text("#!/bin/sh\ncat >/dev/null\n")
+        (programs / name).chmod(0o755)
+    subprocess.run(
+        ["bash", tmp_path / "examples" / "quickstart.sh"],
+        env={
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "QUICKSTART_UPDATES": str(updates),
+            "QUICKSTART_MODELS": "dense avgk",
+        },
+        stdin=subprocess.DEVNULL,
+        check=True,
+    )
+    for model in ("dense", "avgk"):
+        command = (tmp_path / "runs" / "quickstart" / model / "command.txt").read_text()
+        assert f" --max-update {updates} " in command
+        assert f" --save-interval-updates {interval} " in command
 
 
 # prepare.py

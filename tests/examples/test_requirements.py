@@ -124,6 +124,35 @@ def test_the_support_page_has_the_table_of_versions() -> None:
     assert rows == table_of_versions()
 
 
+def copied_project(tmp_path: Path) -> Path:
+    """Copy what examples/venv.sh reads into a project of its own."""
+    project = tmp_path / "project"
+    for name in ("setup.py", "examples/requirements.txt", "examples/venv.sh"):
+        (project / name).parent.mkdir(exist_ok=True, parents=True)
+        shutil.copy(ROOT / name, project / name)
+    return project
+
+
+def in_bash(
+    command: str, programs: Path, cwd: Path, *needed: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in bash with some of this machine's programs, and those of a folder."""
+    for name in ("cat", "cmp", "dirname", *needed):
+        (programs / name).symlink_to(str(shutil.which(name)))
+    return subprocess.run(
+        [str(shutil.which("bash")), "-c", command],
+        cwd=cwd,
+        env={"PATH": str(programs)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def write_program(path: Path, text: str) -> None:
+    path.write_text(f"#!{shutil.which('bash')}\n{text}\n")
+    path.chmod(0o755)
+
+
 @pytest.mark.parametrize(
     ("found", "chosen"),
     [
@@ -135,33 +164,57 @@ def test_the_support_page_has_the_table_of_versions() -> None:
 )
 def test_python_for_venv(found: list[str], chosen: str | None, tmp_path: Path) -> None:
     """An existing environment is activated, so only the function is run."""
-    for name in ("setup.py", "examples/requirements.txt", "examples/venv.sh"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "activate").touch()
+    project, pythons = copied_project(tmp_path), tmp_path / "pythons"
+    (project / ".venv" / "bin").mkdir(parents=True)
+    (project / ".venv" / "bin" / "activate").touch()
     parts = ("examples/requirements.txt", "setup.py")
-    made_from = "".join((tmp_path / name).read_text() for name in parts)
-    (tmp_path / ".venv" / "made-from.txt").write_text(made_from)
+    made_from = "".join((project / name).read_text() for name in parts)
+    (project / ".venv" / "made-from.txt").write_text(made_from)
 
-    pythons = tmp_path / "pythons"
     pythons.mkdir()
-    for name in ("cat", "cmp"):
-        (pythons / name).symlink_to(str(shutil.which(name)))
     for version in found:
-        python = pythons / f"python{version}"
         info = f"import sys; sys.version_info = {tuple(map(int, version.split('.')))}"
-        python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{info}; $2"\n')
-        python.chmod(0o755)
-    result = subprocess.run(
-        [str(shutil.which("bash")), "-c", ". examples/venv.sh && python_for_venv"],
-        cwd=tmp_path,
-        env={"PATH": str(pythons)},
-        capture_output=True,
-        text=True,
-    )
+        text = f'exec {sys.executable} -c "{info}; $2"'
+        write_program(pythons / f"python{version}", text)
+    result = in_bash(". examples/venv.sh && python_for_venv", pythons, project)
     if chosen:
         assert result.stdout == f"{chosen}\n", result.stderr
     else:
         assert result.returncode == 1
         assert result.stderr.startswith("no Python 3.11 or 3.12 on PATH")
+
+
+@pytest.mark.parametrize("options", ["", "set -euo pipefail; "])
+@pytest.mark.parametrize("failing", [None, "-m venv", "--requirement", "uninstall", "--editable"])
+def test_the_environment_is_that_of_the_script(
+    failing: str | None, options: str, tmp_path: Path
+) -> None:
+    """From another folder, in a shell with and without ``set -e``. A step that fails is the last
+    one, and nothing is activated."""
+    project, pythons, elsewhere = copied_project(tmp_path), tmp_path / "bin", tmp_path / "elsewhere"
+    pythons.mkdir()
+    elsewhere.mkdir()
+    program = f"""echo "$*" >>{tmp_path}/called.txt
+case "$*" in *"{failing}"*) exit 3 ;; esac
+if [ "$1 $2" = "-m venv" ]; then
+    mkdir -p "$3/bin"
+    cp "$0" "$3/bin/python"
+    echo 'echo "activated in $PWD"' >"$3/bin/activate"
+fi"""
+    write_program(pythons / "python3.11", program)
+    result = in_bash(
+        f"{options}. ../project/examples/venv.sh", pythons, elsewhere, "mkdir", "cp", "grep"
+    )
+    calls = (tmp_path / "called.txt").read_text().splitlines()
+    assert not list(elsewhere.iterdir())
+    if failing is None:
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.splitlines()[-1] == f"activated in {elsewhere}"
+        assert calls[-1].endswith("--editable .")
+        made_from = (project / "examples" / "requirements.txt").read_text()
+        made_from += (project / "setup.py").read_text()
+        assert (project / ".venv" / "made-from.txt").read_text() == made_from
+    else:
+        assert result.returncode != 0 and "activated" not in result.stdout
+        assert failing in calls[-1]
+        assert not (project / ".venv" / "made-from.txt").exists()

@@ -190,7 +190,9 @@ def choose_sigma_moe(inputs: Inputs) -> Choice:
     dropout = config.selector_options.expert_dropout
     left = {i for i in by_draw if draws[i] >= dropout} | set(by_draw[: config.routed.active_blocks])
     blocks = [
-        [i for i in _best(row, config.routed.num_blocks) if i in left][: config.routed.active_blocks]
+        [i for i in _best(row, config.routed.num_blocks) if i in left][
+            : config.routed.active_blocks
+        ]
         for (row,) in choice.scores
     ]
     return choice._replace(blocks=blocks)
@@ -229,7 +231,12 @@ def _best_by_cells(
 ) -> Choice:
     config = inputs.memory.config.routed
     scores = [
-        [[aggregate([pre(n, cell) for cell in cells(config, i)]) for i in range(config.routed.num_blocks)]]
+        [
+            [
+                aggregate([pre(n, cell) for cell in cells(config, i)])
+                for i in range(config.routed.num_blocks)
+            ]
+        ]
         for n in range(len(inputs.x_ND))
     ]
     blocks = [_best(row[0], config.routed.active_blocks) for row in scores]

@@ -46,6 +46,19 @@ def test_the_example_selects_by_angle(registry: None) -> None:
     torch.testing.assert_close(selected.scores.logits, cosines / 0.5, rtol=1e-4, atol=1e-5)
 
 
+def test_the_table_has_every_attribute_of_a_selector() -> None:
+    """``name``, ``flag_prefix``, ``Config`` and ``forward`` are in the example."""
+    section = README.split("## Add a selection method")[1].split("## Engines")[0]
+    rows = re.findall(r"^\| `(\w+)(\(\w+\))?` \| (.*?) \| .* \| .* \|$", section, re.M)
+    shown = {"registry", "name", "flag_prefix", "Config", "forward"}
+    members = {*vars(Selector), *Selector.__annotations__} - shown
+    assert {name for name, *_ in rows} == {each for each in members if not each.startswith("_")}
+    for name, parameters, default in rows:
+        value = getattr(Selector, name)
+        assert bool(parameters) == callable(value)
+        assert callable(value) or eval(default.strip("`")) == value
+
+
 def test_the_table_has_every_engine_and_the_text_every_selector() -> None:
     assert re.findall(r"^\| `(\w+)` \| .* \| .* \|$", README.split("## Engines")[1], re.M) == [
         *("native_loop", "loop", "native_embedding_bag", "embedding_bag"),

@@ -8,6 +8,7 @@ from torch import nn
 
 from fairseq_sffn.memory import MemoryConfig, Selection, Selector, SelectorConfig, SparseMemory
 from fairseq_sffn.memory.scores import Scores
+from fairseq_sffn.memory.validation import ConfigError
 from tests.memory.cases import CPU_ENGINES, build, close, tokens
 
 
@@ -222,6 +223,66 @@ def test_a_helper_without_a_name_is_not_registered():
     assert Selector.registry == {**before, "first": First, "second": Second}
     assert First.Config is not Second.Config
     assert First.Config().selector_class is First
+
+
+def test_a_name_belongs_to_one_selector():
+    avgk = Selector.registry["avgk"]
+    with pytest.raises(TypeError, match=r"Other: the name avgk belongs to .*\.avgk\.AvgK$"):
+
+        class Other(Selector):
+            name = "avgk"
+
+    assert Selector.registry["avgk"] is avgk is avgk.Config.selector_class
+
+
+def test_a_module_that_is_loaded_again_replaces_its_selector():
+    first, second = define_own_keys("own"), define_own_keys("own")
+    assert Selector.registry["own_keys"] is second is not first
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(("declared", "refused"), [(0, True), (64 * 8, False), (64 * 8 + 3, True)])
+def test_num_params_is_the_number_of_trained_parameters(declared, refused, device):
+    selector = define_own_keys("own")
+    selector.num_params = classmethod(lambda cls, config: declared)
+    config = MemoryConfig(8, 64, 1, 4, selector="own_keys")
+    message = f"^selector own_keys: has 512 trained parameters, but its num_params.* {declared}$"
+    with torch.device(device):
+        if refused:
+            with pytest.raises(ConfigError, match=message):
+                SparseMemory(config)
+        else:
+            assert SparseMemory(config).selector.sub_keys.device.type == device
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gate", "losses", "message"),
+    [
+        (
+            torch.int32,
+            "none",
+            False,
+            r"returned blocks of dtype torch\.int32; must be torch\.int64",
+        ),
+        (torch.int64, "softmax", False, "returned no scores, which gates and losses need"),
+        (torch.int64, "none", True, "returned no scores, which gates and losses need"),
+        (torch.int64, "none", False, None),
+    ],
+)
+def test_what_a_selector_returns_is_checked(dtype, gate, losses, message):
+    class Returning(Selector):
+        name = "returning"
+
+        def forward(self, inputs):
+            return Selection(torch.zeros(len(inputs.x), 1, dtype=dtype))
+
+    memory = build(selector="returning", active_blocks=1, gate=gate)
+    if message is None:
+        assert memory(tokens(2)[0], losses=losses).balance_loss is None
+        return
+    with pytest.raises(ConfigError, match=f"^selector returning: {message}") as caught:
+        memory(tokens(2)[0], losses=losses)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_unfinished_selector_says_so():

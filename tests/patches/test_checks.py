@@ -10,7 +10,7 @@ from torch import nn
 
 from fairseq_sffn.errors import UsageError
 from fairseq_sffn.models.plugin_model import plugin_model_in
-from fairseq_sffn.patches.checks import check_options
+from fairseq_sffn.patches.checks import check_options, check_value_lr_scale
 from tests import commands
 from tests.models.small_lm import small_lm
 
@@ -62,6 +62,13 @@ ADAPTIVE = ("--no-share-decoder-input-output-embed", "--adaptive-softmax-cutoff"
             *("mixed", "--sffn-layers hash_layer:0,switch:1,base/gate=none:2"),
             "--sffn-gate none: leaves the router of base .* add --balance-loss-weight$",
         ),
+        *(
+            (
+                *("avgk", f"--sffn-value-lr-scale 2 --optimizer {optimizer}"),
+                f"^--sffn-value-lr-scale 2.0: not with --optimizer {optimizer}; it needs steps",
+            )
+            for optimizer in ("sgd", "nag", "adafactor --scale-parameter")
+        ),
         ("avgk", "--decoder-layers-to-keep 0,1", "--decoder-layers-to-keep 0,1: is for a trained"),
         ("dense", "--decoder-layers-to-keep 0", "--decoder-layers-to-keep 0: is for a trained"),
         ("avgk", " ".join((*SMOOTHED, *ADAPTIVE)), "not with --adaptive-softmax-cutoff"),
@@ -96,6 +103,11 @@ def test_refused(model: str, flags: str, message: str, data_bin: Path, tmp_path:
         ("lorkm", "--sffn-gate none"),  # its keys are also those of the cells
         ("avgk", "--sffn-gate none --criterion cross_entropy"),
         ("dense", " ".join(ADAPTIVE)),
+        ("avgk", "--sffn-value-lr-scale 1 --optimizer sgd"),
+        *(
+            ("avgk", f"--sffn-value-lr-scale 2 --optimizer {optimizer}")
+            for optimizer in ("adam", "adamax", "adagrad", "adadelta", "adafactor", "sffn_adam")
+        ),
     ],
 )
 def test_not_refused(model: str, flags: str, data_bin: Path, tmp_path: Path) -> None:
@@ -105,11 +117,27 @@ def test_not_refused(model: str, flags: str, data_bin: Path, tmp_path: Path) -> 
 
 def test_quantization_is_for_models_without_sparse_layers() -> None:
     cfg = SimpleNamespace(
-        common=SimpleNamespace(quantization_config_path="q.yaml"), model=SimpleNamespace()
+        common=SimpleNamespace(quantization_config_path="q.yaml"),
+        model=SimpleNamespace(),
+        optimizer=None,
     )
     check_options(cfg, small_lm("dense"))
     with pytest.raises(UsageError, match=r"^--quantization-config-path q\.yaml: "):
         check_options(cfg, small_lm("avgk"))
+
+
+@pytest.mark.parametrize("options", [SimpleNamespace(_name="lamb"), None])
+def test_the_factor_of_value_steps_is_not_for_lamb(options: Any) -> None:
+    """LAMB itself needs a GPU."""
+    check_value_lr_scale(options, small_lm("avgk"))
+    model = small_lm("avgk", sffn_value_lr_scale=2.0)
+    if options is None:
+        check_value_lr_scale(options, model)
+        return
+    with pytest.raises(
+        UsageError, match=r"^--sffn-value-lr-scale 2\.0: not with --optimizer lamb;"
+    ):
+        check_value_lr_scale(options, model)
 
 
 def test_a_wrapped_model_is_found() -> None:

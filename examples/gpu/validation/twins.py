@@ -103,11 +103,11 @@ def forced(blocks_NA: Tensor) -> Iterator[list[float]]:
         lost_N = (best_NA - ours_NA).sum(dim=1) / best_NA.abs().sum(dim=1).clamp(min=1e-30)
         losses.append(lost_N.max().item() if len(lost_N) else 0.0)
 
-    def top(self: Scores, active_blocks: int) -> Tensor:
+    def top(self: Scores, active_blocks: int, *bias: Any) -> Tensor:
         # Without losses some selectors score a few tokens at a time.
         nonlocal rest_nA
         ours_nA, rest_nA = rest_nA.tensor_split([self.num_tokens])
-        compare(self, plain[type(self)](self, active_blocks), ours_nA)
+        compare(self, plain[type(self)](self, active_blocks, *bias), ours_nA)
         return ours_nA
 
     with (

@@ -61,7 +61,8 @@ class HashLayer(Selector):
             raise ConfigError("active_blocks", config.active_blocks, "hash_layer uses one block")
         if config.selector_options.table == "balanced":
             if config.token_counts is None:
-                raise ConfigError("table", "balanced", "needs the counts of the tokens")
+                reason = "needs the counts of the tokens (MemoryConfig.token_counts)"
+                raise ConfigError("table", "balanced", reason)
             check_token_counts(config)
 
     def forward(self, inputs: SelectorInput) -> Selection:

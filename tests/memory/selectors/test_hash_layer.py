@@ -109,6 +109,13 @@ def test_ids_that_never_occur_are_spread(counts):
     assert torch.bincount(table_V[len(counts) :], minlength=2).min() > 0.4 * never
 
 
+def test_a_balanced_table_needs_counts():
+    with pytest.raises(
+        ConfigError, match=r"^table balanced: needs .*\(MemoryConfig\.token_counts\)$"
+    ):
+        build(selector=BALANCED, active_blocks=1, token_counts=None)
+
+
 def test_a_memory_takes_its_table_from_the_counts():
     counts = zipf(30)
     memory = build("hash_layer", selector=BALANCED, vocab_size=30, token_counts=counts)
