@@ -5,9 +5,6 @@ hold its blocks, once to a rank, however many of that rank's blocks it uses. Eac
 tokens that it received, and :func:`combine` returns the outputs and sums them by token. Nothing is
 dropped or padded to a capacity (as in Gale et al. 2022, arXiv 2211.15841). The communication
 pattern is that of Lepikhin et al. 2020 (arXiv 2006.16668, section 3.2), with uneven splits.
-
-Shapes: M ranks, P assignments of this rank's tokens, Q assignments received, R rows sent or
-received.
 """
 
 from __future__ import annotations
