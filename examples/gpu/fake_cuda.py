@@ -103,7 +103,7 @@ def cases(quick: bool) -> Iterator[Case]:
         *(("avgk", g, "silu", 2) for g in (64, 16, 1)),
         ("switch", 256, "gelu", 1),
         ("vanilla_m", 64, "silu", 1),
-        ("pkm_ffn", 1, "silu", 8),
+        ("pkm_ffn", 1, "silu", 0),
         ("pkm", 1, None, 8),
     ):
         for kind in KINDS:
