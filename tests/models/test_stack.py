@@ -166,9 +166,14 @@ def test_an_engine_that_cannot_compute_is_told_by_its_flag():
         model(random_tokens(2, 3))
 
 
-@pytest.mark.parametrize("method", ["switch", "hash_layer"])
-def test_skipped_layers_have_a_routing_of_zeros(method):
-    model = small_lm(method, decoder_layers=4, sffn_freq=1, decoder_layerdrop=0.5)
+SHARED = dict(sffn_active_blocks=2, sffn_shared_blocks=1, sffn_expansion=17)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("switch", {}), ("hash_layer", {}), ("switch", SHARED)]
+)
+def test_skipped_layers_have_a_routing_of_zeros(method, options):
+    model = small_lm(method, decoder_layers=4, sffn_freq=1, decoder_layerdrop=0.5, **options)
     ran: set[int] = set()
     for number in range(4):  # iterating over the layers drops some
         ffn = model.decoder.layers[number].fc1

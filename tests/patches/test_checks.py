@@ -32,6 +32,12 @@ ADAPTIVE = ("--no-share-decoder-input-output-embed", "--adaptive-softmax-cutoff"
             "--sffn-gate renormalized: leaves the router of switch",
         ),
         (
+            "switch",
+            "--balance-loss-weight 0 --sffn-gate renormalized --sffn-active-blocks 2 "
+            "--sffn-shared-blocks 1",
+            "--sffn-gate renormalized: leaves the router of switch",
+        ),
+        (
             *("switch", "--criterion cross_entropy --sffn-gate none"),
             "add --balance-loss-weight and --criterion sffn_cross_entropy$",
         ),

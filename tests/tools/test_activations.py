@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from fairseq_sffn.tools.activations import activation_bytes
+from fairseq_sffn.memory import SparseMemory
+from fairseq_sffn.tools.activations import activation_bytes, memory_bytes
 from tests.models.small_lm import METHODS
 from tests.tools.planned import LENGTH, TOKENS, WIDTH, lm, loss_and_kept_bytes
 
@@ -67,6 +68,14 @@ def test_activations_in_half_precision(method: str) -> None:
     measured = loss_and_kept_bytes(model)[1]
     parts = activation_bytes(model, TOKENS, LENGTH, 1, torch.bfloat16)
     assert sum(parts.values()) == pytest.approx(measured, rel=0.02)
+
+
+def test_shared_blocks_keep_x_where_the_others_are_sharded() -> None:
+    """Without a gate, only the dispatched rows are kept for the blocks of two ranks."""
+    memory = lm("avgk", sffn_shared_blocks=2).decoder.layers[1].fc1.memory
+    routed = SparseMemory(memory.config.routed)
+    whole, alone = (memory_bytes(m, TOKENS, 2, torch.float32) for m in (memory, routed))
+    assert whole - alone == TOKENS * (WIDTH + memory.config.shared_cells) * 4
 
 
 def test_dropout_keeps_masks() -> None:

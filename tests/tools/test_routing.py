@@ -40,10 +40,19 @@ def alone(model: Any, row: Tensor) -> list[list[int]]:
     return found[0].tolist()
 
 
-@pytest.mark.parametrize("method", ["avgk", "switch", "rand_hash", "mixed"])
-def test_routing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("avgk", {}),
+        ("avgk", {"sffn_shared_blocks": 2}),
+        ("switch", {}),
+        ("rand_hash", {}),
+        ("mixed", {}),
+    ],
+)
+def test_routing(method: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routing, "POSITIONS", 12)
-    model = small_lm(method).eval()
+    model = small_lm(method, **options).eval()
     batches = [[random_tokens(length) for length in lengths] for lengths in LENGTHS]
     found = watched(model, batches)["1"]
 
@@ -63,7 +72,8 @@ def test_routing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
         by_token[token] += count
     total = pairs.total()
     counts = found["counts"]
-    assert counts == [by_block[block] for block in range(len(counts))]
+    memory = model.memory_configs["layer1"]
+    assert counts == [by_block[block] for block in range(memory.routed_blocks)]
     entropy = -sum(n / total * math.log2(n / total) for n in by_block.values())
     assert found["block_bits"] == pytest.approx(entropy, abs=1e-4)
     mutual = sum(

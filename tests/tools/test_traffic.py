@@ -39,13 +39,14 @@ LMS = {
     "avgk": dict(),
     "avgk_checkpointed": dict(checkpoint_activations=True),
     "avgk_gated": dict(sffn_gate="sigmoid"),
+    "avgk_shared": dict(sffn_shared_blocks=2, sffn_glu="silu"),
     "switch": dict(),
 }
 
 
 def method_of(name: str) -> str:
     """Return the method of a variant."""
-    return name.removesuffix("_gated").removesuffix("_checkpointed")
+    return name.partition("_")[0] if name in LMS else name.removesuffix("_gated")
 
 
 def memory_config(name: str) -> MemoryConfig:
@@ -176,7 +177,7 @@ def test_bytes_sent_are_what_a_memory_logs(name: str, ranks: list[Any]) -> None:
 
 @pytest.mark.parametrize("name", LMS)
 def test_bytes_sent_are_what_a_layer_of_a_model_logs(name: str, ranks: list[Any]) -> None:
-    config = next(iter(lm(method_of(name), **LMS[name]).memory_configs.values()))
+    config = next(iter(lm(method_of(name), **LMS[name]).memory_configs.values())).routed
     results = [result["lms"][name] for result in ranks]
     blocks = [result["blocks"] for result in results]
     for rank, result in enumerate(results):
@@ -199,6 +200,10 @@ def test_parameters_and_activations_of_a_sharded_model(name: str, ranks: list[An
     results = [result["lms"][name] for result in ranks]
     model = lm(method_of(name), **LMS[name])
     plan = plan_figures(model, setting(world_size=RANKS, sffn_expert_parallel=RANKS))
+    (config,) = (memory.routed for memory in model.memory_configs.values())
+    recomputed = name.endswith("checkpointed")
+    sent = traffic.expected_sent_bytes(config, RANKS, 4, TOKENS, recomputed)
+    assert plan["sent_per_sparse_layer"] == [round(sent)]
     assert plan["params"] == results[0]["params"] == results[1]["params"]
     if name.endswith("checkpointed"):  # one layer is computed again later
         assert plan["activations"]["layer_inputs"] == 2 * TOKENS * WIDTH * 4
