@@ -38,11 +38,16 @@ SHARED_OUT = (
     *("moe", "sigma_moe", "hash_moe"),
 )
 BACKENDS = {2: "legacy_ddp", 4: "pytorch_ddp"}
+LIKE_SWITCH = {"moe": 4, "sigma_moe": 2, "hash_moe": 4, "aoe": 1}
+"""Model whose memory is compared in every way by test_memory.py -> its only number of shards
+here, in four processes."""
 SHARDS = {
     (model, world): [n for n in (1, 2, 4) if n <= world and (n == 1 or model in SHARED_OUT)]
     for model in MODELS
     for world in BACKENDS
+    if model not in LIKE_SWITCH
 }
+SHARDS |= {(model, 4): [shards] for model, shards in LIKE_SWITCH.items()}
 RUNS = [(model, world, shards) for (model, world), parts in SHARDS.items() for shards in parts]
 
 
