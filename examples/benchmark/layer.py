@@ -90,6 +90,7 @@ def memory_config(
         active_blocks=active // row.block_size,
         selector=row.selector,
         vocab_size=VOCABULARY,
+        token_counts=[1] * VOCABULARY,
         glu=glu,
     )
 

@@ -21,6 +21,7 @@ sys.path[:0] = [str(ROOT)]
 from fairseq_sffn.memory import ConfigError, ProcessGroups, SparseMemory  # noqa: E402
 from fairseq_sffn.memory.selectors.avgk import AvgK  # noqa: E402
 from fairseq_sffn.memory.selectors.base_layer import BASELayer  # noqa: E402
+from fairseq_sffn.memory.selectors.sigma_moe import SigmaMoE  # noqa: E402
 from fairseq_sffn.memory.sharding import SHARDED, check_sharding  # noqa: E402
 from tests import commands  # noqa: E402
 from tests.memory.cases import CASES, UNSCORED, build, close, tokens  # noqa: E402
@@ -141,8 +142,8 @@ def compare_scopes(
         return
     loss(sharded, own, "global")
     close(loss(sharded, own, "global"), loss(alone, everything, "global"), "global")
-    if isinstance(alone.selector, BASELayer):
-        return  # assigns the tokens of all sequences together
+    if isinstance(alone.selector, BASELayer | SigmaMoE):
+        return  # BASE assigns the tokens of all sequences together; an entropy is of all tokens
     # Each rank's tokens are a sequence. One rank has none, another may have padding alone.
     ends = [sum(TOKENS[: rank + 1]) for rank in range(4)]
     parts = [slice(end - count, end) for end, count in zip(ends, TOKENS, strict=True)]

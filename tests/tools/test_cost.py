@@ -15,6 +15,7 @@ from fairseq_sffn.tools.cost import Cost, cost_by_part, dense_counterpart, model
 from tests.models.small_lm import (
     FFN,
     METHODS,
+    PLAN,
     TYPES,
     WIDTH,
     build,
@@ -181,6 +182,8 @@ def test_flops_are_those_that_pytorch_counts(method, shape, options, monkeypatch
             pytest.skip("has no blocks")
         if method in ("hash_layer", "base"):
             options = {**options, "sffn_active_blocks": 2}
+        if method == "mixed":
+            options = {**options, "sffn_layers": PLAN.replace("layer", "layer/active_blocks=2")}
     engine, losses = ({}, {}) if method == "dense" else ({"sffn_engine": "loop"}, WITH_LOSSES)
     model = small_lm(method, **engine, **options).eval()
     counter = FlopCounterMode(display=False)

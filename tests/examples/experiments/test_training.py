@@ -134,7 +134,7 @@ def test_a_training_at_its_end_is_not_trained_on(
     tmp_path: Path, data_bin: Path, calls: list[list[str]]
 ) -> None:
     """A training may outlive its command. fairseq would add an update."""
-    flags = "--sffn-block-size 8 --avgk-center --avgk-balance-rate 0.1"
+    flags = "--sffn-block-size 8 --avgk-center --sffn-balance-rate 0.1"
     trial = Trial(tmp_path, data_bin, f'{{ label = "a", model = "avgk", flags = "{flags}" }}')
     trial.run()
     ((key, result),) = trial.results().items()
