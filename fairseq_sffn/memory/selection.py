@@ -33,7 +33,7 @@ class SelectorInput(NamedTuple):
         valid: (N,) bool, ``False`` at padding; ``None``: no padding.
         needs_scores: whether the gate or the losses read the scores of the selection.
         gather: concatenates what each rank computes of its own blocks, in their order, with
-            gradients. Where blocks are sharded, ``keys`` and ``key_bias`` are this rank's.
+            gradients. Where blocks are sharded, the tables are this rank's.
         gather_tokens: concatenates the rows of the ranks that share a micro-batch, and says which
             are this rank's; no gradients. The host waits for the device, to learn the number of
             rows of each rank.
@@ -41,8 +41,8 @@ class SelectorInput(NamedTuple):
             (...) -> (ranks, ...); no gradients, no waiting.
         bias: (B,) added to the scores by :meth:`top`, or ``None``.
         score_function: to which the bias is added; see :meth:`.scores.Scores.top`.
-        values: (C, D) the memory's value table, divided by ``MemoryConfig.value_lr_scale``; where
-            blocks are sharded, this rank's.
+        values: (C, D) the memory's value table, divided by ``MemoryConfig.value_lr_scale``.
+        up, up_bias: (C, D) and (C,) the second key table of gated cells and its bias, or ``None``.
     """
 
     x: Tensor
@@ -57,6 +57,8 @@ class SelectorInput(NamedTuple):
     bias: Tensor | None = None
     score_function: str = "logits"
     values: Tensor | None = None
+    up: Tensor | None = None
+    up_bias: Tensor | None = None
 
     def top(self, scores: Scores, active_blocks: int) -> Tensor:
         """Return the blocks to select, best first: (N, A) int64.

@@ -180,6 +180,8 @@ class SparseMemory(MemoryTables):
             bias=self.balancer.bias,
             score_function=self.balancer.function,
             values=self.values,
+            up=self.up,
+            up_bias=self.up_bias,
         )
         if self.groups != ProcessGroups():
             inputs = inputs._replace(

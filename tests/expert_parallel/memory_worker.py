@@ -33,6 +33,7 @@ TOKENS = (7, 0, 12, 3)
 OTHERS = {
     "base": ("base", dict(selector=BASELayer.Config(scope="world"))),
     "avgk-balanced": ("avgk-g4", dict(balance_rate=0.3)),
+    "avgk-up_abs": ("avgk-glu", dict(selector=AvgK.Config(mean_of="up_abs"))),
     "avgk-averaged": ("avgk-value_norm", dict(selector=AvgK.Config(value_norm=True, key_ema=0.5))),
     "avgk-centered": ("avgk-g4", dict(selector=AvgK.Config(center=True))),
 }

@@ -148,6 +148,7 @@ def test_every_selector_has_its_flags():
         "avgk_normalize_keys": "normalize_keys",
         "avgk_value_norm": "value_norm",
         "avgk_key_ema": "key_ema",
+        "avgk_mean_of": "mean_of",
         "avgk_center": "center",
     }
     assert selector_flags(Selector.registry["hash_layer"]) == {"hash_table": "table"}

@@ -274,7 +274,7 @@ def test_moving_average(method):
             "only the model has decoder.layers.1.fc1.memory.selector.hidden_totals"
             " (see --sffn-selector, --sffn-layers, --sffn-expansion, --sffn-block-size,"
             " --avgk-exclude-bias, --avgk-normalize-keys, --avgk-value-norm, --avgk-key-ema,"
-            " --avgk-center)",
+            " --avgk-mean-of, --avgk-center)",
         ),
         (
             {},

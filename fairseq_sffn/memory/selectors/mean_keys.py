@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +26,8 @@ class MeanKeys(WideBuffers, Selector):
     evaluation.
 
     The options are those of EMoE (Qiu et al. 2023, arXiv 2310.10908): keys of unit length, keys
-    weighted by the lengths of their values, and an exponential moving average of the mean keys.
+    weighted by the lengths of their values, an exponential moving average of the mean keys, and,
+    for gated cells, the second key table in place of the first.
     A cell's key and key bias have the same factor, so that a block's score stays a mean of its
     pre-activations. A moving average is a constant: no gradient reaches the keys.
 
@@ -61,6 +61,13 @@ class MeanKeys(WideBuffers, Selector):
                 "updated after each micro-batch of training; 0: by the mean keys themselves"
             },
         )
+        mean_of: Literal["keys", "up", "up_abs"] = field(
+            default="keys",
+            metadata={
+                "help": "table whose rows and biases are averaged: the keys, or, for gated cells, "
+                "the second key table (up) or its absolute values (up_abs)"
+            },
+        )
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__(config)
@@ -68,7 +75,7 @@ class MeanKeys(WideBuffers, Selector):
         self.block_size, self.value_scale = config.block_size, config.value_lr_scale
         self.exclude_bias = options.exclude_bias
         self.normalize_keys, self.value_norm = options.normalize_keys, options.value_norm
-        self.key_ema = options.key_ema
+        self.key_ema, self.mean_of = options.key_ema, options.mean_of
         columns = config.embed_dim + (config.bias and not self.exclude_bias)
         self.key_average: Tensor | None
         average = torch.zeros(config.num_blocks, columns) if self.key_ema else None
@@ -84,14 +91,17 @@ class MeanKeys(WideBuffers, Selector):
         decay = config.selector_options.key_ema
         if not 0 <= decay < 1:
             raise ConfigError("key_ema", decay, "must be at least 0 and below 1")
+        mean_of = config.selector_options.mean_of
+        if mean_of != "keys" and config.glu is None:
+            raise ConfigError("mean_of", mean_of, "needs gated cells (glu)")
 
     @classmethod
     def flops_per_step(cls, config: MemoryConfig) -> int:
         """Return the FLOPs of the mean keys.
 
-        An element of the key table takes one addition, one multiplication if its cell has a factor,
-        and a multiplication and an addition for the length of its key. An element of the value
-        table takes the latter for the length of its value.
+        An element of the averaged table takes one addition, one multiplication if its cell has a
+        factor, and a multiplication and an addition for the length of its key. An element of the
+        value table takes the latter for the length of its value.
         """
         options = config.selector_options
         lengths = options.normalize_keys + options.value_norm
@@ -103,8 +113,7 @@ class MeanKeys(WideBuffers, Selector):
         In training they are the moving average before this micro-batch, which then updates it. With
         activation checkpointing only the second pass has gradients. Both passes use the same keys.
         """
-        assert inputs.keys is not None
-        keys_BD, bias_B = self.mean_keys(inputs.keys, inputs.key_bias, inputs.gather, inputs.values)
+        keys_BD, bias_B = self.mean_keys(inputs)
         if self.key_average is None or self.key_updates is None:
             return keys_BD, bias_B
         parts = [keys_BD] if bias_B is None else [keys_BD, bias_B.unsqueeze(1)]
@@ -117,38 +126,35 @@ class MeanKeys(WideBuffers, Selector):
         width = keys_BD.shape[1]
         return before[:, :width], None if bias_B is None else before[:, width]
 
-    def mean_keys(
-        self,
-        keys_CD: Tensor,
-        key_bias_C: Tensor | None,
-        gather: Callable[[Tensor], Tensor] = lambda part: part,
-        values_CD: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def mean_keys(self, inputs: SelectorInput) -> tuple[Tensor, Tensor | None]:
         """Return the mean key (B, D) and the mean key bias (B,) of each block.
 
         Args:
-            keys_CD, key_bias_C: the key table and its bias.
-            gather: see :class:`SelectorInput`.
-            values_CD: the value table, for ``value_norm``.
+            inputs: its tables are read.
         """
+        keys_CD, bias_C = inputs.keys, inputs.key_bias
+        if self.mean_of != "keys":
+            keys_CD, bias_C = inputs.up, inputs.up_bias
+        assert keys_CD is not None
+        bias_C = None if self.exclude_bias else bias_C
+        values_CD = inputs.values if self.value_norm else None
 
         def form() -> tuple[Tensor, Tensor | None]:
             factors_C = self._factors(keys_CD, values_CD)
 
             def mean(table: Tensor) -> Tensor:
+                if self.mean_of == "up_abs":
+                    table = table.abs()
                 if factors_C is not None:
                     table = table * factors_C.view(-1, *[1] * (table.ndim - 1))
-                return gather(table.unflatten(0, (-1, self.block_size)).mean(dim=1))
+                return inputs.gather(table.unflatten(0, (-1, self.block_size)).mean(dim=1))
 
-            if key_bias_C is None or self.exclude_bias:
-                return mean(keys_CD), None
-            return mean(keys_CD), mean(key_bias_C)
+            return mean(keys_CD), None if bias_C is None else mean(bias_C)
 
         if self.training or torch.is_grad_enabled():
             self._cache = None
             return form()
-        tables = [keys_CD, key_bias_C, values_CD if self.value_norm else None]
-        used = [table for table in tables if table is not None]
+        used = [table for table in (keys_CD, bias_C, values_CD) if table is not None]
         if any(table.is_inference() for table in used):  # they have no version
             return form()
         state = [(table, table._version) for table in used]

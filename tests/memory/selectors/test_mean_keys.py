@@ -42,6 +42,42 @@ def test_keys_and_biases_have_factors(normalize_keys, value_norm, exclude_bias, 
     assert torch.equal(selection.blocks, scores_NB.topk(4).indices)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("normalize_keys", [False, True])
+@pytest.mark.parametrize("mean_of", ["up", "up_abs"])
+def test_means_of_the_second_key_table(mean_of, normalize_keys, bias):
+    options = AvgK.Config(mean_of=mean_of, normalize_keys=normalize_keys)
+    memory, (x, _) = build(selector=options, glu="silu", bias=bias), tokens(20)
+    with torch.no_grad():
+        memory.keys.zero_()  # would make all scores equal
+    sign = (lambda table: table.abs()) if mean_of == "up_abs" else (lambda table: table)
+    up_CD, bias_C = sign(memory.up), sign(memory.up_bias) if bias else torch.zeros(32).double()
+    lengths_C = memory.up.norm(dim=1) if normalize_keys else torch.ones(32).double()
+    scores_NB = ((x @ up_CD.t() + bias_C) / lengths_C).unflatten(1, (8, 4)).mean(dim=2)
+    out = memory(x)
+    close(out.selection.scores.logits, scores_NB)
+    assert torch.equal(out.selection.blocks, scores_NB.topk(4).indices)
+    tables = (memory.up, memory.up_bias) if bias else (memory.up,)
+    cotangent = torch.randn_like(scores_NB)
+    for got, wanted in zip(
+        torch.autograd.grad(out.selection.scores.logits, tables, cotangent),
+        torch.autograd.grad(scores_NB, tables, cotangent),
+        strict=True,
+    ):
+        close(got, wanted)
+    # What is kept in evaluation follows the table.
+    memory.eval()
+    before = scores_of(memory, x)
+    with torch.no_grad():
+        memory.up.neg_()
+    close(scores_of(memory, x) == before, torch.full_like(before, mean_of == "up_abs").bool(), 0)
+
+
+def test_without_gated_cells_there_is_no_second_key_table():
+    with pytest.raises(ConfigError, match=r"^mean_of up: needs gated cells \(glu\)$"):
+        build(selector=AvgK.Config(mean_of="up"))
+
+
 def test_a_key_of_length_0_counts_as_0():
     memory, (x, _) = build(selector=AvgK.Config(normalize_keys=True)), tokens(5)
     with torch.no_grad():
