@@ -25,8 +25,20 @@ def run(command: list[str], directory: Path | None = None) -> str:
     return subprocess.run(command, cwd=directory, check=True, text=True, capture_output=True).stdout
 
 
+def has_reference(source: Source) -> bool:
+    """Return whether Debian still has the version of a reference manifest."""
+    if source["registry"] != "debian" or "reference" not in source:
+        return False
+    package, version = source["reference"]
+    command = ["apt-cache", "show", f"{package}={version}"]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
 def debian_package(source: Source) -> str:
-    """Return the package that has the files: itself, or the dependency that `depends` matches."""
+    """Return the package that has the files: that of the reference, the newest, or the newest
+    dependency that `depends` matches."""
+    if has_reference(source):
+        return "=".join(source["reference"])
     if "depends" not in source:
         return source["package"]
     lines = run(["apt-cache", "depends", "--important", source["package"]]).splitlines()
@@ -41,7 +53,8 @@ def download(source: Source, directory: Path) -> tuple[str, str]:
         package = debian_package(source)
         run(["apt-get", "download", "--quiet", package], directory)
         (path,) = directory.iterdir()
-        return package, run(["dpkg-deb", "--field", str(path), "Version"]).strip()
+        name, version = run(["dpkg-deb", "--show", str(path)]).split()
+        return name, version
     version = source["version"]
     if source["registry"] == "npm":
         run(["npm", "pack", "--silent", f"{package}@{version}"], directory)
@@ -56,7 +69,8 @@ def download(source: Source, directory: Path) -> tuple[str, str]:
 def fetch(source: Source, downloads: Path, repository_files: Path) -> tuple[Path, dict[str, Any]]:
     """Fetch the package of a source, unless it is there in the requested version.
 
-    An interrupted download starts again, so an existing file is complete.
+    An interrupted download starts again, so an existing file is complete. A source of Debian may
+    have a `reference`: the package and the version to fetch while Debian has it.
 
     Returns:
         The path of the package's file, and its package, version, size and sha256.
@@ -66,7 +80,8 @@ def fetch(source: Source, downloads: Path, repository_files: Path) -> tuple[Path
     else:
         directory = downloads / source["name"]
         known = directory.is_dir() and version_of(directory)
-        if not known or known != source.get("version", known):
+        wanted = source["reference"][1] if has_reference(source) else source.get("version", known)
+        if not known or known != wanted:
             fetch_new(source, directory)
         package, version = (directory / "package.txt").read_text().split()
         (path,) = (p for p in directory.iterdir() if p.name != "package.txt")

@@ -83,6 +83,10 @@ def main(argv: list[str] | None = None) -> None:
     check_at_least_1("--workers", args.workers)
     make_output(args.output)
     sources = {source["name"]: source for source in json.loads(args.sources.read_text())}
+    reference = json.loads(args.reference.read_text())
+    for name, package in reference["sources"].items():
+        if name in sources:
+            sources[name]["reference"] = package["package"], package["version"]
     packages, paths = {}, {}
     for i, (name, source) in enumerate(sources.items(), 1):
         paths[name], packages[name] = fetch.fetch(source, args.output / "downloads", HERE)
@@ -112,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     write_json(args.output / "manifest.json", manifest)
     corpus.print_figures(manifest)
-    print(f"{args.output}: {compare(manifest, json.loads(args.reference.read_text()))}")
+    print(f"{args.output}: {compare(manifest, reference)}")
 
 
 if __name__ == "__main__":

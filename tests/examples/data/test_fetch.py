@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,28 @@ def test_fetch_once_through_the_client(
     make_client(clients, "npm", 'echo "$@" >poems-doc-2.0.tgz')
     path, package = data.fetch.fetch(later, tmp_path / "downloads", tmp_path)
     assert path.read_text() == "pack --silent poems-doc@2.0\n" and package["version"] == "2.0"
+
+
+def test_fetch_prefers_the_version_of_the_reference(
+    data: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Debian's mirrors keep earlier versions for a while."""
+    clients = tmp_path / "clients"
+    monkeypatch.setenv("PATH", str(clients), prepend=os.pathsep)
+    make_client(clients, "apt-cache", '[ "$2" = x-doc-6=6.1 ] || [ "$1" = depends ] || exit 100')
+    make_client(clients, "apt-get", "echo $3 | sed 's/^[^=]*$/&=6.2/' >x.deb")
+    make_client(clients, "dpkg-deb", "sed 's/=/\\t/' $2")
+
+    def fetched(**more: Any) -> tuple[str, str]:
+        source = {"name": "x", "registry": "debian", "package": "x-doc-6", **more}
+        path, package = data.fetch.fetch(source, tmp_path / "downloads", tmp_path)
+        assert path.read_text().strip() == f"{package['package']}={package['version']}"
+        return package["package"], package["version"]
+
+    assert fetched(reference=("x-doc-6", "6.0")) == ("x-doc-6", "6.2")
+    assert fetched(reference=("x-doc-6", "6.1")) == ("x-doc-6", "6.1")
+    assert fetched() == ("x-doc-6", "6.1")
+    assert fetched(reference=("x-doc-6", "6.1"), depends="*") == ("x-doc-6", "6.1")
 
 
 def test_fetch_says_in_one_line_what_is_missing(
