@@ -5,12 +5,16 @@ import functools
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.core_plugins.importlib_resources_config_source import (
+    ImportlibResourcesConfigSource,
+)
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -46,6 +50,24 @@ ConfigStore.__deepcopy__ = lambda self, memo: self
 parse, parser = OverridesParser.parse_rule, OverridesParser.create()
 parsed = functools.lru_cache(50_000)(lambda text, rule: parse(parser, text, rule))
 OverridesParser.parse_rule = lambda self, text, rule: copy.copy(parsed(text, rule))
+
+
+def remembered(method: Callable[[Any, str], bool]) -> Callable[[Any, str], bool]:
+    """Look once whether a source of configurations has a folder. For each command hydra looks for a
+    folder with the name of each option."""
+    known: dict[tuple[str, str], bool] = {}
+
+    def look(self: Any, name: str) -> bool:
+        key = (self.path, name)
+        if key not in known:
+            known[key] = method(self, name)
+        return known[key]
+
+    return look
+
+
+for source in (FileConfigSource, ImportlibResourcesConfigSource):
+    source.is_group = remembered(source.is_group)
 # This must precede a test that imports the framework alone. Triton has its variable by now.
 import fairseq_sffn.plugin  # noqa: E402, F401
 
