@@ -5,36 +5,38 @@ import functools
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
-from hydra._internal.core_plugins.importlib_resources_config_source import (
-    ImportlibResourcesConfigSource,
-)
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 HERE = Path(__file__).parent
 LONGEST = (
-    "expert_parallel/test_training.py",
-    "examples/experiments/test_run_command.py",
-    "integration/test_resume.py",
-    "integration/test_interruptions.py",
-    "expert_parallel/test_signals.py",
-    "integration/test_wrong_input.py",
-    "memory/compute/test_triton_kernels.py",
-    "integration/test_translation.py",
-    "examples/test_paper_tables.py",
-    "expert_parallel/test_faults.py",
-    "memory/compute/test_engines.py",
-    "optim/test_half_precision.py",
     "examples/test_fake_cuda.py",
+    "expert_parallel/test_training.py",
+    "examples/test_gpu_kit.py",
+    "expert_parallel/test_faults.py",
+    "expert_parallel/test_signals.py",
+    "integration/test_resume.py",
+    "integration/test_translation.py",
+    "examples/experiments/test_run_command.py",
+    "memory/compute/test_triton_kernels.py",
+    "integration/test_options.py",
+    "integration/test_wrong_input.py",
+    "integration/test_interruptions.py",
+    "patches/test_training_state.py",
+    "optim/test_half_precision.py",
+    "models/test_transformer_lm.py",
+    "tools/test_cli.py",
+    "checkpoints/test_structure.py",
+    "examples/test_paper_tables.py",
+    "memory/compute/test_compilation.py",
 )
-"""Files that take more than 40 seconds of CPU time. They come first, as several workers take files
+"""Files that take more than 25 seconds of CPU time. They come first, as several workers take files
 one by one and would wait for a long file at the end."""
 
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "examples")]
@@ -51,23 +53,6 @@ parse, parser = OverridesParser.parse_rule, OverridesParser.create()
 parsed = functools.lru_cache(50_000)(lambda text, rule: parse(parser, text, rule))
 OverridesParser.parse_rule = lambda self, text, rule: copy.copy(parsed(text, rule))
 
-
-def remembered(method: Callable[[Any, str], bool]) -> Callable[[Any, str], bool]:
-    """Look once whether a source of configurations has a folder. For each command hydra looks for a
-    folder with the name of each option."""
-    known: dict[tuple[str, str], bool] = {}
-
-    def look(self: Any, name: str) -> bool:
-        key = (self.path, name)
-        if key not in known:
-            known[key] = method(self, name)
-        return known[key]
-
-    return look
-
-
-for source in (FileConfigSource, ImportlibResourcesConfigSource):
-    source.is_group = remembered(source.is_group)
 # This must precede a test that imports the framework alone. Triton has its variable by now.
 import fairseq_sffn.plugin  # noqa: E402, F401
 
