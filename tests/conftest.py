@@ -16,21 +16,27 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 HERE = Path(__file__).parent
 LONGEST = (
-    "expert_parallel/test_training.py",
-    "examples/experiments/test_run_command.py",
-    "integration/test_resume.py",
-    "integration/test_interruptions.py",
-    "expert_parallel/test_signals.py",
-    "integration/test_wrong_input.py",
-    "memory/compute/test_triton_kernels.py",
-    "integration/test_translation.py",
-    "examples/test_paper_tables.py",
-    "expert_parallel/test_faults.py",
-    "memory/compute/test_engines.py",
-    "optim/test_half_precision.py",
     "examples/test_fake_cuda.py",
+    "expert_parallel/test_training.py",
+    "examples/test_gpu_kit.py",
+    "expert_parallel/test_faults.py",
+    "expert_parallel/test_signals.py",
+    "integration/test_resume.py",
+    "integration/test_translation.py",
+    "examples/experiments/test_run_command.py",
+    "memory/compute/test_triton_kernels.py",
+    "integration/test_options.py",
+    "integration/test_wrong_input.py",
+    "integration/test_interruptions.py",
+    "patches/test_training_state.py",
+    "optim/test_half_precision.py",
+    "models/test_transformer_lm.py",
+    "tools/test_cli.py",
+    "checkpoints/test_structure.py",
+    "examples/test_paper_tables.py",
+    "memory/compute/test_compilation.py",
 )
-"""Files that take more than 40 seconds of CPU time. They come first, as several workers take files
+"""Files that take more than 25 seconds of CPU time. They come first, as several workers take files
 one by one and would wait for a long file at the end."""
 
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "examples")]
@@ -46,6 +52,7 @@ ConfigStore.__deepcopy__ = lambda self, memo: self
 parse, parser = OverridesParser.parse_rule, OverridesParser.create()
 parsed = functools.lru_cache(50_000)(lambda text, rule: parse(parser, text, rule))
 OverridesParser.parse_rule = lambda self, text, rule: copy.copy(parsed(text, rule))
+
 # This must precede a test that imports the framework alone. Triton has its variable by now.
 import fairseq_sffn.plugin  # noqa: E402, F401
 

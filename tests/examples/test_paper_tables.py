@@ -26,8 +26,12 @@ def checkout(tmp_path: Path) -> Path:
     """Link this checkout in a folder with an odd name. Its virtual environment has the Python of
     the tests."""
     tmp_path = tmp_path / "a b'c $d [e] (f) & g"
-    tmp_path.mkdir()
-    for name in ("examples", "fairseq_sffn", "setup.py"):
+    paper = tmp_path / "examples" / "paper"
+    paper.mkdir(parents=True)
+    for path in (*(ROOT / "examples").iterdir(), *PAPER.iterdir()):
+        if path != PAPER:
+            (tmp_path / path.relative_to(ROOT)).symlink_to(path)
+    for name in ("fairseq_sffn", "setup.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     made_from = (ROOT / "examples" / "requirements.txt", ROOT / "setup.py")
     environment = tmp_path / ".venv"
@@ -68,11 +72,18 @@ def test_every_row_is_a_training_of_its_own(scale: str) -> None:
 
 
 def test_a_dry_run_at_the_papers_scale(checkout: Path) -> None:
+    """Of two rows of a table: each takes ten seconds."""
+    table = checkout / "examples" / "paper" / "aggregates.toml"
+    lines = table.read_text().splitlines()
+    table.unlink()
+    rows = ("label = ", '"dense"', '"min"')
+    kept = [line for line in lines if rows[0] not in line or any(row in line for row in rows[1:])]
+    table.write_text("\n".join(kept))
     done = bash(checkout, "aggregates.sh", "--dry-run", scale="paper")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("an update done") == 6
+    assert done.stdout.count("an update done") == 2
     assert "vanilla_m --sffn-block-size 64 --vanilla-m-aggregate min: 858," in done.stdout
-    assert done.stdout.endswith("6 runs are ready\n")
+    assert done.stdout.endswith("2 runs are ready\n")
 
 
 def test_a_scale_that_is_none(checkout: Path) -> None:

@@ -33,22 +33,27 @@ OF_MODEL = {
     "base": ("--base-scope", "world"),
 }
 MODELS = (*commands.MODELS, "sffn", "mixed")
-SHARED_OUT = (
-    *("avgk", "sffn", "mixed", "pkm_ffn", "rand_hash", "hash_layer", "switch", "gshard", "base"),
-    *("moe", "sigma_moe", "hash_moe"),
-)
 BACKENDS = {2: "legacy_ddp", 4: "pytorch_ddp"}
-LIKE_SWITCH = {"moe": 4, "sigma_moe": 2, "hash_moe": 4, "aoe": 1}
-"""Model whose memory is compared in every way by test_memory.py -> its only number of shards
-here, in four processes."""
+IN_EVERY_WAY = ("avgk", "base", "mixed")
 SHARDS = {
-    (model, world): [n for n in (1, 2, 4) if n <= world and (n == 1 or model in SHARED_OUT)]
-    for model in MODELS
+    (model, world): [shards for shards in (1, 2, 4) if shards <= world]
+    for model in IN_EVERY_WAY
     for world in BACKENDS
-    if model not in LIKE_SWITCH
 }
-SHARDS |= {(model, 4): [shards] for model, shards in LIKE_SWITCH.items()}
+SHARDS |= {
+    **{("dense", 2): [1], ("dense", 4): [1], ("vanilla_m", 4): [1], ("lorkm", 2): [1]},
+    **{("pkm", 4): [1], ("aoe", 2): [1], ("pkm_ffn", 4): [2], ("rand_hash", 2): [2]},
+    **{("hash_layer", 4): [1, 4], ("switch", 2): [1], ("switch", 4): [2], ("moe", 4): [4]},
+    **{("gshard", 2): [2], ("gshard", 4): [1, 4], ("sigma_moe", 4): [2], ("hash_moe", 4): [4]},
+    **{("sffn", 2): [1], ("sffn", 4): [1, 2], ("gshard_8d", 4): [1], ("pkm_4d", 2): [1]},
+}
+"""Model and number of processes -> numbers of shards. test_memory.py compares the memories of all
+cases with 1, 2 and 4 shards, so that here some models train in every way and the others in some."""
 RUNS = [(model, world, shards) for (model, world), parts in SHARDS.items() for shards in parts]
+
+
+def test_every_model_is_here() -> None:
+    assert {model for model, _ in SHARDS} == set(MODELS)
 
 
 def flags(model: str, world: int = 1, shards: int = 1) -> tuple[str, ...]:

@@ -43,11 +43,16 @@ def assert_identical(actual: Any, expected: Any) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-@pytest.fixture(scope="module", params=[*commands.MODELS, "mixed"])
+@pytest.fixture(scope="module", params=["dense", "avgk", "base", "sigma_moe", "mixed"])
 def uninterrupted(
     request: pytest.FixtureRequest, data_bin: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[int, Any], dict[str, Any]]:
-    """Train without a stop. Return model, log, and final checkpoint."""
+    """Train without a stop. Return model, log, and final checkpoint.
+
+    Every model resumes within an epoch in ``test_resume_with_update_freq``, and every selector in
+    ``test_translation.py``. These models differ where training stops: one without memories, one of
+    each kind of choice, one that draws, and several methods in a model.
+    """
     save_dir = tmp_path_factory.mktemp("uninterrupted")
     logged = train(data_bin, save_dir, request.param, 2 * EPOCH - 2)
     assert [record["epoch"] for record in logged.values()] == [1] * EPOCH + [2] * (EPOCH - 2)

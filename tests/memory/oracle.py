@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fairseq_sffn.memory import MemoryOutput, Selection, SparseMemory
 from tests.memory.cases import close
-from tests.memory.oracle_methods import CHOOSE, Inputs, cells, hidden_unit
+from tests.memory.oracle_methods import CHOOSE, Inputs, add_up, cells, hidden_unit, split
 
 FUNCTIONS = {"sigmoid": lambda e: e / (1 + e), "sqrt_softplus": lambda e: torch.log(1 + e) ** 0.5}
 """Score function -> function of the exponential of a logit."""
@@ -54,13 +55,14 @@ def lookup(
     all_tokens, all_blocks = range(len(x_ND)), range(routed.num_blocks)
     valid = [n for n in all_tokens if padding_N is None or not padding_N[n]]
     name = config.selector_class.name
-    choice = CHOOSE[name](Inputs(memory, x_ND, ids_NT, valid, made, rng))
+    tables, x_rows = split(memory), x_ND.unbind()
+    choice = CHOOSE[name](Inputs(memory, tables, x_rows, ids_NT, valid, made, rng))
     blocks, scores = choice.blocks, choice.scores
 
     exps = totals = None
     if scores is not None:
         exps = [[[torch.exp(s) for s in head] for head in row] for row in scores]
-        totals = [[sum(head) for head in row] for row in exps]
+        totals = [[add_up(head) for head in row] for row in exps]
         heads = range(len(scores[0]))
 
     # Gate
@@ -97,17 +99,16 @@ def lookup(
             room[blocks[n][a]] -= 1
 
     # Output
+    shared = split(memory.shared) if config.shared_cells else None
     rows = []
     for n in all_tokens:
-        row = torch.zeros_like(x_ND[n])
+        row = torch.zeros_like(x_rows[n])
         for a in range(active):
             for cell in cells(config, blocks[n][a]) if kept[n][a] else ():
-                term = choice.hidden(n, a, cell) * memory.values[cell]
+                term = choice.hidden(n, a, cell) * tables.values[cell]
                 row = row + (term if weights is None else weights[n][a] * term)
         for cell in range(config.shared_cells):
-            row = (
-                row + hidden_unit(config, memory.shared, x_ND[n], cell) * memory.shared.values[cell]
-            )
+            row = row + hidden_unit(config, shared, x_rows[n], cell) * shared.values[cell]
         rows.append(row if memory.value_bias is None else row + memory.value_bias)
     output = torch.stack(rows)
 
@@ -130,18 +131,18 @@ def lookup(
     if function in FUNCTIONS and not name.startswith("pkm"):
         for n in all_tokens:
             each = [FUNCTIONS[function](e) for e in exps[n][0]]
-            shares[n] = [[score / sum(each) for score in each]]
+            total = add_up(each)
+            shares[n] = [[score / total for score in each]]
     balances = []
     for sequence in sequences or [list(all_tokens)]:
         real = [n for n in sequence if n in valid]
         load = [0] * routed.num_blocks
         for n, a in assigned:
             load[blocks[n][a]] += n in real and (a == 0 or name != "gshard")
-        balance = torch.zeros((), dtype=x_ND.dtype)
-        for n, h, i in product(real, heads, all_blocks):
-            share = shares[n][h][i] / (len(real) * len(heads))
-            balance = balance + share * load[i] / sum(load) * routed.num_blocks
-        balances += [balance] if real else []
+        if real:
+            of_all = [count / sum(load) * routed.num_blocks / len(real) for count in load]
+            terms = [shares[n][h][i] * of_all[i] for n, h, i in product(real, heads, all_blocks)]
+            balances.append(add_up(terms) / len(heads))
     balance = sum(balances) / max(len(balances), 1) + torch.zeros((), dtype=x_ND.dtype)
     if name == "sigma_moe":
         balance = _negative_entropy([exps[n][0] for n in valid])
@@ -161,9 +162,129 @@ def lookup(
 
 def _negative_entropy(exps: list[list[Tensor]]) -> Tensor:
     """Return sum_i P_i log P_i, where P_i is the mean probability of block i."""
-    probs = [[e / sum(row) for e in row] for row in exps]
+    probs = [[e / total for e in row] for row, total in zip(exps, map(add_up, exps), strict=True)]
     means = [sum(column) / len(probs) for column in zip(*probs, strict=True)]
     return sum((p * torch.log(p) for p in means), torch.zeros((), dtype=torch.float64))
+
+
+class Loops:
+    """What the loops compute of a memory and its inputs, for all memories with the same tables and
+    options. These may have other engines.
+
+    With ``sequence_dim``, the balance loss is that of each sequence.
+    """
+
+    def __init__(
+        self,
+        memory: SparseMemory,
+        x: Tensor,
+        token_ids: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        sequence_dim: int | None = None,
+    ) -> None:
+        self.memory, self.rng = memory, torch.get_rng_state()
+        self.x = x.detach().clone().requires_grad_()
+        self.token_ids, self.padding_mask = token_ids, padding_mask
+        self.scope: dict[str, Any] = {}
+        self.sequences = None
+        if sequence_dim is not None:
+            self.scope = dict(balance_scope="sequence", sequence_dim=sequence_dim)
+            numbers = torch.arange(x[..., 0].numel()).view(x.shape[:-1])
+            self.sequences = numbers.movedim(sequence_dim % x.ndim, -1).flatten(0, -2).tolist()
+        self.expected: Expected | None = None
+        self.grads: dict[bool, tuple[Tensor, ...]] = {}
+
+    def compute(self, made: Selection) -> Expected:
+        """Compute the results at the first call, where a memory has made a selection."""
+        if self.expected is None:
+            memory, config = self.memory, self.memory.config
+            factor = config.capacity_factor if memory.training else config.eval_capacity_factor
+            ids_NT = None if self.token_ids is None else self.token_ids.reshape(-1, 2)
+            padding_N = None if self.padding_mask is None else self.padding_mask.flatten()
+            x_ND = self.x.reshape(-1, config.embed_dim)
+            self.expected = lookup(
+                memory, x_ND, ids_NT, padding_N, factor, made, self.rng, self.sequences
+            )
+            self.cotangent_ND = torch.randn_like(x_ND)
+            if padding_N is not None:
+                self.cotangent_ND[padding_N] = 0
+        return self.expected
+
+    def gradients(self, losses: bool) -> tuple[Tensor, ...]:
+        """Return the gradients of x and of every parameter."""
+        if losses not in self.grads:
+            self.grads[losses] = self._gradients(
+                self.memory, self.expected.output, self.expected, losses, retain_graph=True
+            )
+        return self.grads[losses]
+
+    def _gradients(
+        self,
+        memory: SparseMemory,
+        output_ND: Tensor,
+        result: MemoryOutput | Expected,
+        losses: bool,
+        retain_graph: bool = False,
+    ) -> tuple[Tensor, ...]:
+        total = (output_ND * self.cotangent_ND).sum()
+        if losses and result.balance_loss is not None:
+            total = total + 0.7 * result.balance_loss + 0.3 * result.z_loss
+        return torch.autograd.grad(
+            total,
+            (self.x, *memory.parameters()),
+            allow_unused=True,
+            materialize_grads=True,
+            retain_graph=retain_graph,
+        )
+
+    def assert_equal(
+        self, memory: SparseMemory, losses: bool = True, what: str = ""
+    ) -> MemoryOutput:
+        """Check that a memory equals the loops to 1e-10: all results, and the gradients of x and of
+        every parameter. Rows at padding are not compared, as nothing reads them.
+
+        Args:
+            what: names the memory if it differs.
+        """
+        torch.set_rng_state(self.rng)
+        actual = memory(
+            self.x, self.token_ids, padding_mask=self.padding_mask, losses=losses, **self.scope
+        )
+        expected = self.compute(actual.selection)
+        output_ND = actual.output.reshape(-1, memory.config.embed_dim)
+        read_N = torch.ones(len(output_ND), dtype=torch.bool)
+        if self.padding_mask is not None:
+            read_N = ~self.padding_mask.flatten()
+
+        assert actual.output.shape == self.x.shape, what
+        assert actual.selection.blocks.tolist() == expected.blocks, what
+        assert actual.usage.counts.tolist() == expected.counts, what
+        assert int(actual.usage.dropped) == expected.dropped, what
+        importance = torch.tensor(expected.importance)
+        close(actual.usage.importance, importance, f"{what} importance", 1e-5)
+        statistics = torch.stack([t.double() for t in actual.usage[4:7]])
+        wanted = torch.tensor(expected.statistics if losses else [0, 0.0, 0.0]).double()
+        close(statistics, wanted, f"{what} statistics", 1e-5)
+        kept_NA = torch.tensor(expected.kept)
+        if actual.selection.kept is None:
+            assert kept_NA.all(), what
+        else:
+            assert torch.equal(actual.selection.kept[read_N], kept_NA[read_N]), what
+        close(output_ND[read_N], expected.output[read_N], f"{what} output")
+        assert (actual.selection.weights is None) == (expected.weights is None), what
+        if expected.weights is not None:
+            weights_NA = torch.stack([torch.stack(row) for row in expected.weights])
+            close(actual.selection.weights, weights_NA, f"{what} weights")
+        for name in ("balance_loss", "z_loss"):
+            loss, wanted = getattr(actual, name), getattr(expected, name) if losses else None
+            assert (loss is None) == (wanted is None), what
+            if loss is not None:
+                close(loss, wanted, f"{what} {name}")
+        names = ("x", *(name for name, _ in memory.named_parameters()))
+        got_grads = self._gradients(memory, output_ND, actual, losses)
+        for name, got, wanted in zip(names, got_grads, self.gradients(losses), strict=True):
+            close(got, wanted, f"{what} gradient of {name}")
+        return actual
 
 
 def assert_matches(
@@ -174,68 +295,5 @@ def assert_matches(
     losses: bool = True,
     sequence_dim: int | None = None,
 ) -> MemoryOutput:
-    """Check that a memory equals the loops to 1e-10: all results, and the gradients of x and of
-    every parameter. Rows at padding are not compared, as nothing reads them. With ``sequence_dim``,
-    the balance loss is that of each sequence."""
-    x = x.detach().clone().requires_grad_()
-    config = memory.config
-    padding_N = None if padding_mask is None else padding_mask.flatten()
-    ids_NT = None if token_ids is None else token_ids.reshape(-1, 2)
-    factor = config.capacity_factor if memory.training else config.eval_capacity_factor
-
-    rng = torch.get_rng_state()
-    scope, sequences = {}, None
-    if sequence_dim is not None:
-        scope = dict(balance_scope="sequence", sequence_dim=sequence_dim)
-        numbers = torch.arange(x[..., 0].numel()).view(x.shape[:-1])
-        sequences = numbers.movedim(sequence_dim % x.ndim, -1).flatten(0, -2).tolist()
-    actual = memory(x, token_ids, padding_mask=padding_mask, losses=losses, **scope)
-    x_ND = x.reshape(-1, config.embed_dim)
-    expected = lookup(memory, x_ND, ids_NT, padding_N, factor, actual.selection, rng, sequences)
-    if not losses:
-        none = dict(balance_loss=None, z_loss=None, statistics=[0, 0.0, 0.0])
-        expected = replace(expected, **none)
-    output_ND = actual.output.reshape(-1, config.embed_dim)
-    read_N = torch.ones(len(output_ND), dtype=torch.bool) if padding_N is None else ~padding_N
-
-    assert actual.output.shape == x.shape
-    assert actual.selection.blocks.tolist() == expected.blocks
-    assert actual.usage.counts.tolist() == expected.counts
-    assert int(actual.usage.dropped) == expected.dropped
-    close(actual.usage.importance, torch.tensor(expected.importance), "importance", 1e-5)
-    statistics = torch.stack([t.double() for t in actual.usage[4:7]])
-    close(statistics, torch.tensor(expected.statistics).double(), "statistics", 1e-5)
-    kept_NA = torch.tensor(expected.kept)
-    if actual.selection.kept is None:
-        assert kept_NA.all()
-    else:
-        assert torch.equal(actual.selection.kept[read_N], kept_NA[read_N])
-    close(output_ND[read_N], expected.output[read_N])
-    assert (actual.selection.weights is None) == (expected.weights is None)
-    if expected.weights is not None:
-        close(actual.selection.weights, torch.stack([torch.stack(row) for row in expected.weights]))
-    for name in ("balance_loss", "z_loss"):
-        loss = getattr(actual, name)
-        assert (loss is None) == (getattr(expected, name) is None)
-        if loss is not None:
-            close(loss, getattr(expected, name), name)
-
-    names, tensors = zip(("x", x), *memory.named_parameters(), strict=True)
-    cotangent_ND = torch.randn_like(output_ND) * read_N.unsqueeze(1)
-    options = dict(allow_unused=True, materialize_grads=True)
-    actual_grads = torch.autograd.grad(
-        _objective(output_ND, actual, cotangent_ND), tensors, **options
-    )
-    expected_grads = torch.autograd.grad(
-        _objective(expected.output, expected, cotangent_ND), tensors, **options
-    )
-    for name, got, wanted in zip(names, actual_grads, expected_grads, strict=True):
-        close(got, wanted, f"gradient of {name}")
-    return actual
-
-
-def _objective(output_ND: Tensor, result: MemoryOutput | Expected, cotangent_ND: Tensor) -> Tensor:
-    total = (output_ND * cotangent_ND).sum()
-    if result.balance_loss is not None:
-        total = total + 0.7 * result.balance_loss + 0.3 * result.z_loss
-    return total
+    """Check that a memory equals its loops; see :class:`Loops`."""
+    return Loops(memory, x, token_ids, padding_mask, sequence_dim).assert_equal(memory, losses)

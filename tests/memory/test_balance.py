@@ -123,7 +123,8 @@ def test_one_sequence_is_the_micro_batch(case, gate):
         loss = memory(x, ids, balance_scope=scope).balance_loss
         memory.zero_grad()
         loss.backward()
-        grads.append([loss.detach(), *(p.grad for p in memory.selector.parameters())])
+        gradients = (p.grad for p in memory.selector.parameters() if p.grad is not None)
+        grads.append([loss.detach(), *gradients])
     for micro, sequence in zip(*grads, strict=True):
         close(sequence, micro)
 

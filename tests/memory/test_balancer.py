@@ -79,8 +79,7 @@ def test_gates_and_losses_read_scores_without_biases(case, gate):
     close(after.usage.routed_mass, before.usage.routed_mass)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 4])
-@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize(("padding", "micro_batches"), [(False, 1), (True, 4)])
 @pytest.mark.parametrize(("case", "gate"), SCORED)
 def test_biases_follow_the_load_of_an_update(case, gate, padding, micro_batches):
     """One step for all micro-batches, by the sign of the load's distance from the mean."""

@@ -5,6 +5,8 @@ import torch
 
 from tests.memory.cases import build, close, tokens
 
+pytestmark = pytest.mark.slow
+
 
 def assert_compiles(memory):
     """Check that the compiled memory returns the same values and gradients."""

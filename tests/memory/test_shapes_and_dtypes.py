@@ -2,12 +2,22 @@
 
 import dataclasses
 import math
+from itertools import product
 
 import pytest
 import torch
 
 from fairseq_sffn.memory.selectors.pkm import PKM
-from tests.memory.cases import CASES, CPU_ENGINES, NATIVE_ENGINES, UNSCORED, build, close, tokens
+from tests.memory.cases import (
+    CASES,
+    CPU_ENGINES,
+    ENGINES,
+    NATIVE_ENGINES,
+    UNSCORED,
+    build,
+    close,
+    tokens,
+)
 from tests.memory.oracle import assert_matches
 
 SOME_CASES = ["avgk-g4", "lorkm-g4", "pkm", "hash_layer-bigram", "gshard-sampled", "base"]
@@ -27,21 +37,23 @@ def test_any_leading_shape(case, shape, training):
     close(out.output.reshape(-1, 8), flat.output, tolerance=1e-12)
 
 
-@pytest.mark.parametrize("engine", [*CPU_ENGINES, None])
-@pytest.mark.parametrize("capacity_factor", [0.0, 1.0])
-@pytest.mark.parametrize("shape", [(0,), (3, 0)])
 @pytest.mark.parametrize("case", CASES)
-def test_zero_tokens(case, shape, capacity_factor, engine):
-    memory = build(case, capacity_factor=capacity_factor, engine=engine)
-    x, token_ids = tokens(*shape)
-    x.requires_grad_()
-    out = memory(x, token_ids, padding_mask=torch.zeros(shape, dtype=torch.bool))
-    assert out.output.shape == x.shape
-    assert out.usage.counts.sum() == out.usage.dropped == 0
-    losses = [t for t in (out.balance_loss, out.z_loss) if t is not None]
-    assert all(loss == 0 for loss in losses)
-    (out.output.sum() + sum(losses)).backward()
-    assert all((p.grad == 0).all() for p in memory.parameters() if p.grad is not None)
+def test_zero_tokens(case):
+    ways = [*product((None,), (0.0, 1.0), ((0,), (3, 0)))]
+    ways += product(ENGINES, (1.0,), ((3, 0),))  # an engine has neither the shape nor the factor
+    for engine, capacity_factor, shape in ways:
+        told = (engine, capacity_factor, shape)
+        memory = build(case, capacity_factor=capacity_factor, engine=engine)
+        x, token_ids = tokens(*shape)
+        x.requires_grad_()
+        out = memory(x, token_ids, padding_mask=torch.zeros(shape, dtype=torch.bool))
+        assert out.output.shape == x.shape, told
+        assert out.usage.counts.sum() == out.usage.dropped == 0, told
+        losses = [t for t in (out.balance_loss, out.z_loss) if t is not None]
+        assert all(loss == 0 for loss in losses), told
+        (out.output.sum() + sum(losses)).backward()
+        for name, parameter in memory.named_parameters():
+            assert parameter.grad is None or (parameter.grad == 0).all(), (name, *told)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -61,15 +62,20 @@ def assigns(memory: SparseMemory) -> bool:
     return isinstance(memory.selector, BASELayer) and memory.training
 
 
-@pytest.mark.parametrize("capacity", [0.0, 0.7])
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("training", [True, False])
+EVERY_WAY = tuple(product((True, False), (True, False), (0.0, 0.7)))
+"""Whether in training, whether there is padding, and the capacity factor."""
+
+
 @pytest.mark.parametrize(("case", "gate"), CASE_GATES)
-def test_selectors_gates_losses_and_capacity(case, gate, training, padded, capacity):
-    factors = dict(capacity_factor=capacity, eval_capacity_factor=capacity)
-    memory = build(case, gate=gate, engine="embedding_bag", **factors).train(training)
-    places = waits(memory, padded)
-    assert operations(places) == ["cpu"] * assigns(memory), places
+def test_selectors_gates_losses_and_capacity(case, gate):
+    # A gate does not know in which way it is used.
+    ways = EVERY_WAY if gate == "none" else [(True, True, 0.7), (False, False, 0.0)]
+    for training, padded, capacity in ways:
+        factors = dict(capacity_factor=capacity, eval_capacity_factor=capacity)
+        memory = build(case, gate=gate, engine="embedding_bag", **factors).train(training)
+        places = waits(memory, padded)
+        told = (training, padded, capacity, places)
+        assert operations(places) == ["cpu"] * assigns(memory), told
 
 
 @pytest.mark.parametrize("case", CASES)

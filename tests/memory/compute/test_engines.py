@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+from itertools import product
 
 import pytest
 import torch
@@ -15,8 +16,17 @@ from fairseq_sffn.memory.compute import (
     tiled_torch,
     tiles,
 )
-from tests.memory.cases import CASES, CPU_ENGINES, FULL_KEYS, NATIVE, build, grads_of, tokens
-from tests.memory.oracle import assert_matches
+from tests.memory.cases import (
+    CASES,
+    CPU_ENGINES,
+    ENGINES,
+    FULL_KEYS,
+    NATIVE,
+    build,
+    grads_of,
+    tokens,
+)
+from tests.memory.oracle import Loops
 
 
 def cut(monkeypatch, size: int) -> None:
@@ -27,32 +37,28 @@ def cut(monkeypatch, size: int) -> None:
     monkeypatch.setattr(embedding_bag_kernels, "MASKED_ELEMENTS", 30 * size)
 
 
-CUT = [
-    *((engine, size) for engine in ("loop", "masked", "tiled") for size in (1, 5, 7, 4096)),
-    *(pytest.param("native_loop", size, marks=NATIVE) for size in (1, 5, 7, 4096)),
-    ("embedding_bag", 4096),
-    pytest.param("native_embedding_bag", 4096, marks=NATIVE),
-]
-"""Engines with the size of their chunks, tiles or batches."""
+WAYS = [(1, False), (5, True), (5, False), (4096, True)]
+"""Sizes of chunks, and whether the losses are computed."""
 
 
-@pytest.mark.parametrize(("engine", "size"), CUT)
-@pytest.mark.parametrize("losses", [True, False])
-@pytest.mark.parametrize("case", CASES)
-def test_equals_the_loops(case, losses, engine, size, monkeypatch):
-    cut(monkeypatch, size)
-    gate = "none" if case == "hash_layer" else "sigmoid"
-    memory = build(case, engine=engine, gate=gate, capacity_factor=1.5)
-    assert_matches(memory, *tokens(8), losses=losses)
-
-
-@pytest.mark.parametrize(("engine", "size"), CUT)
-@pytest.mark.parametrize("glu", ["silu", "gelu"])
-@pytest.mark.parametrize("case", FULL_KEYS)
-def test_gated_cells_equal_the_loops(case, glu, engine, size, monkeypatch):
-    cut(monkeypatch, size)
-    memory = build(case, engine=engine, glu=glu, gate="sigmoid", capacity_factor=1.5)
-    assert_matches(memory, *tokens(8), losses=size != 5)
+@pytest.mark.parametrize(
+    ("case", "changes", "ways"),
+    [
+        *((case, {}, WAYS) for case in CASES),
+        *((case, {"glu": "silu"}, [(5, True)]) for case in FULL_KEYS),
+        *((case, {"glu": "gelu"}, [(4096, False)]) for case in FULL_KEYS),
+    ],
+)
+def test_equals_the_loops(case, changes, ways, monkeypatch):
+    """One run of the loops is compared with each engine in several ways."""
+    changes = {"gate": "none" if case == "hash_layer" else "sigmoid", **changes}
+    memory = build(case, capacity_factor=1.5, **changes)
+    loops = Loops(memory, *tokens(8))
+    for engine, (size, losses) in product(ENGINES, ways):
+        cut(monkeypatch, size)
+        one = build(case, capacity_factor=1.5, engine=engine, **changes)
+        one.load_state_dict(memory.state_dict())
+        loops.assert_equal(one, losses, f"{engine} {size} {losses=}")
 
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 4096])
@@ -152,35 +158,39 @@ def test_choice_by_size(
     assert chosen.supports(device_type, dtype, table_shape)
 
 
-@pytest.mark.parametrize("losses", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_without_a_compiler(case, losses, monkeypatch):
+def test_without_a_compiler(case, monkeypatch):
     monkeypatch.setattr(kernels, "load", lambda: None)
-    assert_matches(build(case, capacity_factor=1.5), *tokens(8), losses=losses)
+    memory = build(case, capacity_factor=1.5)
+    loops = Loops(memory, *tokens(8))
+    for losses in (True, False):
+        loops.assert_equal(memory, losses, f"{losses=}")
     with pytest.raises(ConfigError, match="engine native_embedding_bag: "):
         build(case, engine="native_embedding_bag")
 
 
-@pytest.mark.parametrize("losses", [True, False])
-@pytest.mark.parametrize("engine", [None, *CPU_ENGINES])
 @pytest.mark.parametrize("case", CASES)
-def test_on_several_threads(case, engine, losses):
+def test_on_several_threads(case):
     """Several threads compute what one thread computes, even if there are more threads than blocks
     or tokens."""
-    outcomes = []
-    for threads in (1, 5):
-        torch.manual_seed(0)
-        memory = build(case, engine=engine)
-        torch.set_num_threads(threads)
-        try:
-            x, token_ids = tokens(40)
-            outcomes.append(grads_of(memory, x, token_ids, torch.ones(40, 8), losses)[1])
-            with torch.no_grad():
-                outcomes[-1]["one token"] = memory(x[:1], token_ids[:1]).output
-        finally:
-            torch.set_num_threads(1)
-    for name, want in outcomes[0].items():
-        torch.testing.assert_close(outcomes[1][name], want, rtol=1e-10, atol=1e-12)
+    for engine in (None, *ENGINES):
+        outcomes = []
+        for threads in (1, 5):
+            torch.manual_seed(0)
+            memory = build(case, engine=engine)
+            torch.set_num_threads(threads)
+            try:
+                x, token_ids = tokens(40)
+                outcome = grads_of(memory, x, token_ids, torch.ones(40, 8))[1]
+                with torch.no_grad():
+                    outcome["one token"] = memory(x[:1], token_ids[:1], losses=False).output
+            finally:
+                torch.set_num_threads(1)
+            outcomes.append(outcome)
+        for name, want in outcomes[0].items():
+            torch.testing.assert_close(
+                outcomes[1][name], want, rtol=1e-10, atol=1e-12, msg=f"{engine} {name}"
+            )
 
 
 @pytest.mark.parametrize("engine", ["grouped", "loop", "tiled"])

@@ -65,8 +65,13 @@ def assert_near(got, want, dtype, what=""):
         assert error <= TOLERANCE[dtype], what
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "drops"),
+    [
+        *((torch.float32, False), (torch.float32, True)),
+        *((torch.float16, True), (torch.bfloat16, False)),
+    ],
+)
 @pytest.mark.parametrize(
     ("case", "block_size", "width", "rows"),
     [
@@ -202,7 +207,7 @@ def test_a_memory_by_the_kernels(case, gate, losses, triton_products):
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "dtype"), [("80 90 120", "bfloat16"), ("80", "float16"), ("90", "float32")]
+    ("capabilities", "dtype"), [("90 120", "bfloat16"), ("80", "float16"), ("90", "float32")]
 )
 def test_kernels_compile_for_cards(capabilities, dtype, tmp_path):
     """The kernels use each card's matrix instructions, and fit into its shared memory."""
