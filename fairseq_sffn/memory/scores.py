@@ -187,7 +187,8 @@ def mean_over_tokens(
     """Average over the valid tokens of each sequence: (S, X); zeros where there are none."""
     values_STX = split(values_NX)
     if valid_N is None:
-        return values_STX.mean(dim=1) if values_STX.shape[1] else values_STX.sum(dim=1)
+        # Not `mean`, whose gradient is divided element by element.
+        return values_STX.sum(dim=1) / max(values_STX.shape[1], 1)
     weights_ST = token_weights(values_NX, valid_N, split)
     with torch.autocast(values_NX.device.type, enabled=False):
         return (weights_ST.unsqueeze(1) @ values_STX).squeeze(1)
