@@ -21,7 +21,6 @@ import torch
 import torch.onnx.operators
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fairseq_sffn.memory.selectors import base_layer
 
@@ -323,7 +322,14 @@ def bytes_of(name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor])
 
 
 def _tensors(nested: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(nested) if isinstance(leaf, torch.Tensor)]
+    """Return the tensors among the arguments or results of an operator."""
+    if isinstance(nested, torch.Tensor):
+        return [nested]
+    if isinstance(nested, dict):
+        nested = nested.values()
+    elif not isinstance(nested, (tuple, list)):
+        return []
+    return [tensor for each in nested for tensor in _tensors(each)]
 
 
 def _where() -> str:

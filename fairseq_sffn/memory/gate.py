@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .scores import ELEMENTWISE, EPSILON, Scores, at_least_fp32
+from .scores import ELEMENTWISE, Scores, at_least_fp32, normalized
 
 
 class Gate(NamedTuple):
@@ -40,7 +40,7 @@ class Gate(NamedTuple):
             return torch.softmax(logits_NA, dim=-1)
         weights_NA = ELEMENTWISE[self.score](logits_NA)
         if self.renormalized:
-            weights_NA = weights_NA / (weights_NA.sum(dim=-1, keepdim=True) + EPSILON)
+            weights_NA = normalized(weights_NA)
         return weights_NA
 
 

@@ -36,6 +36,10 @@ class ProductScores(Scores):
         self.left, self.right = left, right
         self.num_tokens, self.device = len(left), left.device
         self.num_blocks = left.shape[2] * right.shape[2]
+        # Not `cached_property`, whose lock does not compile.
+        self._wide: tuple[Tensor, Tensor] | None = None
+        self._probs: tuple[Tensor, Tensor] | None = None
+        self._log_partition: Tensor | None = None
 
     def top(
         self, active_blocks: int, bias_B: Tensor | None = None, function: str = "logits"
@@ -64,11 +68,17 @@ class ProductScores(Scores):
         return torch.cat(best).transpose(1, 2).flatten(1)
 
     def of(self, blocks_NA: Tensor) -> Tensor:
-        blocks_NaH = self._by_rank(blocks_NA)
-        right_size = self.right.shape[2]
-        lefts = blocks_NaH.div(right_size, rounding_mode="floor")
-        scores = self.left.transpose(1, 2).gather(1, lefts)
-        return (scores + self.right.transpose(1, 2).gather(1, blocks_NaH % right_size)).flatten(1)
+        left_NaH, right_NaH = self._of_blocks(self.left, self.right, blocks_NA)
+        return (left_NaH + right_NaH).flatten(1)
+
+    def _of_blocks(
+        self, left_NHL: Tensor, right_NHR: Tensor, blocks_NA: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the values that the halves of the given blocks have: (N, A / H, H) each."""
+        blocks_NaH, right_size = self._by_rank(blocks_NA), right_NHR.shape[2]
+        lefts_NaH = blocks_NaH.div(right_size, rounding_mode="floor")
+        left_NaH = left_NHL.transpose(1, 2).gather(1, lefts_NaH)
+        return left_NaH, right_NHR.transpose(1, 2).gather(1, blocks_NaH % right_size)
 
     def log_probs(self, blocks_NA: Tensor) -> Tensor:
         scores_NaH = self._by_rank(self.of(blocks_NA))
@@ -79,8 +89,10 @@ class ProductScores(Scores):
 
     def log_partition(self) -> Tensor:
         """Return the log of the summed exponentials of the scores of each head: (N, H)."""
-        left, right = at_least_fp32(self.left), at_least_fp32(self.right)
-        return torch.logsumexp(left, dim=-1) + torch.logsumexp(right, dim=-1)
+        if self._log_partition is None:
+            left, right = (torch.logsumexp(half, dim=-1) for half in self._wide_halves())
+            self._log_partition = left + right
+        return self._log_partition
 
     def mean_shares(
         self, valid_N: Tensor | None, function: str = "softmax", split: Split = one_sequence
@@ -99,12 +111,13 @@ class ProductScores(Scores):
 
     def mass(self, blocks_NA: Tensor, function: str = "softmax") -> Tensor:
         """Return the probability that the given blocks have, averaged over heads: (N,)."""
-        return self.log_probs(blocks_NA).exp().sum(dim=1) / self.left.shape[1]
+        left_NaH, right_NaH = self._of_blocks(*self._half_probs(), blocks_NA)
+        return (left_NaH * right_NaH).sum(dim=(1, 2)) / self.left.shape[1]
 
     def entropy(self, function: str = "softmax") -> Tensor:
         """Return the entropy of a token's probabilities over its maximum, averaged over heads."""
-        left_NH, right_NH = (torch.special.entr(half).sum(dim=2) for half in self._half_probs())
-        return (left_NH + right_NH).mean(dim=1) / max_entropy(self.num_blocks)
+        entropy_NHX = torch.special.entr(torch.cat(self._half_probs(), dim=2))
+        return entropy_NHX.sum(dim=(1, 2)) / (self.left.shape[1] * max_entropy(self.num_blocks))
 
     def moments(self, valid_N: Tensor | None) -> Tensor:
         """Return the number, the sum and the sum of squares of the scores, averaged over heads."""
@@ -116,9 +129,16 @@ class ProductScores(Scores):
         squares_NH += right.square().sum(dim=2) * left.shape[2]
         return token_moments(sums_NH.mean(dim=1), squares_NH.mean(dim=1), self, valid_N)
 
+    def _wide_halves(self) -> tuple[Tensor, Tensor]:
+        if self._wide is None:
+            self._wide = at_least_fp32(self.left), at_least_fp32(self.right)
+        return self._wide
+
     def _half_probs(self) -> tuple[Tensor, Tensor]:
-        left = torch.softmax(at_least_fp32(self.left), dim=-1)
-        return left, torch.softmax(at_least_fp32(self.right), dim=-1)
+        if self._probs is None:
+            left, right = self._wide_halves()
+            self._probs = torch.softmax(left, dim=-1), torch.softmax(right, dim=-1)
+        return self._probs
 
 
 def candidate_ranks(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,49 @@ ROUNDED = 40.0
 
 def sqrt_softplus(logits: Tensor) -> Tensor:
     """Return the square root of log(1 + exp(logit)), elementwise."""
-    # For very negative logits softplus is 0 in fp32, where the square root has no gradient.
-    small = torch.exp(logits.clamp(max=-ROUNDED) / 2)
-    large = F.softplus(logits.clamp(min=-ROUNDED), threshold=ROUNDED).sqrt()
-    return torch.where(logits < -ROUNDED, small, large)
+    return _SqrtSoftplus.apply(logits)
+
+
+class _SqrtSoftplus(torch.autograd.Function):
+    """Fewer kernels than by autograd, whose gradients need clamped logits to stay finite."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        # For very negative logits softplus is 0 in fp32.
+        large = F.softplus(logits, threshold=ROUNDED).sqrt_()
+        roots = torch.where(logits < -ROUNDED, torch.exp(logits / 2), large)
+        ctx.save_for_backward(logits, roots)
+        return roots
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        logits, roots = ctx.saved_tensors
+        twice = torch.where(logits < -ROUNDED, roots, logits.sigmoid().div_(roots))
+        return twice.mul_(grad).div_(2)
+
+
+def normalized(scores_NX: Tensor) -> Tensor:
+    """Divide the scores of each token by their sum: (N, X)."""
+    return _Normalized.apply(scores_NX)
+
+
+class _Normalized(torch.autograd.Function):
+    """Half the kernels of a sum and a division by autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, scores_NX: Tensor) -> Tensor:
+        sums_N1 = scores_NX.sum(dim=1, keepdim=True).add_(EPSILON)
+        shares_NX = scores_NX / sums_N1
+        ctx.save_for_backward(shares_NX, sums_N1)
+        return shares_NX
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_NX: Tensor) -> Tensor:
+        shares_NX, sums_N1 = ctx.saved_tensors
+        mean_N1 = (grad_NX * shares_NX).sum(dim=1, keepdim=True)
+        return (grad_NX - mean_N1).div_(sums_N1)
 
 
 ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -54,7 +94,7 @@ class Scores:
         self.logits = logits
         self.num_tokens, self.num_blocks = logits.shape
         self.device = logits.device
-        self._probs: Tensor | None = None
+        self._shares: dict[str, Tensor] = {}
 
     def top(
         self, active_blocks: int, bias_B: Tensor | None = None, function: str = "logits"
@@ -105,11 +145,18 @@ class Scores:
         return mean_over_tokens(self.shares(function), valid_N, split)
 
     def shares(self, function: str = "softmax") -> Tensor:
-        """Return each block's share of a token's scores, in fp32 at least: (N, B)."""
-        if function in ("softmax", "logits"):
-            return self.probs
-        scores_NB = ELEMENTWISE[function](at_least_fp32(self.logits))
-        return scores_NB / (scores_NB.sum(dim=1, keepdim=True) + EPSILON)
+        """Return each block's share of a token's scores, in fp32 at least: (N, B).
+
+        They are computed once for gate, losses and statistics.
+        """
+        function = "softmax" if function == "logits" else function
+        if function not in self._shares:
+            logits_NB = at_least_fp32(self.logits)
+            if function == "softmax":
+                self._shares[function] = torch.softmax(logits_NB, dim=1)
+            else:
+                self._shares[function] = normalized(ELEMENTWISE[function](logits_NB))
+        return self._shares[function]
 
     def mass(self, blocks_NA: Tensor, function: str = "softmax") -> Tensor:
         """Return the share of a token's scores that the given blocks have: (N,)."""
@@ -130,10 +177,8 @@ class Scores:
 
     @property
     def probs(self) -> Tensor:
-        """Probability of each block: (N, B), computed once for gate and losses."""
-        if self._probs is None:
-            self._probs = torch.softmax(at_least_fp32(self.logits), dim=-1)
-        return self._probs
+        """Probability of each block: (N, B)."""
+        return self.shares("softmax")
 
 
 def mean_over_tokens(
@@ -142,6 +187,7 @@ def mean_over_tokens(
     """Average over the valid tokens of each sequence: (S, X); zeros where there are none."""
     values_STX = split(values_NX)
     if valid_N is None:
+        # Not `mean`, whose gradient is divided element by element.
         return values_STX.sum(dim=1) / max(values_STX.shape[1], 1)
     weights_ST = token_weights(values_NX, valid_N, split)
     with torch.autocast(values_NX.device.type, enabled=False):

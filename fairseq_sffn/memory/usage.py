@@ -6,6 +6,7 @@ the sums.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -48,13 +49,13 @@ def block_importance(selection: Selection, counts_B: Tensor, counted: Tensor | N
         selection, counted: see :meth:`.selection.Selection.counted`.
         counts_B: ``Usage.counts``.
     """
-    importance_B = counts_B.float()
     factors = [t for t in (selection.weights, selection.coefficients) if t is not None]
     if not factors:
-        return importance_B
-    importance_NA = torch.stack(factors).detach().float().prod(dim=0).abs()
+        return counts_B.float()
+    importance_NA = reduce(torch.mul, (t.detach().float() for t in factors)).abs()
     importance_NA = importance_NA if counted is None else importance_NA * counted
-    return importance_B.zero_().scatter_add_(0, selection.blocks.flatten(), importance_NA.flatten())
+    importance_B = importance_NA.new_zeros(len(counts_B))
+    return importance_B.scatter_add_(0, selection.blocks.flatten(), importance_NA.flatten())
 
 
 def score_statistics(

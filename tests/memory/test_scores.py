@@ -7,7 +7,7 @@ from fairseq_sffn.memory import top_blocks as top_blocks_module
 from fairseq_sffn.memory.balance import balance_loss, z_loss
 from fairseq_sffn.memory.gate import GATES
 from fairseq_sffn.memory.product_scores import ProductScores, candidate_ranks
-from fairseq_sffn.memory.scores import Scores
+from fairseq_sffn.memory.scores import Scores, normalized, sqrt_softplus
 from fairseq_sffn.memory.top_blocks import top_blocks
 from tests.memory.cases import build, tokens
 from tests.memory.oracle import assert_matches
@@ -203,6 +203,31 @@ def test_losses_do_not_depend_on_what_was_read_before():
     close(mean_B.detach(), wanted)
     assert mean_B.requires_grad
     assert torch.autograd.grad(mean_B[0], logits_NB)[0].any()
+
+
+def test_gradients_of_score_functions():
+    logits_NB = torch.linspace(-60, 60, 24, dtype=DOUBLE).view(4, 6).requires_grad_()
+    assert torch.autograd.gradcheck(sqrt_softplus, logits_NB)
+    scores_NB = torch.rand(4, 6, dtype=DOUBLE, requires_grad=True)
+    assert torch.autograd.gradcheck(normalized, scores_NB)
+    close(normalized(scores_NB), scores_NB / scores_NB.sum(1, keepdim=True))
+    assert (normalized(0 * scores_NB) == 0).all()
+
+
+def test_ruled_out_blocks_have_no_root_and_no_gradient():
+    logits = torch.tensor([-torch.inf, -110.0, 1.0], requires_grad=True)
+    roots = sqrt_softplus(logits)
+    (grad,) = torch.autograd.grad(roots.sum(), logits)
+    assert roots[0] == grad[0] == 0
+    torch.testing.assert_close(grad[1], roots[1].detach() / 2)
+    torch.testing.assert_close(roots[1], torch.tensor(-55.0).exp())
+
+
+@pytest.mark.parametrize("function", ["softmax", "sigmoid", "sqrt_softplus"])
+def test_shares_are_computed_once(function):
+    scores = Scores(torch.randn(4, 6, requires_grad=True))
+    assert scores.shares(function) is scores.shares(function)
+    torch.testing.assert_close(scores.shares(function).sum(dim=1), torch.ones(4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -156,18 +156,19 @@ class MaskedMatmul:
     def sums(self, weights_NK: Tensor, table_BGD: Tensor, blocks_NA: Tensor) -> Tensor:
         table_CD = table_BGD.flatten(0, 1)
         masked = _masked(weights_NK, blocks_NA, *table_BGD.shape[:2])
-        return torch.cat([weights_nC @ table_CD for weights_nC in masked])
+        sums = [weights_nC @ table_CD for weights_nC in masked]
+        return torch.cat(sums) if len(sums) > 1 else sums[0]
 
     def table_sums(
         self, weights_NK: Tensor, x_ND: Tensor, blocks_NA: Tensor, order: RowOrder, num_blocks: int
     ) -> Tensor:
         block_size = weights_NK.shape[1] // blocks_NA.shape[1]
-        num_cells = num_blocks * block_size
-        wide = torch.promote_types(x_ND.dtype, torch.float32)
-        sums_CD = x_ND.new_zeros(num_cells, x_ND.shape[1], dtype=wide)
+        each = _tokens_at_once(num_blocks * block_size)
         masked = _masked(weights_NK, blocks_NA, num_blocks, block_size)
-        for weights_nC, x_nD in zip(masked, x_ND.split(_tokens_at_once(num_cells)), strict=True):
-            sums_CD += weights_nC.t() @ x_nD
+        products = (w_nC.t() @ x_nD for w_nC, x_nD in zip(masked, x_ND.split(each), strict=True))
+        sums_CD, wide = next(products), torch.promote_types(x_ND.dtype, torch.float32)
+        for product_CD in products:
+            sums_CD = sums_CD.to(wide).add_(product_CD)
         return sums_CD.to(x_ND.dtype).unflatten(0, (num_blocks, block_size))
 
 
