@@ -16,8 +16,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SAME_SENTENCES = ("--curriculum", "1000000", "--dropout", "0")
 """fairseq deals consecutive batches to the ranks, so with these flags they share the batch of one
 process."""
-HANGS_SECONDS = 180
-"""Time after which a job of a few seconds hangs, also on a slow machine."""
+HANGS_SECONDS = 240
+"""Time after which a job hangs, also on a slow machine. None takes 40 seconds on an idle one."""
 
 
 def torchrun(world_size: int, *command: Any) -> list[str]:
@@ -49,10 +49,18 @@ def training(data: Path, save_dir: Path, model: str, *flags: str) -> list[str]:
     return arguments
 
 
-def train(world_size: int, folder: Path, jobs: dict[str, list[str]]) -> dict[str, str]:
+def train(
+    world_size: int, folder: Path, jobs: dict[str, list[str]], before: str = ""
+) -> dict[str, str]:
     """Run trainings in so many processes, one after the other, and return rank 0's logs. The
     processes are copies of one that has imported everything. :func:`run` starts them as users
     do.
+
+    Args:
+        world_size: number of processes.
+        folder: for logs.
+        jobs: name -> arguments of fairseq-train.
+        before: ``module:function`` that each rank calls first.
 
     Raises:
         AssertionError: a rank failed, with what each rank wrote to standard error.
@@ -60,7 +68,7 @@ def train(world_size: int, folder: Path, jobs: dict[str, list[str]]) -> dict[str
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
     starter = start_starter()
-    print(json.dumps([world_size, str(folder)]), file=starter.stdin, flush=True)
+    print(json.dumps([world_size, str(folder), before]), file=starter.stdin, flush=True)
     if not json.loads(starter.stdout.readline()):
         errors = [path.read_text()[-4000:] for path in sorted(folder.glob("*.err"))]
         raise AssertionError("\n\nNext rank:\n".join(errors))

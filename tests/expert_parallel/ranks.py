@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import signal
 import sys
 import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,27 +31,42 @@ ENDING_SECONDS = 10
 """Time in which ranks end after one has failed. They then say where they were waiting for it."""
 
 
+class GlooOfOneThread(dist.ProcessGroupGloo):
+    """gloo with one thread for each group in place of two.
+
+    Both threads would wait for the next operation at one condition variable. glibc before 2.41 can
+    lose a wake-up if several threads wait (its bug 25847). The operation would then never begin,
+    and the other ranks would wait for it.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_default_device()]
+        options._threads, options._timeout = 1, timeout
+        super().__init__(store, rank, size, options)
+
+
 def main() -> None:
-    """Start ranks for each line of standard input: the number of ranks and their folder. Answer
-    with whether all ended well."""
+    """Start ranks for each line of standard input: the number of ranks, their folder, and a
+    function to call first. Answer with whether all ended well."""
     arguments = launch.training(Path("data"), Path("saved"), "avgk")
     convert_namespace_to_omegaconf(
         options.parse_args_and_arch(options.get_training_parser(), arguments)
     )  # what it keeps saves each rank time
     conftest.pytest_collection_finish()
     for line in sys.stdin:
-        world_size, folder = json.loads(line)
-        print(json.dumps(run_ranks(world_size, Path(folder))), flush=True)
+        world_size, folder, before = json.loads(line)
+        print(json.dumps(run_ranks(world_size, Path(folder), before)), flush=True)
 
 
-def run_ranks(world_size: int, folder: Path) -> bool:
+def run_ranks(world_size: int, folder: Path, before: str) -> bool:
     """Run the jobs of a folder in so many ranks, and return whether all ended well."""
     for left in (folder / "port", *folder.glob("*.err")):
         left.unlink(missing_ok=True)
     ranks, well, end = set(), True, float("inf")
     for rank in range(world_size):
         if not (pid := os.fork()):
-            become_rank(world_size, rank, folder)
+            become_rank(world_size, rank, folder, before)
         ranks.add(pid)
     while ranks:
         for pid in [*ranks]:
@@ -66,14 +83,18 @@ def run_ranks(world_size: int, folder: Path) -> bool:
     return well
 
 
-def become_rank(world_size: int, rank: int, folder: Path) -> NoReturn:
+def become_rank(world_size: int, rank: int, folder: Path, before: str) -> NoReturn:
     """Continue as a rank in a forked process."""
     try:
         with open(folder / f"{rank}.err", "w") as said:
             os.dup2(said.fileno(), 1)
             os.dup2(said.fileno(), 2)
         os.environ |= {"WORLD_SIZE": str(world_size), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        # ``init_process_group`` and ``new_group`` look the class up by this name.
+        dist.distributed_c10d.ProcessGroupGloo = GlooOfOneThread
         store = meet(rank, folder / "port")  # noqa: F841  # it ends with its last reference
+        if before:
+            pkgutil.resolve_name(before)()
         launch.run_jobs(folder / "jobs.json")
     except BaseException:
         traceback.print_exc()
