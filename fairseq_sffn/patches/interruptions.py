@@ -121,6 +121,7 @@ def interruptible(cfg: Any, trainer: Any, epoch_itr: Any) -> Iterator[Interrupti
             number = interruption.number or receiver.received
             if not number or not is_of_a_lost_peer(error):
                 raise
+            receiver.leaving = True  # its thread may notice the loss too
             name = signal.Signals(number).name
             line = f"{name}: another process of the training has ended: {first_line(error)}"
             print(line, file=sys.stderr, flush=True)

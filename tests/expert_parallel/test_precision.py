@@ -20,21 +20,26 @@ FLAGS = (*launch.SAME_SENTENCES, "--max-update", "12", "--clip-norm", "1.0", "--
 TOGETHER = ("--batch-size", "4", "--sffn-expert-parallel", "2")
 
 
+def allow_on_cpus() -> None:
+    """Allow fp16. fairseq's optimizer for it runs on a CPU, unless it flattens gradients."""
+    trainer.check_precision = lambda common, flags: None
+
+
 @pytest.fixture(scope="module")
 def logs(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return name of a training -> logs of one process and of two."""
     folder = tmp_path_factory.mktemp("precision")
     result, jobs = {}, {}
     with pytest.MonkeyPatch.context() as patch:
-        # fairseq's optimizer for fp16 runs on a CPU, unless it flattens gradients.
-        patch.setattr(trainer, "check_precision", lambda common, flags: None)
+        patch.setattr(trainer, "check_precision", trainer.check_precision)  # is restored
+        allow_on_cpus()
         for half, of_half in HALF.items():
             for model in MODELS:
                 name, flags = f"{model}-{half}", (*FLAGS, *of_half)
                 result[name] = commands.train(data_bin, folder / name, model, *flags)
                 save_dir = folder / f"{name}-2"
                 jobs[f"{name}-2"] = launch.training(data_bin, save_dir, model, *flags, *TOGETHER)
-        result |= launch.train(2, folder / "jobs", jobs)
+        result |= launch.train(2, folder / "jobs", jobs, f"{__name__}:allow_on_cpus")
     return {name: commands.records(log) for name, log in result.items()}
 
 

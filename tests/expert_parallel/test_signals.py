@@ -1,7 +1,6 @@
 """A signal to one of several processes, or to their launcher, interrupts all of them together."""
 
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -102,15 +101,12 @@ def test_one_signal_interrupts_all(
 def run_by_hand(data: Path, save_dir: Path, number: int, target: str) -> list[tuple[int, str]]:
     """Start two ranks without a launcher, and return their exit statuses and errors."""
     job = launch.training(data, save_dir, "avgk", *FLAGS)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     ranks = [
         subprocess.Popen(
             [
                 *(sys.executable, "-W", "ignore", PROGRAM, "update", "3", str(int(number)), target),
                 *(*job, "--distributed-world-size", "2", "--distributed-rank", str(rank)),
-                *("--distributed-init-method", f"tcp://localhost:{port}"),
+                *("--distributed-init-method", f"file://{save_dir.parent / 'meeting'}"),
                 *("--distributed-no-spawn", "--distributed-backend", "gloo"),
             ],
             env={**launch.ENVIRONMENT, "RANK": str(rank)},
@@ -121,8 +117,7 @@ def run_by_hand(data: Path, save_dir: Path, number: int, target: str) -> list[tu
         for rank in range(2)
     ]
     try:
-        # The timeout tells ranks that wait for each other from a slow machine.
-        errors = [rank.communicate(timeout=1200)[1] for rank in ranks]
+        errors = [rank.communicate(timeout=launch.HANGS_SECONDS)[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
