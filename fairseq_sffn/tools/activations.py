@@ -146,9 +146,13 @@ def selection_bytes(memory: SparseMemory, tokens: int, dtype: torch.dtype) -> in
     else:
         # The scores from which a gate picks, and the probabilities of all blocks.
         wide = FP32 if isinstance(selector, LearnedGate) else size
-        normalised = config.gate_name == "softmax" or config.selector_class.default_balance_weight
-        kept += tokens * config.num_blocks * (wide * gated + FP32 * bool(normalised))
-        kept += tokens * config.active_blocks * gate_bytes(config.gate_name)
+        cls = config.selector_class
+        shares = config.gate_name == "softmax" or cls.default_balance_weight
+        kept += tokens * config.num_blocks * (wide * gated + FP32 * bool(shares))
+        softmax = gate.score_function(config.gate_name) in ("logits", "softmax")
+        if cls.default_balance_weight and cls.balance_loss_kind == "load" and not softmax:
+            kept += tokens * (config.num_blocks + 1) * FP32  # the scores before the division
+        kept += tokens * gate_bytes(config.gate_name, config.active_blocks)
     if isinstance(selector, VanillaM) and gated:
         separate = not scores_are_cells(config.block_size, selector.aggregate)
         kept += tokens * config.num_cells * size * separate  # pre-activations of all cells
@@ -170,15 +174,20 @@ def selection_bytes(memory: SparseMemory, tokens: int, dtype: torch.dtype) -> in
     return kept
 
 
-def gate_bytes(name: str) -> int:
-    """Return the bytes kept for a selected score by a gate, without the weight.
+def gate_bytes(name: str, active_blocks: int) -> int:
+    """Return the bytes that a gate keeps for a token, without the weights.
 
     Args:
         name: the gate.
+        active_blocks: blocks per token.
     """
-    if gate.score_function(name) == "sqrt_softplus":
-        return 4 * FP32 + 1  # scores, exponential, clamped scores and root; which of the two it is
-    return FP32 if name == "sigmoid_renormalized" else 0
+    formed = gate.GATES[name]
+    numbers = 0
+    if formed is not None and formed.score == "sqrt_softplus":
+        numbers += active_blocks  # the logits
+    if formed is not None and formed.renormalized and formed.score != "softmax":
+        numbers += active_blocks + 1  # the scores before the division, and their sum
+    return numbers * FP32
 
 
 def memory_bytes(memory: SparseMemory, tokens: int, shards: int, dtype: torch.dtype) -> int:

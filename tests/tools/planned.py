@@ -63,7 +63,8 @@ def loss_and_kept_bytes(model: nn.Module, world_size: int = 1) -> tuple[torch.Te
     kept: weakref.WeakSet[Kept] = weakref.WeakSet()
 
     def pack(tensor: torch.Tensor) -> Kept:
-        kept.add(packed := Kept(tensor))
+        # Detached, as a result that its own operator keeps would otherwise keep that operator.
+        kept.add(packed := Kept(tensor.detach()))
         return packed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed.tensor):
