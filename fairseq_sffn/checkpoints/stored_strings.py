@@ -66,7 +66,7 @@ def is_plan(value: str) -> bool:
 
     An example is ``--sffn-layers hash_layer:0-2,avgk/block_size=64:3-``.
     """
-    entry = r" *\w+(/\w+=\w+)*:\d+(-\d*)? *"
+    entry = r" *\w+(/\w+=[\w.-]+)*:\d+(-\d*)? *"
     return len(value) < 10_000 and all(
         re.fullmatch(entry, part, re.ASCII) for part in value.split(",")
     )

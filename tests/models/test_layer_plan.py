@@ -10,6 +10,7 @@ import torch
 from fairseq import models
 from torch import Tensor, nn
 
+from fairseq_sffn.checkpoints.stored_strings import is_plan
 from fairseq_sffn.errors import UsageError
 from fairseq_sffn.memory import SparseMemory
 from fairseq_sffn.models.layer_plan import Entry, layer_groups, parse_plan
@@ -81,6 +82,7 @@ def planned(plan: str, model: str = "sffn", layers: int = 4, **options: Any) -> 
 )
 def test_entries(plan: str, entries: list[Entry]) -> None:
     assert parse_plan(plan) == entries
+    assert is_plan(plan)  # so that a checkpoint with this plan loads
 
 
 @pytest.mark.parametrize(
