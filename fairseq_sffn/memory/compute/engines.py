@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -17,6 +17,9 @@ from .grouped_mm import GROUPED_MMS, GroupedMM
 from .sorted_assignments import pre_activations, sum_values
 from .tiled_products import gathered_products, scattered_products
 from .tiles import make_tiles, tile_rows
+
+Table = tuple[Tensor, Tensor | None]
+"""A key table (B, G, D) and its bias (B, G), or ``None``."""
 
 
 class Tables(NamedTuple):
@@ -96,10 +99,10 @@ class SortedAssignments:
         def in_order(values_NA: Tensor) -> Tensor:
             return values_NA.flatten(0, 1)[order_P]
 
-        def products_PG(table_BGD: Tensor, bias_BG: Tensor | None) -> Tensor:
-            return pre_activations(x_ND, table_BGD, bias_BG, assignments, self.mm)
+        def products(*tables: Table) -> Iterable[Tensor]:
+            return pre_activations(x_ND, tables, assignments, self.mm)
 
-        hidden_PG = _hidden(tables, selection, activation, in_order, products_PG)
+        hidden_PG = _hidden(tables, selection, activation, in_order, products)
         hidden_PG = dropout(hidden_PG).to(x_ND.dtype)
         weights_P = None
         if selection.weights is not None:
@@ -138,10 +141,10 @@ class Tiled:
                 values_NA = values_NA.masked_fill(dropped_NA, 0.0)
             return values_NA.flatten(0, 1).index_select(0, tiles.order_P)
 
-        def products_PG(table_BGD: Tensor, bias_BG: Tensor | None) -> Tensor:
-            return gathered_products(x_ND, table_BGD, bias_BG, tiles)
+        def products(*tables: Table) -> Iterable[Tensor]:
+            return (gathered_products(x_ND, *table, tiles) for table in tables)
 
-        hidden_PG = _hidden(tables, selection, activation, in_order, products_PG)
+        hidden_PG = _hidden(tables, selection, activation, in_order, products)
         hidden_PG = dropout(hidden_PG).to(x_ND.dtype)
         if selection.weights is not None:
             hidden_PG = hidden_PG * in_order(selection.weights).to(x_ND.dtype).unsqueeze(1)
@@ -175,10 +178,10 @@ class EmbeddingBag:
         def in_order(values_NAG: Tensor) -> Tensor:
             return values_NAG.flatten(1)
 
-        def products_NK(table_BGD: Tensor, bias_BG: Tensor | None) -> Tensor:
-            return dot_rows(x_ND, table_BGD, bias_BG, blocks_NA, order, self.kernels)
+        def products(*tables: Table) -> Iterable[Tensor]:
+            return (dot_rows(x_ND, *table, blocks_NA, order, self.kernels) for table in tables)
 
-        hidden_NK = _hidden(tables, selection, activation, in_order, products_NK)
+        hidden_NK = _hidden(tables, selection, activation, in_order, products)
         hidden_NK = dropout(hidden_NK).to(x_ND.dtype)
         if selection.weights is not None or selection.kept is not None:
             hidden_NAG = hidden_NK.unflatten(1, (-1, tables.values.shape[1]))
@@ -195,7 +198,7 @@ def _hidden(
     selection: Selection,
     activation: Callable[[Tensor], Tensor],
     in_order: Callable[[Tensor], Tensor],
-    products: Callable[[Tensor, Tensor | None], Tensor],
+    products: Callable[..., Iterable[Tensor]],
 ) -> Tensor:
     """Return the hidden activations, in the order and shape of the engine.
 
@@ -204,17 +207,19 @@ def _hidden(
         selection: may know coefficients or pre-activations.
         activation: f, elementwise.
         in_order: brings (N, A, G) into the order and shape of the engine.
-        products: computes x . row + bias for the cells of the assignments, from a table and its
-            bias.
+        products: computes x . row + bias for the cells of the assignments, for each of the given
+            tables.
     """
     if selection.coefficients is not None:
         return in_order(selection.coefficients.unsqueeze(2))
+    up = [] if tables.up is None else [(tables.up, tables.up_bias)]
     if selection.pre_activations is not None:
-        hidden = activation(in_order(selection.pre_activations))
+        pre, factors = in_order(selection.pre_activations), list(products(*up)) if up else []
     else:
         assert tables.keys is not None
-        hidden = activation(products(tables.keys, tables.key_bias))
-    return hidden if tables.up is None else hidden * products(tables.up, tables.up_bias)
+        pre, *factors = products((tables.keys, tables.key_bias), *up)
+    hidden = activation(pre)
+    return hidden * factors[0] if factors else hidden
 
 
 ENGINES: dict[str, Engine] = {

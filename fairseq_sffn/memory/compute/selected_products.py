@@ -43,7 +43,9 @@ def selected_products(
                 and found.supports(device, table_BGX.dtype, shape)
             )
             order_P, chunks = chunk_assignments(blocks_P1, num_blocks, CACHED_ASSIGNMENTS)
-            sorted_PG = pre_activations(rows_PX, table_BGX, bias_BG, chunks, block_by_block.mm)
+            (sorted_PG,) = pre_activations(
+                rows_PX, [(table_BGX, bias_BG)], chunks, block_by_block.mm
+            )
         else:
             tiles = make_tiles(blocks_P1, num_blocks, None, tile_rows(len(rows_PX), num_blocks))
             order_P = tiles.order_P.long()

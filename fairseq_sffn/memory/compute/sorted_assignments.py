@@ -6,6 +6,7 @@ the rows of the tokens a second time, one chunk after the other into the same bu
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,13 +19,19 @@ from .grouped_mm import GroupedMM
 
 def pre_activations(
     x_ND: Tensor,
-    keys_BGD: Tensor,
-    key_bias_BG: Tensor | None,
+    tables: Sequence[tuple[Tensor, Tensor | None]],
     assignments: ChunkedAssignments,
     mm: GroupedMM,
-) -> Tensor:
-    """Compute x . k + c for the cells of each sorted assignment: (P, G)."""
-    return _PreActivations.apply(x_ND, keys_BGD, key_bias_BG, assignments, mm)
+) -> tuple[Tensor, ...]:
+    """Compute x . k + c for the cells of each sorted assignment: (P, G) for each table.
+
+    Args:
+        x_ND: hidden states.
+        tables: keys (B, G, D) and biases (B, G) or ``None``. The rows of x are gathered once for
+            all of them.
+        assignments, mm: sorted assignments, and what multiplies them.
+    """
+    return _PreActivations.apply(x_ND, assignments, mm, *itertools.chain(*tables))
 
 
 def sum_values(
@@ -44,48 +51,62 @@ class _PreActivations(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_ND: Tensor,
-        keys_BGD: Tensor,
-        key_bias_BG: Tensor | None,
         assignments: ChunkedAssignments,
         mm: GroupedMM,
-    ) -> Tensor:
-        ctx.save_for_backward(x_ND, keys_BGD)
+        *tables: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        keys = [table for table in tables[::2] if table is not None]
+        biases = tables[1::2]
+        ctx.save_for_backward(x_ND, *keys)
         ctx.assignments, ctx.mm = assignments, mm
-        pre_PG = x_ND.new_empty(len(assignments.tokens), keys_BGD.shape[1])
+        pre = [x_ND.new_empty(len(assignments.tokens), each.shape[1]) for each in keys]
         buffer_pD = _buffer(x_ND, assignments)
         for chunk in assignments.chunks:
             rows_pD = _gather(x_ND, assignments.tokens[chunk.assignments], buffer_pD)
-            keys_BDG, pre_pG = keys_BGD.transpose(1, 2), pre_PG[chunk.assignments]
-            mm.grouped_mm(rows_pD, keys_BDG, chunk, pre_pG, key_bias_BG)
-        return pre_PG
+            for pre_PG, keys_BGD, bias_BG in zip(pre, keys, biases, strict=True):
+                keys_BDG, pre_pG = keys_BGD.transpose(1, 2), pre_PG[chunk.assignments]
+                mm.grouped_mm(rows_pD, keys_BDG, chunk, pre_pG, bias_BG)
+        return tuple(pre)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_PG: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, keys_BGD = ctx.saved_tensors
-        assignments, mm = ctx.assignments, ctx.mm
-        grad_PG = grad_PG.contiguous()
-        grad_x_ND = _sums(x_ND, x_ND.shape) if ctx.needs_input_grad[0] else None
-        grad_keys_BGD = _grad_table(keys_BGD, assignments) if ctx.needs_input_grad[1] else None
-        buffer_pD = _buffer(x_ND, assignments)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, *keys = ctx.saved_tensors
+        assignments, mm, needed = ctx.assignments, ctx.mm, ctx.needs_input_grad
+        grads = tuple(grad_PG.contiguous() for grad_PG in grads)
+        grad_x_ND = _sums(x_ND, x_ND.shape) if needed[0] else None
+        grad_keys = [
+            _grad_table(each, assignments) if needs else None
+            for each, needs in zip(keys, needed[3::2], strict=True)
+        ]
+        buffer_pD, product_pD = _buffer(x_ND, assignments), _buffer(x_ND, assignments)
         for chunk in assignments.chunks:
             tokens_p = assignments.tokens[chunk.assignments]
-            grad_pG = grad_PG[chunk.assignments]
-            if grad_keys_BGD is not None:
-                rows_pD = _gather(x_ND, tokens_p, buffer_pD)
-                mm.grouped_mm_transposed(grad_pG, rows_pD, chunk, grad_keys_BGD)
-            if grad_x_ND is not None:
-                rows_pD = buffer_pD[: len(tokens_p)]
-                mm.grouped_mm(grad_pG, keys_BGD, chunk, rows_pD)
-                mm.add_rows(grad_x_ND, tokens_p, rows_pD.to(grad_x_ND.dtype))
-        grad_bias_BG = None
-        if ctx.needs_input_grad[2]:
-            sums_BG = _sums(grad_PG, keys_BGD.shape[:2])
-            sums_BG.index_add_(0, assignments.blocks, grad_PG.to(sums_BG.dtype))
-            grad_bias_BG = sums_BG.to(grad_PG.dtype)
-        if grad_x_ND is not None:
-            grad_x_ND = grad_x_ND.to(x_ND.dtype)
-        return grad_x_ND, grad_keys_BGD, grad_bias_BG, None, None
+            grads_pG = [grad_PG[chunk.assignments] for grad_PG in grads]
+            rows_pD = buffer_pD[: len(tokens_p)]
+            if any(needed[3::2]):
+                _gather(x_ND, tokens_p, buffer_pD)
+            for grad_pG, grad_keys_BGD in zip(grads_pG, grad_keys, strict=True):
+                if grad_keys_BGD is not None:
+                    mm.grouped_mm_transposed(grad_pG, rows_pD, chunk, grad_keys_BGD)
+            if grad_x_ND is None:
+                continue
+            for i, (grad_pG, keys_BGD) in enumerate(zip(grads_pG, keys, strict=True)):
+                out_pD = product_pD[: len(tokens_p)] if i else rows_pD
+                mm.grouped_mm(grad_pG, keys_BGD, chunk, out_pD)
+                if i:
+                    rows_pD += out_pD
+            mm.add_rows(grad_x_ND, tokens_p, rows_pD.to(grad_x_ND.dtype))
+        result = [None if grad_x_ND is None else grad_x_ND.to(x_ND.dtype), None, None]
+        for grad_PG, keys_BGD, grad_keys_BGD, needs in zip(
+            grads, keys, grad_keys, needed[4::2], strict=True
+        ):
+            result += [grad_keys_BGD, None]
+            if needs:
+                sums_BG = _sums(grad_PG, keys_BGD.shape[:2])
+                sums_BG.index_add_(0, assignments.blocks, grad_PG.to(sums_BG.dtype))
+                result[-1] = sums_BG.to(grad_PG.dtype)
+        return tuple(result)
 
 
 class _SumValues(torch.autograd.Function):

@@ -26,7 +26,7 @@ def test_gradients_may_come_in_any_layout(name, reduce, chunk_size):
     bias_BG, weights_P = torch.randn(3, 4), torch.rand(20)
     inputs = [t.requires_grad_() for t in (x_ND, keys_BGD, bias_BG, values_BGD, weights_P)]
 
-    pre_PG = pre_activations(x_ND, keys_BGD, bias_BG, chunked, GROUPED_MMS[name])
+    (pre_PG,) = pre_activations(x_ND, [(keys_BGD, bias_BG)], chunked, GROUPED_MMS[name])
     expected_PG = torch.einsum("pd,pgd->pg", x_ND[chunked.tokens], keys_BGD[chunked.blocks])
     expected_PG = expected_PG + bias_BG[chunked.blocks]
     out_ND = sum_values(pre_PG, weights_P, values_BGD, chunked, 10, GROUPED_MMS[name])
