@@ -9,8 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 from fairseq import utils
+from fairseq.models import ARCH_MODEL_REGISTRY
 
 from ..checkpoints.loading import FLAGS, add_flags_to
+from ..errors import UsageError
+from ..models.transformer_lm import DenseTransformerLM
 from ..options.checks import PARSE_ERRORS
 from .registry import MENDS_FAIRSEQ, NEEDED, patch
 
@@ -34,9 +37,30 @@ def parse_args_and_arch(original: Callable[..., Any]) -> Callable[..., Any]:
         namespace = parsed[0] if isinstance(parsed, tuple) else parsed
         if utils.xm is None and getattr(namespace, "bf16", False):
             namespace.tpu = False
+        check_task(namespace)
         return parsed
 
     return wrapper
+
+
+def check_task(options: argparse.Namespace) -> None:
+    """Refuse a task without the options that a language model of the plugin reads.
+
+    fairseq's default task is translation.
+
+    Args:
+        options: the parsed options of a command.
+
+    Raises:
+        UsageError: the architecture is a language model and the task is not of language modeling.
+    """
+    arch = getattr(options, "arch", None)
+    model = ARCH_MODEL_REGISTRY.get(arch, object)
+    if issubclass(model, DenseTransformerLM) and not hasattr(options, "tokens_per_sample"):
+        raise UsageError(
+            f"--task {options.task}: {arch} is a language model; its tasks are language_modeling "
+            "and sffn_language_modeling"
+        )
 
 
 @patch(

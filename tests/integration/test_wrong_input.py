@@ -334,6 +334,18 @@ def test_seed_of_moving_average_with_code(
 # Data and evaluation
 
 
+@pytest.mark.parametrize("arch", ["transformer_lm_avgk_tiny", "transformer_lm_dense"])
+@pytest.mark.parametrize("flags", [(), ("--task", "translation")])
+def test_a_task_that_is_not_of_language_modeling(
+    arch: str, flags: tuple[str, ...], data_bin: Path
+) -> None:
+    words = ("train", data_bin, "--user-dir", USER_DIR, "--arch", arch, "--cpu", *flags)
+    assert refusal(lambda: commands.run(*words)) == (
+        f"--task translation: {arch} is a language model; its tasks are language_modeling and "
+        "sffn_language_modeling"
+    )
+
+
 @pytest.mark.parametrize("task", ["language_modeling", "sffn_language_modeling"])
 @pytest.mark.parametrize("model", ["avgk", "hash_layer"])
 def test_token_ids_outside_the_dictionary(
