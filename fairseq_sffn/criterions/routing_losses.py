@@ -163,6 +163,11 @@ class RoutingLosses(FairseqCriterion):
             }
             weights[name] = {layer: value for layer, value in found.items() if value}
         scope = str(self.cfg.balance_loss_scope)
+        if scope != "micro" and selectors and not weights["balance_loss"]:
+            raise UsageError(
+                f"--balance-loss-scope {scope}: no balance loss has a weight; see "
+                "--balance-loss-weight"
+            )
         for layer in weights["balance_loss"]:
             if selectors[layer].balance_loss_kind == "entropy" and scope != "micro":
                 raise UsageError(

@@ -24,6 +24,7 @@ SIZES = ("block_size", "active_blocks", "shared_blocks", "expansion")
 """Numbers that an entry may give, each in place of the option ``sffn_`` + name."""
 FRACTIONS = ("balance_rate", "route_scale")
 """Numbers with a fraction that an entry may give, in the same way."""
+NUMBER = r"-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE]-?[0-9]+)?"
 OPTIONS = (*SIZES, *FRACTIONS, "gate")
 FORM = "SELECTOR[/OPTION=VALUE...]:LAYERS, such as avgk/block_size=64:3-"
 
@@ -134,7 +135,7 @@ def parse_entry(text: str, plan: str) -> Entry:
             raise UsageError(f"{FLAG} {text}: gives {name} twice")
         if name in SIZES and not re.fullmatch("-?[0-9]{1,18}", value):
             raise UsageError(f"{FLAG} {text}: {name} {value or repr(value)} is not a whole number")
-        if name in FRACTIONS and not re.fullmatch(r"-?[0-9]*\.?[0-9]+(e-?[0-9]+)?", value):
+        if name in FRACTIONS and not re.fullmatch(NUMBER, value):
             raise UsageError(f"{FLAG} {text}: {name} {value or repr(value)} is not a number")
         kind = int if name in SIZES else float if name in FRACTIONS else str
         given[f"sffn_{name}"] = kind(value)

@@ -129,6 +129,14 @@ def test_scopes_of_the_balance_loss(model: str, data_bin: Path, tmp_path: Path) 
     assert train("sequence", "--batch-size", "1") == train("micro", "--batch-size", "1")
 
 
+@pytest.mark.parametrize("model", ["avgk", "moe", "hash_layer"])
+def test_a_scope_without_a_balance_loss(model: str, data_bin: Path, tmp_path: Path) -> None:
+    flags = ("--balance-loss-scope", "global")
+    assert commands.refusal(lambda: commands.train(data_bin, tmp_path, model, *flags)) == (
+        "--balance-loss-scope global: no balance loss has a weight; see --balance-loss-weight"
+    )
+
+
 def test_an_earlier_name_of_the_flag(data_bin: Path, tmp_path: Path) -> None:
     line = commands.refusal(
         lambda: commands.train(data_bin, tmp_path, "avgk", "--avgk-balance-rate", "0.1")

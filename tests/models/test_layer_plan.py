@@ -47,16 +47,19 @@ def planned(plan: str, model: str = "sffn", layers: int = 4, **options: Any) -> 
         ("avgk:3", [Entry("avgk:3", "avgk", {}, 3, 3)]),
         ("avgk:0-2", [Entry("avgk:0-2", "avgk", {}, 0, 2)]),
         ("avgk:1-", [Entry("avgk:1-", "avgk", {}, 1, None)]),
-        (
-            "moe/balance_rate=1e-3/route_scale=2.5:0",
-            [
-                Entry(
-                    "moe/balance_rate=1e-3/route_scale=2.5:0",
-                    "moe",
-                    dict(sffn_balance_rate=0.001, sffn_route_scale=2.5),
-                    *(0, 0),
-                )
-            ],
+        *(
+            (
+                f"moe/balance_rate={rate}/route_scale={scale}:0",
+                [
+                    Entry(
+                        f"moe/balance_rate={rate}/route_scale={scale}:0",
+                        "moe",
+                        dict(sffn_balance_rate=0.001, sffn_route_scale=2.5),
+                        *(0, 0),
+                    )
+                ],
+            )
+            for rate, scale in (("1e-3", "2.5"), ("1.E-3", "25e-1"), (".001", "2.50"))
         ),
         (
             "dense:0-1, hash_layer:2",

@@ -93,7 +93,9 @@ class MeanKeys(WideBuffers, Selector):
             raise ConfigError("key_ema", decay, "must be at least 0 and below 1")
         mean_of = config.selector_options.mean_of
         if mean_of != "keys" and config.glu is None:
-            raise ConfigError("mean_of", mean_of, "needs gated cells (glu)")
+            raise ConfigError(
+                "mean_of", mean_of, "needs gated cells (MemoryConfig.glu or --sffn-glu)"
+            )
 
     @classmethod
     def flops_per_step(cls, config: MemoryConfig) -> int:

@@ -74,7 +74,9 @@ def test_means_of_the_second_key_table(mean_of, normalize_keys, bias):
 
 
 def test_without_gated_cells_there_is_no_second_key_table():
-    with pytest.raises(ConfigError, match=r"^mean_of up: needs gated cells \(glu\)$"):
+    with pytest.raises(
+        ConfigError, match=r"^mean_of up: needs gated cells \(MemoryConfig\.glu or --sffn-glu\)$"
+    ):
         build(selector=AvgK.Config(mean_of="up"))
 
 
