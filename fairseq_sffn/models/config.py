@@ -68,7 +68,8 @@ class GatedOptions(FairseqDataclass):
         metadata={
             "help": "width of gated FFNs. It takes the place of the FFN width: for dense layers, "
             "memory cells and active blocks. By default, a gated FFN has about as many parameters "
-            "as a plain one (default: 2/3 of the FFN width, to the nearest multiple of 64)"
+            "as a plain one (default: 2/3 of the FFN width, to the nearest multiple of 64, at "
+            "least 64)"
         },
     )
 
@@ -225,7 +226,9 @@ class SparseOptions(FairseqDataclass):
             "help": "loss-free balancing (Wang et al. 2024, arXiv 2408.15664): after each update, "
             "the bias of a block, used for selection alone, moves by this much: up if the block's "
             "load is below the mean, down if above. The unit is that of the gate's scores, such as "
-            "0.001; without a gate, it is the standard deviation of the scores. 0 turns it off"
+            "0.001; without a gate, it is the standard deviation of the logits. 0 turns it off. "
+            "The models transformer_lm_moe have 0.001 by default; --sffn-selector moe and layer "
+            "plans do not"
         },
     )
     avgk_balance_rate: Optional[float] = field(

@@ -53,7 +53,7 @@ def ffn_width(args: Any, side: str) -> int:
 
 
 def default_gated_width(plain: int) -> int:
-    """Return two thirds of the width of a plain FFN, to the nearest multiple of 64."""
+    """Return two thirds of the width of a plain FFN, to the nearest multiple of 64, at least 64."""
     return WIDTH_MULTIPLE * max(1, round(plain * 2 / 3 / WIDTH_MULTIPLE))
 
 

@@ -63,6 +63,15 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_gated_cells_fit_the_default_blocks(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("avgk", "gshard", "hash_layer", "moe", "sigma_moe"):
+        flags = ("--arch", f"transformer_lm_{name}{size}", "--vocab-size", "100")
+        gated, plain = cost_json(capsys, *flags, "--sffn-glu", "silu"), cost_json(capsys, *flags)
+        part = gated["parts"]["memory"]["params"] / plain["parts"]["memory"]["params"]
+        assert 0.9 < part < 1.1, name
+
+
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_model(name: str, size: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The parts of the cost add up, and the model is the one that fairseq-hydra-train builds."""
