@@ -97,9 +97,13 @@ def check_criterion(model: PluginModel, criterion: Any, name: str) -> None:
             losses = "--balance-loss-weight"
             losses += " and --criterion sffn_cross_entropy" * (not has_losses)
             remedy = f", or add {losses}" if selector.selects_by_scores else ""
+            why = ""
+            if config.gate_name != "none":
+                shared = f" beside --sffn-shared-blocks {config.shared_blocks}"
+                why = f", as a token's only block{shared * bool(config.shared_blocks)} weighs 1"
             raise UsageError(
                 f"--sffn-gate {config.gate_name}: leaves the router of {selector.name} without a "
-                f"gradient where no balance loss has a weight; choose another gate{remedy}"
+                f"gradient where no balance loss has a weight{why}; choose another gate{remedy}"
             )
     selectors = dict.fromkeys(config.selector_class for config in model.memory_configs.values())
     for selector in selectors:

@@ -35,7 +35,7 @@ ADAPTIVE = ("--no-share-decoder-input-output-embed", "--adaptive-softmax-cutoff"
             "switch",
             "--balance-loss-weight 0 --sffn-gate renormalized --sffn-active-blocks 2 "
             "--sffn-shared-blocks 1",
-            "--sffn-gate renormalized: leaves the router of switch",
+            "leaves the router of switch .* only block beside --sffn-shared-blocks 1 weighs 1; ",
         ),
         (
             *("switch", "--criterion cross_entropy --sffn-gate none"),
@@ -43,7 +43,9 @@ ADAPTIVE = ("--no-share-decoder-input-output-embed", "--adaptive-softmax-cutoff"
         ),
         (
             *("moe", "--sffn-active-blocks 1"),
-            "--sffn-gate sigmoid_renormalized: leaves the router of moe .* add --balance-loss-w",
+            "^--sffn-gate sigmoid_renormalized: leaves the router of moe without a gradient where "
+            "no balance loss has a weight, as a token's only block weighs 1; choose another gate, "
+            "or add --balance-loss-weight$",
         ),
         (
             *("hash_moe", "--sffn-gate none"),
