@@ -27,7 +27,7 @@ def run(command: list[str], directory: Path | None = None) -> str:
 
 def has_reference(source: Source) -> bool:
     """Return whether Debian still has the version of a reference manifest."""
-    if source["registry"] != "debian" or "reference" not in source:
+    if "reference" not in source or shutil.which("apt-cache") is None:
         return False
     package, version = source["reference"]
     command = ["apt-cache", "show", f"{package}={version}"]
@@ -70,7 +70,7 @@ def fetch(source: Source, downloads: Path, repository_files: Path) -> tuple[Path
     """Fetch the package of a source, unless it is there in the requested version.
 
     An interrupted download starts again, so an existing file is complete. A source of Debian may
-    have a `reference`: the package and the version to fetch while Debian has it.
+    have a `reference`: a package and its version. That version is fetched as long as Debian has it.
 
     Returns:
         The path of the package's file, and its package, version, size and sha256.

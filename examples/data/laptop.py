@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     sources = {source["name"]: source for source in json.loads(args.sources.read_text())}
     reference = json.loads(args.reference.read_text())
     for name, package in reference["sources"].items():
-        if name in sources:
+        if package["registry"] == "debian" and name in sources:
             sources[name]["reference"] = package["package"], package["version"]
     packages, paths = {}, {}
     for i, (name, source) in enumerate(sources.items(), 1):

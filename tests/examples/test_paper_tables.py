@@ -72,7 +72,7 @@ def test_every_row_is_a_training_of_its_own(scale: str) -> None:
 
 
 def test_a_dry_run_at_the_papers_scale(checkout: Path) -> None:
-    """Of two rows of a table: each takes ten seconds."""
+    """Two rows of a table are enough, as each takes ten seconds."""
     table = checkout / "examples" / "paper" / "aggregates.toml"
     lines = table.read_text().splitlines()
     table.unlink()

@@ -136,7 +136,7 @@ def test_sizes_of_the_routed_blocks():
 
 @pytest.mark.parametrize("value_lr_scale", [1.0, 4.0])
 def test_initial_tables_are_those_of_a_dense_ffn_of_the_active_size(value_lr_scale):
-    """Of all active cells, shared or not, and whatever the learning rate of the values."""
+    """The active size counts shared cells. A ``value_lr_scale`` changes no initial value."""
     memory = build(
         *("avgk-glu",),
         **dict(embed_dim=64, num_cells=4096, block_size=64, active_blocks=4, shared_blocks=2),

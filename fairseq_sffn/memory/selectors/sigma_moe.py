@@ -48,7 +48,7 @@ class SigmaMoE(LearnedGate):
 
     @classmethod
     def default_block_size(cls, ffn_embed_dim: int) -> int:
-        # That of the paper, or a half, such as for the default widths of gated FFNs.
+        # The paper's size does not divide the default widths of gated FFNs.
         return 64 if ffn_embed_dim % 128 else 128
 
     @classmethod

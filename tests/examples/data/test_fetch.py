@@ -65,6 +65,9 @@ def test_fetch_prefers_the_version_of_the_reference(
     assert fetched(reference=("x-doc-6", "6.1")) == ("x-doc-6", "6.1")
     assert fetched() == ("x-doc-6", "6.1")
     assert fetched(reference=("x-doc-6", "6.1"), depends="*") == ("x-doc-6", "6.1")
+    # What was fetched is used where Debian's commands are missing.
+    monkeypatch.setenv("PATH", "")
+    assert fetched(reference=("x-doc-6", "6.0")) == ("x-doc-6", "6.1")
 
 
 def test_fetch_says_in_one_line_what_is_missing(
