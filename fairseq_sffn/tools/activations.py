@@ -166,9 +166,7 @@ def selection_bytes(memory: SparseMemory, tokens: int, dtype: torch.dtype) -> in
     if isinstance(selector, AoE):
         rank = selector.down.shape[1]
         kept += tokens * config.active_blocks * (rank * size + 2 * INDEX)
-        kept += (
-            tokens * config.num_blocks * (rank + 1) * size * gated
-        )  # all blocks, and their norms
+        kept += tokens * config.num_blocks * rank * size * gated  # of all blocks, for the norms
     if isinstance(selector, LoRKM):
         kept += tokens * selector.down.out_features * size  # x times the first factor of the keys
     return kept

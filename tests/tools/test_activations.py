@@ -19,7 +19,7 @@ def test_activations_are_what_autograd_keeps(method: str, activation: str) -> No
     model = lm(method, activation_fn=activation)
     measured = loss_and_kept_bytes(model)[1]
     parts = activation_bytes(model, TOKENS, LENGTH, 1, torch.float32)
-    assert sum(parts.values()) == pytest.approx(measured, rel=0.01)
+    assert sum(parts.values()) == pytest.approx(measured, rel=0.004)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_activations_of_other_models(method: str, options: dict[str, Any]) -> No
     model = lm(method, **options)
     measured = loss_and_kept_bytes(model)[1]
     parts = activation_bytes(model, TOKENS, LENGTH, 1, torch.float32)
-    assert sum(parts.values()) == pytest.approx(measured, rel=0.02)
+    assert sum(parts.values()) == pytest.approx(measured, rel=0.004)
 
 
 @pytest.mark.parametrize("method", ["dense", "avgk", "switch"])
@@ -67,7 +67,7 @@ def test_activations_in_half_precision(method: str) -> None:
     model = lm(method, activation_fn="gelu").bfloat16()
     measured = loss_and_kept_bytes(model)[1]
     parts = activation_bytes(model, TOKENS, LENGTH, 1, torch.bfloat16)
-    assert sum(parts.values()) == pytest.approx(measured, rel=0.02)
+    assert sum(parts.values()) == pytest.approx(measured, rel=0.004)
 
 
 def test_shared_blocks_keep_x_where_the_others_are_sharded() -> None:
