@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fairseq_sffn.memory import MemoryOutput, Selection, SparseMemory
 from tests.memory.cases import close
-from tests.memory.oracle_methods import CHOOSE, Inputs, add_up, cells, hidden_unit, split
+from tests.memory.oracle_methods import CHOOSE
+from tests.memory.oracle_parts import Inputs, add_up, cells, hidden_unit, split
 
 FUNCTIONS = {"sigmoid": lambda e: e / (1 + e), "sqrt_softplus": lambda e: torch.log(1 + e) ** 0.5}
 """Score function -> function of the exponential of a logit."""
