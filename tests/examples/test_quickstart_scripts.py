@@ -58,33 +58,79 @@ def report(ngram: ModuleType) -> ModuleType:
 # quickstart.sh
 
 
-@pytest.mark.parametrize(("updates", "interval"), [(600, 100), (500, 84), (100, 84), (1, 84)])
+def run_quickstart(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run quickstart.sh in a folder with programs that do nothing. It knows the models dense, avgk
+    and switch."""
+    (folder / "examples" / "quickstart").mkdir(parents=True)
+    (folder / "examples" / "venv.sh").touch()
+    for name in ("quickstart.sh", "requirements.txt", "quickstart/prepare.py"):
+        shutil.copy(SCRIPTS.parent / name, folder / "examples" / name)
+    programs = folder / "programs"
+    programs.mkdir()
+    for name in ("python", "fairseq-preprocess", "fairseq-train", "fairseq-sffn"):
+        (programs / name).write_text(
+            "#!/bin/sh\n"
+            'case "$*" in *METHODS*) echo dense avgk switch; exit ;; esac\n'
+            "cat >/dev/null\n"
+        )
+        (programs / name).chmod(0o755)
+    return subprocess.run(
+        ["bash", folder / "examples" / "quickstart.sh"],
+        env={"PATH": f"{programs}:{os.environ['PATH']}", **variables},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(("updates", "interval"), [(900, 113), (800, 100), (200, 100), (1, 100)])
 def test_a_short_training_is_not_mostly_validation(
     updates: int, interval: int, tmp_path: Path
 ) -> None:
-    (tmp_path / "examples" / "quickstart").mkdir(parents=True)
-    (tmp_path / "examples" / "venv.sh").touch()
-    for name in ("quickstart.sh", "requirements.txt", "quickstart/prepare.py"):
-        shutil.copy(SCRIPTS.parent / name, tmp_path / "examples" / name)
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    for name in ("python", "fairseq-preprocess", "fairseq-train", "fairseq-eval-lm"):
-        (programs / name).write_text("#!/bin/sh\ncat >/dev/null\n")
-        (programs / name).chmod(0o755)
-    subprocess.run(
-        ["bash", tmp_path / "examples" / "quickstart.sh"],
-        env={
-            "PATH": f"{programs}:{os.environ['PATH']}",
-            "QUICKSTART_UPDATES": str(updates),
-            "QUICKSTART_MODELS": "dense avgk",
-        },
-        stdin=subprocess.DEVNULL,
-        check=True,
+    process = run_quickstart(
+        tmp_path, QUICKSTART_UPDATES=str(updates), QUICKSTART_MODELS="dense avgk"
     )
+    assert process.returncode == 0, process.stderr
     for model in ("dense", "avgk"):
         command = (tmp_path / "runs" / "quickstart" / model / "command.txt").read_text()
         assert f" --max-update {updates} " in command
         assert f" --save-interval-updates {interval} " in command
+
+
+def test_quickstart_trains_all_models(tmp_path: Path) -> None:
+    process = run_quickstart(tmp_path, QUICKSTART_MODELS="all")
+    assert process.returncode == 0, process.stderr
+    trained = sorted(path.parent.name for path in tmp_path.glob("runs/quickstart/*/command.txt"))
+    assert trained == ["avgk", "dense", "switch"]
+    assert "== dense avgk (3 of 3 models left)" in process.stdout
+    assert "== switch (1 of 3 models left)" in process.stdout
+
+
+@pytest.mark.parametrize("models", ["dense none", "allo", "den", "dense all"])
+def test_quickstart_refuses_unknown_models_before_it_starts(models: str, tmp_path: Path) -> None:
+    process = run_quickstart(tmp_path, QUICKSTART_MODELS=models)
+    unknown = models.split()[-1]
+    expected = f"QUICKSTART_MODELS: {unknown} is none of dense, avgk, switch\n"
+    assert (process.returncode, process.stdout, process.stderr) == (1, "", expected)
+
+
+# progress.py
+
+
+def test_progress_tells_the_time_left() -> None:
+    progress = load_script("progress").Progress(updates=100)
+    record = {"ppl": "9.5", "wpb": "2000", "num_updates": "20", "wps": "1000"}
+    first = progress.summary(log_line("train_inner", **record))
+    # 2 seconds an update, and then 4, of which the mean is 3
+    second = progress.summary(
+        log_line("train_inner", **{**record, "num_updates": "60", "wps": "500"})
+    )
+    assert first == "update 20/100: perplexity 9.5, 1,000 tokens/s, 2:40 left"
+    assert second == "update 60/100: perplexity 9.5, 500 tokens/s, 2:00 left"
+    valid = progress.summary(log_line("valid", valid_num_updates="60", valid_ppl="8"))
+    assert valid == "update 60: valid perplexity 8"
+    assert progress.summary(log_line("train", train_wps="7")) is None
+    assert progress.summary("no record\n") is None
 
 
 # prepare.py
@@ -331,9 +377,9 @@ def make_run(directory: Path, arch: str, load: dict[str, str]) -> None:
         log += log_line("train", epoch=1, train_wps="7", train_num_updates=str(update))
     (directory / "checkpoints").mkdir(parents=True)
     (directory / "train.log").write_text(log)
-    for split, ppl in (("valid", "50.27"), ("test", "55.5")):
-        line = f"INFO:fairseq_cli.eval_lm:Loss (base 2): 5.6516, Perplexity: {ppl}\n"
-        (directory / f"eval_{split}.log").write_text("Evaluated 5 tokens\n" + line)
+    sets = {"runs/bin:valid": {"perplexity": 50.27}, "runs/bin:test": {"perplexity": 55.5}}
+    routing = {"routing": {"1": {"counts": [4, 0, 8]}, "3": {"counts": [1, 1, 1]}}} if load else {}
+    (directory / "evaluation.json").write_text(json.dumps({"sets": sets, **routing}))
     checkpoint = {
         "cfg": {"model": {"_name": arch}, "common": {"seed": 7}},
         "optimizer_history": [{"num_updates": 200}],
@@ -357,6 +403,16 @@ def runs(report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def run_report(report: ModuleType, runs: Path, data: Path) -> None:
     report.main(["--runs", str(runs), "--data", str(data), "--models", "dense", "avgk"])
+
+
+def test_block_load_is_sorted_and_relative_to_the_mean(report: ModuleType) -> None:
+    counts = {"dense": {}, "avgk": {"1": [4, 0, 8], "3": [1, 1, 1]}, "switch": {"1": [3, 3]}}
+    first, second = report.block_load_figure(counts).axes
+    (loads, edges, _), (others, _, _) = (patch.get_data() for patch in first.patches)
+    assert loads.tolist() == [2, 1, 0] and others.tolist() == [1, 1]
+    assert edges.tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert [patch.get_label() for patch in first.patches] == ["avgk", "switch"]
+    assert [patch.get_label() for patch in second.patches] == ["avgk"]
 
 
 def test_report(
@@ -400,15 +456,17 @@ def test_report(
     assert table[4].split()[1:] == figures.split()
     assert table[3].split()[-2:] == ["-", "-"]
 
-    assert (runs / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("perplexity", "block_load"):
+        assert (runs / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert not list(runs.glob("*.tmp"))
 
 
 @pytest.mark.parametrize(
     ("path", "text"),
     [
-        ("avgk/eval_test.log", None),
-        ("avgk/eval_test.log", "Traceback\n"),
+        ("avgk/evaluation.json", None),
+        ("avgk/evaluation.json", "Traceback\n"),
+        ("avgk/evaluation.json", '{"sets": {"runs/bin:valid": {"perplexity": 5}}}'),
         ("avgk/train.log", ""),
         ("avgk/train.log", log_line("train_inner", wps="1", num_updates="1")),
     ],
