@@ -16,17 +16,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 HERE = Path(__file__).parent
 LONGEST = (
-    "examples/test_fake_cuda.py",
     "expert_parallel/test_training.py",
-    "examples/test_gpu_kit.py",
+    "examples/test_fake_cuda.py",
     "expert_parallel/test_faults.py",
-    "expert_parallel/test_signals.py",
     "integration/test_resume.py",
     "integration/test_translation.py",
-    "examples/experiments/test_run_command.py",
-    "memory/compute/test_triton_kernels.py",
+    "expert_parallel/test_signals.py",
+    "examples/test_gpu_kit.py",
     "integration/test_options.py",
     "integration/test_wrong_input.py",
+    "memory/compute/test_triton_kernels.py",
+    "examples/experiments/test_run_command.py",
     "integration/test_interruptions.py",
     "patches/test_training_state.py",
     "optim/test_half_precision.py",
@@ -34,7 +34,6 @@ LONGEST = (
     "tools/test_cli.py",
     "checkpoints/test_structure.py",
     "examples/test_paper_tables.py",
-    "memory/compute/test_compilation.py",
 )
 """Files that take more than 25 seconds of CPU time. They come first, as several workers take files
 one by one and would wait for a long file at the end."""

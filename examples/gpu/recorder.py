@@ -101,24 +101,26 @@ def run_with_guard(arguments: list[str]) -> None:
     """
     if os.environ.get(PRELOADED):
         return
+    with tempfile.TemporaryDirectory() as folder:
+        env = {**os.environ, **compile_guard(Path(folder))}
+        sys.exit(subprocess.run([sys.executable, *arguments], env=env).returncode)
+
+
+def compile_guard(folder: Path) -> dict[str, str]:
+    """Compile the guard, and return the environment variables of a program that has it.
+
+    Raises:
+        SystemExit: there is no C++ compiler.
+    """
     compiler = shutil.which(os.environ.get("CXX") or "c++")
     if compiler is None:
         sys.exit("fake CUDA tensors need a C++ compiler (c++, or what CXX names)")
-    torch_folder = Path(torch.__file__).parent
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "guard.so"
-        command = [compiler, "-O1", "-std=c++20", "-fPIC", "-shared", "-w"]
-        command += ["-isystem", torch_folder / "include", HERE / "guard.cpp", "-o", library]
-        command += [
-            "-L",
-            torch_folder / "lib",
-            "-lc10",
-            "-ltorch_cpu",
-            f"-Wl,-rpath,{torch_folder}/lib",
-        ]
-        subprocess.run(command, check=True)
-        env = {**os.environ, PRELOADED: "1", "LD_PRELOAD": str(library)}
-        sys.exit(subprocess.run([sys.executable, *arguments], env=env).returncode)
+    torch_folder, library = Path(torch.__file__).parent, folder / "guard.so"
+    command = [compiler, "-O1", "-std=c++20", "-fPIC", "-shared", "-w"]
+    command += ["-isystem", torch_folder / "include", HERE / "guard.cpp", "-o", library]
+    command += ["-L", torch_folder / "lib", "-lc10", "-ltorch_cpu"]
+    subprocess.run([*command, f"-Wl,-rpath,{torch_folder}/lib"], check=True)
+    return {PRELOADED: "1", "LD_PRELOAD": str(library)}
 
 
 def leave(status: int) -> NoReturn:

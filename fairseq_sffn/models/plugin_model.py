@@ -9,7 +9,13 @@ from typing import Any, ClassVar, Optional
 
 from fairseq.dataclass import FairseqDataclass
 from fairseq.dataclass.utils import gen_parser_from_dataclass
-from fairseq.models import BaseFairseqModel, register_model
+from fairseq.models import (
+    MODEL_DATACLASS_REGISTRY,
+    BaseFairseqModel,
+    register_model,
+    register_model_architecture,
+)
+from hydra.core.config_store import ConfigNode, ConfigStore
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -100,6 +106,28 @@ class PluginModel(BaseFairseqModel):
                 f"{shorten_mismatch(difference, self.memory_configs.values())}; "
                 "train with the same --arch and model flags, or into another --save-dir"
             ) from error
+
+
+class ModelSchema(ConfigNode):
+    """The schema of a model in hydra's store. It is made when it is first read, as the schemas of
+    all models take as long to make as the whole plugin takes to import.
+
+    Args:
+        name: name of the model.
+        config_class: class of its options.
+    """
+
+    def __init__(self, name: str, config_class: type[FairseqDataclass]) -> None:
+        self.name, self.group, self.package = f"{name}.yaml", "model", None
+        self.provider, self.config_class = "fairseq", config_class
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "node":
+            raise AttributeError(name)
+        options = self.config_class()
+        options._name = self.name.removesuffix(".yaml")
+        self.node = OmegaConf.structured(options)
+        return self.node
 
 
 def plugin_model_in(model: nn.Module) -> Optional[PluginModel]:
@@ -197,9 +225,18 @@ def register(
         (option, inherited[option].type, field(default=value, metadata=inherited[option].metadata))
         for option, value in defaults.items()
     ]
-    config = make_dataclass(f"{name}_config", options, bases=(base.config_class,))
+    # The base's comparison and text do for the subclass, which has no further options.
+    config = make_dataclass(
+        f"{name}_config", options, bases=(base.config_class,), eq=False, repr=False
+    )
     model = type(name, (base,), {"config_class": config, **attributes})
     for made in (config, model):
         made.__module__ = base.__module__
         setattr(sys.modules[base.__module__], made.__name__, made)
-    register_model(name, dataclass=config)(model)
+    # fairseq would make the schemas of all models now.
+    register_model(name)(model)
+    setattr(model, "__dataclass", config)
+    MODEL_DATACLASS_REGISTRY[name] = config
+    register_model_architecture(name, name)(lambda _: None)
+    models = ConfigStore.instance().repo.setdefault("model", {})
+    models[f"{name}.yaml"] = ModelSchema(name, config)

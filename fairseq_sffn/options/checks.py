@@ -10,7 +10,7 @@ from fairseq.models.transformer import TransformerModelBase
 from fairseq.models.transformer_lm import TransformerLanguageModel
 from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_REGISTRY
-from omegaconf import ListConfig
+from omegaconf import DictConfig, ListConfig
 
 from ..errors import UsageError, flag, shown
 from .ranges import RANGES, Range
@@ -49,22 +49,33 @@ def check_group(group: str, options: Any, cfg: Any = None) -> None:
     if not is_known(cls) or (group == "model" and not is_transformer(cls)):
         return
     for name, range in {**RANGES[group], **RANGES.get(f"{group} {choice}", {})}.items():
-        value = getattr(options, name, None)
+        value = value_of(options, name)
         if value is not None and not all_hold(range, value):
             numbers = [n for n in numbers_of(value) or [value] if isinstance(n, int | float)]
             raise UsageError(f"{flag(name)} {shown(value)}: {range.reason(*numbers)}")
     for relation in RELATIONS:
         if relation.group != group or relation.choice not in ("", choice):
             continue
-        value = getattr(options, relation.option, None)
+        value = value_of(options, relation.option)
         if value is None or any(of != group and cfg is None for of, _ in relation.others):
             continue
         others = [
-            getattr(options if of == group else cfg[of], name, None) for of, name in relation.others
+            value_of(options if of == group else cfg[of], name) for of, name in relation.others
         ]
         if not relation.holds(numbers_of(value) or value, *others):
             reason = relation.reason.format(*map(shown, others))
             raise UsageError(f"{flag(relation.option)} {shown(value)}: {reason}")
+
+
+def value_of(options: Any, name: str) -> Any:
+    """Return the value of an option; ``None``: there is none.
+
+    ``getattr`` would make an exception with a long message for each option that a configuration
+    does not have.
+    """
+    if isinstance(options, DictConfig) and name not in options:
+        return None
+    return getattr(options, name, None)
 
 
 def class_of(group: str, options: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from tests import commands
 from tests.expert_parallel import launch
 
-UPDATES = 20
+UPDATES = 17
 """Number of updates. An epoch is 15 batches of 16 sentences, and its last batch has one sentence.
 In four processes, three of them have none of it."""
 FLAGS = (
@@ -34,21 +34,18 @@ OF_MODEL = {
 }
 MODELS = (*commands.MODELS, "sffn", "mixed")
 BACKENDS = {2: "legacy_ddp", 4: "pytorch_ddp"}
-IN_EVERY_WAY = ("avgk", "base", "mixed")
 SHARDS = {
-    (model, world): [shards for shards in (1, 2, 4) if shards <= world]
-    for model in IN_EVERY_WAY
-    for world in BACKENDS
-}
-SHARDS |= {
+    **{("avgk", 2): [1, 2], ("avgk", 4): [1, 2, 4]},
+    **{(model, 2): [2] for model in ("base", "mixed")},
+    **{(model, 4): [1, 4] for model in ("base", "mixed")},
     **{("dense", 2): [1], ("dense", 4): [1], ("vanilla_m", 4): [1], ("lorkm", 2): [1]},
     **{("pkm", 4): [1], ("aoe", 2): [1], ("pkm_ffn", 4): [2], ("rand_hash", 2): [2]},
     **{("hash_layer", 4): [1, 4], ("switch", 2): [1], ("switch", 4): [2], ("moe", 4): [4]},
-    **{("gshard", 2): [2], ("gshard", 4): [1, 4], ("sigma_moe", 4): [2], ("hash_moe", 4): [4]},
-    **{("sffn", 2): [1], ("sffn", 4): [1, 2], ("gshard_8d", 4): [1], ("pkm_4d", 2): [1]},
+    **{("gshard", 2): [2], ("gshard", 4): [1], ("sigma_moe", 4): [2], ("hash_moe", 4): [4]},
+    **{("sffn", 2): [1], ("sffn", 4): [2], ("gshard_8d", 4): [1], ("pkm_4d", 2): [1]},
 }
 """Model and number of processes -> numbers of shards. test_memory.py compares the memories of all
-cases with 1, 2 and 4 shards, so that here some models train in every way and the others in some."""
+cases with 1, 2 and 4 shards, so that here one model trains in every way and the others in some."""
 RUNS = [(model, world, shards) for (model, world), parts in SHARDS.items() for shards in parts]
 
 
@@ -102,7 +99,7 @@ def together(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 @pytest.mark.parametrize(("model", "world", "shards"), RUNS)
 def test_loss_curve_of_one_process(model, world, shards, alone, together):
-    """The gradients, selections and balance of the first update are those of one process. 20
+    """The gradients, selections and balance of the first update are those of one process. 16
     updates later, rounding makes losses differ, as Adam divides by tiny gradients."""
     want, (got, _) = alone[model], together[f"{world}-{model}-{shards}"]
     assert list(got) == list(want) == list(range(1, UPDATES + 1))

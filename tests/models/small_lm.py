@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import torch
@@ -38,12 +40,33 @@ def dictionary(types: int = TYPES) -> Dictionary:
 
 def lm_config(name: str, tokens_per_sample: int = 16, **options: Any) -> DictConfig:
     """Make the model's config: its defaults changed by ``options``."""
-    config = OmegaConf.structured(FairseqConfig)
+    made = _lm_config(name, tokens_per_sample, _Options(options))
+    return copy.deepcopy(made)
+
+
+class _Options(dict[str, Any]):
+    """Options that are equal if their texts are, as some are lists and 1 equals True."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(repr(self))
+
+    def __eq__(self, other: object) -> bool:
+        return repr(self) == repr(other)
+
+
+@functools.lru_cache(300)
+def _lm_config(name: str, tokens_per_sample: int, options: _Options) -> DictConfig:
+    config = copy.deepcopy(_fairseq_config())
     with open_dict(config):
         config.task = {"_name": "language_modeling", "tokens_per_sample": tokens_per_sample}
         config.model = {"_name": name, **options}
         add_defaults(config)
     return config.model
+
+
+@functools.cache
+def _fairseq_config() -> DictConfig:
+    return OmegaConf.structured(FairseqConfig)
 
 
 def small_config(method: str, **options: Any) -> DictConfig:

@@ -13,6 +13,7 @@ from fairseq import models, options
 from fairseq.dataclass.configs import EMAConfig
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.modules import SinusoidalPositionalEmbedding
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from fairseq_sffn.errors import UsageError
 from fairseq_sffn.memory import SparseMemory
 from fairseq_sffn.memory.selectors.hash_layer import balanced_table
 from fairseq_sffn.models.layer import SparseDecoderLayer
+from fairseq_sffn.models.plugin_model import ModelSchema
 from fairseq_sffn.optim.moving_average import MovingAverage
 from tests.models.small_lm import (
     METHODS,
@@ -339,6 +341,19 @@ def test_arch_and_hydra_resolve_to_the_same_config(name):
     assert ours["tokens_per_sample"] == 64
     # Both use the model that is registered under the name.
     assert models.ARCH_MODEL_REGISTRY[name] is models.MODEL_REGISTRY[name]
+
+
+def test_a_schema_is_made_when_it_is_read():
+    """Importing the plugin makes none, as all of them take as long as the rest of the import."""
+    store, name = ConfigStore.instance(), NAMES[0]
+    assert all(type(store.repo["model"][f"{each}.yaml"]) is ModelSchema for each in NAMES)
+    schema = ModelSchema(name, models.MODEL_DATACLASS_REGISTRY[name])
+    assert "node" not in vars(copy.deepcopy(schema))  # hydra copies the store for each command
+    stored = store.load(f"model/{name}.yaml")
+    assert (stored.name, stored.group, stored.provider) == (f"{name}.yaml", "model", "fairseq")
+    assert stored.node == schema.node and stored.node._name == name
+    stored.node.decoder_layers = 77
+    assert store.load(f"model/{name}.yaml").node.decoder_layers != 77
 
 
 USER = {

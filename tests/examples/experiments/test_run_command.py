@@ -53,12 +53,12 @@ def test_trains_evaluates_and_does_nothing_twice(
 
 @contextlib.contextmanager
 def training(trial: Trial) -> Iterator[subprocess.Popen[bytes]]:
-    """Start the command, and wait until it trains."""
+    """Start the command, and wait for the end of the first epoch."""
     files = (str(trial.table), "--scale", str(trial.scale), "--work", str(trial.folder / "work"))
     command = [sys.executable, "-W", "ignore", str(EXPERIMENTS), "run", *files]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
         for _ in range(3000):
-            if any("train_inner" in log.read_text() for log in trial.work.glob("*/train.log")):
+            if any("| train |" in log.read_text() for log in trial.work.glob("*/train.log")):
                 break
             time.sleep(0.1)
         yield run

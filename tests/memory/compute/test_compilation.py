@@ -40,9 +40,21 @@ def report(folder: Path, **changes: str) -> str:
     return start(folder, **changes).communicate(timeout=300)[0]
 
 
+@pytest.fixture
+def compiler(tmp_path):
+    """Make a command that copies an earlier compilation after a second. The name of the compiled
+    file has the fingerprint of its source, so the earlier one is of the same source."""
+    script = tmp_path / "copy"
+    copy = f"shutil.copy({str(kernels._library())!r}, sys.argv[sys.argv.index('-o') + 1])"
+    script.write_text(f"#!{sys.executable}\nimport shutil, sys, time\ntime.sleep(1)\n{copy}\n")
+    script.chmod(0o755)
+    return str(script)
+
+
 @NATIVE
-def test_compiled_once_by_one_of_several_workers(tmp_path):
-    outputs = [worker.communicate(timeout=300)[0] for worker in [start(tmp_path) for _ in range(3)]]
+def test_compiled_once_by_one_of_several_workers(compiler, tmp_path):
+    workers = [start(tmp_path, CXX=compiler) for _ in range(3)]
+    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
     assert all("kernels: True True" in output for output in outputs)
     assert sum("compiling" in output for output in outputs) == 1
     assert report(tmp_path, CXX="/nowhere/c++").splitlines() == ["kernels: True True"]
@@ -73,16 +85,6 @@ def test_a_compiler_that_says_nothing_or_anything(said, tmp_path):
     compiler.chmod(0o755)
     lines = report(tmp_path, CXX=f"{shlex.quote(str(compiler))} -m64").splitlines()
     assert lines[1].startswith("WARNING no C++ kernels") and lines[2] == "kernels: False False"
-
-
-@pytest.fixture
-def compiler(tmp_path):
-    """Make a command that copies an earlier compilation, which takes no time."""
-    script = tmp_path / "copy"
-    copy = f"shutil.copy({str(kernels._library())!r}, sys.argv[sys.argv.index('-o') + 1])"
-    script.write_text(f"#!{sys.executable}\nimport shutil, sys\n{copy}\n")
-    script.chmod(0o755)
-    return str(script)
 
 
 @NATIVE
