@@ -22,8 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # where the project is not installed
 
 from fairseq_sffn.memory import MemoryConfig, SparseMemory  # noqa: E402
-from fairseq_sffn.memory.balancer import Balancer  # noqa: E402
-from fairseq_sffn.memory.drop_in import MemoryFFN, end_update, feed_tokens  # noqa: E402
+from fairseq_sffn.memory.drop_in import MemoryFFN, begin_update, end_update, feed_tokens  # noqa: E402
 
 TEXT = ROOT / "examples" / "data" / "state_of_the_union.txt.xz"
 BYTES = 256
@@ -44,11 +43,15 @@ class Sparse:
             block.mlp = MemoryFFN(SparseMemory(settings), config.balance_weight)
         feed_tokens(self)  # token ids for hash methods, and the padding
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """Initialize a module; ``from_pretrained`` calls it for what no file has."""
-        super()._init_weights(module)
-        if isinstance(module, Balancer):
-            module.discard()  # the load of an update is not saved
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a model, and set the counters of the load to 0.
+
+        No file has them, and the base model of transformers does not set them.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        begin_update(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
 
 class SparseGPT2(Sparse, GPT2LMHeadModel):
