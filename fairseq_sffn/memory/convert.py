@@ -174,9 +174,12 @@ class _Block:
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor by its name in the block."""
-        if name not in self:
-            raise ConfigError("weights", self.prefix + name, "is not there: is the block sparse?")
-        return self.tensors[self.prefix + name].detach()
+        try:
+            tensor = self.tensors[self.prefix + name]
+        except KeyError:
+            reason = "is not there: is the block sparse?"
+            raise ConfigError("weights", self.prefix + name, reason) from None
+        return tensor.detach()
 
     def get(self, name: str, default: Any) -> Any:
         """Return a setting of the model."""
