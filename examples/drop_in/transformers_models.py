@@ -26,6 +26,8 @@ from fairseq_sffn.memory.drop_in import MemoryFFN, begin_update, end_update, fee
 
 TEXT = ROOT / "examples" / "data" / "state_of_the_union.txt.xz"
 BYTES = 256
+UNGATED = ("pkm", "lorkm", "aoe")
+"""Methods without a key table to gate."""
 
 
 class Sparse:
@@ -115,17 +117,17 @@ def main(arguments: list[str] | None = None) -> list[float]:
     torch.manual_seed(1)
     text = lzma.decompress(TEXT.read_bytes())
     one_block = args.selector in ("switch", "hash_layer", "base")
-    block_size = 256 if one_block else 32
+    block_size = 256 if one_block else 1 if "pkm" in args.selector else 32
     memory: dict[str, Any] = dict(
         num_cells=2048,
         block_size=block_size,
         active_blocks=256 // block_size,
         selector=args.selector,
         balance_rate=args.balance_rate,
-        glu="silu" if args.model == "llama" else None,
+        glu="silu" if args.model == "llama" and args.selector not in UNGATED else None,
         activation="gelu",
     )
-    if args.selector in ("hash_layer", "hash_moe", "rand_hash"):
+    if "hash" in args.selector:
         counts = torch.bincount(torch.frombuffer(bytearray(text), dtype=torch.uint8), minlength=257)
         memory |= dict(vocab_size=BYTES + 1, token_counts=counts.tolist())
     model = build(args.model, memory, args.balance_weight).train()
