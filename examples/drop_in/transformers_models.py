@@ -37,6 +37,8 @@ class Sparse:
     model, so that ``from_pretrained`` builds the same layers.
     """
 
+    _keep_in_fp32_modules_strict = ("balancer",)  # where half precision would lose small steps
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.loss_type = "ForCausalLM"  # otherwise inferred from the name of the class

@@ -103,6 +103,11 @@ def test_transformers_models_learn_and_load(
         assert not any(each.any() for each in (balancer.loads, balancer.moments))
         assert not balancer.loss_counts.any()
         assert balancer.bias is None or balancer.bias.any()
+    half = kind.from_pretrained(folder, dtype=torch.bfloat16)
+    for memory, own in zip(memories(half), memories(loaded), strict=True):
+        assert memory.values.dtype == torch.bfloat16
+        bias, own_bias = memory.balancer.bias, own.balancer.bias
+        assert bias is own_bias is None or torch.equal(bias, own_bias)
 
 
 def test_a_mixtral_whose_blocks_are_memories_computes_the_same() -> None:
