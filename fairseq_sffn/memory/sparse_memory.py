@@ -229,6 +229,16 @@ class SparseMemory(MemoryTables):
                 self.balancer.loss_counts += own_B
         return balance_loss(scores, counts_B, valid_N, total, function), z
 
+    def reset_buffers(self) -> None:
+        """Set the buffers that follow from the config, the biases to 0, and forget the load.
+
+        For a memory that was made on the meta device. The selector's buffers stay as they are.
+        """
+        super().reset_buffers()
+        self.balancer.discard()
+        if self.balancer.bias is not None:
+            self.balancer.bias.zero_()
+
     def begin_update(self) -> None:
         """Forget the assignments of an update that was not made."""
         self.balancer.discard()

@@ -90,6 +90,14 @@ class MemoryTables(nn.Module):
             for name, parameter in self.shared.named_parameters():
                 nn.init.uniform_(parameter, -bounds[name], bounds[name])
 
+    def reset_buffers(self) -> None:
+        """Set the buffers that follow from the config, after :meth:`torch.nn.Module.to_empty`."""
+        self.block_size.fill_(self.config.block_size)
+        if self.config.value_lr_scale != 1:
+            self.get_buffer("value_lr_scale").fill_(self.config.value_lr_scale)
+        if self.config.glu:
+            self.get_buffer("glu").fill_(GATED.index(self.config.glu))
+
     def compute(self, x_ND: Tensor, selection: Selection) -> Tensor:
         """Compute the selected blocks, all held by this rank: (N, D), in the dtype of x."""
         if not self.config.routed_blocks:

@@ -12,7 +12,7 @@ import torch
 from tests.commands import ROOT, USER_DIR
 from tests.models.small_lm import small_lm
 
-BLOCKED = ("fairseq", "fairseq_cli", "fairscale", "hydra", "omegaconf")
+BLOCKED = ("fairseq", "fairseq_cli", "fairscale", "hydra", "omegaconf", "transformers")
 BLOCK = f"""
 import sys
 class Blocked:
@@ -22,7 +22,7 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 """
 MEMORY = """
-from fairseq_sffn.memory import MemoryConfig, SparseMemory
+from fairseq_sffn.memory import MemoryConfig, SparseMemory, convert, drop_in
 """
 LIMIT_SECONDS = 3.0
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fairseq_sffn.memory.convert import from_mixtral
 from tests.memory.cases import CPU_ENGINES, FULL_KEYS, build, close, tokens
 
 WHOLE = {
@@ -106,8 +107,6 @@ def test_equals_mixtrals_block(choices):
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    sizes = dict(num_cells=4 * 12, block_size=12, active_blocks=choices)
-    memory = build("switch-top2", glu="silu", gate="renormalized", bias=False, **sizes)
     config = MixtralConfig(
         hidden_size=8,
         intermediate_size=12,
@@ -116,12 +115,9 @@ def test_equals_mixtrals_block(choices):
         experts_implementation="eager",
     )
     mixtral = MixtralSparseMoeBlock(config).double()
-    names = ("keys", "up", "values")
-    keys_BGD, up_BGD, values_BGD = (getattr(memory, name).unflatten(0, (4, 12)) for name in names)
-    with torch.no_grad():
-        mixtral.gate.weight.copy_(memory.selector.router)
-        mixtral.experts.gate_up_proj.copy_(torch.cat([keys_BGD, up_BGD], dim=1))
-        mixtral.experts.down_proj.copy_(values_BGD.transpose(1, 2))
+    for parameter in mixtral.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    memory = from_mixtral(mixtral, config)
 
     ours, _ = tokens(3, 7)
     theirs = ours.clone().requires_grad_()

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from fairseq_sffn.memory.balance import assignment_counts, balance_loss
+from fairseq_sffn.memory.convert import from_deepseek_v3, from_mixtral
 from fairseq_sffn.memory.selectors.moe import MoE
 from tests.memory.cases import build, close, tokens
 
@@ -54,14 +56,13 @@ def test_mixtral_weighs_alike():
     mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
     configuration = pytest.importorskip("transformers.models.mixtral.configuration_mixtral")
     config = configuration.MixtralConfig(
-        hidden_size=8, num_local_experts=8, num_experts_per_tok=3, router_jitter_noise=0.0
+        hidden_size=8, intermediate_size=3, num_local_experts=8, num_experts_per_tok=3
     )
-    router = mixtral.MixtralTopKRouter(config)
-    memory, (x, _) = build("moe", torch.float32, gate="renormalized"), tokens(20)
+    block, x = mixtral.MixtralSparseMoeBlock(config), tokens(20, dtype=torch.float32)[0]
+    nn.init.normal_(block.gate.weight)
     with torch.no_grad():
-        router.weight.copy_(memory.selector.router)
-        _, weights, blocks = router(x.float())
-    selection = memory(x.float()).selection
+        _, weights, blocks = block.gate(x)
+    selection = from_mixtral(block, config)(x).selection
     assert torch.equal(selection.blocks, blocks)
     close(selection.weights, weights, tolerance=1e-6)
 
@@ -81,16 +82,13 @@ def test_deepseek_v3_weighs_alike(scale):
         norm_topk_prob=True,
         routed_scaling_factor=scale,
     )
-    router = deepseek.DeepseekV3TopkRouter(config)
-    memory = build("moe", torch.float32, route_scale=scale, balance_rate=0.001)
-    x = tokens(20, dtype=torch.float32)[0]
-    free = memory(x).selection.blocks.sort().values
-    memory.balancer.bias.copy_(0.3 * torch.randn(8))
+    block, x = deepseek.DeepseekV3MoE(config), tokens(20, dtype=torch.float32)[0]
+    nn.init.normal_(block.gate.weight)
+    free = from_deepseek_v3(block, config)(x).selection.blocks.sort().values
+    block.gate.e_score_correction_bias.copy_(0.3 * torch.randn(8))
     with torch.no_grad():
-        router.weight.copy_(memory.selector.router)
-        router.e_score_correction_bias.copy_(memory.balancer.bias)
-        _, weights, blocks = router(x)
-    selection = memory(x).selection
+        _, weights, blocks = block.gate(x)
+    selection = from_deepseek_v3(block, config)(x).selection
     assert not torch.equal(selection.blocks.sort().values, free)
     theirs = torch.zeros(20, 8).scatter(1, blocks, weights)
     ours = torch.zeros(20, 8).scatter(1, selection.blocks, selection.weights)
