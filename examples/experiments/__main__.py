@@ -16,6 +16,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UsageError: the subcommand cannot do what was asked.
     """
+    # Importing fairseq lets all loggers print debugging messages.
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     try:
         from experiments import report, run
     except ModuleNotFoundError as error:
@@ -24,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ) from error
 
     warnings.simplefilter("ignore")  # libraries warn about each other
-    logging.getLogger().setLevel(logging.WARNING)  # importing fairseq sets it to DEBUG
+    logging.getLogger().setLevel(logging.WARNING)
 
     parser = argparse.ArgumentParser(
         prog="experiments", description="Trains the models of tables and reports the results."

@@ -23,7 +23,7 @@ from fairseq.models import ARCH_MODEL_REGISTRY
 from fairseq_sffn.errors import UsageError
 
 from .files import Launcher, Scale
-from .outcomes import ONE_PROCESS, build_model
+from .frame import ONE_PROCESS, build_model
 from .plan import Run, train_arguments
 from .processes import PLUGIN, last_words, python
 

@@ -1,23 +1,21 @@
-"""Draws the figures of tables, with matplotlib."""
+"""Draws the figures of tables, with matplotlib. A function returns ``None`` where there is nothing
+to draw."""
 
 from __future__ import annotations
 
 import io
-import statistics
 from collections.abc import Callable
 from typing import Any
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, PercentFormatter
 
 from .files import REFERENCE, Table
-from .outcomes import Experiments, Outcome
-from .points import Points, gap_points, line_points, routed, tested
-from .summaries import summarize
-from .tables.part import Show, plain
+from .frame import Experiments
 from .tables.perplexity import flops_unit
-from .tables.routing import dependence
+from .tables.routing import LAYER, layers_of
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 """Colors of Okabe and Ito, which the colour-blind can tell apart; another one replaces their
@@ -28,6 +26,7 @@ GREY = "#666666"
 DPI = 150
 LEAST_LOAD = 1 / 16
 """Smaller loads over the mean are not shown."""
+STATISTICS = ["mean", "std"]
 
 
 def style(i: int) -> dict[str, Any]:
@@ -63,49 +62,69 @@ def png(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def error_bars(axes: Axes, points: Points, base: float = 0.0, show: Show = plain) -> None:
+def error_bars(axes: Axes, data: pd.DataFrame, name: str, x: str, y: str) -> None:
     """Draw a line through the means of each group, with standard deviations.
 
     Args:
         axes: where to draw.
-        points: points of each group.
-        base: base of a logarithmic horizontal axis with a tick at each point; 0: linear.
-        show: format of the ticks.
+        data: the runs.
+        name, x, y: columns of the group, the position and the value.
     """
-    for i, (name, group) in enumerate(points.items()):
-        xs, found = zip(*sorted(group, key=lambda point: point[0]), strict=True)
-        several = any(summary.sd is not None for summary in found)
-        deviations = [summary.sd or 0.0 for summary in found] if several else None
-        means = [summary.mean for summary in found]
-        axes.errorbar(xs, means, yerr=deviations, label=name, capsize=3, **style(i))
-    if base:
-        ticks = sorted({x for group in points.values() for x, _ in group})
-        axes.set_xscale("log", base=base)
-        axes.xaxis.set_major_locator(FixedLocator(ticks))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xticks(ticks, [show(x) for x in ticks])
+    for i, (label, group) in enumerate(data.groupby(name, sort=False)):
+        points = group.groupby(x)[y].agg(STATISTICS)
+        deviations = points["std"].fillna(0.0) if points["std"].notna().any() else None
+        bars = {"label": label, "capsize": 3, **style(i)}
+        axes.errorbar(points.index, points["mean"], yerr=deviations, **bars)
 
 
-def lines(experiments: Experiments, table: Table) -> Figure:
+def logarithmic(
+    axes: Axes,
+    positions: pd.Series[float],
+    base: float,
+    show: Callable[[float], str] = "{:g}".format,
+) -> None:
+    """Make the horizontal axis logarithmic, with a tick at each position."""
+    ticks = sorted(set(positions))
+    axes.set_xscale("log", base=base)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(ticks, [show(x) for x in ticks])
+
+
+def lines(experiments: Experiments, table: Table) -> Figure | None:
     """Draw test perplexity against ``x``: a line for each group, and a level for each other row."""
+    runs = experiments.runs(table)
+    on_axis = (runs.group != "") & runs.x.notna()
+    points, levels = (runs[which & runs.test.notna()] for which in (on_axis, ~on_axis))
+    if points.empty:
+        return None
     figure = new()
     axes = figure.subplots()
-    error_bars(axes, line_points(experiments, table), base=2)
-    levels = [o for o in experiments.outcomes(table) if not o.row.group or o.row.x == ""]
-    for i, o in enumerate(levels):
-        if found := summarize(o.perplexity("test").values()):
-            dashes = ("--", ":", "-.")[i % 3]
-            axes.axhline(found.mean, color=GREY, linestyle=dashes, label=o.row.label)
+    error_bars(axes, points, "group", "x", "test")
+    logarithmic(axes, points.x, base=2)
+    for i, label in enumerate(runs.label[~on_axis].unique()):
+        if label in set(levels.label):
+            mean = levels.test[levels.label == label].mean()
+            axes.axhline(mean, color=GREY, linestyle=("--", ":", "-.")[i % 3], label=label)
     figure.legend(loc="outside right upper", frameon=False)
     finish(axes, table.axis, "test perplexity")
     return figure
 
 
-def gap(experiments: Experiments, table: Table) -> Figure:
-    """Draw the relative difference of each group's perplexity to the reference group's."""
+def gap(experiments: Experiments, table: Table) -> Figure | None:
+    """Draw the relative difference of each group's test perplexity to the reference group's, at the
+    same ``x``, or at the same number of training tokens where a row has no ``x``."""
+    runs = experiments.runs(table)
+    runs = runs[(runs.group != "") & runs.test.notna()]
+    runs = runs.assign(where=runs.x.fillna(runs.tokens))
+    others, base = runs[runs.group != REFERENCE], runs[runs.group == REFERENCE]
+    pairs = others.merge(base[["where", "seed", "test"]], on=["where", "seed"])
+    if pairs.empty:
+        return None
     figure = new()
     axes = figure.subplots()
-    error_bars(axes, gap_points(experiments, table), base=10, show=short)
+    error_bars(axes, pairs.assign(gap=pairs.test_x / pairs.test_y - 1), "group", "where", "gap")
+    logarithmic(axes, pairs["where"], base=10, show=short)
     axes.axhline(0, color=GREY, linestyle="--", label=REFERENCE)
     axes.yaxis.set_major_formatter("{x:+.0%}")
     figure.legend(loc="outside right upper", frameon=False)
@@ -120,50 +139,39 @@ def short(value: float) -> str:
     return f"{value / (size or 1):.3g}{suffix}" if size else f"{value:g}"
 
 
-def flops(experiments: Experiments, table: Table) -> Figure:
+def flops(experiments: Experiments, table: Table) -> Figure | None:
     """Draw test perplexity against training FLOPs."""
-    outcomes = tested(experiments, table)
-    unit, name = flops_unit(max(map(experiments.training_flops, outcomes)))
-    points: Points = {}
-    for o in outcomes:
-        if summary := summarize(o.perplexity("test").values()):
-            points[o.row.label] = [(experiments.training_flops(o) / unit, summary)]
+    runs = experiments.runs(table)
+    runs = runs[runs.test.notna()]
+    if runs.empty:
+        return None
+    unit, name = flops_unit(runs.flops.max())
     figure = new()
     axes = figure.subplots()
-    error_bars(axes, points)
+    error_bars(axes, runs.assign(compute=runs.flops / unit), "label", "compute", "test")
     axes.margins(0.12)
     figure.legend(loc="outside right upper", frameon=False)
     finish(axes, name, "test perplexity")
     return figure
 
 
-def curve(outcome: Outcome, name: str) -> tuple[list[float], list[float]]:
-    """Return updates, and a value of the training log at each, averaged over seeds."""
-    values: dict[float, list[float]] = {}
-    for result in outcome.good.values():
-        for record in result["training"]["train"]:
-            if name in record:
-                values.setdefault(record["update"], []).append(record[name])
-    updates = sorted(values)
-    return updates, [statistics.fmean(values[update]) for update in updates]
-
-
-def load(experiments: Experiments, table: Table) -> Figure:
+def load(experiments: Experiments, table: Table) -> Figure | None:
     """Draw the load of blocks during training: a column for each group of rows."""
-    by_group: dict[str, list[Outcome]] = {}
-    for o in routed(experiments, table):
-        by_group.setdefault(o.row.group, []).append(o)
-    figure = new(max(6.0, 4.2 * len(by_group)), 7.0)
-    panels = figure.subplots(2, len(by_group), sharex=True, sharey="row", squeeze=False)
-    for (loads, used), (name, rows) in zip(panels.T, by_group.items(), strict=True):
-        for i, o in enumerate(rows):
-            loads.plot(*curve(o, "load_max"), **line(i))
-            updates, unused = curve(o, "unused_blocks")
-            blocks = statistics.mean(
-                memory.routed_blocks for memory in experiments.memories(o).values()
-            )
-            share = [1 - without / blocks for without in unused]
-            used.plot(updates, share, label=o.row.label, **line(i))
+    runs = experiments.runs(table)
+    runs = runs[[bool(result.get("routing")) for result in runs.result]]
+    if runs.empty:
+        return None
+    groups = runs.groupby("group", sort=False)
+    figure = new(max(6.0, 4.2 * len(groups)), 7.0)
+    panels = figure.subplots(2, len(groups), sharex=True, sharey="row", squeeze=False)
+    for (loads, used), (name, rows) in zip(panels.T, groups, strict=True):
+        for i, (label, row) in enumerate(rows.groupby("label", sort=False)):
+            log = pd.DataFrame([r for result in row.result for r in result["training"]["train"]])
+            means = log.groupby("update").mean()
+            memories = row.model.iloc[0].memories.values()
+            blocks = sum(memory.routed_blocks for memory in memories) / len(memories)
+            loads.plot(means.load_max.dropna(), **line(i))
+            used.plot(1 - means.unused_blocks.dropna() / blocks, label=label, **line(i))
         finish(loads, title=name)
         finish(used, "updates")
         used.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
@@ -178,39 +186,39 @@ def load(experiments: Experiments, table: Table) -> Figure:
     return figure
 
 
-def routing(experiments: Experiments, table: Table) -> Figure:
+def routing(experiments: Experiments, table: Table) -> Figure | None:
     """Draw the blocks of each layer by load, and the token dependence of each row and layer."""
-    outcomes = routed(experiments, table)
-    layers = list(dict.fromkeys(layer for o in outcomes for layer in o.layers))
+    found = layers_of(experiments.runs(table))
+    if found.empty:
+        return None
+    labels, layers = list(found.label.unique()), list(found.layer.unique())
     figure = new(3.6 * (len(layers) + 1), 4.2)
     *loads, bars = figure.subplots(1, len(layers) + 1)
+    named: set[str] = set()
+    for row in found.drop_duplicates(LAYER).itertuples():
+        counts = pd.Series(row.counts).sort_values(ascending=False) / (
+            sum(row.counts) / len(row.counts)
+        )
+        loads[layers.index(row.layer)].step(
+            [i / len(counts) for i in range(len(counts) + 1)],
+            [*counts, counts.iloc[-1]],
+            where="post",
+            label=None if row.label in named else row.label,
+            **line(labels.index(row.label)),
+        )
+        named.add(row.label)
     for axes, layer in zip(loads, layers, strict=True):
-        for i, o in enumerate(outcomes):
-            if layer not in o.layers:
-                continue
-            counts = sorted(o.first["routing"][layer]["counts"], reverse=True)
-            mean = sum(counts) / len(counts)
-            axes.step(
-                [j / len(counts) for j in range(len(counts) + 1)],
-                [count / mean for count in [*counts, counts[-1]]],
-                where="post",
-                label=o.row.label if layer == o.layers[0] else None,
-                **line(i),
-            )
         axes.set_yscale("log", base=2, nonpositive="clip")
         axes.set_ylim(bottom=LEAST_LOAD)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, 0))
         finish(axes, "blocks, most loaded first", "load / mean", f"layer {layer}")
-    width = 0.8 / len(outcomes)
-    for i, o in enumerate(outcomes):
-        for j, layer in enumerate(layers):
-            if layer not in o.layers:
-                continue
-            found = [r["routing"][layer] for r in o.good.values() if layer in r["routing"]]
-            if summary := dependence(found, experiments.memories(o)[layer]):
-                x = j + (i - (len(outcomes) - 1) / 2) * width
-                bars.bar(x, summary.mean, width, yerr=summary.sd, color=COLORS[i % len(COLORS)])
+    width = 0.8 / len(labels)
+    shares = found.astype({"dependence": float}).groupby(LAYER).dependence.agg(STATISTICS)
+    for (label, layer), share in shares[shares["mean"].notna()].iterrows():
+        i = labels.index(label)
+        x = layers.index(layer) + (i - (len(labels) - 1) / 2) * width
+        bars.bar(x, share["mean"], width, yerr=share["std"], color=COLORS[i % len(COLORS)])
     bars.set_xticks(range(len(layers)), [f"layer {layer}" for layer in layers])
     bars.set_ylim(0, 1.05)
     finish(bars, y="mutual information / maximum", title="token dependence")
@@ -218,41 +226,39 @@ def routing(experiments: Experiments, table: Table) -> Figure:
     return figure
 
 
-def bars(experiments: Experiments, table: Table) -> Figure:
+def bars(experiments: Experiments, table: Table) -> Figure | None:
     """Draw the test perplexity of each row, the lowest first: seeds, mean and standard deviation,
     in the colour of the row's group."""
-    found = tested(experiments, table)
-    found.sort(key=lambda o: statistics.fmean(o.perplexity("test").values()))
-    groups = list(dict.fromkeys(o.row.group for o in experiments.outcomes(table) if o.row.group))
+    runs = experiments.runs(table)
+    groups = [group for group in runs.group.unique() if group]
     colors = dict(zip(groups, COLORS, strict=False))
-    figure = new(8.0, 1.2 + 0.34 * len(found))
+    runs = runs[runs.test.notna()]
+    if runs.empty:
+        return None
+    rows = runs.groupby("label", sort=False).test.agg(STATISTICS).sort_values("mean")
+    figure = new(8.0, 1.2 + 0.34 * len(rows))
     axes = figure.subplots()
     dots: dict[str, Any] = {"marker": "o", "linestyle": "", "markersize": 4}
-    for i, o in enumerate(found):
-        values = o.perplexity("test")
-        summary = summarize(values.values())
-        assert summary is not None
-        bar: dict[str, Any] = {
-            "color": colors.get(o.row.group, COLORS[6]),
-            "capsize": 4,
-            "markersize": 14,
-        }
-        axes.errorbar(summary.mean, i, xerr=summary.sd, fmt="|", **bar)
-        if len(values) > 1:
-            axes.plot([*values.values()], [i] * len(values), color=bar["color"], **dots)
-        if o.row.model == "dense":
-            axes.axvline(summary.mean, color=GREY, linestyle="--", linewidth=1, zorder=0)
+    for i, (label, row) in enumerate(rows.iterrows()):
+        of_row = runs[runs.label == label]
+        color = colors.get(of_row.group.iloc[0], COLORS[6])
+        error = row["std"] if len(of_row) > 1 else None
+        axes.errorbar(row["mean"], i, xerr=error, fmt="|", color=color, capsize=4, markersize=14)
+        if len(of_row) > 1:
+            axes.plot(of_row.test, [i] * len(of_row), color=color, **dots)
+        if of_row.run.iloc[0].model == "dense":
+            axes.axvline(row["mean"], color=GREY, linestyle="--", linewidth=1, zorder=0)
     for name, color in colors.items():
         axes.plot([], [], color=color, label=name, **dots)
     if colors:
         axes.legend(frameon=False, fontsize=9)
-    axes.set_yticks(range(len(found)), [o.row.label for o in found])
+    axes.set_yticks(range(len(rows)), list(rows.index))
     axes.invert_yaxis()
     finish(axes, "test perplexity (dots: seeds; bars: standard deviation; dashed: dense)")
     return figure
 
 
-FIGURES: dict[str, Callable[[Experiments, Table], Figure]] = {
+FIGURES: dict[str, Callable[[Experiments, Table], Figure | None]] = {
     **{"lines": lines, "flops": flops, "load": load, "gap": gap, "routing": routing, "bars": bars}
 }
-"""Kind of a figure -> the function that draws it, where there is something to draw."""
+"""Kind of a figure -> the function that draws it."""

@@ -15,7 +15,7 @@ from fairseq_sffn.errors import UsageError
 from .data import check_zero_shot, fingerprint
 from .dry_run import dry_run, parse
 from .files import Launcher, Row, Scale, Table, load_scale, load_table
-from .outcomes import build_model
+from .frame import build_model
 from .plan import Run, domains_of, row_runs, sweep_runs, train_arguments
 from .processes import PLUGIN, cores
 from .results import EVALUATED, Results, missing
