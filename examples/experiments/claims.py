@@ -1,7 +1,5 @@
 """Verdicts on the claims of tables, by t-tests on test perplexity."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -10,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtr, stdtrit
 
-from .files import Claim, Table
+from .files import Claim
 from .frame import Experiments
 from .tables.part import text
 
@@ -20,17 +18,24 @@ EQUIVALENT = "equivalent"
 
 
 class Deviation(NamedTuple):
-    """Residual standard deviation after the effects of row and seed, assumed equal for all rows.
+    """Residual standard deviation after the effects of row and seed, assumed equal for all rows."""
 
-    Attributes:
-        sd: root of the residual variance.
-        degrees_of_freedom: degrees of freedom of the residuals.
-        rows: number of rows with several seeds.
-    """
-
-    sd: float
+    sd: float  # root of the residual variance
     degrees_of_freedom: int
-    rows: int
+    rows: int  # with several seeds
+
+    def error(self, seeds: int) -> float:
+        """Return the standard error of a difference of two means over the same seeds."""
+        return self.sd * math.sqrt(2 / seeds)
+
+    def significant(self, seeds: int) -> float:
+        """Return the least absolute difference that a two-sided t-test finds."""
+        return float(stdtrit(self.degrees_of_freedom, (1 + CONFIDENCE) / 2)) * self.error(seeds)
+
+    def equivalent(self, difference: float, margin: float, seeds: int) -> bool:
+        """Return whether two one-sided t-tests (TOST) place a difference within ± margin."""
+        far = (abs(difference) - margin) / self.error(seeds)
+        return bool(stdtr(self.degrees_of_freedom, far) < 1 - CONFIDENCE)
 
 
 def seed_deviation(frame: pd.DataFrame) -> Deviation | None:
@@ -42,15 +47,8 @@ def seed_deviation(frame: pd.DataFrame) -> Deviation | None:
 
 
 def residual_deviation(row: object, seed: object, value: object) -> Deviation | None:
-    """Fit the effects of row and seed by least squares. A seed selects the training text, so its
-    effect is common to all rows.
-
-    Args:
-        row, seed, value: columns; a line for each run.
-
-    Returns:
-        The residual deviation; ``None`` where no degree of freedom is left.
-    """
+    """Fit the effects of row and seed on values by least squares. A seed selects the training text,
+    so its effect is common to all rows. ``None`` where no degree of freedom is left."""
     data = pd.DataFrame({"row": row, "seed": seed, "value": value}).dropna().reset_index(drop=True)
     data = data[data.groupby("row").seed.transform("size") > 1]  # one value is fitted exactly
     if data.empty:
@@ -65,48 +63,14 @@ def residual_deviation(row: object, seed: object, value: object) -> Deviation | 
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A difference of two means over the same seeds, and its t-tests.
-
-    Attributes:
-        mean: the difference.
-        standard_error: its standard error.
-        degrees_of_freedom: degrees of freedom of the standard error.
-    """
-
-    mean: float
-    standard_error: float
-    degrees_of_freedom: int
-
-    @property
-    def significant(self) -> float:
-        """The least absolute difference that a two-sided test at ``CONFIDENCE`` finds."""
-        return float(stdtrit(self.degrees_of_freedom, (1 + CONFIDENCE) / 2)) * self.standard_error
-
-    def equivalent(self, margin: float) -> bool:
-        """Return whether two one-sided tests (TOST) place the difference within ± margin."""
-        far = (abs(self.mean) - margin) / self.standard_error
-        return bool(stdtr(self.degrees_of_freedom, far) < 1 - CONFIDENCE)
-
-
-@dataclass(frozen=True)
 class Verdict:
-    """The verdict on a claim.
-
-    Attributes:
-        claim: the claim.
-        flops: training FLOPs of the better row over those of the worse row.
-        word: one of the four words above.
-        reason: the numbers behind it.
-        difference: test perplexity of the worse row minus that of the better row; ``None`` where
-            it or its error is not known.
-    """
+    """The verdict on a claim."""
 
     claim: Claim
-    flops: float
-    word: str
-    reason: str
-    difference: Difference | None = None
+    flops: float  # training FLOPs of the better row over those of the worse row
+    word: str  # one of the four words above
+    reason: str  # the numbers behind it
+    difference: float | None = None  # worse row minus better row; None: not known
 
     def markdown(self) -> str:
         """Return the claim, the verdict and the reason."""
@@ -144,28 +108,31 @@ def judge(claim: Claim, runs: pd.DataFrame, deviation: Deviation | None, margin:
     if deviation is None:
         reason = f"{values} at {cost} FLOPs; the deviation between seeds is not known"
         return Verdict(claim, flops, UNDECIDED, reason)
-    error = deviation.sd * math.sqrt(2 / count)
-    found = Difference(high - low, error, deviation.degrees_of_freedom)
-    reason = f"{values} ± {error:.1f} at {cost} FLOPs, where {found.significant:.1f} is significant"
-    if abs(found.mean) > found.significant:
-        word = SUPPORTED if found.mean > 0 else CONTRADICTED
-    elif found.equivalent(margin * high):
+    difference, significant = high - low, deviation.significant(count)
+    reason = f"{values} ± {deviation.error(count):.1f} at {cost} FLOPs"
+    reason += f", where {significant:.1f} is significant"
+    if abs(difference) > significant:
+        word = SUPPORTED if difference > 0 else CONTRADICTED
+    elif deviation.equivalent(difference, margin * high, count):
         word, reason = EQUIVALENT, f"{reason}; equivalent within {100 * margin:g}%"
     else:
         word = UNDECIDED
-    return Verdict(claim, flops, word, reason, found)
+    return Verdict(claim, flops, word, reason, difference)
 
 
-def verdicts(experiments: Experiments, table: Table) -> list[Verdict]:
-    """Judge all claims of a table."""
-    runs, deviation = experiments.runs(table), seed_deviation(experiments.frame)
-    return [judge(claim, runs, deviation, table.margin) for claim in table.claims]
+def verdicts(experiments: Experiments) -> dict[str, list[Verdict]]:
+    """Judge the claims of all tables. The deviation is the same for all of them."""
+    deviation = seed_deviation(experiments.frame)
+    return {
+        name: [judge(one, experiments.runs(table), deviation, table.margin) for one in table.claims]
+        for name, table in experiments.tables.items()
+    }
 
 
 def markdown(found: list[Verdict], deviation: Deviation | None, margin: float) -> str:
     """List verdicts, with a note on the tests."""
     lines = "\n".join(f"- {verdict.markdown()}" for verdict in found)
-    if deviation is None or not any(verdict.difference for verdict in found):
+    if deviation is None or not any(verdict.difference is not None for verdict in found):
         return lines
     return (
         f"{lines}\n\nRows are compared on their common seeds. ± is the standard error of the "

@@ -1,12 +1,11 @@
-"""Draws the figures of tables, with matplotlib. A function returns ``None`` where there is nothing
-to draw."""
-
-from __future__ import annotations
+"""Draws the figures of tables, with matplotlib."""
 
 import io
 from collections.abc import Callable
 from typing import Any
 
+import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,36 +22,29 @@ yellow."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", ":", "-.")
 GREY = "#666666"
-DPI = 150
+THEME: Any = {
+    **{"figure.dpi": 150, "figure.constrained_layout.use": True, "legend.frameon": False},
+    **{"axes.grid": True, "grid.alpha": 0.3, "grid.linewidth": 0.6, "axes.titlesize": 10},
+    **{"axes.spines.top": False, "axes.spines.right": False},
+    **{"lines.linewidth": 1.5, "lines.markersize": 5, "errorbar.capsize": 3},
+}
+"""Settings of matplotlib."""
 LEAST_LOAD = 1 / 16
 """Smaller loads over the mean are not shown."""
 STATISTICS = ["mean", "std"]
 
 
-def style(i: int) -> dict[str, Any]:
-    """Return colour and marker of the i-th curve."""
-    marker = MARKERS[(i + i // len(COLORS)) % len(MARKERS)]
-    return {"color": COLORS[i % len(COLORS)], "marker": marker, "markersize": 5, "linewidth": 1.5}
+def style(i: int, name: str = "linestyle", of: tuple[str, ...] = LINES) -> dict[str, Any]:
+    """Return the colour of the i-th curve, and its dashes or markers."""
+    return {"color": COLORS[i % len(COLORS)], name: of[(i + i // len(COLORS)) % len(of)]}
 
 
-def line(i: int) -> dict[str, Any]:
-    """Return colour and dashes of the i-th curve that has no markers."""
-    dashes = LINES[(i + i // len(COLORS)) % len(LINES)]
-    return {"color": COLORS[i % len(COLORS)], "linestyle": dashes, "linewidth": 1.5}
-
-
-def new(width: float = 8.0, height: float = 4.5) -> Figure:
-    """Make an empty figure, with its size in inches."""
-    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-
-
-def finish(axes: Axes, x: str = "", y: str = "", title: str = "") -> None:
-    """Label axes and draw their grid."""
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.3, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+def draw(experiments: Experiments, table: Table) -> Figure | None:
+    """Draw the figure of a table. ``None`` where there is nothing to draw."""
+    runs = experiments.runs(table)
+    runs = runs[runs.test.notna()]
+    with matplotlib.rc_context(THEME):
+        return None if runs.empty else FIGURES[table.figure](runs, table)
 
 
 def png(figure: Figure) -> bytes:
@@ -62,27 +54,32 @@ def png(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def error_bars(axes: Axes, data: pd.DataFrame, name: str, x: str, y: str) -> None:
+def curves(
+    runs: pd.DataFrame, name: str, x: str, y: str, levels: dict[str, float], **labels: str
+) -> tuple[Figure, Axes]:
     """Draw a line through the means of each group, with standard deviations.
 
     Args:
-        axes: where to draw.
-        data: the runs.
+        runs: the runs.
         name, x, y: columns of the group, the position and the value.
+        levels: horizontal lines, by name.
+        labels: labels of the axes.
     """
-    for i, (label, group) in enumerate(data.groupby(name, sort=False)):
+    figure = Figure(figsize=(8.0, 4.5))
+    axes = figure.subplots()
+    for i, (label, group) in enumerate(runs.groupby(name, sort=False)):
         points = group.groupby(x)[y].agg(STATISTICS)
         deviations = points["std"].fillna(0.0) if points["std"].notna().any() else None
-        bars = {"label": label, "capsize": 3, **style(i)}
-        axes.errorbar(points.index, points["mean"], yerr=deviations, **bars)
+        marks = style(i, "marker", MARKERS)
+        axes.errorbar(points.index, points["mean"], yerr=deviations, label=label, **marks)
+    for i, (label, level) in enumerate(levels.items()):
+        axes.axhline(level, color=GREY, linestyle=LINES[1:][i % 3], label=label)
+    axes.set(**labels)
+    figure.legend(loc="outside right upper")
+    return figure, axes
 
 
-def logarithmic(
-    axes: Axes,
-    positions: pd.Series[float],
-    base: float,
-    show: Callable[[float], str] = "{:g}".format,
-) -> None:
+def logarithmic(axes: Axes, positions: pd.Series, base: float, show: Any) -> None:
     """Make the horizontal axis logarithmic, with a tick at each position."""
     ticks = sorted(set(positions))
     axes.set_xscale("log", base=base)
@@ -91,44 +88,31 @@ def logarithmic(
     axes.set_xticks(ticks, [show(x) for x in ticks])
 
 
-def lines(experiments: Experiments, table: Table) -> Figure | None:
+def lines(runs: pd.DataFrame, table: Table) -> Figure | None:
     """Draw test perplexity against ``x``: a line for each group, and a level for each other row."""
-    runs = experiments.runs(table)
     on_axis = (runs.group != "") & runs.x.notna()
-    points, levels = (runs[which & runs.test.notna()] for which in (on_axis, ~on_axis))
-    if points.empty:
+    levels = runs[~on_axis].groupby("label", sort=False).test.mean().to_dict()
+    if not on_axis.any():
         return None
-    figure = new()
-    axes = figure.subplots()
-    error_bars(axes, points, "group", "x", "test")
-    logarithmic(axes, points.x, base=2)
-    for i, label in enumerate(runs.label[~on_axis].unique()):
-        if label in set(levels.label):
-            mean = levels.test[levels.label == label].mean()
-            axes.axhline(mean, color=GREY, linestyle=("--", ":", "-.")[i % 3], label=label)
-    figure.legend(loc="outside right upper", frameon=False)
-    finish(axes, table.axis, "test perplexity")
+    labels = {"xlabel": table.axis, "ylabel": "test perplexity"}
+    figure, axes = curves(runs[on_axis], "group", "x", "test", levels, **labels)
+    logarithmic(axes, runs.x[on_axis], 2, "{:g}".format)
     return figure
 
 
-def gap(experiments: Experiments, table: Table) -> Figure | None:
+def gap(runs: pd.DataFrame, table: Table) -> Figure | None:
     """Draw the relative difference of each group's test perplexity to the reference group's, at the
     same ``x``, or at the same number of training tokens where a row has no ``x``."""
-    runs = experiments.runs(table)
-    runs = runs[(runs.group != "") & runs.test.notna()]
-    runs = runs.assign(where=runs.x.fillna(runs.tokens))
+    runs = runs[runs.group != ""].assign(where=runs.x.fillna(runs.tokens))
     others, base = runs[runs.group != REFERENCE], runs[runs.group == REFERENCE]
     pairs = others.merge(base[["where", "seed", "test"]], on=["where", "seed"])
     if pairs.empty:
         return None
-    figure = new()
-    axes = figure.subplots()
-    error_bars(axes, pairs.assign(gap=pairs.test_x / pairs.test_y - 1), "group", "where", "gap")
-    logarithmic(axes, pairs["where"], base=10, show=short)
-    axes.axhline(0, color=GREY, linestyle="--", label=REFERENCE)
+    pairs["gap"] = pairs.test_x / pairs.test_y - 1
+    labels = {"xlabel": table.axis or "training tokens", "ylabel": "test perplexity, against dense"}
+    figure, axes = curves(pairs, "group", "where", "gap", {REFERENCE: 0}, **labels)
+    logarithmic(axes, pairs["where"], 10, short)
     axes.yaxis.set_major_formatter("{x:+.0%}")
-    figure.legend(loc="outside right upper", frameon=False)
-    finish(axes, table.axis or "training tokens", "test perplexity, against dense")
     return figure
 
 
@@ -139,30 +123,23 @@ def short(value: float) -> str:
     return f"{value / (size or 1):.3g}{suffix}" if size else f"{value:g}"
 
 
-def flops(experiments: Experiments, table: Table) -> Figure | None:
+def flops(runs: pd.DataFrame, table: Table) -> Figure:
     """Draw test perplexity against training FLOPs."""
-    runs = experiments.runs(table)
-    runs = runs[runs.test.notna()]
-    if runs.empty:
-        return None
     unit, name = flops_unit(runs.flops.max())
-    figure = new()
-    axes = figure.subplots()
-    error_bars(axes, runs.assign(compute=runs.flops / unit), "label", "compute", "test")
+    runs = runs.assign(compute=runs.flops / unit)
+    labels = {"xlabel": name, "ylabel": "test perplexity"}
+    figure, axes = curves(runs, "label", "compute", "test", {}, **labels)
     axes.margins(0.12)
-    figure.legend(loc="outside right upper", frameon=False)
-    finish(axes, name, "test perplexity")
     return figure
 
 
-def load(experiments: Experiments, table: Table) -> Figure | None:
+def load(runs: pd.DataFrame, table: Table) -> Figure | None:
     """Draw the load of blocks during training: a column for each group of rows."""
-    runs = experiments.runs(table)
-    runs = runs[[bool(result.get("routing")) for result in runs.result]]
+    runs = runs[[bool(result["routing"]) for result in runs.result]]
     if runs.empty:
         return None
     groups = runs.groupby("group", sort=False)
-    figure = new(max(6.0, 4.2 * len(groups)), 7.0)
+    figure = Figure(figsize=(max(6.0, 4.2 * len(groups)), 7.0))
     panels = figure.subplots(2, len(groups), sharex=True, sharey="row", squeeze=False)
     for (loads, used), (name, rows) in zip(panels.T, groups, strict=True):
         for i, (label, row) in enumerate(rows.groupby("label", sort=False)):
@@ -170,73 +147,62 @@ def load(experiments: Experiments, table: Table) -> Figure | None:
             means = log.groupby("update").mean()
             memories = row.model.iloc[0].memories.values()
             blocks = sum(memory.routed_blocks for memory in memories) / len(memories)
-            loads.plot(means.load_max.dropna(), **line(i))
-            used.plot(1 - means.unused_blocks.dropna() / blocks, label=label, **line(i))
-        finish(loads, title=name)
-        finish(used, "updates")
-        used.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+            loads.plot(means.load_max.dropna(), **style(i))
+            used.plot(1 - means.unused_blocks.dropna() / blocks, label=label, **style(i))
+        loads.set_title(name)
+        used.set_xlabel("updates")
+        used.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
     loads, used = panels[:, 0]
-    loads.set_ylabel("most loaded block / mean")
     loads.set_yscale("log", base=2)
     loads.yaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.5)))
     loads.yaxis.set_major_formatter("{x:g}")
-    loads.set_ylim(bottom=1)
+    loads.set(ylabel="most loaded block / mean", ylim=(1, None))
     used.set_ylabel("used blocks")
     used.yaxis.set_major_formatter(PercentFormatter(1.0, 0))
     return figure
 
 
-def routing(experiments: Experiments, table: Table) -> Figure | None:
+def routing(runs: pd.DataFrame, table: Table) -> Figure | None:
     """Draw the blocks of each layer by load, and the token dependence of each row and layer."""
-    found = layers_of(experiments.runs(table))
+    found = layers_of(runs)
     if found.empty:
         return None
-    labels, layers = list(found.label.unique()), list(found.layer.unique())
-    figure = new(3.6 * (len(layers) + 1), 4.2)
+    rows, layers = list(found.label.unique()), list(found.layer.unique())
+    figure = Figure(figsize=(3.6 * (len(layers) + 1), 4.2))
     *loads, bars = figure.subplots(1, len(layers) + 1)
-    named: set[str] = set()
-    for row in found.drop_duplicates(LAYER).itertuples():
-        counts = pd.Series(row.counts).sort_values(ascending=False) / (
-            sum(row.counts) / len(row.counts)
-        )
-        loads[layers.index(row.layer)].step(
-            [i / len(counts) for i in range(len(counts) + 1)],
-            [*counts, counts.iloc[-1]],
-            where="post",
-            label=None if row.label in named else row.label,
-            **line(labels.index(row.label)),
-        )
-        named.add(row.label)
+    first = found.drop_duplicates(LAYER)
+    for layer, named in zip(first.itertuples(), ~first.label.duplicated(), strict=True):
+        counts = pd.Series(layer.counts).sort_values(ascending=False)
+        label = layer.label if named else None
+        positions, loads_of = np.linspace(0, 1, len(counts) + 1), counts / counts.mean()
+        curve = style(rows.index(layer.label)) | {"label": label, "where": "post"}
+        loads[layers.index(layer.layer)].step(positions, [*loads_of, loads_of.iloc[-1]], **curve)
     for axes, layer in zip(loads, layers, strict=True):
         axes.set_yscale("log", base=2, nonpositive="clip")
-        axes.set_ylim(bottom=LEAST_LOAD)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, 0))
-        finish(axes, "blocks, most loaded first", "load / mean", f"layer {layer}")
-    width = 0.8 / len(labels)
+        labels = {"xlabel": "blocks, most loaded first", "ylabel": "load / mean"}
+        axes.set(**labels, title=f"layer {layer}", ylim=(LEAST_LOAD, None))
+    width = 0.8 / len(rows)
     shares = found.astype({"dependence": float}).groupby(LAYER).dependence.agg(STATISTICS)
     for (label, layer), share in shares[shares["mean"].notna()].iterrows():
-        i = labels.index(label)
-        x = layers.index(layer) + (i - (len(labels) - 1) / 2) * width
-        bars.bar(x, share["mean"], width, yerr=share["std"], color=COLORS[i % len(COLORS)])
+        i = rows.index(label)
+        x = layers.index(layer) + (i - (len(rows) - 1) / 2) * width
+        color = COLORS[i % len(COLORS)]
+        bars.bar(x, share["mean"], width, yerr=share["std"], color=color, capsize=0)
     bars.set_xticks(range(len(layers)), [f"layer {layer}" for layer in layers])
-    bars.set_ylim(0, 1.05)
-    finish(bars, y="mutual information / maximum", title="token dependence")
-    figure.legend(loc="outside lower center", ncols=6, frameon=False)
+    bars.set(ylabel="mutual information / maximum", title="token dependence", ylim=(0, 1.05))
+    figure.legend(loc="outside lower center", ncols=6)
     return figure
 
 
-def bars(experiments: Experiments, table: Table) -> Figure | None:
+def bars(runs: pd.DataFrame, table: Table) -> Figure:
     """Draw the test perplexity of each row, the lowest first: seeds, mean and standard deviation,
     in the colour of the row's group."""
-    runs = experiments.runs(table)
-    groups = [group for group in runs.group.unique() if group]
+    groups = dict.fromkeys(row.group for row in table.rows if row.group)
     colors = dict(zip(groups, COLORS, strict=False))
-    runs = runs[runs.test.notna()]
-    if runs.empty:
-        return None
     rows = runs.groupby("label", sort=False).test.agg(STATISTICS).sort_values("mean")
-    figure = new(8.0, 1.2 + 0.34 * len(rows))
+    figure = Figure(figsize=(8.0, 1.2 + 0.34 * len(rows)))
     axes = figure.subplots()
     dots: dict[str, Any] = {"marker": "o", "linestyle": "", "markersize": 4}
     for i, (label, row) in enumerate(rows.iterrows()):
@@ -254,11 +220,11 @@ def bars(experiments: Experiments, table: Table) -> Figure | None:
         axes.legend(frameon=False, fontsize=9)
     axes.set_yticks(range(len(rows)), list(rows.index))
     axes.invert_yaxis()
-    finish(axes, "test perplexity (dots: seeds; bars: standard deviation; dashed: dense)")
+    axes.set_xlabel("test perplexity (dots: seeds; bars: standard deviation; dashed: dense)")
     return figure
 
 
-FIGURES: dict[str, Callable[[Experiments, Table], Figure | None]] = {
+FIGURES: dict[str, Callable[[pd.DataFrame, Table], Figure | None]] = {
     **{"lines": lines, "flops": flops, "load": load, "gap": gap, "routing": routing, "bars": bars}
 }
 """Kind of a figure -> the function that draws it."""

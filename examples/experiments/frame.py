@@ -1,8 +1,8 @@
 """All runs of the tables in one data frame, with their settings, costs and results."""
 
-from __future__ import annotations
-
+import contextlib
 import functools
+import io
 import math
 import shlex
 from collections.abc import Iterator, Mapping
@@ -10,30 +10,25 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from fairseq_sffn.errors import UsageError
 from fairseq_sffn.memory import MemoryConfig
 from fairseq_sffn.tools.cost import cost_by_part, cost_figures, training_flops_per_token
 from fairseq_sffn.tools.language_model import build_language_model
 
 from .files import Row, Scale, Table
-from .plan import Run, row_flags, row_runs, sweep_runs
-from .results import EVALUATED, IN_DOMAIN, Results, is_done, valid_loss
+from .plan import Run, row_runs, sweep_runs
+from .results import EVALUATED, IN_DOMAIN, Results, is_diverged, is_done
 
 ONE_PROCESS = ("--sffn-expert-parallel", "1")
 """Flags that build the whole model in this process, even if training shards it."""
 
 
 class Model(NamedTuple):
-    """Properties of a model that are known without training it.
+    """Properties of a model that are known without training it."""
 
-    Attributes:
-        cost: see :func:`cost_figures`.
-        training_flops: see :func:`training_flops_per_token`.
-        memories: name of each sparse layer, as in results -> its configuration.
-    """
-
-    cost: dict[str, Any]
-    training_flops: int
-    memories: Mapping[str, MemoryConfig]
+    cost: dict[str, Any]  # see cost_figures
+    training_flops: int  # per token
+    memories: Mapping[str, MemoryConfig]  # by name of the sparse layer, as in results
 
 
 def build_model(model: str, flags: str, scale: Scale) -> Model:
@@ -42,9 +37,21 @@ def build_model(model: str, flags: str, scale: Scale) -> Model:
     return _build(scale.arch(model), scale.dictionary, scale.tokens_per_sample, words)
 
 
+@contextlib.contextmanager
+def refused_flags() -> Iterator[None]:
+    """Turn the message with which ``argparse`` ends the process into an error."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as error:
+        raise UsageError(said.getvalue().strip().rpartition("error: ")[2] or error) from error
+
+
 @functools.cache
 def _build(arch: str, dictionary: int, context: int, words: tuple[str, ...]) -> Model:
-    built = build_language_model(arch, dictionary, context, [*words], strict=False)
+    with refused_flags():
+        built = build_language_model(arch, dictionary, context, [*words], strict=False)
     flops = training_flops_per_token(cost_by_part(built, context))
     configs = getattr(built, "memory_configs", {})
     memories = {name.removeprefix("layer"): config for name, config in configs.items()}
@@ -52,53 +59,31 @@ def _build(arch: str, dictionary: int, context: int, words: tuple[str, ...]) -> 
 
 
 class Entry(NamedTuple):
-    """A line of the data frame: a run that a table asks for.
-
-    Attributes:
-        table, label, group, x: names and position of the run's row; ``x`` is NaN where it is empty.
-        sweep: whether the run chooses a learning rate. Its label is the row's if the row has its
-            own sweep, and otherwise that of the model's row without flags, or the model.
-        run, model, seed, lr: the run and its settings; ``lr`` is NaN where it is not chosen yet.
-        tokens, flops: training tokens and training FLOPs.
-        result: the content of the run's JSON file; empty where it is missing or has not what the
-            table shows.
-        done, diverged: whether there is a result, and whether it says that the run diverged.
-        perplexity: set -> perplexity. Empty in all runs of a row in which one diverged, as the mean
-            of the others would flatter the row.
-        valid, test, out_of_domain: perplexity, the last one as a mean of sets; NaN: unknown.
-    """
+    """A line of the data frame: a run that a table asks for."""
 
     table: str
     label: str
     group: str
-    x: float
-    sweep: bool
+    x: float  # position on the figure's axis; NaN: none
+    sweep: bool  # whether the run chooses a learning rate
     run: Run
     model: Model
     seed: int
-    lr: float
+    lr: float  # NaN: not chosen yet
     tokens: int
-    flops: int
-    result: dict[str, Any]
+    flops: int  # of training
+    result: dict[str, Any]  # content of the JSON file; empty if it lacks what the table shows
     done: bool
     diverged: bool
-    perplexity: dict[str, float]
-    valid: float
+    perplexity: dict[str, float]  # by set; empty if a run of the row diverged: a mean would flatter
+    valid: float  # perplexity; NaN: unknown
     test: float
-    out_of_domain: float
+    out_of_domain: float  # mean perplexity of the sets
 
 
 class Experiments:
-    """Tables and results.
-
-    Args:
-        scale: scale of the results.
-        results: results of runs.
-        tables: name -> table.
-
-    Attributes:
-        frame: all runs of the tables; the columns are the attributes of :class:`Entry`.
-    """
+    """Tables, by name, and results. ``frame`` has all runs of the tables; its columns are the
+    attributes of :class:`Entry`."""
 
     def __init__(self, scale: Scale, results: Results, tables: Mapping[str, Table]) -> None:
         self.scale, self.results, self.tables = scale, results, tables
@@ -109,13 +94,9 @@ class Experiments:
         """Return the runs of a table's rows, or those that choose their learning rates."""
         return self.frame[(self.frame.table == table.name) & (self.frame.sweep == sweep)]
 
-    def model(self, row: Row, scale: Scale | None = None) -> Model:
-        """Return the model of a row, at another scale if one is given."""
-        scale = scale or self.scale
-        return build_model(row.model, row_flags(row, scale), scale)
-
     def _entries(self, table: Table) -> Iterator[Entry]:
-        """Yield the runs of a table."""
+        """Yield the runs of a table. A sweep has its row's label if the row has its own sweep, and
+        otherwise the label of the model's row without flags, or the model's name."""
         section = "zero_shot" if table.zero_shot else EVALUATED
         defaults = {row.model: row.label for row in reversed(table.rows) if not row.flags}
         swept = set()
@@ -134,10 +115,14 @@ class Experiments:
         """Yield runs that differ only in their seed."""
         results = [self.results.get(run) or {} for run in runs]
         results = [result if is_done(result, section) else {} for result in results]
-        diverged = [bool(result) and math.isinf(valid_loss(result)) for result in results]
+        diverged = [is_diverged(result) for result in results]
         x = float(str(row.x).replace("{ffn}", str(self.scale.ffn_embed_dim)) or "nan")
         for run, result, gone in zip(runs, results, diverged, strict=True):
-            model, tokens = build_model(run.model, run.flags, self.scale), run.tokens(self.scale)
+            try:
+                model = build_model(run.model, run.flags, self.scale)
+            except UsageError as error:
+                raise UsageError(f"{table.name}, row {row.label!r}: {error}") from error
+            tokens = run.tokens(self.scale)
             evaluation = {} if any(diverged) else result.get("evaluation", {})
             sets = {name: found["perplexity"] for name, found in evaluation.items()}
             domains = [value for name, value in sets.items() if name not in IN_DOMAIN]

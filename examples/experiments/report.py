@@ -1,7 +1,5 @@
 """Renders tables, figures and verdicts from results."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -12,8 +10,7 @@ from pathlib import Path
 
 from fairseq_sffn.errors import UsageError
 
-from . import claims
-from .figures import FIGURES, png
+from . import claims, figures
 from .files import Table, load_scale, load_table
 from .frame import Experiments
 from .results import Results
@@ -42,29 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", type=Path, help="folder of TOML files, one a table")
     add("--scale", type=Path, required=True, help="TOML file of the scale")
-    add(
-        "--tables",
-        nargs="+",
-        metavar="TABLE",
-        default=[],
-        help="print and draw only these; deviations are still computed from all (default: all)",
-    )
-    add(
-        "--results",
-        type=Path,
-        help="folder of the JSON files, and of the figures then (default: FOLDER/results/SCALE, "
-        "and FOLDER/figures/SCALE for figures)",
-    )
-    add(
-        "--write",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE.md",
-        help="files in which the text between the lines '<!-- report: BLOCK -->' and "
-        "'<!-- end -->' is replaced; BLOCK is TABLE, TABLE.PART or times; parts are claims, "
-        "figure and others that depend on the table's kind, such as domains",
-    )
+    add("--tables", nargs="+", metavar="TABLE", help="print and draw only these (default: all)")
+    add("--results", type=Path, help="folder of JSON files and figures (default: see README.md)")
+    blocks = "TABLE, TABLE.PART or times; parts are claims, figure and those of the table's kind"
+    between = "'<!-- report: BLOCK -->' and '<!-- end -->'"
+    write = f"files in which the text between the lines {between} is replaced; BLOCK is {blocks}"
+    add("--write", type=Path, nargs="+", default=[], metavar="FILE.md", help=write)
     add("--check", action="store_true", help="change nothing; fail if --write would change a file")
     add("--no-figures", action="store_true", help="leave the PNG files as they are")
     add("--json", action="store_true", help="print JSON")
@@ -78,30 +58,27 @@ def run(args: argparse.Namespace) -> str:
     tables = {path.stem: load_table(path) for path in sorted(args.folder.glob("*.toml"))}
     if not tables:
         raise UsageError(f"{args.folder}: has no *.toml")
-    if unknown := sorted({*args.tables} - tables.keys()):
+    if unknown := sorted({*(args.tables or ())} - tables.keys()):
         raise UsageError(f"--tables {unknown[0]}: is none of {', '.join(tables)}")
     if args.results and not args.results.is_dir():
         raise UsageError(f"--results {args.results}: there is no such folder")
     results = Results(args.results or args.folder / "results" / scale.name, scale)
-    figures = args.results / "figures" if args.results else args.folder / "figures" / scale.name
-    report = Report(Experiments(scale, results, tables), figures)
-    shown = [table for name, table in tables.items() if not args.tables or name in args.tables]
-    shown = [table for table in shown if report.has_results(table)]
+    folder = args.results / "figures" if args.results else args.folder / "figures" / scale.name
+    report = Report(Experiments(scale, results, tables), folder)
+    shown = [tables[name] for name in args.tables or tables if report.has_results(tables[name])]
 
     filled = {path: fill(path, report.block) for path in args.write}
     changed = {path: text for path, text in filled.items() if text != read(path)}
+    if args.check and changed:
+        names = ", ".join(map(str, changed))
+        raise UsageError(f"{names}: differs from what the results give; run without --check")
     if args.check:
-        if changed:
-            names = ", ".join(map(str, changed))
-            raise UsageError(f"{names}: differs from what the results give; run without --check")
         return "all blocks are what the results give"
     if not args.no_figures:
         report.draw(shown)
     for path, text in changed.items():
         path.write_bytes(text.encode())
-    if args.json:
-        return report.json(shown)
-    return "\n\n".join(report.text(table, args.folder) for table in shown)
+    return report.json(shown) if args.json else report.text(shown, args.folder)
 
 
 class Report:
@@ -110,64 +87,48 @@ class Report:
     Args:
         experiments: tables and results.
         folder: folder of the PNG files.
+
+    Attributes:
+        blocks: name of a block -> its text; links start with ``folder``.
     """
 
     def __init__(self, experiments: Experiments, folder: Path) -> None:
-        self.experiments, self.folder, self.tables = experiments, folder, experiments.tables
-        self.deviation = claims.seed_deviation(experiments.frame)
-        self.parts, self.verdicts, self.figures = {}, {}, {}
-        for name, table in self.tables.items():
-            self.parts[name] = KINDS[table.kind](experiments, table)
-            self.verdicts[name] = claims.verdicts(experiments, table)
-            if table.figure and (figure := FIGURES[table.figure](experiments, table)):
-                self.figures[name] = figure
+        self.experiments, self.folder = experiments, folder
+        self.blocks = {"times": times(experiments).markdown()}
+        self.verdicts = claims.verdicts(experiments)
+        deviation = claims.seed_deviation(experiments.frame)
+        self.figures = {}
+        for name, table in experiments.tables.items():
+            for part, found in KINDS[table.kind](experiments, table).items():
+                texts = [one.markdown() for one in found]
+                self.blocks[f"{name}.{part}".removesuffix(".")] = "\n\n".join(texts)
+            if table.figure:
+                self.figures[name] = figures.draw(experiments, table)
+                link = f"![{table.title}]({folder.as_posix()}/{name}.png)"
+                self.blocks[f"{name}.figure"] = link if self.figures[name] else ""
+            if table.claims:
+                text = claims.markdown(self.verdicts[name], deviation, table.margin)
+                self.blocks[f"{name}.claims"] = text
 
     def has_results(self, table: Table) -> bool:
         """Return whether a run of a table is done, or whether there is nothing to run."""
         runs = self.experiments.runs(table)
         return runs.empty or bool(runs.done.any())
 
-    def names(self, table: Table) -> list[str]:
-        """Return the names of a table's parts."""
-        also = {"figure": table.figure, "claims": table.claims}
-        return [*self.parts[table.name], *(name for name, has in also.items() if has)]
-
-    def markdown(self, table: Table, part: str, beside: Path) -> str:
-        """Return a part of a table.
-
-        Args:
-            table: the table.
-            part: one of its :meth:`names`.
-            beside: folder of the document, from which links start.
-        """
-        if part == "claims":
-            return claims.markdown(self.verdicts[table.name], self.deviation, table.margin)
-        if part == "figure":
-            link = Path(os.path.relpath(self.folder / f"{table.name}.png", beside)).as_posix()
-            return f"![{table.title}]({link})" if table.name in self.figures else ""
-        return "\n\n".join(one.markdown() for one in self.parts[table.name][part])
-
     def block(self, name: str, beside: Path) -> str:
-        """Return the text of a block in a document of a folder."""
-        table, _, part = name.partition(".")
-        if name == "times":
-            return times(self.experiments).markdown()
-        if table not in self.tables:
-            raise UsageError(f"{table}: is none of {', '.join(self.tables)}, times")
-        if part not in (names := self.names(self.tables[table])):
-            known = (f"{table}.{one}".removesuffix(".") for one in sorted(names))
-            raise UsageError(f"{name}: is none of {', '.join(known)}")
-        return self.markdown(self.tables[table], part, beside)
+        """Return the text of a block, for a document in a folder."""
+        if name not in self.blocks:
+            raise UsageError(f"{name}: is none of {', '.join(self.blocks)}")
+        link = Path(os.path.relpath(self.folder, beside)).as_posix()
+        return self.blocks[name].replace(f"]({self.folder.as_posix()}/", f"]({link}/")
 
-    def text(self, table: Table, beside: Path) -> str:
-        """Return all parts of a table, without those that have no rows."""
-        parts = self.parts[table.name]
-        filled = [
-            self.markdown(table, name, beside)
-            for name in self.names(table)
-            if name not in parts or any(len(part.cells) for part in parts[name])
-        ]
-        return "\n\n".join(filter(None, [f"## {table.title}", *filled]))
+    def text(self, tables: list[Table], beside: Path) -> str:
+        """Return all blocks of some tables."""
+        texts = []
+        for table in tables:
+            names = [name for name in self.blocks if name.partition(".")[0] == table.name]
+            texts += [f"## {table.title}", *(self.block(name, beside) for name in names)]
+        return "\n\n".join(filter(None, texts))
 
     def json(self, tables: list[Table]) -> str:
         """Return the settings and values of all runs of some tables, and the verdicts."""
@@ -180,10 +141,10 @@ class Report:
 
     def draw(self, tables: list[Table]) -> None:
         """Write the figures of some tables."""
-        for table in tables:
-            if table.name in self.figures:
+        for name in (table.name for table in tables):
+            if figure := self.figures.get(name):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / f"{table.name}.png").write_bytes(png(self.figures[table.name]))
+                (self.folder / f"{name}.png").write_bytes(figures.png(figure))
 
 
 def read(path: Path) -> str:

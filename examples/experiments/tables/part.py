@@ -1,7 +1,5 @@
 """Parts of reports: tables in Markdown with notes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -34,7 +32,9 @@ class Part:
         self.notes, self.title, self.left = [*filter(None, notes)], title, left
 
     def markdown(self) -> str:
-        """Return title, table and notes."""
+        """Return title, table and notes; nothing for a table without lines."""
+        if self.cells.empty:
+            return ""
         rule = ["---" if name in self.left else "---:" for name in self.cells]
         lines = [map(text, self.cells), rule, *self.cells.itertuples(index=False)]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,7 +1,5 @@
 """Tables of perplexity, and of what belongs to it: domains, learning rates, load, time."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 import pandas as pd

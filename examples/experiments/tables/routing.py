@@ -1,7 +1,5 @@
 """Tables of how the blocks of each layer are used, and for which tokens."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Tables of what each method selects and costs."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +8,8 @@ from typing import Any
 from fairseq_sffn.memory import MemoryConfig
 
 from ..files import Scale, Table
-from ..frame import Experiments, Model
+from ..frame import Experiments, Model, build_model
+from ..plan import row_flags
 from .part import FLOPS_NOTE, Part, Parts, text
 
 PAPER = {"size": "gpt3_medium", "dictionary": 51200, "tokens_per_sample": 2048}
@@ -23,12 +22,12 @@ def taxonomy(experiments: Experiments, table: Table) -> Parts:
     if experiments.scale.size != PAPER["size"]:
         paper: dict[str, Any] = {**PAPER, "ffn_embed_dim": 4096, "flags": ""}
         scales.append(replace(experiments.scale, **paper))
-    return {"": [costs(experiments, table, scale) for scale in scales]}
+    return {"": [costs(table, scale) for scale in scales]}
 
 
-def costs(experiments: Experiments, table: Table, scale: Scale) -> Part:
+def costs(table: Table, scale: Scale) -> Part:
     """Make a table of sizes and costs at a scale."""
-    models = [experiments.model(row, scale) for row in table.rows]
+    models = [build_model(row.model, row_flags(row, scale), scale) for row in table.rows]
     cost = [model.cost for model in models]
     cells = {
         "model": [text(row.label) for row in table.rows],

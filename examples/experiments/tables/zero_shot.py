@@ -1,7 +1,5 @@
 """Tables of accuracy on zero-shot tasks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pandas as pd
@@ -60,9 +58,7 @@ def accuracies(runs: pd.DataFrame) -> pd.DataFrame:
     return tasks
 
 
-def apart(
-    accuracy: pd.Series[float], random: pd.Series[float], documents: pd.Series[int]
-) -> pd.Series[bool]:
+def apart(accuracy: pd.Series, random: pd.Series, documents: pd.Series) -> pd.Series:
     """Return whether accuracies differ from random by more than two standard errors of random
     guessing. Their own standard error is 0 where all or no documents are right."""
     return (accuracy - random).abs() > 2 * (random * (1 - random) / documents) ** 0.5

@@ -58,7 +58,7 @@ def test_the_three_verdicts() -> None:
     assert verdict(worse, better).word == CONTRADICTED
     assert verdict((10.0, 12.0, 11.0), (20.0, 1.0, 11.5)).word == UNDECIDED
     found = verdict(better, worse)
-    assert found.difference is not None and found.difference.mean == pytest.approx(10)
+    assert found.difference == pytest.approx(10)
     error = 3 * math.sqrt(2 / 3)
     assert found.markdown() == (
         "A beats B. **Supported** at this scale: test perplexity 11.0 (A, 3 seeds) against 21.0 "
@@ -171,7 +171,7 @@ def test_the_deviation_is_of_each_training_once(tmp_path_factory: pytest.TempPat
     assert found is not None and (found.rows, found.degrees_of_freedom) == (2, 1)
     # Seeds 1 and 2 differ by 2 in one row and by 1 in the other. Only one row has seed 3.
     assert found.sd == pytest.approx(math.sqrt(4 * 0.25**2))
-    (claim,) = verdicts(experiments, tables["t"])
+    (claim,) = verdicts(experiments)["t"]
     assert claim.word == SUPPORTED and "±" in claim.markdown()
     flops = experiments.runs(tables["t"]).groupby("label").flops.first()
     assert claim.flops == flops["A"] / flops["B"] != 1

@@ -358,7 +358,7 @@ def test_json(folder: Path) -> None:
     (piqa, _) = runs["zero", "dense", False, 1, 0.002]["zero_shot"]["tasks"]
     assert piqa["accuracy_norm"] == 0.5
     claim = found["claims"]["main"][0]
-    assert claim["word"] == "supported" and claim["difference"]["mean"] == 10
+    assert claim["word"] == "supported" and claim["difference"] == 10
 
 
 PAGE = """before

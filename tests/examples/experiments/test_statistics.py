@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.claims import Deviation, Difference, residual_deviation
+from experiments.claims import Deviation, residual_deviation
 from experiments.tables.part import mean_sd
 from experiments.tables.routing import correlation, shared_blocks
 
@@ -50,7 +50,7 @@ QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 10: 2.228, 22: 2
 
 @pytest.mark.parametrize(("freedom", "quantile"), QUANTILES.items())
 def test_the_least_significant_difference_is_a_quantile(freedom: int, quantile: float) -> None:
-    assert Difference(0.0, 3.0, freedom).significant == pytest.approx(3 * quantile, abs=2e-3)
+    assert Deviation(3.0, freedom, 2).significant(2) == pytest.approx(3 * quantile, abs=2e-3)
 
 
 def test_values_that_do_not_differ_are_told_apart_in_5_of_100_cases() -> None:
@@ -61,9 +61,7 @@ def test_values_that_do_not_differ_are_told_apart_in_5_of_100_cases() -> None:
     for values in draws.tolist():
         beside = deviation([dict(enumerate(row)) for row in values])
         assert beside is not None
-        mean = float(np.mean(values[0]) - np.mean(values[1]))
-        found = Difference(mean, beside.sd * (2 / 3) ** 0.5, beside.degrees_of_freedom)
-        apart += abs(found.mean) > found.significant
+        apart += abs(np.mean(values[0]) - np.mean(values[1])) > beside.significant(seeds=3)
     assert apart / len(draws) == pytest.approx(0.05, abs=0.02)
 
 

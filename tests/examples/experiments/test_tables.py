@@ -40,4 +40,5 @@ def test_apart_from_random(accuracy: float, random: float, apart: bool) -> None:
 
 def test_a_label_with_a_line_end_stays_in_its_row() -> None:
     assert escaped("a\nb\r\n|c*") == "a b \\|c\\*"
-    assert Part({"a|b": []}, [], left=["a|b"]).markdown() == "| a\\|b |\n| --- |"
+    assert Part({"a|b": ["c"]}, [], left=["a|b"]).markdown() == "| a\\|b |\n| --- |\n| c |"
+    assert Part({"a|b": []}, ["A note."]).markdown() == ""
