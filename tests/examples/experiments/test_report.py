@@ -176,6 +176,11 @@ def test_learning_rates(printed: str, folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     scale = load_scale(copy / "scales" / "small.toml")
     results = Results(copy / "results" / "small", scale)
+    first = sweep_runs(Row("s", "switch"), scale)[0]
+    results.path(first).unlink()
+    text = rates(report(copy, "--no-figures"))
+    assert cells(text, "Switch") == ["", "4.0"]  # not chosen before the last run
+    results.add(first, made.swept(3.0))
     for model, number in {"dense": 0, "avgk": 1}.items():
         gone, diverged = sweep_runs(Row(model, model), scale)[:: 1 if number else -1]
         results.path(gone).unlink()

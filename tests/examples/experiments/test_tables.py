@@ -7,7 +7,7 @@ import pytest
 
 from experiments.tables.part import Part
 from experiments.tables.part import text as escaped
-from experiments.tables.routing import token_share
+from experiments.tables.routing import seed_agreement, token_share
 from experiments.tables.zero_shot import apart as differ
 
 
@@ -17,6 +17,13 @@ def test_a_tokens_blocks_do_not_tell_which_of_them_a_use_is() -> None:
     assert token_share(7.0, 3.5, 1) == 0.5
     assert token_share(3.0, 0.0, 8) is None
     assert token_share(7.0, None, 8) is None
+
+
+def test_seeds_are_compared_on_the_same_positions() -> None:
+    blocks = [[0], [1], [0], [1]]
+    seeds = pd.DataFrame({"blocks": [blocks, blocks], "positions": [[5, 6, 5, 6]] * 2})
+    assert seed_agreement(seeds) == "1.00"
+    assert seed_agreement(seeds.assign(positions=[[5, 6, 5, 6], [6, 5, 5, 6]])) == ""
 
 
 @pytest.mark.parametrize(
