@@ -1,7 +1,5 @@
 """The command ``python PATH/examples/experiments``, with the subcommands ``run`` and ``report``."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys
@@ -11,30 +9,24 @@ from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a subcommand.
-
-    Raises:
-        UsageError: the subcommand cannot do what was asked.
-    """
+    """Run a subcommand."""
+    # Importing fairseq lets all loggers print debugging messages.
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     try:
         from experiments import report, run
     except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"{error.name} is not installed: pip install -e '.[experiments]' in the project's root"
-        ) from error
+        fix = "pip install -e '.[experiments]' in the project's root"
+        raise SystemExit(f"{error.name} is not installed: {fix}") from error
 
     warnings.simplefilter("ignore")  # libraries warn about each other
-    logging.getLogger().setLevel(logging.WARNING)  # importing fairseq sets it to DEBUG
+    logging.getLogger().setLevel(logging.WARNING)
 
-    parser = argparse.ArgumentParser(
-        prog="experiments", description="Trains the models of tables and reports the results."
-    )
+    about = "Trains the models of tables and reports the results."
+    parser = argparse.ArgumentParser("experiments", description=about)
     subparsers = parser.add_subparsers(metavar="command", required=True)
     for name, module in (("run", run), ("report", report)):
-        description = (module.__doc__ or "").splitlines()[0]
-        subparser = subparsers.add_parser(
-            name, help=description, description=description, allow_abbrev=False
-        )
+        about = (module.__doc__ or "").splitlines()[0]
+        subparser = subparsers.add_parser(name, help=about, description=about, allow_abbrev=False)
         module.add_arguments(subparser)
         subparser.set_defaults(command=module.run)
     args = parser.parse_args(argv)

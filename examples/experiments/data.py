@@ -1,7 +1,5 @@
 """Checks the text and the zero-shot tasks of a scale."""
 
-from __future__ import annotations
-
 import hashlib
 import shlex
 from pathlib import Path
@@ -21,13 +19,14 @@ SEE = "see examples/data/README.md"
 
 def fingerprint(scale: Scale) -> str:
     """Hash the binarised text, in and out of domain, and its dictionary."""
-    data = Path(scale.data)
-    files = [data / "dict.txt", *(data / f"{split}.bin" for split in ("train", *IN_DOMAIN))]
+    data, digest = Path(scale.data), hashlib.sha256()
     if scale.domains and not Path(scale.domains).is_dir():
         raise UsageError(f"{scale.domains}: there is no such folder; {SEE}")
     domains = list(domains_of(scale))
-    files += [domain / "test.bin" for domain in domains]
-    indices = [path.with_suffix(".idx") for path in files[1:]]
+    splits = [data / "train", *(data / name for name in IN_DOMAIN)]
+    splits += [domain / "test" for domain in domains]
+    files = [data / "dict.txt", *(split.with_suffix(".bin") for split in splits)]
+    indices = [split.with_suffix(".idx") for split in splits]
     for path in (*files, *indices, *(domain / "dict.txt" for domain in domains)):
         if not path.exists():
             raise UsageError(f"{path}: is missing; {SEE}")
@@ -36,14 +35,12 @@ def fingerprint(scale: Scale) -> str:
             raise UsageError(f"{domain}: {domain.name} is the name of a set in domain")
         if (domain / "dict.txt").read_bytes() != files[0].read_bytes():
             raise UsageError(f"{domain / 'dict.txt'}: is another dictionary than {files[0]}")
-    digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     if (types := len(Dictionary.load(str(files[0])))) != scale.dictionary:
-        raise UsageError(
-            f"dictionary {scale.dictionary} of scale {scale.name}: {files[0]} has {types} types"
-        )
+        where = f"dictionary {scale.dictionary} of scale {scale.name}"
+        raise UsageError(f"{where}: {files[0]} has {types} types")
     return digest.hexdigest()[:12]
 
 

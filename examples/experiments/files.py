@@ -3,8 +3,7 @@
 ``README.md`` describes their keys.
 """
 
-from __future__ import annotations
-
+import itertools
 import json
 import shlex
 import tomllib
@@ -28,32 +27,21 @@ REFERENCE = "dense"
 """The group that a figure of gaps compares the others with."""
 
 REFUSED = {
-    **dict.fromkeys(
-        (
-            *("--user-dir", "--task", "--arch", "-a", "--criterion", "--tokens-per-sample"),
-            *("--batch-size", "--max-sentences", "--max-tokens", "--update-freq", "--lr"),
-            *("--lr-scheduler", "--warmup-updates", "--total-num-update", "--max-update"),
-            *("--seed", "--save-dir", "--no-epoch-checkpoints", "--keep-interval-updates"),
-            *("--save-interval-updates", "--validate-interval-updates", "--log-format"),
-            *("--log-interval", "--distributed-world-size"),
-        ),
-        "is set by what the file says elsewhere",
-    ),
-    **dict.fromkeys(("--no-save", "--no-last-checkpoints"), "the last checkpoint is evaluated"),
-    **dict.fromkeys(
-        (
-            *("--max-epoch", "--stop-time-hours", "--stop-min-lr", "--patience"),
-            *("--no-save-optimizer-state", "--restore-file", "--finetune-from-model"),
-            *("--reset-optimizer", "--reset-lr-scheduler", "--reset-dataloader", "--reset-meters"),
-        ),
-        "runs end after their updates, and resume where they stopped",
-    ),
-    **dict.fromkeys(
-        ("--train-subset", "--valid-subset", "--gen-subset", "--combine-valid-subsets"),
-        "runs read the splits train and valid of the scale's data",
-    ),
+    "is set by what the file says elsewhere": """
+        --user-dir --task --arch -a --criterion --tokens-per-sample --batch-size --max-sentences
+        --max-tokens --update-freq --lr --lr-scheduler --warmup-updates --total-num-update
+        --max-update --seed --save-dir --no-epoch-checkpoints --keep-interval-updates
+        --save-interval-updates --validate-interval-updates --log-format --log-interval
+        --distributed-world-size""",
+    "the last checkpoint is evaluated": "--no-save --no-last-checkpoints",
+    "runs end after their updates, and resume where they stopped": """
+        --max-epoch --stop-time-hours --stop-min-lr --patience --no-save-optimizer-state
+        --restore-file --finetune-from-model --reset-optimizer --reset-lr-scheduler
+        --reset-dataloader --reset-meters""",
+    "runs read the splits train and valid of the scale's data": """
+        --train-subset --valid-subset --gen-subset --combine-valid-subsets""",
 }
-"""Flags of fairseq-train that no file may set, and why."""
+"""Flags of fairseq-train that no file may set, by the reason."""
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -176,9 +164,9 @@ def split_flags(flags: str, where: str) -> list[str]:
         words = shlex.split(flags)
     except ValueError as error:
         raise UsageError(f"{where}: flags {flags!r}: {error}") from error
-    for word in words:
-        if (name := word.partition("=")[0]) in REFUSED:
-            raise UsageError(f"{where}: flags: {word}: {REFUSED[name]}")
+    for word, (reason, flags) in itertools.product(words, REFUSED.items()):
+        if word.partition("=")[0] in flags.split():
+            raise UsageError(f"{where}: flags: {word}: {reason}")
     return words
 
 
@@ -191,23 +179,26 @@ def load_scale(path: Path) -> Scale:
 def load_table(path: Path) -> Table:
     """Read a table. ``seeds`` beside the rows are the seeds of all rows that name none."""
     table = read(Table, path)
-    if table.kind == "zero_shot" and not table.zero_shot:
-        raise UsageError(f"{path}: kind 'zero_shot': needs zero_shot = true")
-    labels = [row.label for row in table.rows]
-    for i, row in enumerate(table.rows):
-        where = f"{path}: row {row.label!r}"
-        if row.label in labels[:i]:
-            raise UsageError(f"{path}: label {row.label!r}: two rows have it")
-        if len(set(row.seeds)) < len(row.seeds):
-            raise UsageError(f"{where}: seeds {list(row.seeds)}: are not all different")
-        if not row.seeds and table.kind != "taxonomy":
-            raise UsageError(f"{where}: seeds: is empty")
-        split_flags(row.flags, where)
-    if table.figure == "lines" and not any(row.group and row.x != "" for row in table.rows):
-        raise UsageError(f"{path}: figure 'lines': no row has both group and x")
-    if table.figure == "gap" and not {REFERENCE} < {row.group for row in table.rows if row.group}:
-        raise UsageError(f"{path}: figure 'gap': needs rows of group {REFERENCE!r} and of another")
+    labels, groups = [row.label for row in table.rows], {row.group for row in table.rows} - {""}
+
+    def check(right: bool, error: str) -> None:
+        if not right:
+            raise UsageError(f"{path}: {error}")
+
+    for row in table.rows:
+        check(labels.count(row.label) == 1, f"label {row.label!r}: two rows have it")
+        seeds = f"row {row.label!r}: seeds"
+        check(
+            len(set(row.seeds)) == len(row.seeds), f"{seeds} {[*row.seeds]}: are not all different"
+        )
+        check(bool(row.seeds) or table.kind == "taxonomy", f"{seeds}: is empty")
+        split_flags(row.flags, f"{path}: row {row.label!r}")
     for label in (label for claim in table.claims for label in (claim.better, claim.worse)):
-        if label not in labels:
-            raise UsageError(f"{path}: claim about {label!r}: no row has this label")
+        check(label in labels, f"claim about {label!r}: no row has this label")
+    on_axis = any(row.group and row.x != "" for row in table.rows)
+    check(table.figure != "lines" or on_axis, "figure 'lines': no row has both group and x")
+    gap = f"figure 'gap': needs rows of group {REFERENCE!r} and of another"
+    check(table.figure != "gap" or {REFERENCE} < groups, gap)
+    no_tasks = table.kind == "zero_shot" and not table.zero_shot
+    check(not no_tasks, "kind 'zero_shot': needs zero_shot = true")
     return table

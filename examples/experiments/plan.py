@@ -1,7 +1,5 @@
 """The training runs that tables ask for, and their commands."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shlex
@@ -17,20 +15,14 @@ from .files import Launcher, Row, Scale
 
 @dataclass(frozen=True)
 class Run:
-    """A training run.
-
-    Attributes:
-        model, flags, seed, lr: see :class:`Row`.
-        updates: number of updates.
-        batch_size: sequences per update.
-    """
+    """A training run; see :class:`Row`."""
 
     model: str
     flags: str
     seed: int
     lr: float
     updates: int
-    batch_size: int
+    batch_size: int  # sequences per update
 
     def settings(self, scale: Scale) -> dict[str, Any]:
         """Return all that determines the result, except for the text, the code, and how the
@@ -81,15 +73,8 @@ def sweep_runs(row: Row, scale: Scale) -> list[Run]:
 def train_arguments(
     run: Run, scale: Scale, launcher: Launcher, data: str, save_dir: str, plugin: str
 ) -> list[str]:
-    """Return the arguments of fairseq-train.
-
-    Args:
-        run: the run.
-        scale: its scale.
-        launcher: how its processes are started.
-        data: folder of the binarised text.
-        save_dir: folder of the checkpoints.
-        plugin: value of ``--user-dir``.
+    """Return the arguments of fairseq-train, for the binarised text in a folder. ``plugin`` is the
+    value of ``--user-dir``.
 
     Raises:
         UsageError: the sequences of an update cannot be divided evenly.
@@ -101,27 +86,22 @@ def train_arguments(
             f"update_freq {launcher.update_freq}"
         )
     interval = scale.save_interval or max(1, run.updates // 4)
-    warmup = max(1, round(scale.warmup_share * run.updates))
-    # A launcher's command tells the processes how many they are.
-    processes = [] if launcher.command else ["--distributed-world-size", str(launcher.processes)]
-    return [
-        *(data, "--user-dir", plugin, "--task", "sffn_language_modeling"),
-        *("--arch", scale.arch(run.model)),
-        *("--criterion", "sffn_cross_entropy"),
-        *("--tokens-per-sample", str(scale.tokens_per_sample)),
-        *("--batch-size", str(run.batch_size // shares)),
-        *("--update-freq", str(launcher.update_freq)),
-        *("--lr", str(run.lr), "--lr-scheduler", "polynomial_decay"),
-        *("--warmup-updates", str(warmup), "--total-num-update", str(run.updates)),
-        *("--max-update", str(run.updates), "--seed", str(run.seed)),
-        *("--save-dir", save_dir, "--no-epoch-checkpoints", "--keep-interval-updates", "1"),
-        *("--save-interval-updates", str(interval)),
-        *("--validate-interval-updates", str(interval)),
-        *("--log-format", "json", "--log-interval", str(max(1, run.updates // 50))),
-        *processes,
-        *shlex.split(scale.flags),
-        *shlex.split(run.flags),
-    ]
+    values = {
+        **{"user-dir": plugin, "task": "sffn_language_modeling", "arch": scale.arch(run.model)},
+        **{"criterion": "sffn_cross_entropy", "tokens-per-sample": scale.tokens_per_sample},
+        **{"batch-size": run.batch_size // shares, "update-freq": launcher.update_freq},
+        **{"lr": run.lr, "lr-scheduler": "polynomial_decay"},
+        "warmup-updates": max(1, round(scale.warmup_share * run.updates)),
+        **{"total-num-update": run.updates, "max-update": run.updates, "seed": run.seed},
+        **{"save-dir": save_dir, "no-epoch-checkpoints": None, "keep-interval-updates": 1},
+        **{"save-interval-updates": interval, "validate-interval-updates": interval},
+        **{"log-format": "json", "log-interval": max(1, run.updates // 50)},
+    }
+    if not launcher.command:  # which would tell the processes how many they are
+        values["distributed-world-size"] = launcher.processes
+    words = [word for name, value in values.items() for word in (f"--{name}", value)]
+    ours = [str(word) for word in words if word is not None]
+    return [data, *ours, *shlex.split(scale.flags), *shlex.split(run.flags)]
 
 
 def domains_of(scale: Scale) -> Iterator[Path]:

@@ -1,12 +1,9 @@
 """Starts processes, and describes what they run on: cores, versions, machine."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -52,19 +49,18 @@ def versions() -> dict[str, str]:
     """
 
     def git(*words: str) -> str:
-        if not shutil.which("git"):
-            return ""
         command = ["git", "-C", str(PLUGIN), *words, "--", "."]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        except FileNotFoundError:
+            return ""
 
     commit = git("log", "-1", "--format=%h", "--abbrev=10")
-    if git("status", "--porcelain"):
-        commit += "-dirty"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "fairseq": fairseq.__version__,
-        "fairseq_sffn": commit,
+        "fairseq_sffn": commit + "-dirty" * bool(git("status", "--porcelain")),
         "code": code_fingerprint(),
     }
 

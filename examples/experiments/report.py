@@ -1,23 +1,37 @@
 """Renders tables, figures and verdicts from results."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from fairseq_sffn.errors import UsageError
 
-from . import claims, pages
+from . import claims, figures
 from .files import Table, load_scale, load_table
-from .outcomes import Experiments
-from .points import POINTS
+from .frame import Experiments
 from .results import Results
-from .tables import KINDS
-from .tables.part import Parts
-from .tables.perplexity import times
+from .tables.perplexity import balance, perplexities, times
+from .tables.routing import routing
+from .tables.taxonomy import taxonomy
+from .tables.zero_shot import zero_shot
+
+KINDS = {
+    **{"taxonomy": taxonomy, "perplexity": perplexities, "balance": balance},
+    **{"routing": routing, "zero_shot": zero_shot},
+}
+"""Kind of a table -> the function that makes its parts."""
+
+MARKER = re.compile(r"^<!-- (report: \S+|end) -->\r?$", re.M)
+BLOCK = re.compile(
+    r"^(?P<start><!-- report: (?P<name>\S+) -->(?P<line_end>\r?\n))"
+    r"(?:(?!<!-- report: ).*\n)*?(?P<end><!-- end -->\r?)$",
+    re.M,
+)
+"""Lines around a block in a document, and a block: it has no other block inside."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,189 +39,142 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", type=Path, help="folder of TOML files, one a table")
     add("--scale", type=Path, required=True, help="TOML file of the scale")
-    add(
-        "--tables",
-        nargs="+",
-        metavar="TABLE",
-        default=[],
-        help="print and draw only these; deviations are still computed from all (default: all)",
-    )
-    add(
-        "--results",
-        type=Path,
-        help="folder of the JSON files, and of the figures then (default: FOLDER/results/SCALE, "
-        "and FOLDER/figures/SCALE for figures)",
-    )
-    add(
-        "--write",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE.md",
-        help="files in which the text between the lines '<!-- report: BLOCK -->' and "
-        "'<!-- end -->' is replaced; BLOCK is TABLE, TABLE.PART or times; parts are claims, "
-        "figure and others that depend on the table's kind, such as domains",
-    )
+    add("--tables", nargs="+", metavar="TABLE", help="print and draw only these (default: all)")
+    add("--results", type=Path, help="folder of JSON files and figures (default: see README.md)")
+    blocks = "TABLE, TABLE.PART or times; parts are claims, figure and those of the table's kind"
+    between = "'<!-- report: BLOCK -->' and '<!-- end -->'"
+    write = f"files in which the text between the lines {between} is replaced; BLOCK is {blocks}"
+    add("--write", type=Path, nargs="+", default=[], metavar="FILE.md", help=write)
     add("--check", action="store_true", help="change nothing; fail if --write would change a file")
     add("--no-figures", action="store_true", help="leave the PNG files as they are")
     add("--json", action="store_true", help="print JSON")
-
-
-@dataclass
-class Report:
-    """The rendered results.
-
-    Attributes:
-        experiments: tables and results.
-        folder: folder of the tables.
-        figures: folder of the PNG files.
-        parts: name of a table -> its parts.
-        verdicts: name of a table -> verdicts on its claims.
-        shown: tables that are printed and drawn.
-    """
-
-    experiments: Experiments
-    folder: Path
-    figures: Path
-    parts: dict[str, Parts] = field(default_factory=dict)
-    verdicts: dict[str, list[claims.Verdict]] = field(default_factory=dict)
-    shown: list[Table] = field(default_factory=list)
-
-    def figure(self, table: Table) -> Path | None:
-        """Return the file of a table's figure; ``None`` where there is nothing to draw."""
-        if not table.figure or not POINTS[table.figure](self.experiments, table):
-            return None
-        return self.figures / f"{table.name}.png"
-
-    def names(self, table: Table) -> list[str]:
-        """Return the names of a table's parts."""
-        also = {"figure": table.figure, "claims": table.claims}
-        return [*self.parts[table.name], *(name for name, has in also.items() if has)]
-
-    def markdown(self, table: Table, part: str, beside: Path) -> str:
-        """Return a part of a table.
-
-        Args:
-            table: the table.
-            part: one of its :meth:`names`.
-            beside: folder of the document, from which links start.
-        """
-        if part not in self.names(table):
-            known = (f"{table.name}.{name}".removesuffix(".") for name in self.names(table))
-            raise UsageError(f"{table.name}.{part}: is none of {', '.join(sorted(known))}")
-        if part == "claims":
-            deviation = claims.seed_deviation(self.experiments)
-            return claims.markdown(self.verdicts[table.name], deviation, table.margin)
-        if part == "figure":
-            figure = self.figure(table)
-            link = Path(os.path.relpath(figure, beside)).as_posix() if figure else ""
-            return f"![{table.title}]({link})" if figure else ""
-        return "\n\n".join(one.markdown() for one in self.parts[table.name][part])
-
-    def filled(self, path: Path) -> str:
-        """Return a document with its blocks filled."""
-
-        def block(name: str) -> str:
-            table, _, part = name.partition(".")
-            tables = self.experiments.tables
-            try:
-                if table in tables:
-                    return self.markdown(tables[table], part, path.parent)
-                if name == "times":
-                    return times(self.experiments).markdown()
-                raise UsageError(f"{table}: is none of {', '.join(tables)}, times")
-            except UsageError as error:
-                raise UsageError(f"{path}: <!-- report: {name} -->: {error}") from error
-
-        return pages.fill(path, block)
-
-    def text(self) -> str:
-        """Return all tables that are printed, without parts that have no rows."""
-        texts = []
-        for table in self.shown:
-            parts = self.parts[table.name]
-            texts.append(f"## {table.title}")
-            texts += [
-                self.markdown(table, name, self.folder)
-                for name in self.names(table)
-                if name not in parts or any(part.rows for part in parts[name])
-            ]
-        return "\n\n".join(filter(None, texts))
-
-    def json(self) -> str:
-        """Return all values of the tables that are printed."""
-        found = {
-            table.name: {
-                "parts": {
-                    name: [{"title": p.title, "rows": p.rows, "notes": p.notes} for p in parts]
-                    for name, parts in self.parts[table.name].items()
-                },
-                "claims": self.verdicts[table.name],
-            }
-            for table in self.shown
-        }
-        return json.dumps(found, default=asdict, ensure_ascii=False)
-
-    def draw(self) -> None:
-        """Write the figures."""
-        drawn = [(table, path) for table in self.shown if (path := self.figure(table))]
-        if not drawn:
-            return
-        try:
-            from .figures import FIGURES, png
-        except ImportError as error:
-            raise UsageError(
-                "figures need matplotlib: pip install 'fairseq-sffn[plots]', or --no-figures"
-            ) from error
-        for table, path in drawn:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(png(FIGURES[table.figure](self.experiments, table)))
 
 
 def run(args: argparse.Namespace) -> str:
     """Render the results that there are."""
     if args.check and not args.write:
         raise UsageError("--check: needs --write FILE.md")
-    report = make(args.folder, args.scale, args.results, args.tables)
-    filled = {path: report.filled(path) for path in args.write}
-    changed = {path: text for path, text in filled.items() if text != pages.read(path)}
+    scale = load_scale(args.scale)
+    tables = {path.stem: load_table(path) for path in sorted(args.folder.glob("*.toml"))}
+    if not tables:
+        raise UsageError(f"{args.folder}: has no *.toml")
+    if unknown := sorted({*(args.tables or ())} - tables.keys()):
+        raise UsageError(f"--tables {unknown[0]}: is none of {', '.join(tables)}")
+    if args.results and not args.results.is_dir():
+        raise UsageError(f"--results {args.results}: there is no such folder")
+    results = Results(args.results or args.folder / "results" / scale.name, scale)
+    folder = args.results / "figures" if args.results else args.folder / "figures" / scale.name
+    report = Report(Experiments(scale, results, tables), folder)
+    shown = [tables[name] for name in args.tables or tables if report.has_results(tables[name])]
+
+    filled = {path: fill(path, report.block) for path in args.write}
+    changed = {path: text for path, text in filled.items() if text != read(path)}
+    if args.check and changed:
+        names = ", ".join(map(str, changed))
+        raise UsageError(f"{names}: differs from what the results give; run without --check")
     if args.check:
-        if changed:
-            names = ", ".join(map(str, changed))
-            raise UsageError(f"{names}: differs from what the results give; run without --check")
         return "all blocks are what the results give"
     if not args.no_figures:
-        report.draw()
+        report.draw(shown)
     for path, text in changed.items():
         path.write_bytes(text.encode())
-    return report.json() if args.json else report.text()
+    return report.json(shown) if args.json else report.text(shown, args.folder)
 
 
-def make(folder: Path, scale_path: Path, results: Path | None, only: list[str]) -> Report:
-    """Read tables and results, and render all tables.
+class Report:
+    """The rendered results.
 
     Args:
-        folder: folder of the tables.
-        scale_path: file of the scale.
-        results: folder of the results; ``None``: the default.
-        only: names of the tables that are printed; empty: all.
+        experiments: tables and results.
+        folder: folder of the PNG files.
+
+    Attributes:
+        blocks: name of a block -> its text; links start with ``folder``.
     """
-    scale = load_scale(scale_path)
-    tables = {path.stem: load_table(path) for path in sorted(folder.glob("*.toml"))}
-    if not tables:
-        raise UsageError(f"{folder}: has no *.toml")
-    if unknown := sorted({*only} - tables.keys()):
-        raise UsageError(f"--tables {unknown[0]}: is none of {', '.join(tables)}")
-    if results and not results.is_dir():
-        raise UsageError(f"--results {results}: there is no such folder")
-    found = Results(results or folder / "results" / scale.name, scale)
-    figures = results / "figures" if results else folder / "figures" / scale.name
-    report = Report(Experiments(scale, found, tables), folder, figures)
-    for table in tables.values():
-        outcomes = report.experiments.outcomes(table)
-        done = any(o.results for o in outcomes) or not any(o.runs for o in outcomes)
-        if done and (not only or table.name in only):
-            report.shown.append(table)
-        report.parts[table.name] = KINDS[table.kind](report.experiments, table)
-        report.verdicts[table.name] = claims.verdicts(report.experiments, table)
-    return report
+
+    def __init__(self, experiments: Experiments, folder: Path) -> None:
+        self.experiments, self.folder = experiments, folder
+        self.blocks = {"times": times(experiments).markdown()}
+        self.verdicts = claims.verdicts(experiments)
+        deviation = claims.seed_deviation(experiments.frame)
+        self.figures = {}
+        for name, table in experiments.tables.items():
+            for part, found in KINDS[table.kind](experiments, table).items():
+                texts = [one.markdown() for one in found]
+                self.blocks[f"{name}.{part}".removesuffix(".")] = "\n\n".join(texts)
+            if table.figure:
+                self.figures[name] = figures.draw(experiments, table)
+                link = f"![{table.title}]({folder.as_posix()}/{name}.png)"
+                self.blocks[f"{name}.figure"] = link if self.figures[name] else ""
+            if table.claims:
+                text = claims.markdown(self.verdicts[name], deviation, table.margin)
+                self.blocks[f"{name}.claims"] = text
+
+    def has_results(self, table: Table) -> bool:
+        """Return whether a run of a table is done, or whether there is nothing to run."""
+        runs = self.experiments.runs(table)
+        return runs.empty or bool(runs.done.any())
+
+    def block(self, name: str, beside: Path) -> str:
+        """Return the text of a block, for a document in a folder."""
+        if name not in self.blocks:
+            raise UsageError(f"{name}: is none of {', '.join(self.blocks)}")
+        link = Path(os.path.relpath(self.folder, beside)).as_posix()
+        return self.blocks[name].replace(f"]({self.folder.as_posix()}/", f"]({link}/")
+
+    def text(self, tables: list[Table], beside: Path) -> str:
+        """Return all blocks of some tables."""
+        texts = []
+        for table in tables:
+            names = [name for name in self.blocks if name.partition(".")[0] == table.name]
+            texts += [f"## {table.title}", *(self.block(name, beside) for name in names)]
+        return "\n\n".join(filter(None, texts))
+
+    def json(self, tables: list[Table]) -> str:
+        """Return the settings and values of all runs of some tables, and the verdicts."""
+        frame = self.experiments.frame
+        runs = frame[frame.table.isin([table.name for table in tables])]
+        runs = runs.assign(zero_shot=[result.get("zero_shot") for result in runs.result])
+        lines = runs.drop(columns=["run", "model", "result"]).to_json(orient="records")
+        verdicts = {table.name: self.verdicts[table.name] for table in tables}
+        return json.dumps({"runs": json.loads(lines), "claims": verdicts}, default=asdict)
+
+    def draw(self, tables: list[Table]) -> None:
+        """Write the figures of some tables."""
+        for name in (table.name for table in tables):
+            if figure := self.figures.get(name):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / f"{name}.png").write_bytes(figures.png(figure))
+
+
+def read(path: Path) -> str:
+    """Read a document without changing its line ends."""
+    try:
+        return path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from error
+
+
+def fill(path: Path, block: Callable[[str, Path], str]) -> str:
+    """Return a document with filled blocks, from ``<!-- report: BLOCK -->`` to ``<!-- end -->``.
+
+    Args:
+        path: file of the document.
+        block: function from the name of a block, and the document's folder, to its text.
+    """
+    page = read(path)
+
+    def filled(found: re.Match[str]) -> str:
+        try:
+            text = block(found["name"], path.parent)
+        except UsageError as error:
+            raise UsageError(f"{path}: <!-- report: {found['name']} -->: {error}") from error
+        inside = f"\n{text}\n\n" if text else "\n"
+        return found["start"] + inside.replace("\n", found["line_end"]) + found["end"]
+
+    for marker in MARKER.finditer(BLOCK.sub(lambda found: " " * len(found[0]), page)):
+        line = page.count("\n", 0, marker.start()) + 1
+        raise UsageError(f"{path}:{line}: {marker[0].strip()} has no partner")
+    if not BLOCK.search(page):
+        raise UsageError(f"{path}: has no block <!-- report: BLOCK -->")
+    return BLOCK.sub(filled, page)

@@ -1,11 +1,9 @@
 """The result of each run: a JSON file."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +53,12 @@ def write(path: Path, result: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def _json(value: Any, depth: int = 0) -> str:
+def _json(value: Any, indent: str = "\n") -> str:
     """Format JSON with each list on one line."""
     if not isinstance(value, dict) or not value:
         return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-    items = (
-        f"{' ' * (depth + 1)}{json.dumps(name)}: {_json(item, depth + 1)}"
-        for name, item in value.items()
-    )
-    return "{\n" + ",\n".join(items) + "\n" + " " * depth + "}"
+    items = (f"{json.dumps(name)}: {_json(item, indent + ' ')}" for name, item in value.items())
+    return "{" + ",".join(f"{indent} {item}" for item in items) + indent + "}"
 
 
 def shape(**names: Any) -> Any:
@@ -73,13 +68,12 @@ def shape(**names: Any) -> Any:
 
 
 OPTIONAL: Any = float | None
+RECORD: Any = shape(update=float, loss=float)
 SET: Any = shape(perplexity=float)
-RECORD: Any = shape(update=float)
-RESULT = (
-    shape(data=str, machine=str, versions=shape(fairseq_sffn=str)),
-    shape(training=shape(train=list[RECORD], tokens_per_second=float)),
-    shape(training=shape(train=list[dict[str, float]])),
-    shape(evaluation=shape(valid=shape(loss=OPTIONAL))),
+RESULT: Any = shape(
+    **{"data": str, "machine": str, "versions": shape(fairseq_sffn=str)},
+    training=shape(train=list[RECORD], tokens_per_second=float),
+    evaluation=shape(valid=shape(loss=OPTIONAL)),
 )
 """Shape of the part of every result that reports read."""
 LAYER: Any = shape(
@@ -90,43 +84,33 @@ TASK: Any = shape(
     **{"task": str, "documents": int, "random": float, "accuracy": float},
     **dict.fromkeys(("standard_error", "accuracy_norm", "standard_error_norm"), OPTIONAL),
 )
-EVALUATION = (shape(evaluation=shape(valid=SET, test=SET)), shape(evaluation=dict[str, SET]))
+EVALUATION = [shape(evaluation=shape(valid=SET, test=SET)), shape(evaluation=dict[str, SET])]
 SECTIONS = {
-    EVALUATED: (*EVALUATION, shape(routing=dict[str, LAYER])),
-    "zero_shot": (*EVALUATION, shape(zero_shot=shape(tasks=list[TASK]))),
+    EVALUATED: [*EVALUATION, shape(routing=dict[str, LAYER])],
+    "zero_shot": [*EVALUATION, shape(zero_shot=shape(tasks=list[TASK]))],
 }
-"""Further shape of a result with the section ``EVALUATED``, unless its run diverged."""
+"""Further shapes of a result that has a section, unless its run diverged."""
 
 
 def read(path: Path) -> dict[str, Any]:
     """Read a result, and check that it has what reports read."""
     try:
         text = path.read_bytes()
-        for one in RESULT:
-            one.model_validate_json(text, strict=True)
+        RESULT.model_validate_json(text, strict=True)
         result = json.loads(text)
         for section, shapes in SECTIONS.items():
             if section in result and math.isfinite(valid_loss(result)):
                 for one in shapes:
                     one.model_validate_json(text, strict=True)
-    except ValidationError as error:
-        raise UsageError(f"{path}: is no result: {first_error(error)}") from error
-    except OSError as error:
-        raise UsageError(f"{path}: is no result: {error}") from error
+    except (OSError, ValidationError) as error:
+        reason = first_error(error) if isinstance(error, ValidationError) else error
+        raise UsageError(f"{path}: is no result: {reason}") from error
     return result
 
 
 class Results:
-    """The results in a folder, by the key of their run.
-
-    Args:
-        folder: folder of the JSON files.
-        scale: scale of the runs.
-        data: fingerprint of the text; ``None``: the text of the results.
-
-    Raises:
-        UsageError: a file is no result, or results are from another text.
-    """
+    """The results in a folder, by the key of their run. They are from the text with the fingerprint
+    ``data``, or from any one text."""
 
     def __init__(self, folder: Path, scale: Scale, data: str | None = None) -> None:
         self.folder, self.scale = folder, scale
@@ -167,41 +151,32 @@ class Results:
         runs = sweep_runs(row, self.scale)
         if not runs:  # there is one rate, or the row is not trained
             return self.scale.learning_rates[0]
-        found = [self.get(run) for run in runs]
-        if not all(found):
-            return None
-        loss, lr = min((valid_loss(r), run.lr) for r, run in zip(found, runs, strict=True))
-        return lr if math.isfinite(loss) else None
+        losses = {run.lr: valid_loss(result) for run in runs if (result := self.get(run))}
+        best = min(losses, key=losses.__getitem__, default=0.0)
+        return best if len(losses) == len(runs) and math.isfinite(losses[best]) else None
 
     def check_domains(self, names: Sequence[str]) -> None:
-        """Compare the names of the out-of-domain sets with those in the results.
-
-        Raises:
-            UsageError: the names differ.
-        """
+        """Check that the out-of-domain sets have the names that they have in the results."""
         for key, result in self.by_key.items():
             seen = [name for name in result["evaluation"] if name not in IN_DOMAIN]
-            evaluated = EVALUATED in result and math.isfinite(valid_loss(result))
-            if evaluated and sorted(seen) != sorted(names):
+            if is_done(result, EVALUATED) and not is_diverged(result) and {*seen} != {*names}:
                 raise UsageError(
                     f"domains {', '.join(names)}: {self.folder / key}.json has "
                     f"{', '.join(seen) or 'none'}; name them alike, or use another --results"
                 )
 
 
-def valid_loss(result: dict[str, Any] | None) -> float:
+def valid_loss(result: dict[str, Any]) -> float:
     """Return the final loss on the validation split, base 2; infinity where the run diverged."""
-    assert result is not None
     loss = result["evaluation"]["valid"]["loss"]
-    return float("inf") if loss is None or loss != loss else loss
+    return math.inf if loss is None or math.isnan(loss) else loss
 
 
-def missing(runs: Iterable[Run], results: Results, section: str = "evaluation") -> list[Run]:
-    """Return the runs whose result lacks a section, each once, in order of seed."""
-    todo = [run for run in dict.fromkeys(runs) if not is_done(results.get(run) or {}, section)]
-    return sorted(todo, key=lambda run: run.seed)
+def is_diverged(result: dict[str, Any]) -> bool:
+    """Return whether there is a result and its run diverged."""
+    return bool(result) and math.isinf(valid_loss(result))
 
 
 def is_done(result: dict[str, Any], section: str) -> bool:
     """Return whether a result has a section, or never will, as its run diverged."""
-    return section in result or (EVALUATED in result and math.isinf(valid_loss(result)))
+    return section in result or (EVALUATED in result and is_diverged(result))

@@ -1,18 +1,15 @@
 """Trains and evaluates several runs at a time."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import itertools
 import os
 import signal
 import subprocess
-import sys
 import threading
 import traceback
 from collections.abc import Container, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,25 +17,19 @@ from typing import Any
 from tqdm import tqdm
 
 from fairseq_sffn.errors import UsageError
-from fairseq_sffn.tools.training_log import log_records
 
 from .plan import Run
 from .processes import cores
-from .results import EVALUATED, missing
+from .results import EVALUATED, is_done
 from .training import Training
 
 
 @dataclass
 class Runner(Training):
-    """Trains and evaluates several runs at a time.
+    """Trains and evaluates several runs at a time."""
 
-    Args:
-        jobs: number of runs at a time.
-    """
-
-    jobs: int
+    jobs: int  # number of runs at a time
     children: set[subprocess.Popen[str]] = field(default_factory=set, init=False)
-    running: set[Run] = field(default_factory=set, init=False)
     locks: dict[Path, int] = field(default_factory=dict, init=False)
     stopping: threading.Event = field(default_factory=threading.Event, init=False)
 
@@ -50,86 +41,49 @@ class Runner(Training):
             sweep: evaluate on the validation split only, and keep no model.
             zero_shot: the runs that are evaluated on zero-shot tasks.
         """
-        failures: list[str] = []
-        seconds = {run: run.expected_seconds(self.scale) for run in runs}
-        layout = "{percentage:3.0f}% {elapsed}, {remaining} left{postfix}"
-        options = {"total": sum(seconds.values()), "bar_format": layout, "smoothing": 0}
-        options["disable"] = not runs
-        interval = 1 if sys.stderr.isatty() else 60
-        with tqdm(**options) as bar, ThreadPoolExecutor(self.jobs) as pool:
+        failures = []
+        with ThreadPoolExecutor(self.jobs) as pool:
             futures = {pool.submit(self.finish, run, sweep, run in zero_shot): run for run in runs}
-            waiting = set(futures)
             try:
-                while waiting:
-                    ended, waiting = wait(waiting, interval, return_when=FIRST_COMPLETED)
-                    for future in ended:
-                        run = futures[future]
-                        failure = self.failure(future)
-                        failures += failure
-                        said = "".join(f"failed: {one}" for one in failure) or "done"
-                        bar.write(f"{run.key(self.scale)} {said}")
-                    updates = self.progress()
-                    bar.n = sum(seconds[futures[future]] for future in {*futures} - waiting)
-                    bar.n += sum(seconds[run] * n / run.updates for run, n in updates.items())
-                    bar.set_postfix_str(f"{len(runs) - len(waiting)}/{len(runs)} runs")
+                with tqdm(
+                    as_completed(futures), total=len(runs), unit="run", disable=not runs
+                ) as bar:
+                    for future in bar:
+                        failure = failure_of(future)
+                        failures += [failure] if failure else []
+                        said = f"failed: {failure}" if failure else "done"
+                        bar.write(f"{futures[future].key(self.scale)} {said}")
             except BaseException:
-                self.stop()
-                for future in waiting:
-                    future.cancel()
-                self.wait_for_saving(waiting)
+                self.stop(futures)
                 raise
         if failures:
             among = "" if len(runs) == 1 else f"{len(failures)} of {len(runs)} runs failed: "
             raise UsageError(f"{among}{failures[0]}")
 
-    def failure(self, future: Future[None]) -> list[str]:
-        """Return the error of a finished run in one line, if it failed."""
-        error = future.exception()
-        if error is None:
-            return []
-        if isinstance(error, UsageError):
-            return [str(error)]
-        print("".join(traceback.format_exception(error)), flush=True)  # for example a full disk
-        return [f"{type(error).__name__}: {error}"]
-
-    def stop(self) -> None:
-        """Ask all processes to end. Training processes finish an update and save; at the second
-        request they end at once."""
+    def stop(self, futures: Iterable[Future[None]]) -> None:
+        """Ask all processes to end, and wait. Training processes finish an update and save; at a
+        further signal to this process they end at once."""
         self.stopping.set()
-        for child in list(self.children):
-            end(child)
-
-    def wait_for_saving(self, waiting: Iterable[Future[None]]) -> None:
-        """Wait until all processes have ended, and pass further signals on to them."""
+        for future in futures:
+            future.cancel()
         while True:
-            try:
-                wait(waiting)
+            for child in list(self.children):
+                end(child)
+            with contextlib.suppress(KeyboardInterrupt):
+                wait(futures)
                 return
-            except KeyboardInterrupt:
-                self.stop()
-
-    def progress(self) -> dict[Run, float]:
-        """Return the updates that each active run has done."""
-        logs = {run: self.folder(run) / "train.log" for run in list(self.running)}
-        found = {run: log_records(log)[-1:] for run, log in logs.items() if log.exists()}
-        return {run: last["num_updates"] for run, records in found.items() for _, last in records}
 
     def finish(self, run: Run, sweep: bool, zero_shot: bool) -> None:
         """Start or resume a run, evaluate it and store its result."""
         section = "evaluation" if sweep else "zero_shot" if zero_shot else EVALUATED
-        with self.locked(run):
+        with self.locked(self.folder(run)):
             self.results.refresh(run)
-            if missing([run], self.results, section):
-                self.running.add(run)
-                try:
-                    self.train_and_evaluate(run, sweep, zero_shot)
-                finally:
-                    self.running.discard(run)
+            if not is_done(self.results.get(run) or {}, section):
+                self.train_and_evaluate(run, sweep, zero_shot)
 
     @contextlib.contextmanager
-    def locked(self, run: Run) -> Iterator[None]:
-        """Wait until no other command works on a run, and keep others from it."""
-        folder = self.folder(run)
+    def locked(self, folder: Path) -> Iterator[None]:
+        """Wait until no other command works on the run of a folder, and keep others from it."""
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("a") as file:
             for tries in itertools.count():
@@ -144,7 +98,6 @@ class Runner(Training):
             try:
                 yield
             finally:
-                del self.locks[folder]
                 fcntl.flock(file, fcntl.LOCK_UN)  # a forked process may keep the file open
 
     def call(self, command: list[str], folder: Path, **streams: Any) -> int:
@@ -170,6 +123,15 @@ class Runner(Training):
         if self.stopping.is_set():
             raise UsageError("stopped")
         return code
+
+
+def failure_of(future: Future[None]) -> str:
+    """Return the error of a finished run in one line; empty if there is none."""
+    error = future.exception()
+    if error is None or isinstance(error, UsageError):
+        return str(error or "")
+    traceback.print_exception(error)  # for example a full disk
+    return f"{type(error).__name__}: {error}"
 
 
 def end(child: subprocess.Popen[str]) -> None:

@@ -1,7 +1,5 @@
 """Submits runs to a batch system such as Slurm."""
 
-from __future__ import annotations
-
 import shlex
 import subprocess
 import sys
@@ -17,12 +15,9 @@ from .plan import Run
 def submit(
     runs: Iterable[Run], scale: Scale, launcher: Launcher, work: Path, again: Sequence[str]
 ) -> Iterable[str]:
-    """Submit a batch script for each run, and yield a line on each. The script calls this command
-    for its run alone. A run whose script has been submitted and has not ended is left alone.
-
-    Args:
-        again: arguments of this command, without ``--only KEY``.
-    """
+    """Submit a batch script for each run, and yield a line on each. The script calls this command,
+    whose arguments are ``again``, for its run alone. A run whose script has been submitted and has
+    not ended is left alone."""
     for run in runs:
         key = run.key(scale)
         script, submitted = work / key / "job.sh", work / key / "submitted"
@@ -36,21 +31,15 @@ def submit(
         command = shlex.join([sys.executable, "-W", "ignore", package, *again, "--only", key])
         script.write_text("\n".join(["#!/bin/bash", name, *launcher.header, trap, command, ""]))
         submitted.touch()  # before the script, which deletes it, can start
+        words = [*shlex.split(launcher.submit), str(script)]
         try:
-            said = call([*shlex.split(launcher.submit), str(script)])
-        except BaseException:
+            done = subprocess.run(words, capture_output=True, text=True, check=True)
+        except BaseException as error:
             submitted.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise UsageError(f"{words[0]}: cannot be run: {error.strerror}") from error
+            if isinstance(error, subprocess.CalledProcessError):
+                reason = (error.stderr.strip().splitlines() or [""])[-1]
+                raise UsageError(f"{shlex.join(words)}: {reason}") from error
             raise
-        yield f"{key}: {said}"
-
-
-def call(command: list[str]) -> str:
-    """Run a command and return its output."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError as error:
-        raise UsageError(f"{command[0]}: cannot be run: {error.strerror}") from error
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [""])[-1]
-        raise UsageError(f"{shlex.join(command)}: {reason}")
-    return done.stdout.strip()
+        yield f"{key}: {done.stdout.strip()}"

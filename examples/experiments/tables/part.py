@@ -1,18 +1,9 @@
 """Parts of reports: tables in Markdown with notes."""
 
-from __future__ import annotations
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-from ..outcomes import Outcome, count_missing
-from ..summaries import Summary
-
-Value = Any
-"""A value that JSON can have, or a dataclass of such values."""
-Show = Callable[[Any], str]
-"""Function that formats a value as Markdown."""
+import pandas as pd
 
 FLOPS_NOTE = (
     "Training FLOPs: three forward passes, plus one more of the layers for the recomputation of "
@@ -20,66 +11,39 @@ FLOPS_NOTE = (
 )
 
 
-class Column(NamedTuple):
-    """A column.
-
-    Attributes:
-        name: heading.
-        show: format of the values; text is aligned to the left, all else to the right.
-        value: function from an item, such as an outcome, to its value; ``None``: empty cell.
-    """
-
-    name: str
-    show: Show
-    value: Callable[[Any], Value]
-
-
-@dataclass(frozen=True)
 class Part:
     """A table with notes.
 
-    Attributes:
-        columns: heading -> format.
-        rows: heading -> value; ``None`` or no value: empty cell.
-        notes: sentences below.
+    Args:
+        cells: heading -> Markdown of the cells below.
+        notes: sentences below the table; empty ones are left out.
         title: heading above.
+        left: columns that are aligned to the left.
     """
 
-    columns: Mapping[str, Show]
-    rows: Sequence[Mapping[str, Value]]
-    notes: Sequence[str] = ()
-    title: str = ""
+    def __init__(
+        self,
+        cells: Mapping[str, Iterable[str]] | pd.DataFrame,
+        notes: Iterable[str],
+        title: str = "",
+        left: Collection[str] = ("model",),
+    ) -> None:
+        self.cells = pd.DataFrame({name: [*values] for name, values in cells.items()})
+        self.notes, self.title, self.left = [*filter(None, notes)], title, left
 
     def markdown(self) -> str:
-        """Return title, table and notes."""
-        rule = ["---" if show in (text, markdown) else "---:" for show in self.columns.values()]
-        body = [
-            ["" if row.get(n) is None else show(row[n]) for n, show in self.columns.items()]
-            for row in self.rows
-        ]
-        cells = [[text(name) for name in self.columns], rule, *body]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in cells)
+        """Return title, table and notes; nothing for a table without lines."""
+        if self.cells.empty:
+            return ""
+        rule = ["---" if name in self.left else "---:" for name in self.cells]
+        lines = [map(text, self.cells), rule, *self.cells.itertuples(index=False)]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         title = f"**{self.title}**" if self.title else ""
         return "\n\n".join(filter(None, [title, table, " ".join(self.notes)]))
 
 
 Parts = dict[str, list[Part]]
 """Name of a block in documents -> its parts; ``""`` is the table itself."""
-
-
-def make(columns: Sequence[Column], items: Iterable[Any], *notes: str, title: str = "") -> Part:
-    """Make a part with a row for each item. Empty notes are left out."""
-    rows = [{column.name: column.value(item) for column in columns} for item in items]
-    formats = {column.name: column.show for column in columns}
-    return Part(formats, rows, [*filter(None, notes)], title)
-
-
-def entry(key: Any, item: tuple[str, Mapping[Any, Value]]) -> Value:
-    """Return a value of an item that is a label and its values."""
-    return item[1].get(key)
-
-
-# Formats
 
 
 def text(value: str) -> str:
@@ -90,47 +54,43 @@ def text(value: str) -> str:
     return value
 
 
-def markdown(value: str) -> str:
-    """Return Markdown as it is."""
-    return value
+def shown(values: Iterable[Any], show: Callable[[Any], str]) -> list[str]:
+    """Format values; an unknown one gives an empty cell."""
+    return ["" if pd.isna(value) else show(value) for value in values]
 
 
-whole = "{:,.0f}".format
-plain = "{:g}".format
+def mean_sd(values: Iterable[float | None], digits: int = 2, unit: str = "") -> str:
+    """Format mean ± standard deviation of the known values; the unit ``%`` is for shares."""
+    known = pd.Series([*values], dtype=float).dropna() * (100 if unit else 1)
+    figures = [known.mean(), known.std()][: len(known)]
+    return " ± ".join(f"{figure:,.{digits}f}" for figure in figures) + unit * bool(figures)
 
 
-def summary(digits: int, unit: str = "") -> Show:
-    """Return the format of mean ± standard deviation; the unit ``%`` is for shares."""
-    scale = 100 if unit == "%" else 1
-
-    def show(value: Summary) -> str:
-        sd = "" if value.sd is None else f" ± {scale * value.sd:,.{digits}f}"
-        return f"{scale * value.mean:,.{digits}f}{sd}{unit}"
-
-    return show
+def means(
+    frame: pd.DataFrame, column: str, digits: int = 2, unit: str = "", by: Any = "label"
+) -> list[str]:
+    """Format a column of a data frame, one mean for each row of a table."""
+    return [mean_sd(found, digits, unit) for _, found in frame.groupby(by, sort=False)[column]]
 
 
-# Notes
-
-
-def runs_note(outcomes: Sequence[Outcome], mean: bool = True) -> str:
+def runs_note(runs: pd.DataFrame, mean: bool = True) -> str:
     """Say what the runs are: seeds, unless no mean is shown, missing runs, versions of the code."""
-    counts = sorted({len(o.row.seeds) for o in outcomes})
+    rows = runs.groupby("label", sort=False)
+    counts = sorted(set(rows.size()))
     seeds = f"Mean ± standard deviation of {'up to ' * (len(counts) > 1)}{counts[-1]} seeds"
     notes = [seeds + ("; without ±, one seed." if len(counts) > 1 else ".")]
     notes = [] if not mean else ["One seed."] if counts == [1] else notes
-    gone, total = count_missing(outcomes)
-    notes += [f"{gone} of {total} runs are missing."] if gone else []
-    if gone and any(0 < len(o.results) < len(o.runs) for o in outcomes):
-        notes.append("A row with some of its seeds shows those.")
-    for o in outcomes:
-        if o.diverged:
-            notes.append(f"{text(o.row.label)} diverged (seed {', '.join(map(str, o.diverged))}).")
-    results = [result for o in outcomes for result in o.results.values()]
-    return " ".join(filter(None, [*notes, versions_note(results)]))
+    each_once = runs.drop_duplicates("run")
+    if not each_once.done.all():
+        notes.append(f"{(~each_once.done).sum()} of {len(each_once)} runs are missing.")
+        if (rows.done.any() & ~rows.done.all()).any():
+            notes.append("A row with some of its seeds shows those.")
+    for label, diverged in runs[runs.diverged].groupby("label", sort=False).seed:
+        notes.append(f"{text(label)} diverged (seed {', '.join(map(str, diverged))}).")
+    return " ".join(filter(None, [*notes, versions_note(runs)]))
 
 
-def versions_note(results: Iterable[Mapping[str, Any]]) -> str:
+def versions_note(runs: pd.DataFrame) -> str:
     """Say with how many versions of the code the runs were trained, if with several."""
-    count = len({result["versions"]["fairseq_sffn"] for result in results})
+    count = len({result["versions"]["fairseq_sffn"] for result in runs.result[runs.done]})
     return f"Trained with {count} versions of the code." if count > 1 else ""

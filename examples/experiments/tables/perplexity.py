@@ -1,35 +1,14 @@
 """Tables of perplexity, and of what belongs to it: domains, learning rates, load, time."""
 
-from __future__ import annotations
+from collections.abc import Iterable, Mapping
 
-import math
-import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
-
-import torch
-
-from fairseq_sffn.memory import usage
+import pandas as pd
 
 from ..files import Table
-from ..outcomes import Experiments, Outcome
-from ..plan import Run, sweep_runs
-from ..summaries import Summary, summarize
-from .part import (
-    FLOPS_NOTE,
-    Column,
-    Part,
-    Parts,
-    entry,
-    make,
-    plain,
-    runs_note,
-    summary,
-    text,
-    versions_note,
-    whole,
-)
+from ..frame import Experiments
+from ..results import IN_DOMAIN
+from .part import FLOPS_NOTE, Part, Parts, mean_sd, means, runs_note, shown, text, versions_note
+from .routing import layers_of
 
 UNITS = {1e12: "10¹² FLOPs", 1e15: "10¹⁵ FLOPs", 1e18: "10¹⁸ FLOPs", 1e21: "10²¹ FLOPs"}
 
@@ -40,143 +19,103 @@ def flops_unit(largest: float) -> tuple[float, str]:
     return unit, f"training compute, {UNITS[unit]}"
 
 
-def perplexity(experiments: Experiments, table: Table, *others: Column, note: str = "") -> Parts:
-    """Make a table of perplexity in and out of domain, with other columns and a note."""
-    outcomes = experiments.outcomes(table)
-    unit, name = flops_unit(max(map(experiments.training_flops, outcomes)))
-
-    def params(o: Outcome) -> int:
-        return experiments.model(o.row).cost["params"]
-
-    columns = [
-        Column("model", text, lambda o: o.row.label),
-        Column("parameters", lambda count: f"{count / 1e6:,.2f}M", params),
-        Column(name, "{:#,.4g}".format, lambda o: experiments.training_flops(o) / unit),
-        Column("learning rate", plain, lambda o: o.lr),
-        Column("valid ppl", summary(1), lambda o: summarize(o.perplexity("valid").values())),
-        Column("test ppl", summary(1), lambda o: summarize(o.perplexity("test").values())),
-        Column("out-of-domain ppl", summary(1), lambda o: summarize(o.out_of_domain().values())),
-        *others,
-    ]
-    machines = dict.fromkeys(r["machine"] for o in outcomes for r in o.good.values())
-    trained = f"Trained on {' or '.join(machines)}." if machines else ""
-    runs = runs_note(outcomes)
-    names = dict.fromkeys(name for o in outcomes for name in o.domains)
-    domains = [
-        Column("set", text, lambda name: name),
-        *(Column(o.row.label, summary(0), partial(of_set, o)) for o in outcomes),
-    ]
+def perplexities(
+    experiments: Experiments,
+    table: Table,
+    more: Mapping[str, Iterable[str]] | None = None,
+    note: str = "",
+) -> Parts:
+    """Make a table of perplexity in and out of domain, with more columns and a note."""
+    runs = experiments.runs(table)
+    rows = runs.drop_duplicates("label")
+    unit, compute = flops_unit(rows.flops.max())
+    cells = {
+        "model": rows.label.map(text),
+        "parameters": [f"{model.cost['params'] / 1e6:,.2f}M" for model in rows.model],
+        compute: shown(rows.flops / unit, "{:#,.4g}".format),
+        "learning rate": shown(rows.lr, "{:g}".format),
+        "valid ppl": means(runs, "valid", 1),
+        "test ppl": means(runs, "test", 1),
+        "out-of-domain ppl": means(runs, "out_of_domain", 1),
+        **(more or {}),
+    }
+    good = runs[runs.done & ~runs.diverged]
+    machines = " or ".join(dict.fromkeys(result["machine"] for result in good.result))
+    trained = f"Trained on {machines}." if machines else ""
     return {
-        "": [make(columns, outcomes, runs, FLOPS_NOTE, trained, table.note, note)],
-        "domains": [make(domains, names, runs)],
+        "": [Part(cells, [runs_note(runs), FLOPS_NOTE, trained, table.note, note])],
+        "domains": [domains(runs)],
         "learning_rates": [learning_rates(experiments, table)],
     }
 
 
-def of_set(outcome: Outcome, name: str) -> Summary | None:
-    """Summarise the perplexity on a set."""
-    return summarize(outcome.perplexity(name).values())
-
-
-@dataclass(frozen=True)
-class Swept:
-    """The result of a learning rate.
-
-    Attributes:
-        perplexity: validation perplexity; ``None``: the run diverged.
-        chosen: whether the learning rate is the best of its sweep.
-    """
-
-    perplexity: float | None
-    chosen: bool
-
-    def markdown(self) -> str:
-        """Return the perplexity, in bold if the learning rate was chosen."""
-        shown = "diverged" if self.perplexity is None else f"{self.perplexity:,.1f}"
-        return f"**{shown}**" if self.chosen else shown
+def domains(runs: pd.DataFrame) -> Part:
+    """Make a table of the perplexity on each out-of-domain set: a line for each, a column for each
+    row."""
+    sets = dict.fromkeys(name for found in runs.perplexity for name in found)
+    names = [name for name in sets if name not in IN_DOMAIN]
+    cells = {"set": [text(name) for name in names]}
+    for label, row in runs.groupby("label", sort=False):
+        cells[label] = [mean_sd((one.get(name) for one in row.perplexity), 0) for name in names]
+    return Part(cells, [runs_note(runs)], left=["set"])
 
 
 def learning_rates(experiments: Experiments, table: Table) -> Part:
     """Make a table of the short runs that choose each method's learning rate."""
-    scale = experiments.scale
-    rows, ends = {}, []
-    for label, found in experiments.sweeps(table).items():
-        finished = len(found) == len(scale.learning_rates)
-        best = min(found, key=found.__getitem__) if finished else None
-        rows[label] = {
-            rate: Swept(ppl if ppl < math.inf else None, rate == best and ppl < math.inf)
-            for rate, ppl in found.items()
-        }
-        if (
-            best in (min(scale.learning_rates), max(scale.learning_rates))
-            and found[best] < math.inf
-        ):
-            ends.append(text(label))
+    scale, runs = experiments.scale, experiments.runs(table, sweep=True)
+    cells = {name: list[str]() for name in ("model", *map("{:g}".format, scale.learning_rates))}
+    at_ends = []
+    for label, sweep in runs.groupby("label", sort=False):
+        best = sweep.valid.idxmin() if sweep.done.all() and sweep.valid.notna().any() else None
+        cells["model"].append(text(label))
+        for run in sweep.itertuples():
+            found = "diverged" if run.diverged else mean_sd([run.valid], 1)
+            cells[f"{run.lr:g}"].append(f"**{found}**" if run.Index == best else found)
+        if best in (sweep.lr.idxmin(), sweep.lr.idxmax()):
+            at_ends.append(text(label))
     updates = max(1, round(scale.sweep_share * scale.updates))
-    columns = [
-        Column("model", text, lambda row: row[0]),
-        *(Column(plain(r), Swept.markdown, partial(entry, r)) for r in scale.learning_rates),
-    ]
-    swept = [experiments.results.get(run) for row in table.rows for run in sweep_runs(row, scale)]
-    return make(
-        columns,
-        rows.items(),
+    notes = [
         f"Validation perplexity after {updates} updates, one seed; bold: the chosen rate.",
-        f"At an end of the tested range: {', '.join(ends)}." if ends else "",
-        versions_note(filter(None, swept)),
-    )
+        f"At an end of the tested range: {', '.join(at_ends)}." if at_ends else "",
+        versions_note(runs),
+    ]
+    return Part(cells, notes)
 
 
 def balance(experiments: Experiments, table: Table) -> Parts:
     """Make a table of perplexity and of how evenly blocks are used on the validation split."""
-
-    def load(measure: Callable[[torch.Tensor], float]) -> Callable[[Outcome], Summary | None]:
-        def mean_of_layers(outcome: Outcome) -> Summary | None:
-            layers = [
-                [measure(torch.tensor(layer["counts"])) for layer in result["routing"].values()]
-                for result in outcome.good.values()
-            ]
-            return summarize(statistics.fmean(values) for values in layers if values)
-
-        return mean_of_layers
-
-    return perplexity(
-        experiments,
-        table,
-        Column("most loaded / mean", summary(2), load(usage.load_max)),
-        Column("used blocks", summary(1, "%"), load(usage.memory_usage)),
-        Column("entropy", summary(3), load(usage.load_entropy)),
-        note="Load on the validation split at the end of training, mean of the sparse layers. "
+    runs = experiments.runs(table)
+    loads = layers_of(runs).groupby(["label", "seed"])[["load_max", "used", "entropy"]].mean()
+    runs = runs.join(loads, on=["label", "seed"])
+    more = {
+        "most loaded / mean": means(runs, "load_max"),
+        "used blocks": means(runs, "used", 1, "%"),
+        "entropy": means(runs, "entropy", 3),
+    }
+    note = (
+        "Load on the validation split at the end of training, mean of the sparse layers. "
         "Most loaded: load of the most loaded block over the mean load. Used blocks: share of "
         "blocks that some token uses. Entropy: entropy of the load over its maximum; an even load "
-        "has 1.",
+        "has 1."
     )
+    return perplexities(experiments, table, more, note)
 
 
 def times(experiments: Experiments) -> Part:
     """Make a table of how many runs each table has and how long they took."""
-
-    def hours(runs: Iterable[Run]) -> float:
-        found = ((run, experiments.results.get(run)) for run in runs)
-        speeds = ((run, r["training"]["tokens_per_second"] or 1e9) for run, r in found if r)
-        return sum(run.tokens(experiments.scale) / speed for run, speed in speeds) / 3600
-
-    by_table = {
-        name: {
-            *(run for o in experiments.outcomes(table) for run in o.runs),
-            *(run for row in table.rows for run in sweep_runs(row, experiments.scale)),
-        }
-        for name, table in experiments.tables.items()
+    frame = experiments.frame.sort_values("done", ascending=False, kind="stable")
+    trained = ({"tokens_per_second": 0} | result.get("training", {}) for result in frame.result)
+    speeds = [training["tokens_per_second"] or None for training in trained]
+    frame = frame.assign(hours=frame.tokens / pd.Series(speeds, frame.index, float) / 3600)
+    tables = dict([*frame.drop_duplicates(["table", "run"]).groupby("table")])
+    tables["all"] = frame.drop_duplicates("run")
+    cells = {
+        "table": map(text, tables),
+        "runs": [f"{len(runs):,}" for runs in tables.values()],
+        "hours": [f"{runs.hours.sum():.1f}" for runs in tables.values()],
     }
-    by_table = {name: runs for name, runs in by_table.items() if runs}
-    columns = [
-        Column("table", text, lambda item: item[0]),
-        Column("runs", whole, lambda item: len(item[1])),
-        Column("hours", "{:.1f}".format, lambda item: hours(item[1])),
-    ]
-    return make(
-        columns,
-        [*by_table.items(), ("all", set().union(*by_table.values()))],
+    note = (
         "Hours: training time of the finished runs, one after another, without evaluation. Each "
-        "table counts the runs that it shares with others, and those that choose learning rates.",
+        "table counts the runs that it shares with others, and those that choose learning rates."
     )
+    return Part(cells, [note], left=["table"])

@@ -1,31 +1,20 @@
 """Tables of how the blocks of each layer are used, and for which tokens."""
 
-from __future__ import annotations
-
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 
-from fairseq_sffn.memory import MemoryConfig, usage
+from fairseq_sffn.memory import usage
 from fairseq_sffn.tools.routing import MOST_KEPT, MOST_LISTED, MOST_PAIRS, POSITIONS
 
 from ..files import Table
-from ..outcomes import Experiments, Outcome
-from ..summaries import Summary, correlation, same_token, shared_blocks, summarize
-from .part import (
-    Column,
-    Part,
-    Parts,
-    make,
-    markdown,
-    runs_note,
-    summary,
-    text,
-    whole,
-)
+from ..frame import Experiments
+from .part import Part, Parts, mean_sd, means, runs_note, text
 
 LISTED_BLOCKS = 3
 
@@ -40,59 +29,61 @@ NOTE = (
     "of seeds). Agreement with tokens: their correlation with whether both positions have the same "
     "token."
 )
+LAYER = ["label", "layer"]
+"""Columns that name a layer of a row."""
+MEASURED = ["counts", "block_bits", "token_bits", "top_tokens", "blocks", "positions"]
+"""Columns that are in results; see :mod:`fairseq_sffn.tools.routing`."""
+COMPUTED = ["load_max", "used", "entropy", "dependence"]
+"""Columns that are computed from them; see :func:`token_share` for the last one."""
 
 
-class Layer(NamedTuple):
-    """A layer of a row: the row, the layer's name, and its routing in each run."""
-
-    outcome: Outcome
-    name: str
-    found: list[dict[str, Any]]
+def layers_of(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return a data frame with a row for each sparse layer of each run: what results say of it, and
+    ``load_max``, ``used`` and ``entropy`` of its load."""
+    found = []
+    for run in runs[runs.done & ~runs.diverged].itertuples():
+        for name, routing in run.result["routing"].items():
+            counts = torch.tensor(routing["counts"])
+            active = run.model.memories[name].routed.active_blocks
+            found.append(
+                {
+                    **{"label": run.label, "layer": name, "seed": run.seed, **routing},
+                    **{"load_max": usage.load_max(counts), "used": usage.memory_usage(counts)},
+                    "entropy": usage.load_entropy(counts),
+                    "dependence": token_share(routing["block_bits"], routing["token_bits"], active),
+                }
+            )
+    return pd.DataFrame(found, columns=[*LAYER, "seed", *MEASURED, *COMPUTED])
 
 
 def routing(experiments: Experiments, table: Table) -> Parts:
     """Make a table of the routing of each layer, and one of the tokens of some blocks."""
-    outcomes = experiments.outcomes(table)
-    layers = [
-        Layer(o, name, [result["routing"][name] for result in o.good.values()])
-        for o in outcomes
-        for name in o.layers
-    ]
-
-    def load(measure: Callable[[torch.Tensor], float]) -> Callable[[Layer], Summary | None]:
-        return lambda layer: summarize(measure(torch.tensor(f["counts"])) for f in layer.found)
-
-    columns = [
-        Column("model", text, lambda layer: layer.outcome.row.label),
-        Column("layer", str, lambda layer: layer.name),
-        Column("most loaded / mean", summary(2), load(usage.load_max)),
-        Column("used blocks", summary(1, "%"), load(usage.memory_usage)),
-        Column(
-            "block entropy, bits",
-            summary(2),
-            lambda layer: summarize(f["block_bits"] for f in layer.found),
-        ),
-        Column(
-            "token dependence",
-            summary(2),
-            lambda layer: dependence(layer.found, experiments.memories(layer.outcome)[layer.name]),
-        ),
-        Column("agreement of seeds", summary(2), seed_agreement),
-        Column("agreement with tokens", summary(2), token_agreement),
-    ]
-    unknown = unknown_notes([f for layer in layers for f in layer.found])
-    notes = (runs_note(outcomes), NOTE, *unknown, table.note)
-    return {"": [make(columns, layers, *notes)], "blocks": [example_blocks(layers)]}
+    runs = experiments.runs(table)
+    layers = layers_of(runs)
+    rows = layers.drop_duplicates(LAYER)
+    each = [layer for _, layer in layers.groupby(LAYER, sort=False)]
+    cells = {
+        "model": rows.label.map(text),
+        "layer": rows.layer,
+        "most loaded / mean": means(layers, "load_max", by=LAYER),
+        "used blocks": means(layers, "used", 1, "%", by=LAYER),
+        "block entropy, bits": means(layers, "block_bits", by=LAYER),
+        "token dependence": means(layers, "dependence", by=LAYER),
+        "agreement of seeds": map(seed_agreement, each),
+        "agreement with tokens": map(token_agreement, each),
+    }
+    notes = [runs_note(runs), NOTE, *unknown_notes(layers), table.note]
+    return {"": [Part(cells, notes)], "blocks": [example_blocks(rows)]}
 
 
-def unknown_notes(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+def unknown_notes(layers: pd.DataFrame) -> list[str]:
     """Say why something is not known."""
     notes = []
-    if not all(layer["blocks"] for layer in layers):
+    if not all(layers.blocks):
         notes.append(f"Agreements are not known where more than {MOST_KEPT} blocks are active.")
-    if not all(layer["top_tokens"] for layer in layers):
+    if not all(layers.top_tokens):
         notes.append(f"Tokens are not listed where there are more than {MOST_LISTED} blocks.")
-    if any(layer["token_bits"] is None for layer in layers):
+    if layers.token_bits.isna().any():
         notes.append(
             "Token dependence is not known where there are more than "
             f"{MOST_PAIRS:,} pairs of block and token type."
@@ -100,74 +91,64 @@ def unknown_notes(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     return notes
 
 
-def token_share(layer: Mapping[str, Any], active_blocks: int) -> float | None:
+def token_share(block_bits: float, token_bits: float | None, active_blocks: int) -> float | None:
     """Return the mutual information of token id and block over its maximum. The maximum is below
     the block entropy, as even an id that determines a token's blocks leaves open which of them a
     use is. ``None`` where the maximum is 0 or the information is not known."""
-    most = layer["block_bits"] - math.log2(active_blocks)
-    bits = layer["token_bits"]
-    return bits / most if bits is not None and most > 1e-3 else None
+    most = block_bits - math.log2(active_blocks)
+    return token_bits / most if token_bits is not None and most > 1e-3 else None
 
 
-def dependence(found: Iterable[Mapping[str, Any]], memory: MemoryConfig) -> Summary | None:
-    """Summarise the :func:`token_share` of a layer over runs."""
-    return known(token_share(layer, memory.routed.active_blocks) for layer in found)
-
-
-def known(values: Iterable[float | None]) -> Summary | None:
-    """Summarise the values that are known."""
-    return summarize(value for value in values if value is not None)
-
-
-def seed_agreement(layer: Layer) -> Summary | None:
-    """Summarise the correlation of shared blocks between seeds."""
-    kept = [(shared_blocks(f["blocks"]), f["positions"]) for f in layer.found if f["blocks"]]
-    pairs = itertools.combinations(kept, 2)
-    return known(correlation(a, b) for (a, first), (b, second) in pairs if first == second)
-
-
-def token_agreement(layer: Layer) -> Summary | None:
-    """Summarise the correlation of shared blocks with equal tokens."""
-    return known(
-        correlation(shared_blocks(f["blocks"]), same_token(f["positions"]))
-        for f in layer.found
-        if f["blocks"]
+def seed_agreement(layer: pd.DataFrame) -> str:
+    """Format the correlation of shared blocks between seeds."""
+    pairs = itertools.combinations(layer[layer.blocks.astype(bool)].itertuples(), 2)
+    return mean_sd(
+        correlation(shared_blocks(first.blocks), shared_blocks(second.blocks))
+        for first, second in pairs
+        if first.positions == second.positions
     )
 
 
-def example_blocks(layers: Sequence[Layer]) -> Part:
-    """Make a table of the tokens of the most loaded blocks of each layer, for the first seed."""
-    items = [
-        (layer, *block)
-        for layer in layers
-        for block in most_loaded(layer.outcome.first["routing"][layer.name])
-    ]
-    columns = [
-        Column("model", text, lambda item: item[0].outcome.row.label),
-        Column("layer", str, lambda item: item[0].name),
-        Column("block", whole, lambda item: item[1]),
-        Column("load / mean", "{:.1f}".format, lambda item: item[2]),
-        Column("tokens", markdown, lambda item: " ".join(map(code, item[3]))),
-    ]
+def token_agreement(layer: pd.DataFrame) -> str:
+    """Format the correlation of shared blocks with equal tokens."""
+    return mean_sd(
+        correlation(shared_blocks(one.blocks), shared_blocks([[token] for token in one.positions]))
+        for one in layer[layer.blocks.astype(bool)].itertuples()
+    )
+
+
+def shared_blocks(blocks_PA: Sequence[Sequence[int]]) -> np.ndarray[Any, Any]:
+    """Return the (P, P) share of their blocks that two positions have in common, from the (P, A)
+    distinct blocks of each position."""
+    blocks = np.array(blocks_PA)
+    uses = np.zeros((len(blocks), blocks.max() + 1))
+    np.put_along_axis(uses, blocks, 1.0, axis=1)
+    return uses @ uses.T / blocks.shape[1]
+
+
+def correlation(first_PP: Any, second_PP: Any) -> float:
+    """Return Pearson's correlation of two symmetric matrices without their diagonals; NaN where
+    one of them is constant."""
+    pairs = np.triu_indices(len(first_PP), k=1)
+    return pd.Series(first_PP[pairs]).corr(pd.Series(second_PP[pairs]))
+
+
+def example_blocks(layers: pd.DataFrame) -> Part:
+    """Make a table of the tokens of the most loaded blocks of each layer, for the first seed: of
+    equally loaded ones, those with the lower number. Empty where tokens are not known."""
+    lines = []
+    for layer in layers[layers.top_tokens.astype(bool)].itertuples():
+        loads = pd.Series(layer.counts) / np.mean(layer.counts)
+        for block, load in loads[loads > 0].nlargest(LISTED_BLOCKS).items():
+            tokens = " ".join(map(code, layer.top_tokens[block]))
+            lines.append((text(layer.label), layer.layer, f"{block:,}", f"{load:.1f}", tokens))
+    cells = pd.DataFrame(lines, columns=["model", "layer", "block", "load / mean", "tokens"])
     note = (
         f"The {LISTED_BLOCKS} most loaded blocks of each layer, first seed, validation split. "
         "Tokens: those that use the block most often beyond what independence of token and block "
         "would give."
     )
-    return make(columns, items, note)
-
-
-def most_loaded(layer: Mapping[str, Any]) -> list[tuple[int, float, list[str]]]:
-    """Return number, load over mean, and top tokens of the most loaded blocks, of equally loaded
-    ones the lower number first. Empty where tokens are not known."""
-    counts, top = layer["counts"], layer["top_tokens"]
-    mean = sum(counts) / len(counts)
-    order = sorted(range(len(counts)), key=lambda block: (-counts[block], block))
-    return [
-        (block, counts[block] / mean, top[block])
-        for block in order[:LISTED_BLOCKS]
-        if top and counts[block]
-    ]
+    return Part(cells, [note], left=["model", "tokens"])
 
 
 def code(value: str) -> str:

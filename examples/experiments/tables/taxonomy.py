@@ -1,17 +1,16 @@
 """Tables of what each method selects and costs."""
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from fairseq_sffn.memory import MemoryConfig
 
-from ..files import Row, Scale, Table
-from ..outcomes import Experiments, Model
-from .part import FLOPS_NOTE, Column, Part, Parts, make, text, whole
+from ..files import Scale, Table
+from ..frame import Experiments, Model, build_model
+from ..plan import row_flags
+from .part import FLOPS_NOTE, Part, Parts, text
 
 PAPER = {"size": "gpt3_medium", "dictionary": 51200, "tokens_per_sample": 2048}
 """The models of Liu et al. 2023: fairseq's 355M configuration."""
@@ -23,42 +22,31 @@ def taxonomy(experiments: Experiments, table: Table) -> Parts:
     if experiments.scale.size != PAPER["size"]:
         paper: dict[str, Any] = {**PAPER, "ffn_embed_dim": 4096, "flags": ""}
         scales.append(replace(experiments.scale, **paper))
-    return {"": [costs(experiments, table, scale) for scale in scales]}
+    return {"": [costs(table, scale) for scale in scales]}
 
 
-def costs(experiments: Experiments, table: Table, scale: Scale) -> Part:
+def costs(table: Table, scale: Scale) -> Part:
     """Make a table of sizes and costs at a scale."""
-
-    def of_model(value: Callable[[Model], Any]) -> Callable[[Row], Any]:
-        return lambda row: value(experiments.model(row, scale))
-
-    columns = [
-        Column("model", text, lambda row: row.label),
-        Column("g", numbers, of_model(lambda m: distinct(m, lambda c: c.block_size))),
-        Column("b", numbers, of_model(lambda m: distinct(m, lambda c: c.active_blocks))),
-        Column("parameters", whole, of_model(lambda m: m.cost["params"])),
-        Column("active", whole, of_model(lambda m: m.cost["active_params"])),
-        Column(
-            "forward MFLOPs per token",
-            "{:,.3f}".format,
-            of_model(lambda m: m.cost["flops_per_token"] / 1e6),
-        ),
-        Column("selection", "{:+.2%}".format, of_model(lambda m: m.cost["selection_share"])),
-        Column("overhead", "{:+.2%}".format, of_model(lambda m: m.cost["overhead_vs_dense"])),
-        Column("selection by", text, of_model(selects)),
-    ]
+    models = [build_model(row.model, row_flags(row, scale), scale) for row in table.rows]
+    cost = [model.cost for model in models]
+    cells = {
+        "model": [text(row.label) for row in table.rows],
+        "g": ["; ".join(distinct(m, lambda config: f"{config.block_size:,}")) for m in models],
+        "b": ["; ".join(distinct(m, lambda config: f"{config.active_blocks:,}")) for m in models],
+        "parameters": [f"{one['params']:,}" for one in cost],
+        "active": [f"{one['active_params']:,}" for one in cost],
+        "forward MFLOPs per token": [f"{one['flops_per_token'] / 1e6:,.3f}" for one in cost],
+        "selection": [f"{one['selection_share']:+.2%}" for one in cost],
+        "overhead": [f"{one['overhead_vs_dense']:+.2%}" for one in cost],
+        "selection by": map(selects, models),
+    }
     note = (
         "g: cells per block; b: active blocks per token; active: parameters that a token uses. "
         "Selection: training FLOPs of selection over the dense model's. Overhead: training FLOPs "
         "beyond the dense model's, over the dense model's."
     )
     title = f"`_{scale.size}`, {scale.dictionary:,} types, context {scale.tokens_per_sample:,}"
-    return make(columns, table.rows, note, FLOPS_NOTE, table.note, title=title)
-
-
-def numbers(values: Iterable[int]) -> str:
-    """Return several numbers as text."""
-    return "; ".join(map(whole, values))
+    return Part(cells, [note, FLOPS_NOTE, table.note], title, left=["model", "selection by"])
 
 
 def distinct(model: Model, value: Callable[[MemoryConfig], Any]) -> list[Any]:
@@ -70,4 +58,5 @@ def selects(model: Model) -> str:
     """Return what chooses a token's blocks, from the docstrings of the selectors' modules."""
     selectors = distinct(model, lambda config: config.selector_class)
     docs = [sys.modules[selector.__module__].__doc__ or "" for selector in selectors]
-    return "; ".join(doc.splitlines()[0].partition(": ")[2].removesuffix(".") for doc in docs)
+    said = (doc.splitlines()[0].partition(": ")[2].removesuffix(".") for doc in docs)
+    return text("; ".join(said))

@@ -1,126 +1,104 @@
 """Tables of accuracy on zero-shot tasks."""
 
-from __future__ import annotations
-
-import math
-import statistics
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
+import pandas as pd
+
 from ..files import Table
-from ..outcomes import Experiments, Outcome
-from .part import Column, Parts, entry, make, runs_note, text
+from ..frame import Experiments
+from .part import Part, Parts, runs_note, shown, text
 
 APART = "†"
 """Marks accuracies that differ from random."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """The result of a zero-shot task.
-
-    Attributes:
-        documents: number of documents.
-        accuracy: accuracy, by length-normalised likelihood where there are choices.
-        error: its standard error; ``None``: not known.
-        random: accuracy of random guessing.
-        cut: requests that were cut to the model's context.
-        in_pieces: requests among them whose continuation was scored in pieces.
-    """
-
-    documents: int
-    accuracy: float
-    error: float | None
-    random: float
-    cut: int = 0
-    in_pieces: int = 0
-
-    @property
-    def apart(self) -> bool:
-        """Whether the accuracy differs from random by more than two standard errors of random
-        guessing. Its own standard error is 0 where all or no documents are right."""
-        error = math.sqrt(self.random * (1 - self.random) / self.documents)
-        return abs(self.accuracy - self.random) > 2 * error
-
-    def markdown(self) -> str:
-        """Return the accuracy in %, with a mark where it differs from random."""
-        error = "" if self.error is None else f" ± {self.error:.1%}"
-        return f"{self.accuracy:.1%}{error}".replace("%", "") + APART * self.apart
-
-
 def zero_shot(experiments: Experiments, table: Table) -> Parts:
     """Make a table of accuracy, for the first seed of each row."""
-    outcomes = experiments.outcomes(table)
-    found = {o.row.label: tasks(o) for o in outcomes}
-    known = {name: task for of_row in found.values() for name, task in of_row.items()}
-    chance = {name: replace(task, accuracy=task.random, error=None) for name, task in known.items()}
-    columns = [
-        Column("model", text, lambda item: item[0]),
-        *(Column(name, Task.markdown, partial(entry, name)) for name in known),
-        Column("mean", lambda mean: f"{100 * mean:.1f}", lambda item: mean_accuracy(item[1])),
-    ]
-    notes = (
+    runs = experiments.runs(table)
+    tasks = accuracies(runs)
+    known = tasks.drop_duplicates("task", keep="last")
+    random = known.assign(label="random", accuracy=known.random, error=None, apart=False)
+    accuracy = pd.concat([tasks, random]).astype({"accuracy": float})
+    lines = [*dict.fromkeys(runs.label), "random"]
+    cells = {"model": [text(label) for label in lines]}
+    for name, task in accuracy.groupby("task", sort=False):
+        found = dict(zip(task.label, task.itertuples(), strict=True))
+        cells[name] = [markdown(found[label]) if label in found else "" for label in lines]
+    means = accuracy.groupby("label").accuracy.mean().reindex(lines)
+    cells["mean"] = shown(means, lambda mean: f"{100 * mean:.1f}")
+    notes = [
         "Accuracy in % ± standard error. Multiple-choice tasks: the answer with the highest "
         "length-normalised log-likelihood. LAMBADA: greedy prediction of the last word.",
-        documents_note(known.values()),
-        *cut_notes(known),
-        "The first seed of each row." if any(len(o.row.seeds) > 1 for o in outcomes) else "",
-        apart_note([task.apart for of_row in found.values() for task in of_row.values()]),
-        runs_note(outcomes, mean=False),
+        *documents_notes(known),
+        "The first seed of each row." if runs.label.duplicated().any() else "",
+        apart_note(tasks),
+        runs_note(runs, mean=False),
         table.note,
-    )
-    return {"": [make(columns, [*found.items(), ("random", chance)], *notes)]}
+    ]
+    return {"": [Part(cells, notes)]}
 
 
-def tasks(outcome: Outcome) -> dict[str, Task]:
-    """Return name -> result of each task, for the first seed that is there."""
-    found = outcome.first["zero_shot"]["tasks"] if outcome.good else []
-    return {task["task"]: read_task(task) for task in found}
+def accuracies(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return a line for each row and task, from the row's first seed: what ``fairseq-sffn
+    zero-shot --json`` says, with ``accuracy`` and its standard ``error`` by length-normalised
+    likelihood where there are choices, and whether the accuracy is ``apart`` from random."""
+    first = runs[runs.done & ~runs.diverged].drop_duplicates("label")
+    found = [
+        {"label": run.label, "cut_requests": 0, "requests_in_pieces": 0, **task}
+        for run in first.itertuples()
+        for task in run.result["zero_shot"]["tasks"]
+    ]
+    names = ("label", "task", "documents", "random", "cut_requests", "requests_in_pieces")
+    measures = ("accuracy", "accuracy_norm", "standard_error", "standard_error_norm")
+    tasks = pd.DataFrame(found, columns=[*names, *measures])
+    choices = tasks.accuracy_norm.notna()
+    tasks["error"] = tasks.standard_error_norm.where(choices, tasks.standard_error)
+    tasks["accuracy"] = tasks.accuracy_norm.where(choices, tasks.accuracy)
+    tasks["apart"] = apart(tasks.accuracy, tasks.random, tasks.documents)
+    return tasks
 
 
-def read_task(task: Mapping[str, Any]) -> Task:
-    """Read a task from the output of ``fairseq-sffn zero-shot --json``."""
-    kind = "" if task["accuracy_norm"] is None else "_norm"
-    accuracy, error = task[f"accuracy{kind}"], task[f"standard_error{kind}"]
-    counts = (task.get(name, 0) for name in ("cut_requests", "requests_in_pieces"))
-    return Task(task["documents"], accuracy, error, task["random"], *counts)
+def apart(accuracy: pd.Series, random: pd.Series, documents: pd.Series) -> pd.Series:
+    """Return whether accuracies differ from random by more than two standard errors of random
+    guessing. Their own standard error is 0 where all or no documents are right."""
+    return (accuracy - random).abs() > 2 * (random * (1 - random) / documents) ** 0.5
 
 
-def mean_accuracy(found: Mapping[str, Task]) -> float | None:
-    """Return the mean accuracy of all tasks."""
-    return statistics.fmean(task.accuracy for task in found.values()) if found else None
+def markdown(task: Any) -> str:
+    """Return an accuracy in %, with a mark where it differs from random."""
+    error = "" if pd.isna(task.error) else f" ± {100 * task.error:.1f}"
+    return f"{100 * task.accuracy:.1f}{error}" + APART * task.apart
 
 
-def documents_note(found: Iterable[Task]) -> str:
-    """Say how many documents there are."""
-    counts = [task.documents for task in found]
-    if not counts:
-        return ""
-    least, most = f"{min(counts):,}", f"{max(counts):,}"
-    return f"{most if least == most else f'{least} to {most}'} documents per task."
+def documents_notes(known: pd.DataFrame) -> list[str]:
+    """Say how many documents there are, and which requests are longer than the model's context."""
+    if known.empty:
+        return []
+    ends = dict.fromkeys(f"{n:,}" for n in (known.documents.min(), known.documents.max()))
+    notes = [f"{' to '.join(ends)} documents per task."]
+    for column, said in (
+        ("cut_requests", "Requests longer than the model's context are cut on the left"),
+        ("requests_in_pieces", "Longer continuations are scored in pieces"),
+    ):
+        some = known[known[column] > 0]
+        if found := ", ".join(
+            f"{n:,} of {task}" for n, task in some[[column, "task"]].itertuples(index=False)
+        ):
+            notes.append(f"{said}: {found}.")
+    return notes
 
 
-def cut_notes(found: Mapping[str, Task]) -> Iterable[str]:
-    """Say which tasks have requests that are longer than the model's context."""
-    cut = ", ".join(f"{task.cut:,} of {name}" for name, task in found.items() if task.cut)
-    pieces = ", ".join(f"{t.in_pieces:,} of {name}" for name, t in found.items() if t.in_pieces)
-    yield f"Requests longer than the model's context are cut on the left: {cut}." if cut else ""
-    yield f"Longer continuations are scored in pieces: {pieces}." if pieces else ""
-
-
-def apart_note(apart: list[bool]) -> str:
+def apart_note(tasks: pd.DataFrame) -> str:
     """Say how many accuracies differ from random."""
-    if not apart:
+    if tasks.empty:
         return ""
     far = (
         "two standard errors of random guessing, sqrt(random (1 - random) / documents), from random"
     )
-    if not any(apart):
-        return f"None of the {len(apart)} accuracies is more than {far}."
+    if not tasks.apart.any():
+        return f"None of the {len(tasks)} accuracies is more than {far}."
     return (
-        f"{APART} more than {far}: {sum(apart)} of {len(apart)}. All rows answer the same "
+        f"{APART} more than {far}: {tasks.apart.sum()} of {len(tasks)}. All rows answer the same "
         "documents, so a deviation that most rows share, the dense model included, comes from the "
         "task, for example from the lengths of its answers."
     )

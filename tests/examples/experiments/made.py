@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,8 @@ def diverged() -> Any:
 
 def swept(loss: float | None) -> Any:
     """Make the result of a run that chooses a learning rate."""
-    evaluation = {"valid": {"loss": loss, "perplexity": 1.0, "tokens": 1000}}
+    ppl = math.inf if loss is None else 2**loss
+    evaluation = {"valid": {"loss": loss, "perplexity": ppl, "tokens": 1000}}
     kept = {name: value for name, value in result(1.0).items() if name != "routing"}
     return kept | {"evaluation": evaluation}
 

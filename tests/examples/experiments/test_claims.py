@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 
 from experiments.claims import (
@@ -12,6 +13,7 @@ from experiments.claims import (
     EQUIVALENT,
     SUPPORTED,
     UNDECIDED,
+    Deviation,
     Verdict,
     judge,
     markdown,
@@ -19,25 +21,19 @@ from experiments.claims import (
     verdicts,
 )
 from experiments.files import Claim, Row
-from experiments.outcomes import Experiments, Outcome
-from experiments.plan import row_runs
+from experiments.frame import Experiments
 from experiments.results import Results
-from experiments.summaries import Deviation
 from tests.examples.experiments import made
 
 CLAIM = Claim("A beats B.", "A", "B")
 
 
-def outcome(label: str, *perplexities: float | None) -> Outcome:
-    """Make the outcome of a row with seeds 1, 2, ...; ``None``: the seed is missing."""
-    seeds = tuple(range(1, len(perplexities) + 1))
-    row = Row(label, "avgk", f"--sffn-block-size {2 ** (ord(label) - 60)}", seeds)
-    results = {
-        seed: made.result(value, valid=1000 / value)  # the validation split would say the opposite
-        for seed, value in enumerate(perplexities, 1)
-        if value is not None
-    }
-    return Outcome(row, 0.1, tuple(row_runs(row, made.scale(), 0.1)), results)
+def row(label: str, *perplexities: float | None, flops: float = 1.0) -> pd.DataFrame:
+    """Make the runs of a row with seeds 1, 2, ...; ``None``: the result is missing."""
+    test = pd.Series(perplexities, dtype=float)
+    seeds = range(1, len(test) + 1)
+    values = {"test": test, "seed": seeds, "done": test.notna(), "valid": 1000 / test}
+    return pd.DataFrame(values).assign(label=label, flops=flops, diverged=False)
 
 
 BESIDE = Deviation(3.0, 4, 2)
@@ -52,7 +48,8 @@ def verdict(
     flops: float = 1.025,
     margin: float = 0.02,
 ) -> Verdict:
-    return judge(CLAIM, outcome("A", *better), outcome("B", *worse), flops, beside, margin)
+    runs = pd.concat([row("A", *better, flops=flops), row("B", *worse)])
+    return judge(CLAIM, runs, beside, margin)
 
 
 def test_the_three_verdicts() -> None:
@@ -61,7 +58,7 @@ def test_the_three_verdicts() -> None:
     assert verdict(worse, better).word == CONTRADICTED
     assert verdict((10.0, 12.0, 11.0), (20.0, 1.0, 11.5)).word == UNDECIDED
     found = verdict(better, worse)
-    assert found.difference is not None and found.difference.mean == pytest.approx(10)
+    assert found.difference == pytest.approx(10)
     error = 3 * math.sqrt(2 / 3)
     assert found.markdown() == (
         "A beats B. **Supported** at this scale: test perplexity 11.0 (A, 3 seeds) against 21.0 "
@@ -133,10 +130,8 @@ def test_rows_are_compared_on_the_seeds_that_both_have() -> None:
     found = verdict((10.0,), (30.0, 1.0, 1.0))
     assert found.word == SUPPORTED
     assert "10.0 (A, one seed) against 30.0 (B, one seed), lower by 20.0 ± 4.2" in found.reason
-    other = outcome("A", 10.0)
-    runs = tuple(replace(run, seed=5) for run in other.runs)
-    other = replace(other, runs=runs, results={5: other.results[1]})
-    apart = judge(CLAIM, other, outcome("B", 30.0), 1.0, BESIDE, 0.02)
+    runs = pd.concat([row("A", 10.0).assign(seed=5), row("B", 30.0)])
+    apart = judge(CLAIM, runs, BESIDE, 0.02)
     assert (apart.word, apart.reason) == (UNDECIDED, "the rows have no seed in common")
 
 
@@ -157,9 +152,8 @@ def test_results_are_missing(some: tuple[float | None, ...]) -> None:
 
 
 def test_a_row_that_diverged() -> None:
-    gone = outcome("A", 10.0)
-    gone.results[1]["evaluation"] = made.diverged()["evaluation"]
-    assert judge(CLAIM, gone, outcome("B", 10.0), 1.0, BESIDE, 0.02).reason == "A diverged"
+    runs = pd.concat([row("A", None).assign(done=True, diverged=True), row("B", 10.0)])
+    assert judge(CLAIM, runs, BESIDE, 0.02).reason == "A diverged"
 
 
 def test_the_deviation_is_of_each_training_once(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -168,14 +162,18 @@ def test_the_deviation_is_of_each_training_once(tmp_path_factory: pytest.TempPat
     a, b, c = Row("A", "avgk", seeds=(1, 2, 3)), Row("B", "switch", seeds=(1, 2)), Row("C", "dense")
     values = {"avgk": (10.0, 12.0, 14.0), "switch": (20.0, 21.0), "dense": (30.0,)}
     made.fill(results, [a, b, c], lambda r, run: made.result(values[r.model][run.seed - 1]))
-    tables = {"t": made.table(a, b, c, claims=(CLAIM,)), "u": made.table(replace(a, seeds=(2, 3)))}
+    tables = {
+        "t": made.table(a, b, c, claims=(CLAIM,)),
+        "u": made.table(replace(a, seeds=(2, 3)), name="u"),
+    }
     experiments = Experiments(results.scale, results, tables)
-    found = seed_deviation(experiments)
+    found = seed_deviation(experiments.frame)
     assert found is not None and (found.rows, found.degrees_of_freedom) == (2, 1)
     # Seeds 1 and 2 differ by 2 in one row and by 1 in the other. Only one row has seed 3.
     assert found.sd == pytest.approx(math.sqrt(4 * 0.25**2))
-    (claim,) = verdicts(experiments, tables["t"])
+    (claim,) = verdicts(experiments)["t"]
     assert claim.word == SUPPORTED and "±" in claim.markdown()
-    avgk, switch = map(experiments.training_flops, experiments.outcomes(tables["t"])[:2])
-    assert claim.flops == avgk / switch
-    assert seed_deviation(Experiments(results.scale, results, {"t": made.table(c)})) is None
+    flops = experiments.runs(tables["t"]).groupby("label").flops.first()
+    assert claim.flops == flops["A"] / flops["B"] != 1
+    alone = Experiments(results.scale, results, {"t": made.table(c)})
+    assert seed_deviation(alone.frame) is None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
 
 from experiments import figures
 from experiments.files import Row, Table
-from experiments.outcomes import Experiments
+from experiments.frame import Experiments
 from tests.examples.experiments import made
 
 ROWS = (
@@ -19,6 +21,12 @@ ROWS = (
     Row("Switch", "switch", group="gate"),
 )
 TEST = {"dense": 100.0, "Avg-K": 80.0, "Avg-K, g = 8": 90.0, "Switch": 95.0}
+TABLE = made.table(*ROWS, axis="block size")
+GAP = made.table(
+    Row("dense", "dense", seeds=(1, 2), group="dense"),
+    Row("Avg-K", "avgk", seeds=(1, 2), group="keys"),
+    name="gap",
+)
 BLOCKS = {"dense": 0, "Avg-K": 128, "Avg-K, g = 8": 1024, "Switch": 16}
 
 
@@ -32,15 +40,17 @@ def experiments(tmp_path: Path) -> Experiments:
         return made.result(test, BLOCKS[row.label], run.seed, valid=1000 / test)
 
     made.fill(results, ROWS, make)
-    return Experiments(results.scale, results, {})
+    return Experiments(results.scale, results, {"t": TABLE, "gap": GAP})
 
 
-def table(*rows: Row) -> Table:
-    return made.table(*rows, axis="block size")
+def draw(experiments: Experiments, table: Table, kind: str) -> list[Axes]:
+    figure = figures.draw(experiments, replace(table, figure=kind))
+    assert figure is not None
+    return figure.axes
 
 
 def test_bars_are_in_order_and_coloured_by_group(experiments: Experiments) -> None:
-    (axes,) = figures.bars(experiments, table(*ROWS)).axes
+    (axes,) = draw(experiments, TABLE, "bars")
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == ["Avg-K", "Avg-K, g = 8", "Switch", "dense"]
     legend = axes.get_legend()
@@ -53,27 +63,25 @@ def test_bars_are_in_order_and_coloured_by_group(experiments: Experiments) -> No
 
 
 def test_lines_and_points_show_the_test_split(experiments: Experiments) -> None:
-    (axes,) = figures.lines(experiments, table(*ROWS)).axes
+    (axes,) = draw(experiments, TABLE, "lines")
     (line,) = axes.containers[0].lines[:1]
     assert list(line.get_xdata()) == [1, 8] and list(line.get_ydata()) == [81.5, 91.0]
     levels = {line.get_label(): line.get_ydata()[0] for line in axes.lines if line.get_label()}
     # These rows have no position on the axis.
     assert levels.items() >= {("dense", 101.5), ("Switch", 96.0)}
-    (points,) = figures.flops(experiments, table(*ROWS)).axes
+    (points,) = draw(experiments, TABLE, "flops")
     assert [bar.lines[0].get_ydata()[0] for bar in points.containers] == [101.5, 81.5, 91.0, 96.0]
 
 
 def test_a_gap_is_that_of_the_same_seed_on_the_test_split(experiments: Experiments) -> None:
-    dense = Row("dense", "dense", seeds=(1, 2), group="dense")
-    avgk = Row("Avg-K", "avgk", seeds=(1, 2), group="keys")
-    (axes,) = figures.gap(experiments, table(dense, avgk)).axes
+    (axes,) = draw(experiments, GAP, "gap")
     (gap,) = axes.containers[0].lines[0].get_ydata()
     assert gap == pytest.approx((81 / 101 + 82 / 102) / 2 - 1)
 
 
 def test_loads_have_a_column_for_each_group(experiments: Experiments) -> None:
-    figure = figures.load(experiments, table(*ROWS))
-    loads, used = figure.axes[:2], figure.axes[2:]
+    axes = draw(experiments, TABLE, "load")
+    loads, used = axes[:2], axes[2:]
     assert [axes.get_title() for axes in loads] == ["keys", "gate"]
     for axes, rows in zip(used, (ROWS[1:3], ROWS[3:]), strict=True):
         assert [line.get_label() for line in axes.lines] == [row.label for row in rows]

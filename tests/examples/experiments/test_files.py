@@ -9,8 +9,7 @@ import pytest
 from experiments.figures import FIGURES
 from experiments.files import REFUSED, Launcher, Row, Table, load_scale, load_table
 from experiments.plan import Run, row_runs, train_arguments
-from experiments.points import POINTS
-from experiments.tables import KINDS
+from experiments.report import KINDS
 from tests.examples.experiments import made
 
 TABLE = """
@@ -168,7 +167,7 @@ def test_a_table_without_rows(tmp_path: Path) -> None:
 def test_kinds_and_figures_are_those_that_are_rendered() -> None:
     kinds, figures = (get_args(get_type_hints(Table)[name]) for name in ("kind", "figure"))
     assert set(kinds) == set(KINDS)
-    assert set(figures) == {"", *FIGURES} == {"", *POINTS}
+    assert set(figures) == {"", *FIGURES}
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
@@ -192,5 +191,4 @@ def test_no_file_sets_a_flag_that_a_run_sets() -> None:
     words = train_arguments(run, made.scale(flags=""), Launcher(), "data", "saved", "plugin")
     ours = {word for word in words if word.startswith("--")}
     also = {"-a", "--max-sentences", "--max-tokens"}  # other names of two, and a limit of one
-    elsewhere = {flag for flag, why in REFUSED.items() if why.startswith("is set")}
-    assert elsewhere == ours | also
+    assert {*REFUSED["is set by what the file says elsewhere"].split()} == ours | also

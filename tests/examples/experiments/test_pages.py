@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.pages import fill
+from experiments.report import fill
 
 PAGE = """# Title
 <!-- report: main -->
@@ -20,7 +20,7 @@ last
 def filled(tmp_path: Path, text: str) -> str:
     page = tmp_path / "page.md"
     page.write_bytes(text.encode())
-    return fill(page, lambda name: f"of {name}")
+    return fill(page, lambda name, folder: f"of {name}")
 
 
 def test_blocks_are_replaced_and_the_rest_stays(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_several_lines_have_the_line_ends_of_their_place(tmp_path: Path) -> None
     page = tmp_path / "page.md"
     page.write_bytes(b"<!-- report: x -->\r\n<!-- end -->\r\n")
     expected = "<!-- report: x -->\r\n\r\n1\r\n2\r\n\r\n<!-- end -->\r\n"
-    assert fill(page, lambda name: "1\n2") == expected
+    assert fill(page, lambda name, folder: "1\n2") == expected
 
 
 @pytest.mark.parametrize(
@@ -53,13 +53,13 @@ def test_several_lines_have_the_line_ends_of_their_place(tmp_path: Path) -> None
         ("a\nb\n", r"page\.md: has no block <!-- report: BLOCK -->$"),
         ("", r"page\.md: has no block"),
         ("<!--report: t-->\n", r"page\.md: has no block"),
-        ("<!--report: t-->\n<!-- end -->\n", r"page\.md:2: <!-- end --> ends no block"),
-        ("a\n<!-- report: x -->\nb\n", r"page\.md:2: this block has no <!-- end -->"),
+        ("<!--report: t-->\n<!-- end -->\n", r"page\.md:2: <!-- end --> has no partner"),
+        ("a\n<!-- report: x -->\nb\n", r"page\.md:2: <!-- report: x --> has no partner"),
         (
             "<!-- report: x -->\n<!-- report: y -->\n<!-- end -->\n",
-            r"page\.md:1: this block has no <!-- end -->",
+            r"page\.md:1: <!-- report: x --> has no partner",
         ),
-        ("a\nb\n<!-- end -->\n", r"page\.md:3: <!-- end --> ends no block"),
+        ("a\nb\n<!-- end -->\n", r"page\.md:3: <!-- end --> has no partner"),
     ],
 )
 def test_wrong_markers(text: str, error: str, tmp_path: Path) -> None:
@@ -69,4 +69,4 @@ def test_wrong_markers(text: str, error: str, tmp_path: Path) -> None:
 
 def test_a_page_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"none\.md: cannot be read"):
-        fill(tmp_path / "none.md", str)
+        fill(tmp_path / "none.md", lambda name, folder: name)

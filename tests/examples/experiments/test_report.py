@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import io
 import json
 import re
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from experiments import outcomes
 from experiments.__main__ import main
-from experiments.files import Row, Scale, load_scale, load_table
-from experiments.outcomes import Model, build_model
+from experiments.files import Row, load_scale, load_table
 from experiments.plan import Run, sweep_runs
 from experiments.results import Results
 from fairseq_sffn.tools.cost import cost_figures
@@ -93,22 +89,6 @@ def make(row: Row, run: Run) -> Any:
 def some_missing(row: Row, run: Run) -> Any:
     gone = run.updates == 360 or (run.model, run.seed) == ("switch", 3)
     return None if gone else make(row, run)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def models_built_once() -> Iterator[None]:
-    """Build each model once. Building takes half a second, and each report builds a dozen."""
-    built: dict[tuple[str, str, str], Model] = {}
-
-    def build(model: str, flags: str, scale: Scale) -> Model:
-        key = model, flags, scale.size
-        if key not in built:
-            built[key] = build_model(*key[:2], scale)
-        return built[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outcomes, "build_model", build)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +176,11 @@ def test_learning_rates(printed: str, folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     scale = load_scale(copy / "scales" / "small.toml")
     results = Results(copy / "results" / "small", scale)
+    first = sweep_runs(Row("s", "switch"), scale)[0]
+    results.path(first).unlink()
+    text = rates(report(copy, "--no-figures"))
+    assert cells(text, "Switch") == ["", "4.0"]  # not chosen before the last run
+    results.add(first, made.swept(3.0))
     for model, number in {"dense": 0, "avgk": 1}.items():
         gone, diverged = sweep_runs(Row(model, model), scale)[:: 1 if number else -1]
         results.path(gone).unlink()
@@ -367,23 +352,18 @@ def test_what_is_linked_is_what_is_drawn(flags: list[str], folder: Path, printed
 
 def test_json(folder: Path) -> None:
     found = json.loads(report(folder, "--json", "--no-figures"))
-    assert "later" not in found
-    row = found["main"]["parts"][""][0]["rows"][0]
-    assert row["test ppl"] == {
-        "mean": 103.0,
-        "sd": pytest.approx(3.6055513),
-        "count": 3,
-    }
-    (rates,) = found["main"]["parts"]["learning_rates"]
-    assert rates["rows"][0]["0.002"] == {"perplexity": 4.0, "chosen": True}
-    (tasks,) = found["zero"]["parts"][""]
-    accuracy, error = 0.5, 0.02
-    assert tasks["rows"][0]["piqa"] == {
-        **{"documents": 1000, "accuracy": accuracy, "error": error, "random": 0.5},
-        **{"cut": 1234, "in_pieces": 5},
-    }
-    claim = found["main"]["claims"][0]
-    assert claim["word"] == "supported" and claim["difference"]["mean"] == 10
+    assert "later" not in found["claims"]
+    runs = {(r["table"], r["label"], r["sweep"], r["seed"], r["lr"]): r for r in found["runs"]}
+    assert not any(table == "later" for table, *_ in runs)
+    run = runs["main", "dense", False, 2, 0.002]
+    assert (run["test"], run["out_of_domain"], run["done"]) == (102.0, 122.0, True)
+    assert run["perplexity"] == {"valid": 50.0, "test": 102.0, "fiction": 112.0, "law": 132.0}
+    assert runs["main", "dense", True, 1, 0.001]["valid"] == 8.0
+    assert runs["main", "Switch", False, 3, 0.002]["test"] is None
+    (piqa, _) = runs["zero", "dense", False, 1, 0.002]["zero_shot"]["tasks"]
+    assert piqa["accuracy_norm"] == 0.5
+    claim = found["claims"]["main"][0]
+    assert claim["word"] == "supported" and claim["difference"] == 10
 
 
 PAGE = """before
@@ -451,7 +431,7 @@ def test_a_page_without_a_block(folder: Path, page: Path) -> None:
         ("report: main ", "report: nain ", r"page\.md: <!-- report: nain -->: nain: is none of"),
         ("main.domains", "main.x", r"main\.x: is none of .*main\.domains"),
         ("later.figure", "later.claims", r"later\.claims: is none of"),
-        ("<!-- end -->\nafter", "after", r"page\.md:14: this block has no <!-- end -->"),
+        ("<!-- end -->\nafter", "after", r"page\.md:14: <!-- report: \S+ --> has no partner"),
     ],
 )
 def test_wrong_pages(old: str, new: str, error: str, folder: Path, page: Path) -> None:
@@ -460,22 +440,6 @@ def test_wrong_pages(old: str, new: str, error: str, folder: Path, page: Path) -
         report(folder, "--write", page)
     assert "\n" not in str(stopped.value)
     assert page.read_text() == PAGE.replace(old, new)
-
-
-def test_without_matplotlib(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.delitem(sys.modules, "experiments.figures", raising=False)
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(SystemExit, match=r"^figures need matplotlib: pip install") as stopped:
-        report(folder)
-    assert "\n" not in str(stopped.value)
-    assert "## Main" in report(folder, "--no-figures")
 
 
 def test_a_diverged_training_is_said_and_not_averaged(folder: Path, tmp_path: Path) -> None:

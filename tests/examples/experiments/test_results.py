@@ -8,7 +8,7 @@ import pytest
 
 from experiments.files import Row
 from experiments.plan import row_runs, sweep_runs
-from experiments.results import EVALUATED, Results, curve, missing, write
+from experiments.results import EVALUATED, Results, curve, is_done, write
 from fairseq_sffn.tools.training_log import log_records
 from tests.examples.experiments import made
 
@@ -77,22 +77,17 @@ def test_a_result_of_a_sweep_is_not_that_of_a_row(tmp_path: Path) -> None:
     row = replace(ROW, flags="")
     made.fill(results, [row], lambda row, run: None)
     runs = row_runs(row, results.scale, 0.002)
-    assert results.get(runs[0]) is not None
-    assert missing(runs, results, EVALUATED) == runs
-    results.add(runs[0], made.result(50.0))
-    assert missing(runs, results, EVALUATED) == []
+    found = results.get(runs[0])
+    assert found is not None and is_done(found, "evaluation") and not is_done(found, EVALUATED)
+    found = made.result(50.0)
+    results.add(runs[0], found)
+    assert is_done(found, EVALUATED)
     assert results.learning_rate(row) == 0.002  # with 0.5 bits, not 3.0
 
 
-def test_what_is_missing_is_there_once_and_by_seed(tmp_path: Path) -> None:
-    results = made.empty(tmp_path)
-    row = replace(ROW, seeds=(1, 2, 3))
-    runs = row_runs(row, results.scale, 0.002)
-    results.add(runs[1], made.result(50.0))
-    assert missing([*runs[::-1], *runs], results) == [runs[0], runs[2]]
-    assert missing(runs, results, "zero_shot") == runs
-    results.add(runs[0], made.diverged())
-    assert missing(runs, results, "zero_shot") == runs[1:]  # the other one diverged
+def test_what_diverged_is_done() -> None:
+    assert not is_done({}, "evaluation") and not is_done(made.result(50.0), "zero_shot")
+    assert is_done(made.diverged(), "zero_shot")
 
 
 def test_results_of_two_texts_are_refused(tmp_path: Path) -> None:

@@ -72,7 +72,10 @@ def test_the_sweep_is_looked_at_before_any_training(
     ("row", "error"),
     [
         ('model = "avgkk"', "t, row 'b': --arch transformer_lm_avgkk_tiny: is unknown; there is"),
-        ('model = "avgk", flags = "--no-such 3"', "row 'b': .*unrecognized arguments: --no-such 3"),
+        (
+            'model = "dense", flags = "--no-such 3"',
+            "row 'b': .*unrecognized arguments: --no-such 3",
+        ),
         ('model = "avgk", flags = "--sffn-block-size 7"', "t, row 'b': .*--sffn-block-size 7"),
         ('model = "avgk", flags = "--sffn-gate x"', "row 'b': .*--sffn-gate: invalid choice: 'x'"),
     ],

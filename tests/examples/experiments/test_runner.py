@@ -128,8 +128,8 @@ def test_signals_are_passed_on_until_trainings_have_saved(
     monkeypatch.setattr(runner, "wait", wait)
     monkeypatch.setattr(runner.os, "killpg", lambda *call: sent.append(call))
     runner_.children.add(Child())  # type: ignore[arg-type]
-    runner_.wait_for_saving([])
-    assert sent == [(12345, signal.SIGTERM)] * 2
+    runner_.stop([])
+    assert sent == [(12345, signal.SIGTERM)] * 3
 
 
 def test_the_others_go_on_after_a_training_that_failed(

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 
 from experiments.tables.part import Part
 from experiments.tables.part import text as escaped
-from experiments.tables.routing import token_share
-from experiments.tables.zero_shot import Task
+from experiments.tables.routing import seed_agreement, token_share
+from experiments.tables.zero_shot import apart as differ
 
 
 def test_a_tokens_blocks_do_not_tell_which_of_them_a_use_is() -> None:
     """Ids that determine 8 of 128 blocks tell 4 of the 7 bits of a use."""
-    assert token_share({"block_bits": 7.0, "token_bits": 4.0}, 8) == 1.0
-    assert token_share({"block_bits": 7.0, "token_bits": 3.5}, 1) == 0.5
-    assert token_share({"block_bits": 3.0, "token_bits": 0.0}, 8) is None
+    assert token_share(7.0, 4.0, 8) == 1.0
+    assert token_share(7.0, 3.5, 1) == 0.5
+    assert token_share(3.0, 0.0, 8) is None
+    assert token_share(7.0, None, 8) is None
+
+
+def test_seeds_are_compared_on_the_same_positions() -> None:
+    blocks = [[0], [1], [0], [1]]
+    seeds = pd.DataFrame({"blocks": [blocks, blocks], "positions": [[5, 6, 5, 6]] * 2})
+    assert seed_agreement(seeds) == "1.00"
+    assert seed_agreement(seeds.assign(positions=[[5, 6, 5, 6], [6, 5, 5, 6]])) == ""
 
 
 @pytest.mark.parametrize(
@@ -31,13 +40,12 @@ def test_a_tokens_blocks_do_not_tell_which_of_them_a_use_is() -> None:
         (0.45, 0.5, True),
     ],
 )
-@pytest.mark.parametrize("error", [None, 0.0, 0.5])
-def test_apart_from_random(
-    accuracy: float, random: float, apart: bool, error: float | None
-) -> None:
-    assert Task(500, accuracy, error, random).apart is apart
+def test_apart_from_random(accuracy: float, random: float, apart: bool) -> None:
+    found = differ(*(pd.Series([value]) for value in (accuracy, random, 500)))
+    assert list(found) == [apart]
 
 
 def test_a_label_with_a_line_end_stays_in_its_row() -> None:
     assert escaped("a\nb\r\n|c*") == "a b \\|c\\*"
-    assert Part({"a|b": escaped}, []).markdown() == "| a\\|b |\n| --- |"
+    assert Part({"a|b": ["c"]}, [], left=["a|b"]).markdown() == "| a\\|b |\n| --- |\n| c |"
+    assert Part({"a|b": []}, ["A note."]).markdown() == ""
