@@ -101,8 +101,9 @@ class Decoder(nn.Module):
         self.output_projection = None  # the embedding, if it is tied
         if not config.tied_embeddings:
             self.output_projection = nn.Linear(config.output_size, config.vocab_size, bias=False)
-        contexts = (layer.context_tokens for layer in self.layers)
-        self.context_tokens: int = max(1, *contexts) if len(self.layers) else 1
+        memories = self.memories().values()
+        contexts = [memory.config.context_tokens for memory in memories]
+        self.context_tokens: int = max([1, *contexts])
 
     def memories(self) -> dict[int, SparseMemory]:
         """Return number of each sparse layer -> its memory."""
@@ -247,12 +248,9 @@ class DecoderLayer(nn.Module):
         self.fc1: nn.Module
         self.fc2: nn.Module
         self.activation: Callable[[Tensor], Tensor] = ACTIVATIONS[config.activation]
-        self.context_tokens = 0
         fields = config.memories.get(str(number))
         if fields is not None:
-            memory_config = memory_config_of(fields, config)
-            self.fc1, self.fc2 = SparseFFN(memory_config), nn.Identity()
-            self.context_tokens = memory_config.context_tokens
+            self.fc1, self.fc2 = SparseFFN(memory_config_of(fields, config)), nn.Identity()
         elif config.glu is not None:
             self.fc1, self.fc2 = GatedLinear(width, hidden, config.glu), nn.Linear(hidden, width)
         else:

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> str:
     if args.sentencepiece:
         tokenizer = read_sentencepiece(args.sentencepiece, dictionary)
     elif args.gpt2_bpe:
-        tokenizer = read_gpt2_bpe(*args.gpt2_bpe, dictionary)
+        tokenizer = read_gpt2_bpe(args.gpt2_bpe[0], args.gpt2_bpe[1], dictionary)
     options, add_bos = model_options(model, state), bool(task.args.add_bos_token)
     description = describe(model, options)
     tensors = exported_tensors(model, state["model"], description["tied_embeddings"])

@@ -10,9 +10,9 @@ from transformers import PretrainedConfig
 class SFFNConfig(PretrainedConfig):
     """The values that ``fairseq-sffn export`` writes, as attributes.
 
-    Besides transformers' own: the attributes of the decoder, the weights of the losses that training
-    adds (``balance_loss_weights``, ``z_loss_weights``, ``balance_loss_scope``), and ``fairseq``, the
-    configuration of the training, which ``fairseq-sffn import`` puts into a checkpoint.
+    Besides transformers' own, these are the attributes of the decoder, the weights of the losses
+    that training adds (``balance_loss_weights``, ``z_loss_weights``, ``balance_loss_scope``), and
+    ``fairseq``: the configuration of the training, for ``fairseq-sffn import``.
     """
 
     model_type = "fairseq_sffn"

@@ -47,11 +47,10 @@ class SFFNForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(module, Balancer):
             module.discard()
         elif isinstance(module, SparseMemory):
-            if not getattr(module.values, "_is_hf_initialized", False):
+            if not is_loaded(module.values):
                 module.reset_parameters()
-        elif isinstance(module, nn.Embedding | nn.Linear | nn.LayerNorm):
-            if not getattr(module.weight, "_is_hf_initialized", False):
-                super()._init_weights(module)
+        elif hasattr(module, "weight") and not is_loaded(module.weight):
+            super()._init_weights(module)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.embed_tokens
@@ -146,3 +145,8 @@ class SFFNForCausalLM(PreTrainedModel, GenerationMixin):
     def create_masks_for_generate(self, *args: Any, **kwargs: Any) -> Any:
         """Return the mask of the tokens as it is: the decoder makes the causal one."""
         return kwargs.get("attention_mask")
+
+
+def is_loaded(parameter: Any) -> bool:
+    """Return whether transformers has loaded a parameter."""
+    return bool(getattr(parameter, "_is_hf_initialized", False))
