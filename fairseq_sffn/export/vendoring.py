@@ -22,7 +22,7 @@ from pathlib import Path
 from ..memory import Selector
 
 ROOT = Path(__file__).parents[1]
-HEADER = "# From fairseq_sffn 0.1.0 (MIT licence): {source}\n"
+HEADER = "# {source}, MIT licence: https://opensource.org/license/mit\n"
 IMPORT = re.compile(r"^( *)from (\.+)([\w.]*) import (.*)$", re.MULTILINE)
 OUTSIDE = re.compile(r"^import (triton.*)$", re.MULTILINE)
 REPLACED = {"memory.compute.kernels": "export.no_kernels"}

@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, models
+from fairseq.models.transformer_lm import TransformerLanguageModel
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -18,11 +19,12 @@ from ..export.description import check_exportable, describe, describe_losses
 from ..export.tensor_files import NAMES, parse_size, save_model
 from ..export.tokenizer_files import read_gpt2_bpe, read_sentencepiece, write_tokenizer
 from ..export.vendoring import copy_modules
+from ..models.plugin_model import PluginModel
 from .zero_shot import load_model, parse_overrides
 
 TIED = "decoder.output_projection.weight"
 """Parameter that an exported model lacks if it is the embedding."""
-MODULES = ("export.hugging_face.modeling_sffn", "export.hugging_face.configuration_sffn")
+MODULES = ("export.hugging_face.modeling_sffn",)
 TOKENIZER_MODULE = "export.hugging_face.tokenization_sffn"
 STORED = ("model", "task", "criterion", "common")
 """Parts of the training's configuration that the folder keeps."""
@@ -78,7 +80,8 @@ def run(args: argparse.Namespace) -> str:
         raise UsageError("--gpt2-bpe: there is --sentencepiece already")
     overrides = parse_overrides(args.model_overrides)
     state = checkpoint_utils.load_checkpoint_to_cpu(str(args.checkpoint), overrides)
-    check_exportable(state["cfg"].model)
+    options = model_options(state["cfg"].model)
+    check_exportable(options)
     model, task = load_model(args.checkpoint, args.data, overrides)
     dictionary = task.source_dictionary
     tokenizer = None
@@ -86,7 +89,7 @@ def run(args: argparse.Namespace) -> str:
         tokenizer = read_sentencepiece(args.sentencepiece, dictionary)
     elif args.gpt2_bpe:
         tokenizer = read_gpt2_bpe(args.gpt2_bpe[0], args.gpt2_bpe[1], dictionary)
-    options, add_bos = model_options(model, state), bool(task.args.add_bos_token)
+    add_bos = bool(task.args.add_bos_token)
     description = describe(model, options)
     tensors = exported_tensors(model, state["model"], description["tied_embeddings"])
     start = dictionary.bos() if add_bos else dictionary.eos()
@@ -99,7 +102,7 @@ def run(args: argparse.Namespace) -> str:
         "architectures": ["SFFNForCausalLM"],
         "model_type": "fairseq_sffn",
         "auto_map": {
-            "AutoConfig": "configuration_sffn.SFFNConfig",
+            "AutoConfig": "modeling_sffn.SFFNConfig",
             "AutoModelForCausalLM": "modeling_sffn.SFFNForCausalLM",
         },
         "torch_dtype": dtype_name(tensors["decoder.embed_tokens.weight"]),
@@ -136,10 +139,20 @@ def run(args: argparse.Namespace) -> str:
     return f"{args.output}: {count:,} numbers in {len(files)} file{'s' * (len(files) > 1)}{lacking}"
 
 
-def model_options(model: Any, state: dict[str, Any]) -> Any:
-    """Return a model's options as plain values, with the defaults of missing ones."""
-    options = getattr(type(model), "options", None)
-    return state["cfg"].model if options is None else options(state["cfg"].model)
+def model_options(stored: Any) -> Any:
+    """Return a language model's options, with the defaults of missing ones.
+
+    Args:
+        stored: the options in a checkpoint.
+
+    Raises:
+        UsageError: the model is no Transformer language model.
+    """
+    name = getattr(stored, "_name", None) or getattr(stored, "arch", None)
+    cls = models.ARCH_MODEL_REGISTRY.get(name) or models.MODEL_REGISTRY.get(name)
+    if cls is None or not issubclass(cls, TransformerLanguageModel):
+        raise UsageError(f"--arch {name}: fairseq-sffn export is for Transformer language models")
+    return cls.options(stored) if issubclass(cls, PluginModel) else stored
 
 
 def exported_tensors(model: Any, stored: dict[str, Tensor], tied: bool) -> dict[str, Tensor]:

@@ -143,3 +143,36 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     refused("is not of fairseq-sffn export")
     (tmp_path / "config.json").write_text('{"fairseq": {"model": {}, "task": {}}}')
     refused("model.safetensors: cannot be read")
+
+
+def test_models_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    checkpoint, data, _ = write_checkpoint(tmp_path / "in", "dense")
+    state = torch.load(checkpoint, weights_only=True)
+    state["cfg"]["model"] = {"_name": "transformer_avgk"}
+    torch.save(state, checkpoint)
+    with pytest.raises(UsageError, match=r"^--arch transformer_avgk: fairseq-sffn export is for"):
+        commands.sffn("export", checkpoint, tmp_path / "out", "--data", data)
+
+
+def test_stock_fairseq_models(data_bin: Path, tmp_path: Path) -> None:
+    """fairseq's own transformer_lm, which has none of the plugin's options."""
+    commands.run(
+        *("train", data_bin, "--task", "language_modeling", "--arch", "transformer_lm"),
+        *(
+            *commands.SMALL,
+            "--optimizer",
+            "adam",
+            "--lr",
+            "1e-3",
+            "--tokens-per-sample",
+            "16",
+            "--cpu",
+        ),
+        *("--batch-size", "8", "--max-update", "2", "--save-dir", tmp_path / "in"),
+    )
+    checkpoint, out, back = tmp_path / "in/checkpoint_last.pt", tmp_path / "out", tmp_path / "b.pt"
+    commands.sffn("export", checkpoint, out, "--data", data_bin)
+    commands.sffn("import", out, back)
+    assert commands.evaluate(data_bin, back) == commands.evaluate(data_bin, checkpoint)
+    config = json.loads((out / "config.json").read_text())
+    assert config["num_hidden_layers"] == 2 and not config["memories"]

@@ -1,4 +1,9 @@
-"""The model that transformers loads."""
+"""The model that transformers loads, and its configuration.
+
+They are in one file, because transformers loads the model by the class of the configuration. The
+class of another folder, with other code, must therefore be another one. transformers 5 tells
+folders of one name apart by a hash of a file and of what it imports.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +11,41 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from ...memory import SparseMemory
 from ...memory.balancer import Balancer
 from ..decoder import Decoder, DecoderLayer
-from .configuration_sffn import SFFNConfig
 
 # transformers 5.24 renamed it.
 CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """Name of the cache in outputs."""
 
 
+class SFFNConfig(PretrainedConfig):
+    """The values that ``fairseq-sffn export`` writes, as attributes.
+
+    Besides transformers' own, these are the attributes of the decoder, the weights of the losses
+    that training adds (``balance_loss_weights``, ``z_loss_weights``, ``balance_loss_scope``), and
+    ``fairseq``: the configuration of the training, for ``fairseq-sffn import``.
+    """
+
+    model_type = "fairseq_sffn"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
+
+    def __init__(self, **kwargs: Any) -> None:
+        # No parameter is tied: the embedding is used twice.
+        kwargs["tie_word_embeddings"] = False
+        super().__init__(**kwargs)
+
+
 class SFFNForCausalLM(PreTrainedModel, GenerationMixin):
     """A language model of fairseq_sffn.
 
     Args:
-        config: see :class:`.configuration_sffn.SFFNConfig`.
+        config: see :class:`SFFNConfig`.
 
     Attributes:
         decoder: the model in plain PyTorch. Its parameters have fairseq's names.
