@@ -62,6 +62,8 @@ class SFFNForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.decoder = Decoder(config)
         self.post_init()
+        # As memory.wide_buffers. transformers 4 would refuse names of buffers before.
+        self._keep_in_fp32_modules_strict = {"balancer", "hidden_totals", "key_average"}
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize what a checkpoint does not store, or everything in a new model."""
