@@ -8,6 +8,7 @@ Therefore:
 - Each module becomes a file in one folder. ``memory/compute/tiles.py`` becomes
   ``memory_compute_tiles.py``, and a package's ``__init__.py`` has the name of the package.
 - Relative imports are rewritten. Everything else stays as it is.
+- A file that transformers loads ends in a list of all modules that it needs, which never runs.
 - Only modules that the given ones need are copied. ``selectors/__init__.py``, which imports every
   file of its folder, becomes imports of the selectors that the model has.
 """
@@ -30,6 +31,7 @@ REPLACED = {"memory.compute.kernels": "export.no_kernels"}
 NAMESPACE = 'NAMESPACE = "fairseq_sffn"'
 """Line that names PyTorch operators. Two copies of the code must not register the same names."""
 OWN_NAMESPACE = 'NAMESPACE = "sffn_" + format(zlib.crc32(__name__.encode()), "x")'
+LISTED = "if False:  # transformers 4 copies only the modules that this file names"
 PREFIXES = ("export.hugging_face.", "export.")
 """Prefixes that the names of files leave out."""
 
@@ -54,17 +56,30 @@ def copy_modules(modules: Sequence[str], selectors: Sequence[str], folder: Path)
 def flat_sources(modules: Sequence[str], selectors: Sequence[str]) -> dict[str, str]:
     """Return name of each file -> its text; see :func:`copy_modules`."""
     found: dict[str, str] = {}
-    todo = list(modules)
+    for module in modules:
+        texts = with_imports(module, selectors)
+        name = flat_name(module)
+        others = sorted(other for other in texts if other != name)
+        lines = [f"    from .{other} import __doc__ as _" for other in others]
+        texts[name] += "\n".join(["", LISTED, *lines, ""]) if others else ""
+        found |= {f"{name}.py": text for name, text in texts.items()}
+    return dict(sorted(found.items()))
+
+
+def with_imports(module: str, selectors: Sequence[str]) -> dict[str, str]:
+    """Return the flat names of a module and of all that it needs -> their texts."""
+    found: dict[str, str] = {}
+    todo = [module]
     while todo:
         module = todo.pop()
-        if flat_name(module) + ".py" in found:
+        if flat_name(module) in found:
             continue
         source = REPLACED.get(module, module)
         text, needed = rewrite(source, selectors)
         header = HEADER.format(source=path_of(source).relative_to(ROOT.parent).as_posix())
-        found[flat_name(module) + ".py"] = header + text
+        found[flat_name(module)] = header + text
         todo += needed
-    return dict(sorted(found.items()))
+    return found
 
 
 def path_of(module: str) -> Path:

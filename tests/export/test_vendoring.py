@@ -60,6 +60,15 @@ def test_transformers_finds_every_module() -> None:
     assert not any("fairseq_sffn import" in text for text in sources.values())
 
 
+@pytest.mark.parametrize("module", [*MODULES, TOKENIZER_MODULE])
+def test_transformers_4_finds_every_module_in_the_loaded_file(module: str) -> None:
+    """It does not look into the modules that the file imports."""
+    sources = flat_sources([module], ["avgk"])
+    name = module.rpartition(".")[2] + ".py"
+    names = re.findall(r"^\s*from\s+\.(\S+)\s+import", sources[name], flags=re.MULTILINE)
+    assert {f"{found}.py" for found in names} == set(sources) - {name}
+
+
 def test_only_the_selectors_of_the_model() -> None:
     files = flat_sources(["export.decoder"], ["avgk", "hash_layer"])
     selectors = {name for name in files if name.startswith("memory_selectors_")}
