@@ -10,15 +10,15 @@ from ..memory import MemoryConfig
 from .decoder import ACTIVATIONS
 
 UNSUPPORTED = {
-    "adaptive_softmax_cutoff": "an adaptive softmax has no logits of all token ids",
-    "adaptive_input": "adaptive input embeddings are not supported",
-    "character_embeddings": "embeddings of characters are not supported",
-    "quant_noise_pq": "quantization noise is not supported",
-    "quant_noise_scalar": "quantization noise is not supported",
-    "base_layers": "fairseq's BASE layers are not supported",
-    "decoder_xformers_att_config": "attention of xFormers is not supported",
+    "adaptive_softmax_cutoff": "adaptive softmax",
+    "adaptive_input": "adaptive input embeddings",
+    "character_embeddings": "embeddings of characters",
+    "quant_noise_pq": "quantization noise",
+    "quant_noise_scalar": "quantization noise",
+    "base_layers": "fairseq's BASE layers",
+    "decoder_xformers_att_config": "attention of xFormers",
 }
-"""Option of a model -> why it cannot be exported."""
+"""Option of a model that cannot be exported -> what it turns on."""
 
 MEMORY_FIELDS = (
     *("num_cells", "block_size", "active_blocks", "shared_blocks", "gate", "bias"),
@@ -38,10 +38,10 @@ def check_exportable(options: Any) -> None:
     Raises:
         UsageError: the message names the flag, the value and the reason.
     """
-    for name, reason in UNSUPPORTED.items():
+    for name, what in UNSUPPORTED.items():
         if value := getattr(options, name, None):
             shown = flag(name) if value is True else f"{flag(name)} {value}"
-            raise UsageError(f"{shown}: {reason} by fairseq-sffn export")
+            raise UsageError(f"{shown}: fairseq-sffn export does not support {what}")
     if (value := str(options.activation_fn)) not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise UsageError(f"--activation-fn {value}: fairseq-sffn export supports {known}")

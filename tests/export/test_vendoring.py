@@ -77,10 +77,9 @@ def test_only_the_selectors_of_the_model() -> None:
     assert "C++ kernels in an exported folder" in files["memory_compute_kernels.py"]
 
 
-@pytest.mark.parametrize("method", ["mixed", "dense"])
-def test_copies_compute_alike(tmp_path: Path, method: str) -> None:
-    model, _ = pair(method)
-    description = describe(model, type(model).options(config_of(method)))
+def test_copies_compute_alike(tmp_path: Path) -> None:
+    model, _ = pair("mixed")
+    description = describe(model, type(model).options(config_of("mixed")))
     selectors = [memory["selector"] for memory in description["memories"].values()]
     for copy in ("first", "second"):
         (tmp_path / copy).mkdir()
