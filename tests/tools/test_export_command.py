@@ -45,6 +45,10 @@ def test_there_and_back(trained: Path, data_bin: Path, tmp_path: Path) -> None:
     config = json.loads((out / "config.json").read_text())
     # hash_layer has no scores.
     assert config["balance_loss_weights"] == {"1": 0.02, "2": 0.02}
+    # fairseq's generator never predicts padding, nor </s> directly behind the start.
+    ids = {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation == {**ids, "suppress_tokens": [1], "min_length": 2}
     assert str(data_bin) not in (out / "config.json").read_text()
     assert (out / "dict.txt").read_text() == (data_bin / "dict.txt").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back.pt", "out"]
