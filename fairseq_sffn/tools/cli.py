@@ -13,13 +13,26 @@ import logging
 import warnings
 from collections.abc import Sequence
 
-from . import average, cost, evaluate, flags, patches, plan, reshard, zero_shot
+from . import (
+    average,
+    cost,
+    evaluate,
+    export,
+    flags,
+    import_folder,
+    patches,
+    plan,
+    reshard,
+    zero_shot,
+)
 
 COMMANDS = {
     "average": average,
     "cost": cost,
     "evaluate": evaluate,
+    "export": export,
     "flags": flags,
+    "import": import_folder,
     "patches": patches,
     "plan": plan,
     "reshard": reshard,

@@ -30,6 +30,8 @@ from torch.utils.flop_counter import register_flop_formula
 from . import kernels, tiled_torch
 from .tiles import Tiles
 
+NAMESPACE = "fairseq_sffn"
+"""Namespace of the operators in ``torch.ops``."""
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_CAPABILITY = (8, 0)
 """Minimum compute capability: its matrix units have all dtypes of the kernels."""
@@ -93,7 +95,7 @@ def _has_triton() -> bool:
     return kernels.wanted() and importlib.util.find_spec("triton") is not None
 
 
-@torch.library.custom_op("fairseq_sffn::gathered_products", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::gathered_products", mutates_args=())
 def _gathered_products(
     x_ND: Tensor,
     table_BGD: Tensor,
@@ -110,7 +112,7 @@ def _gathered_products(
         return module.gathered_products(x_ND.contiguous(), table_BGD.contiguous(), bias_BG, tiles)
 
 
-@torch.library.custom_op("fairseq_sffn::scattered_products", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::scattered_products", mutates_args=())
 def _scattered_products(
     rows_PG: Tensor,
     table_BGD: Tensor,
@@ -128,7 +130,7 @@ def _scattered_products(
         )
 
 
-@torch.library.custom_op("fairseq_sffn::table_products", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::table_products", mutates_args=())
 def _table_products(
     rows_PG: Tensor,
     x_ND: Tensor,
@@ -208,18 +210,18 @@ _table_products.register_autograd(_table_backward, setup_context=_keep)
 
 
 # FLOPs include dropped assignments: only the device knows their number.
-@register_flop_formula(torch.ops.fairseq_sffn.gathered_products)
+@register_flop_formula(getattr(torch.ops, NAMESPACE).gathered_products)
 def _gathered_flops(
     x_ND: Any, table_BGD: Any, bias_BG: Any, order_P: Any, *_: Any, **__: Any
 ) -> int:
     return 2 * order_P[0] * table_BGD[1] * table_BGD[2]
 
 
-@register_flop_formula(torch.ops.fairseq_sffn.scattered_products)
+@register_flop_formula(getattr(torch.ops, NAMESPACE).scattered_products)
 def _scattered_flops(rows_PG: Any, table_BGD: Any, *_: Any, **__: Any) -> int:
     return 2 * rows_PG[0] * table_BGD[1] * table_BGD[2]
 
 
-@register_flop_formula(torch.ops.fairseq_sffn.table_products)
+@register_flop_formula(getattr(torch.ops, NAMESPACE).table_products)
 def _table_flops(rows_PG: Any, x_ND: Any, *_: Any, **__: Any) -> int:
     return 2 * rows_PG[0] * rows_PG[1] * x_ND[1]
