@@ -27,7 +27,7 @@ setup(
         # The range that tests/versions.sh was run with. It is no requirement: pip would replace a
         # PyTorch outside of it. Where there is none, fairseq requires one.
         "torch": ["torch>=2.9,<2.16"],
-        # To load what `fairseq-sffn export` writes. The command itself needs neither.
+        # For `fairseq-sffn export`, which needs the first alone, and to load what it writes.
         "export": ["safetensors", "transformers"],
         "experiments": ["matplotlib", "pandas", "pydantic>=2", "scipy", "tqdm"],
         "plots": ["matplotlib"],

@@ -12,7 +12,7 @@ from ..checkpoints.loading import KEY, fingerprints
 from ..checkpoints.structure import check_structure
 from ..checkpoints.writing import write_checkpoint
 from ..errors import UsageError
-from ..export.tensor_files import load_model, read_json
+from ..export.tensor_files import library, load_model, read_json
 from .export import TIED
 
 EMBEDDING = "decoder.embed_tokens.weight"
@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> str:
         UsageError: the folder cannot be read, or is not of ``fairseq-sffn export``, or the
             checkpoint is there.
     """
+    library()
     if args.output.exists():
         raise UsageError(f"{args.output}: is there already")
     if not args.output.parent.is_dir():
