@@ -1,8 +1,8 @@
 """Runs lm-evaluation-harness on a language model of fairseq.
 
-    python examples/zero_shot/lm_eval_adapter.py --include_path runs/lm_eval --tasks zero_shot \
-        --model fairseq --model_args checkpoint=CKPT/checkpoint_best.pt,data=DATA-BIN,\
-    bpe=sentencepiece,sentencepiece_model=spm.model
+    python examples/zero_shot/lm_eval_adapter.py --model fairseq --model_args \
+        checkpoint=CKPT/checkpoint_best.pt data=DATA-BIN bpe=sentencepiece \
+        sentencepiece_model=spm.model --include_path runs/lm_eval --tasks zero_shot
 
 All flags are those of `lm_eval`, which gains the model `fairseq`. Its arguments (`--model_args`):
 
