@@ -52,7 +52,7 @@ PADDING = "madeupword"
 
 
 @register_model("fairseq")
-class FairseqLM(TemplateLM):  # type: ignore[misc]
+class FairseqLM(TemplateLM):
     """A fairseq language model, for lm-evaluation-harness.
 
     The harness splits text into context and continuation, cuts long texts into windows, and counts.
