@@ -10,17 +10,19 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fairseq.models import FairseqLanguageModel
 
 from fairseq_sffn.errors import UsageError
 from fairseq_sffn.tools import cli, zero_shot
 from fairseq_sffn.tools.zero_shot_tasks import TASKS, draw, read_documents
 from tests import commands
-from tests.tools.scoring import EOS, POSITIONS, plain_score, write_task
+from tests.tools.scoring import EOS, POSITIONS, Table, plain_score, write_task
 from tests.tools.small_tasks import WORDS, zero_shot_folder
 from zero_shot import lm_eval_tasks
 
@@ -238,7 +240,9 @@ def greedy(lm: Any, context: str, length: int) -> tuple[list[int], list[int]]:
     forward pass of one sequence."""
     tokens = [EOS, *ids(lm, context)][-(POSITIONS - length) :]
     count, begin = len(tokens), int(len(ids(lm, context)) < POSITIONS - length)
-    never = [lm.scorer.dictionary.bos(), lm.scorer.dictionary.pad(), lm.scorer.dictionary.unk()]
+    symbols = lm.scorer.dictionary
+    never = [symbols.bos(), symbols.pad(), symbols.unk()]
+    never += [i for i in range(len(symbols)) if symbols[i].startswith("madeupword")]
     for _ in range(length):
         with torch.no_grad():
             logits = lm.scorer.model(torch.tensor([tokens]))[0][0, -1]
@@ -251,11 +255,17 @@ def greedy(lm: Any, context: str, length: int) -> tuple[list[int], list[int]]:
 def test_generation(model: str, adapter: Any, folder: Path) -> None:
     """In one batch: short and long contexts, one that is cut, and one with a line break."""
     lm = load(adapter, folder, model)
+    with torch.no_grad():  # a trained model this small generates one word, whatever the context
+        for name, parameter in lm.scorer.model.named_parameters():
+            if parameter.dim() > 1 and "embed" not in name:
+                parameter.add_(torch.randn_like(parameter))
+    lengths: set[int] = set()
+    lm.scorer.model.register_forward_pre_hook(lambda _, inputs: lengths.add(inputs[0].shape[1]))
     contexts = ["the", "the law of the people is", "the law of" * 9, "the law .\nthe", ""]
     options = {"max_gen_toks": 6, "until": []}
     requests = instances("generate_until", *((context, options) for context in contexts))
     texts = lm.generate_until(requests)
-    assert len(texts) == len(contexts)
+    assert len(set(texts)) > 2 and max(lengths) == POSITIONS - 1
     for context, text in zip(contexts, texts, strict=True):
         before, after = greedy(lm, context, 6)
         whole = lm.encoder.decode([*before, *after])
@@ -281,10 +291,22 @@ def test_text_after_a_context_keeps_its_space(adapter: Any, folder: Path) -> Non
 def test_a_line_break_is_text(stops: list[str], text: str, adapter: Any, folder: Path) -> None:
     lm = load(adapter, folder)
     tokens = ids(lm, "of\npeace")
-    prompt = adapter.Prompt(lm, [EOS, *ids(lm, "the law")], len(tokens), stops)
+    prompt = adapter.Prompt(lm, [EOS, *ids(lm, "the law")], len(tokens) + 1, stops)
     for token in tokens:
         prompt.add(token)
-    assert EOS in tokens and prompt.text == text and prompt.done
+    assert EOS in tokens and prompt.text == text and prompt.done == bool(stops)
+
+
+def test_special_types_are_not_generated(adapter: Any, folder: Path) -> None:
+    lm = load(adapter, folder)
+    symbols = lm.scorer.dictionary
+    logits = torch.zeros(len(symbols), len(symbols))
+    (word,) = ids(lm, "peace")
+    preferred = [symbols.unk(), symbols.pad(), symbols.bos(), word]
+    logits[:, preferred] = torch.tensor([9.0, 8.0, 7.0, 6.0])
+    lm.scorer = replace(lm.scorer, model=FairseqLanguageModel(Table(logits)))
+    request = instances("generate_until", ("the", {"max_gen_toks": 2, "until": []}))
+    assert lm.generate_until(request) == [" peace peace"]
 
 
 @pytest.mark.parametrize(

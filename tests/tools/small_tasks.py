@@ -52,7 +52,7 @@ def zero_shot_folder(folder: Path, *models: str) -> Path:
         {
             "contexts": [f"the {WORDS[i]}", f"the {WORDS[i + 1]}"],
             "continuations": [" is a war ."] * 2,
-            "label": i % 2,
+            "label": (i + i // 2) % 2,
         }
         for i in range(6)
     ]
