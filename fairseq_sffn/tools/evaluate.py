@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from fairseq import checkpoint_utils, options, tasks, utils
+from fairseq.data import encoders
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_cli import eval_lm
 
@@ -21,6 +22,8 @@ from ..checkpoints.reading import open_file
 from ..errors import UsageError
 from .cost import align
 from .routing import Routing
+from .text_bytes import count_bytes
+from .zero_shot import encoder_of, encoder_parser
 
 PLUGIN = Path(__file__).parents[1]
 
@@ -38,11 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--routing", metavar="FOLDER:SPLIT", help="a set on which to measure how blocks are used"
     )
+    parser.add_argument(
+        "--bpe",
+        choices=sorted(encoders.BPE_REGISTRY),
+        help="encoder of the sets, with its own flags, such as --sentencepiece-model FILE: prints "
+        "losses in bits per byte, too",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.epilog = (
         "Every other flag is fairseq-eval-lm's, such as --cpu --tokens-per-sample 128 "
-        "--batch-size 32, and comes after the sets. Losses are in bits per token. Only scored "
-        "tokens count."
+        "--batch-size 32, or the encoder's, and comes after the sets. Losses are in bits per "
+        "token. Only scored tokens count."
     )
     parser.set_defaults(other_flags=[])
 
@@ -59,17 +68,40 @@ def run(args: argparse.Namespace) -> str:
         if not (folder / f"{split}.idx").exists():
             raise UsageError(f"{name}: there is no {folder / split}.idx")
     report: dict[str, Any] = {"checkpoint": args.checkpoint, "sets": {}}
-    base = configuration(args.checkpoint, *sets[args.sets[0]], args.other_flags)
+    bpe, flags = take_encoder(args.bpe, args.other_flags)
+    base = configuration(args.checkpoint, *sets[args.sets[0]], flags)
     if words := base.common_eval.post_process:
         raise UsageError(f"--post-process {words}: its losses are of words, these are of tokens")
     if args.routing and (window := base.eval_lm.context_window):
         raise UsageError(f"--context-window {window}: with --routing tokens would count twice")
+    types = base.task.get("output_dictionary_size", -1)
+    sizes = {
+        name: count_bytes(*sets[name], bpe, types if types >= 0 else None)
+        for name in (args.sets if bpe else ())
+    }
     for name in args.sets:
         print(f"evaluating {name}", file=sys.stderr, flush=True)
-        report["sets"][name] = perplexity(on_set(base, *sets[name]))
+        found = perplexity(on_set(base, *sets[name]))
+        report["sets"][name] = found | (per_byte(name, found, sizes[name]) if bpe else {})
     if args.routing:
         report |= routing(on_set(base, *sets[args.routing]))
     return json.dumps(report) if args.json else format_report(report)
+
+
+def take_encoder(name: str | None, flags: list[str]) -> tuple[Any, list[str]]:
+    """Return the encoder of ``--bpe``, and the flags that are not its own.
+
+    Args:
+        name: name of the encoder; ``None``: no encoder.
+        flags: flags of the encoder and of ``fairseq-eval-lm``.
+
+    Raises:
+        UsageError: the encoder cannot be built.
+    """
+    if name is None:
+        return None, flags
+    options, others = encoder_parser(name, "fairseq-sffn evaluate").parse_known_args(flags)
+    return encoder_of(name, vars(options), f"--bpe {name}"), others
 
 
 def split_name(name: str) -> tuple[Path, str]:
@@ -124,6 +156,25 @@ def perplexity(cfg: Any) -> dict[str, float]:
     return {"loss": loss, "perplexity": float(2**loss), **counts}
 
 
+def per_byte(name: str, found: dict[str, float], size: int) -> dict[str, float]:
+    """Return ``bytes``, the bytes of a set's text, and ``bits_per_byte``.
+
+    Args:
+        name: the set, for the message.
+        found: the result of :func:`perplexity`.
+        size: the bytes of all tokens of the set.
+
+    Raises:
+        UsageError: the loss lacks tokens.
+    """
+    if left_out := found["left_out_tokens"]:
+        raise UsageError(
+            f"{name}: has no bits per byte: {left_out:,} of {found['tokens'] + left_out:,} tokens "
+            "are left out of the loss; --sample-break-mode none scores all"
+        )
+    return {"bytes": size, "bits_per_byte": found["loss"] * found["tokens"] / size}
+
+
 def routing(cfg: Any) -> dict[str, Any]:
     """Measure how the sparse layers of a model use their blocks.
 
@@ -174,13 +225,16 @@ def format_report(report: dict[str, Any]) -> str:
     """Return a table of the sets and, where it was measured, a table of routing, as text."""
     counted = [*report["sets"].values(), *filter(None, [report.get("routing_set")])]
     partly = any(counts["left_out_tokens"] for counts in counted)
-    rows = [["", "tokens", *(["left out"] * partly), "bits/token", "perplexity"]]
+    sized = any("bytes" in found for found in report["sets"].values())
+    heads = ["bits/token", "perplexity", *(["bytes", "bits/byte"] * sized)]
+    rows = [["", "tokens", *(["left out"] * partly), *heads]]
     for name, found in report["sets"].items():
         loss = found["loss"]
         shown = f"{found['perplexity']:.2f}" if math.isfinite(loss) else "inf"
-        rows.append([name, *numbers(found, partly), f"{loss:.4f}", shown])
+        size = [f"{found['bytes']:,}", f"{found['bits_per_byte']:.4f}"] if sized else []
+        rows.append([name, *numbers(found, partly), f"{loss:.4f}", shown, *size])
     if partly and "routing_set" in report:
-        rows.append(["routing", *numbers(report["routing_set"], partly), "", ""])
+        rows.append(["routing", *numbers(report["routing_set"], partly), *[""] * len(heads)])
     lines = [line.rstrip() for line in align(rows)]
     if layers := report.get("routing"):
         table = [

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from fairseq.data import Dictionary
 from fairseq.data.data_utils import collate_tokens
+from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE
 from fairseq.models import FairseqLanguageModel
 from torch import Tensor
 
@@ -37,6 +38,31 @@ class Encoder:
             )
             ids += pieces.tolist()
         return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids. ``</s>`` is a line break.
+
+        SentencePiece decodes its pieces itself: fairseq's ``decode`` leaves the pieces of bytes,
+        such as ``<0x0A>``, and strips spaces.
+
+        Args:
+            ids: token ids. Unknown words and ``<pad>`` have no text.
+
+        Raises:
+            ValueError: a token is none of the encoder's.
+        """
+        lines: list[list[str]] = [[]]
+        for token in ids:
+            if token == self.dictionary.eos():
+                lines.append([])
+            else:
+                lines[-1].append(self.dictionary[token])
+        return "\n".join(map(self._decode_line, lines))
+
+    def _decode_line(self, pieces: list[str]) -> str:
+        if isinstance(self.bpe, SentencepieceBPE):
+            return str(self.bpe.sp.decode_pieces(pieces))
+        return str(self.bpe.decode(" ".join(pieces)))
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], int]:
         """Return the token ids of context and continuation together.
@@ -158,7 +184,7 @@ class Scorer:
         requests: Sequence[tuple[list[int], int]],
         progress: Callable[[int, int], None] = lambda done, all: None,
     ) -> list[Score]:
-        """Return the score of each request.
+        """Return the score of each request, whose text begins with :attr:`start`.
 
         A score depends on the other requests of its batch only by rounding.
 
@@ -166,10 +192,25 @@ class Scorer:
             requests: results of :meth:`Encoder.encode_pair`.
             progress: called after each batch with the numbers of finished and of all windows.
         """
+        started = [([self.start, *tokens], scored) for tokens, scored in requests]
+        return self.score_sequences(started, progress)
+
+    def score_sequences(
+        self,
+        requests: Sequence[tuple[list[int], int]],
+        progress: Callable[[int, int], None] = lambda done, all: None,
+    ) -> list[Score]:
+        """Return the scores as :meth:`score`, of sequences that begin with any token.
+
+        Args:
+            requests: token ids, and the number of ids at the end that are scored. The first id is
+                only context.
+            progress: called after each batch with the numbers of finished and of all windows.
+        """
         cut = [
             (i, window)
             for i, (tokens, scored) in enumerate(requests)
-            for window in windows([self.start, *tokens], scored, self.positions)
+            for window in windows(tokens, scored, self.positions)
         ]
         totals, greedy, done = [0.0] * len(requests), [True] * len(requests), 0
         for batch in batches([len(window.tokens) - 1 for _, window in cut], self.max_tokens):

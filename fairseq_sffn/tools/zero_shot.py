@@ -82,6 +82,25 @@ def load_model(
     return model.eval(), task
 
 
+def encoder_parser(name: str, prog: str = "fairseq-sffn zero-shot") -> argparse.ArgumentParser:
+    """Return the parser of the flags of one of fairseq's encoders.
+
+    Args:
+        name: name of the encoder, as for ``--bpe``.
+        prog: the command, for messages.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"%(prog)s CHECKPOINT ... --bpe {name} [flags of the encoder]",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    dataclasses = registry.REGISTRIES["bpe"]["dataclass_registry"]
+    if name in dataclasses:
+        gen_parser_from_dataclass(parser, dataclasses[name]())
+    return parser
+
+
 def build_encoder(name: str, flags: list[str]) -> Any:
     """Return one of fairseq's encoders.
 
@@ -92,26 +111,53 @@ def build_encoder(name: str, flags: list[str]) -> Any:
     Raises:
         UsageError: the encoder cannot be built. The message names the flag and the value.
     """
-    parser = argparse.ArgumentParser(
-        prog="fairseq-sffn zero-shot",
-        usage=f"%(prog)s CHECKPOINT ... --bpe {name} [flags of the encoder]",
-        add_help=False,
-        allow_abbrev=False,
-    )
-    dataclasses = registry.REGISTRIES["bpe"]["dataclass_registry"]
-    if name in dataclasses:
-        gen_parser_from_dataclass(parser, dataclasses[name]())
-    options = parser.parse_args(flags)
-    for option, value in vars(options).items():
+    options = vars(encoder_parser(name).parse_args(flags))
+    return encoder_of(name, options, " ".join(["--bpe", name, *flags]))
+
+
+def encoder_of(name: str, options: dict[str, Any], what: str) -> Any:
+    """Return one of fairseq's encoders.
+
+    Args:
+        name: name of the encoder, as for ``--bpe``.
+        options: all options of the encoder.
+        what: the encoder, for the message.
+
+    Raises:
+        UsageError: the encoder cannot be built. The message names the flag and the value.
+    """
+    for option, value in options.items():
         if value == MISSING:
             raise UsageError(f"{flag(option)}: is required by --bpe {name}")
         if option in FILES and value and "://" not in value and not Path(value).is_file():
             raise UsageError(f"{flag(option)} {value}: there is no such file")
     try:
-        return encoders.build_bpe(argparse.Namespace(bpe=name, **vars(options)))
+        return encoders.build_bpe(argparse.Namespace(bpe=name, **options))
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{' '.join(['--bpe', name, *flags])}: {reason}") from error
+        raise UsageError(f"{what}: {reason}") from error
+
+
+def build_scorer(
+    checkpoint: Path, data: Path, overrides: dict[str, Any], max_tokens: int, device: torch.device
+) -> Scorer:
+    """Load a trained model, and return its scorer. See :func:`load_model`.
+
+    Args:
+        max_tokens: tokens of a batch, padding included.
+        device: where the model runs.
+    """
+    model, task = load_model(checkpoint, data, overrides)
+    dictionary = task.source_dictionary
+    return Scorer(
+        model.to(device),
+        dictionary,
+        # The start of a text, as in LanguageModelingTask.inference_step.
+        start=dictionary.bos() if task.args.add_bos_token else dictionary.eos(),
+        types=len(task.target_dictionary),
+        max_tokens=max_tokens,
+        device=device,
+    )
 
 
 # The command
@@ -191,19 +237,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"--requests {args.requests}: there is no such folder")
     documents = {task: read_documents(args.requests, task) for task in tasks}
     bpe = build_encoder(args.bpe, args.other_flags)
-    model, fairseq_task = load_model(args.checkpoint, args.data, overrides)
-    dictionary = fairseq_task.source_dictionary
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
-    scorer = Scorer(
-        model.to(device),
-        dictionary,
-        # The start of a text, as in LanguageModelingTask.inference_step.
-        start=dictionary.bos() if fairseq_task.args.add_bos_token else dictionary.eos(),
-        types=len(fairseq_task.target_dictionary),
-        max_tokens=args.max_tokens,
-        device=device,
-    )
-    encoder = Encoder(bpe, dictionary)
+    scorer = build_scorer(args.checkpoint, args.data, overrides, args.max_tokens, device)
+    encoder = Encoder(bpe, scorer.dictionary)
     drawn = {
         task: everything if args.full else draw(everything, task, args.documents, args.seed)
         for task, everything in documents.items()
@@ -215,7 +251,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         for task in tasks
     }
     for task in tasks:
-        check_known(requests[task], dictionary.unk(), f"--bpe {args.bpe}: {task}", args.data)
+        check_known(requests[task], scorer.dictionary.unk(), f"--bpe {args.bpe}: {task}", args.data)
     report = []
     for task in tasks:
         scores = scorer.score(requests[task], progress=Progress(task))

@@ -21,6 +21,8 @@ from fairseq_sffn.versions import OLDEST_PYTORCH
 ROOT = Path(__file__).parents[2]
 LEFT_OUT = {"ve-fairseq": {"torchaudio"}, "fairseq-sffn": {"torchaudio"}}
 """Package -> requirements that are left out. These packages are installed without dependencies."""
+OWN_ENVIRONMENTS = {"eval", "export"}
+"""Extras that are not installed beside the pinned packages, because they change some of them."""
 BUILT_WITH = {"torch": {"setuptools"}}
 """Package -> requirements that are only build tools."""
 
@@ -51,9 +53,12 @@ def said_by_setup(keyword: str) -> Any:
 
 
 def asked_for() -> dict[str, SpecifierSet]:
-    """Return package -> versions that setup.py allows, with its extras."""
-    extras = said_by_setup("extras_require").values()
-    lines = sum(extras, start=said_by_setup("install_requires"))
+    """Return package -> versions that setup.py allows, with the extras that are installed."""
+    extras = said_by_setup("extras_require")
+    lines = sum(
+        (extras[name] for name in extras.keys() - OWN_ENVIRONMENTS),
+        start=said_by_setup("install_requires"),
+    )
     return {canonical(one.name): one.specifier for one in map(Requirement, lines)}
 
 
