@@ -21,6 +21,7 @@ LAYERS = (
     ("expert_parallel",),
     ("patches",),
     ("plugin",),
+    ("export",),
     ("tools",),
     ("__main__",),
 )
