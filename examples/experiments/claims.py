@@ -13,7 +13,8 @@ from .files import Claim
 from .frame import Experiments
 from .tables.part import text
 
-CONFIDENCE = 0.95
+LEVEL = 0.05
+"""Level of significance; intervals have a confidence of 95%."""
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 EQUIVALENT = "equivalent"
 
@@ -36,7 +37,7 @@ class Deviation(NamedTuple):
 
     def significant(self, seeds: int) -> float:
         """Return the least absolute difference that a two-sided t-test finds."""
-        return float(stdtrit(self.degrees_of_freedom, (1 + CONFIDENCE) / 2)) * self.error(seeds)
+        return float(stdtrit(self.degrees_of_freedom, 1 - LEVEL / 2)) * self.error(seeds)
 
     def p_value(self, difference: float, seeds: int) -> float:
         """Return the p-value of a two-sided t-test that there is no difference."""
@@ -45,7 +46,7 @@ class Deviation(NamedTuple):
     def equivalent(self, difference: float, margin: float, seeds: int) -> bool:
         """Return whether two one-sided t-tests (TOST) place a difference within ± margin."""
         far = (abs(difference) - margin) / self.error(seeds)
-        return bool(stdtr(self.degrees_of_freedom, far) < 1 - CONFIDENCE)
+        return bool(stdtr(self.degrees_of_freedom, far) < LEVEL)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -153,7 +154,7 @@ def compare(
         f"at {cost} FLOPs, where {percent(least):.1f}% is significant alone; "
         f"{f'p = {p:.2g}' if p >= 0.0001 else 'p < 0.0001'}"
     )
-    if p < 1 - CONFIDENCE:
+    if p < LEVEL:
         word = SUPPORTED if difference > 0 else CONTRADICTED
     elif deviation.equivalent(difference, -math.log(1 - margin), count):
         word, reason = EQUIVALENT, f"{reason}, equivalent within {100 * margin:g}%"
@@ -165,7 +166,7 @@ def compare(
 def corrected(verdict: Verdict, adjusted_p: float, claims: int) -> Verdict:
     """Correct a verdict for the number of claims that are tested."""
     verdict = replace(verdict, adjusted_p=adjusted_p)
-    if verdict.word not in (SUPPORTED, CONTRADICTED) or adjusted_p < 1 - CONFIDENCE:
+    if verdict.word not in (SUPPORTED, CONTRADICTED) or adjusted_p < LEVEL:
         return verdict
     reason = f"{verdict.reason}, not significant after Holm's correction over {claims} claims"
     return replace(verdict, word=UNDECIDED, reason=reason)
