@@ -1,6 +1,7 @@
-"""Verdicts on the claims of tables, by t-tests on test perplexity."""
+"""Verdicts on the claims of tables, by t-tests on log test perplexity."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,9 +13,15 @@ from .files import Claim
 from .frame import Experiments
 from .tables.part import text
 
-CONFIDENCE = 0.95
+LEVEL = 0.05
+"""Level of significance; intervals have a confidence of 95%."""
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 EQUIVALENT = "equivalent"
+
+
+def percent(difference: float) -> float:
+    """Convert log(worse) - log(better) to the difference in percent of the worse perplexity."""
+    return -100 * math.expm1(-difference)
 
 
 class Deviation(NamedTuple):
@@ -30,25 +37,40 @@ class Deviation(NamedTuple):
 
     def significant(self, seeds: int) -> float:
         """Return the least absolute difference that a two-sided t-test finds."""
-        return float(stdtrit(self.degrees_of_freedom, (1 + CONFIDENCE) / 2)) * self.error(seeds)
+        return float(stdtrit(self.degrees_of_freedom, 1 - LEVEL / 2)) * self.error(seeds)
+
+    def p_value(self, difference: float, seeds: int) -> float:
+        """Return the p-value of a two-sided t-test that there is no difference."""
+        return 2 * float(stdtr(self.degrees_of_freedom, -abs(difference) / self.error(seeds)))
 
     def equivalent(self, difference: float, margin: float, seeds: int) -> bool:
         """Return whether two one-sided t-tests (TOST) place a difference within ± margin."""
         far = (abs(difference) - margin) / self.error(seeds)
-        return bool(stdtr(self.degrees_of_freedom, far) < 1 - CONFIDENCE)
+        return bool(stdtr(self.degrees_of_freedom, far) < LEVEL)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p-values for their number, by Holm's step-down method."""
+    adjusted, greatest = [1.0] * len(p_values), 0.0
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    for rank, i in enumerate(order):
+        greatest = max(greatest, (len(p_values) - rank) * p_values[i])
+        adjusted[i] = min(1.0, greatest)
+    return adjusted
 
 
 def seed_deviation(frame: pd.DataFrame) -> Deviation | None:
-    """Return the residual deviation of test perplexity over all runs. A run that several tables
-    have counts once."""
+    """Return the residual deviation of log test perplexity over all runs. A run that several
+    tables have counts once."""
     runs = frame[frame.test.notna() & ~frame.sweep].drop_duplicates("run")
     rows = [replace(run, seed=0) for run in runs.run]
-    return residual_deviation(pd.Series(rows).factorize()[0], runs.seed, runs.test)
+    return residual_deviation(pd.Series(rows).factorize()[0], runs.seed, np.log(runs.test))
 
 
 def residual_deviation(row: object, seed: object, value: object) -> Deviation | None:
     """Fit the effects of row and seed on values by least squares. A seed selects the training text,
-    so its effect is common to all rows. ``None`` where no degree of freedom is left."""
+    so its effect is common to all rows. ``None`` where no degree of freedom or no deviation is
+    left."""
     data = pd.DataFrame({"row": row, "seed": seed, "value": value}).dropna().reset_index(drop=True)
     data = data[data.groupby("row").seed.transform("size") > 1]  # one value is fitted exactly
     if data.empty:
@@ -59,7 +81,7 @@ def residual_deviation(row: object, seed: object, value: object) -> Deviation | 
     if not degrees:
         return None
     variance = float(np.square(data.value - effects @ fit).sum()) / degrees
-    return Deviation(math.sqrt(variance), degrees, data.row.nunique())
+    return Deviation(math.sqrt(variance), degrees, data.row.nunique()) if variance else None
 
 
 @dataclass(frozen=True)
@@ -70,22 +92,38 @@ class Verdict:
     flops: float  # training FLOPs of the better row over those of the worse row
     word: str  # one of the four words above
     reason: str  # the numbers behind it
-    difference: float | None = None  # worse row minus better row; None: not known
+    difference: float | None = None  # log perplexity of the worse row minus the better row's
+    p: float | None = None  # of the two-sided t-test; None: the claim cannot be tested
+    adjusted_p: float | None = None  # by Holm's correction over the claims of the table
 
     def markdown(self) -> str:
         """Return the claim, the verdict and the reason."""
         return f"{self.claim.text} **{self.word.capitalize()}** at this scale: {self.reason}."
 
 
-def judge(claim: Claim, runs: pd.DataFrame, deviation: Deviation | None, margin: float) -> Verdict:
-    """Judge a claim by the seeds that both rows have.
+def judge(
+    claims: Sequence[Claim], runs: pd.DataFrame, deviation: Deviation | None, margin: float
+) -> list[Verdict]:
+    """Judge the claims of a table.
 
     Args:
-        claim: the claim.
-        runs: runs of the claim's table.
+        claims: the claims.
+        runs: runs of the table.
         deviation: see :func:`seed_deviation`.
-        margin: share of the worse row's perplexity; equivalent rows differ by less.
+        margin: equivalent rows have no perplexity that is below the other's by this share.
     """
+    found = [compare(claim, runs, deviation, margin) for claim in claims]
+    tested = {i: verdict.p for i, verdict in enumerate(found) if verdict.p is not None}
+    adjusted = holm([*tested.values()])
+    for i, adjusted_p in zip(tested, adjusted, strict=True):
+        found[i] = corrected(found[i], adjusted_p, len(tested))
+    return found
+
+
+def compare(
+    claim: Claim, runs: pd.DataFrame, deviation: Deviation | None, margin: float
+) -> Verdict:
+    """Judge a claim alone, by the seeds that both rows have."""
     better, worse = (runs[runs.label == label] for label in (claim.better, claim.worse))
     flops = better.flops.max() / worse.flops.max()
     for row in (better, worse):
@@ -96,35 +134,49 @@ def judge(claim: Claim, runs: pd.DataFrame, deviation: Deviation | None, margin:
     pairs = better.merge(worse, on="seed", suffixes=("_low", "_high"))
     if pairs.empty:
         return Verdict(claim, flops, UNDECIDED, "the rows have no seed in common")
-    low, high, count = pairs.test_low.mean(), pairs.test_high.mean(), len(pairs)
+    count, difference = len(pairs), float(np.log(pairs.test_high / pairs.test_low).mean())
     share = abs(flops - 1)
     cost = f"{share:.1%} {'more' if flops > 1 else 'fewer'}" if share >= 0.0005 else "equal"
     seeds = "one seed" if count == 1 else f"{count} seeds"
-    values = (
-        f"test perplexity {low:.1f} ({text(claim.better)}, {seeds}) against {high:.1f} "
-        f"({text(claim.worse)}, {seeds}), {'lower' if high >= low else 'higher'} by "
-        f"{abs(high - low):.1f}"
+    sign = 1 if difference >= 0 else -1
+    reason = (
+        f"test perplexity {pairs.test_low.mean():.1f} ({text(claim.better)}, {seeds}) against "
+        f"{pairs.test_high.mean():.1f} ({text(claim.worse)}, {seeds}), "
+        f"{'lower' if sign > 0 else 'higher'} by {sign * percent(difference):.1f}%"
     )
     if deviation is None:
-        reason = f"{values} at {cost} FLOPs; the deviation between seeds is not known"
-        return Verdict(claim, flops, UNDECIDED, reason)
-    difference, significant = high - low, deviation.significant(count)
-    reason = f"{values} ± {deviation.error(count):.1f} at {cost} FLOPs"
-    reason += f", where {significant:.1f} is significant"
-    if abs(difference) > significant:
+        reason += f" at {cost} FLOPs; the deviation between seeds is not known"
+        return Verdict(claim, flops, UNDECIDED, reason, difference)
+    p, least = deviation.p_value(difference, count), deviation.significant(count)
+    low, high = sorted(sign * percent(difference + end) for end in (-least, least))
+    reason += (
+        f" ± {percent(deviation.error(count)):.1f}% (95% interval {low:z.1f}% to {high:z.1f}%) "
+        f"at {cost} FLOPs, where {percent(least):.1f}% is significant alone; "
+        f"{f'p = {p:.2g}' if p >= 0.0001 else 'p < 0.0001'}"
+    )
+    if p < LEVEL:
         word = SUPPORTED if difference > 0 else CONTRADICTED
-    elif deviation.equivalent(difference, margin * high, count):
-        word, reason = EQUIVALENT, f"{reason}; equivalent within {100 * margin:g}%"
+    elif deviation.equivalent(difference, -math.log(1 - margin), count):
+        word, reason = EQUIVALENT, f"{reason}, equivalent within {100 * margin:g}%"
     else:
         word = UNDECIDED
-    return Verdict(claim, flops, word, reason, difference)
+    return Verdict(claim, flops, word, reason, difference, p)
+
+
+def corrected(verdict: Verdict, adjusted_p: float, claims: int) -> Verdict:
+    """Correct a verdict for the number of claims that are tested."""
+    verdict = replace(verdict, adjusted_p=adjusted_p)
+    if verdict.word not in (SUPPORTED, CONTRADICTED) or adjusted_p < LEVEL:
+        return verdict
+    reason = f"{verdict.reason}, not significant after Holm's correction over {claims} claims"
+    return replace(verdict, word=UNDECIDED, reason=reason)
 
 
 def verdicts(experiments: Experiments) -> dict[str, list[Verdict]]:
     """Judge the claims of all tables. The deviation is the same for all of them."""
     deviation = seed_deviation(experiments.frame)
     return {
-        name: [judge(one, experiments.runs(table), deviation, table.margin) for one in table.claims]
+        name: judge(table.claims, experiments.runs(table), deviation, table.margin)
         for name, table in experiments.tables.items()
     }
 
@@ -132,14 +184,17 @@ def verdicts(experiments: Experiments) -> dict[str, list[Verdict]]:
 def markdown(found: list[Verdict], deviation: Deviation | None, margin: float) -> str:
     """List verdicts, with a note on the tests."""
     lines = "\n".join(f"- {verdict.markdown()}" for verdict in found)
-    if deviation is None or not any(verdict.difference is not None for verdict in found):
+    tested = sum(verdict.p is not None for verdict in found)
+    if deviation is None or not tested:
         return lines
+    correction = f" A verdict holds after Holm's correction over {tested} claims."
     return (
-        f"{lines}\n\nRows are compared on their common seeds. ± is the standard error of the "
-        f"difference. It is computed from the residual standard deviation {deviation.sd:.2f} that "
-        f"remains after the effects of row and seed ({deviation.rows} rows with several seeds, "
-        f"{deviation.degrees_of_freedom} degrees of freedom). Significance: two-sided t-test at "
-        f"95%. A claim that it leaves undecided is called equivalent if two one-sided t-tests "
-        f"(TOST) at 95% place the difference within {100 * margin:g}% of the worse row's "
-        f"perplexity."
+        f"{lines}\n\nRows are compared on their common seeds, by the difference of mean log "
+        f"perplexity, in percent of the worse row's perplexity. ± is its standard error. It is "
+        f"computed from the residual standard deviation {deviation.sd:.4f} of log test perplexity "
+        f"that remains after the effects of row and seed ({deviation.rows} rows with several "
+        f"seeds, {deviation.degrees_of_freedom} degrees of freedom). Significance: two-sided "
+        f"t-test at 5%.{correction if tested > 1 else ''} A claim whose difference is not "
+        f"significant alone is called equivalent if two one-sided t-tests (TOST) at 5% show that "
+        f"neither row's perplexity is {100 * margin:g}% or more below the other's."
     )

@@ -120,7 +120,7 @@ class Table:
     kind: Literal["taxonomy", "perplexity", "balance", "zero_shot", "routing"]
     rows: Annotated[tuple[Row, ...], Field(min_length=1)]
     claims: tuple[Claim, ...] = ()
-    margin: Share = 0.02
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.01
     zero_shot: bool = False
     note: str = ""
     figure: Literal["", "lines", "flops", "load", "gap", "routing", "bars"] = ""

@@ -87,21 +87,32 @@ def train_arguments(
         )
     interval = scale.save_interval or max(1, run.updates // 4)
     values = {
-        **{"user-dir": plugin, "task": "sffn_language_modeling", "arch": scale.arch(run.model)},
-        **{"criterion": "sffn_cross_entropy", "tokens-per-sample": scale.tokens_per_sample},
-        **{"batch-size": run.batch_size // shares, "update-freq": launcher.update_freq},
-        **{"lr": run.lr, "lr-scheduler": "polynomial_decay"},
+        "user-dir": plugin,
+        "task": "sffn_language_modeling",
+        "arch": scale.arch(run.model),
+        "criterion": "sffn_cross_entropy",
+        "tokens-per-sample": scale.tokens_per_sample,
+        "batch-size": run.batch_size // shares,
+        "update-freq": launcher.update_freq,
+        "lr": run.lr,
+        "lr-scheduler": "polynomial_decay",
         "warmup-updates": max(1, round(scale.warmup_share * run.updates)),
-        **{"total-num-update": run.updates, "max-update": run.updates, "seed": run.seed},
-        **{"save-dir": save_dir, "no-epoch-checkpoints": None, "keep-interval-updates": 1},
-        **{"save-interval-updates": interval, "validate-interval-updates": interval},
-        **{"log-format": "json", "log-interval": max(1, run.updates // 50)},
+        "total-num-update": run.updates,
+        "max-update": run.updates,
+        "seed": run.seed,
+        "save-dir": save_dir,
+        "keep-interval-updates": 1,
+        "save-interval-updates": interval,
+        "validate-interval-updates": interval,
+        "log-format": "json",
+        "log-interval": max(1, run.updates // 50),
     }
-    if not launcher.command:  # which would tell the processes how many they are
+    if not launcher.command:  # a command tells the processes how many they are
         values["distributed-world-size"] = launcher.processes
-    words = [word for name, value in values.items() for word in (f"--{name}", value)]
-    ours = [str(word) for word in words if word is not None]
-    return [data, *ours, *shlex.split(scale.flags), *shlex.split(run.flags)]
+    words = [data, "--no-epoch-checkpoints"]
+    for name, value in values.items():
+        words += [f"--{name}", str(value)]
+    return [*words, *shlex.split(scale.flags), *shlex.split(run.flags)]
 
 
 def domains_of(scale: Scale) -> Iterator[Path]:

@@ -6,10 +6,11 @@ import itertools
 import os
 import signal
 import subprocess
+import sys
 import threading
 import traceback
 from collections.abc import Container, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,17 @@ from typing import Any
 from tqdm import tqdm
 
 from fairseq_sffn.errors import UsageError
+from fairseq_sffn.tools.training_log import log_records
 
 from .plan import Run
 from .processes import cores
 from .results import EVALUATED, is_done
 from .training import Training
+
+PROGRESS = "{percentage:3.0f}% {elapsed}, {remaining} left{postfix}"
+"""Format of the progress bar."""
+TERMINAL_SECONDS, LOG_SECONDS = 1, 60
+"""Time between two progress bars, on a terminal and in a log."""
 
 
 @dataclass
@@ -30,6 +37,7 @@ class Runner(Training):
 
     jobs: int  # number of runs at a time
     children: set[subprocess.Popen[str]] = field(default_factory=set, init=False)
+    active: set[Run] = field(default_factory=set, init=False)  # runs that are being trained
     locks: dict[Path, int] = field(default_factory=dict, init=False)
     stopping: threading.Event = field(default_factory=threading.Event, init=False)
 
@@ -42,23 +50,40 @@ class Runner(Training):
             zero_shot: the runs that are evaluated on zero-shot tasks.
         """
         failures = []
-        with ThreadPoolExecutor(self.jobs) as pool:
+        seconds = {run: run.expected_seconds(self.scale) for run in runs}
+        interval = TERMINAL_SECONDS if sys.stderr.isatty() else LOG_SECONDS
+        total = sum(seconds.values())
+        bar = tqdm(total=total, bar_format=PROGRESS, smoothing=0, disable=not runs)
+        with bar, ThreadPoolExecutor(self.jobs) as pool:
             futures = {pool.submit(self.finish, run, sweep, run in zero_shot): run for run in runs}
+            waiting = set(futures)
             try:
-                with tqdm(
-                    as_completed(futures), total=len(runs), unit="run", disable=not runs
-                ) as bar:
-                    for future in bar:
+                while waiting:
+                    ended, waiting = wait(waiting, interval, return_when=FIRST_COMPLETED)
+                    for future in ended:
                         failure = failure_of(future)
                         failures += [failure] if failure else []
                         said = f"failed: {failure}" if failure else "done"
                         bar.write(f"{futures[future].key(self.scale)} {said}")
+                    finished = {futures[future] for future in futures.keys() - waiting}
+                    bar.n = sum(seconds[run] * self.progress(run, finished) for run in runs)
+                    bar.set_postfix_str(f"{len(finished)}/{len(runs)} runs")
             except BaseException:
                 self.stop(futures)
                 raise
         if failures:
             among = "" if len(runs) == 1 else f"{len(failures)} of {len(runs)} runs failed: "
             raise UsageError(f"{among}{failures[0]}")
+
+    def progress(self, run: Run, finished: Container[Run]) -> float:
+        """Return the share of a run's updates that are done, by its log."""
+        log = self.folder(run) / "train.log"
+        if run in finished:
+            return 1.0
+        if run not in self.active or not log.exists():
+            return 0.0
+        records = log_records(log)
+        return records[-1][1]["num_updates"] / run.updates if records else 0.0
 
     def stop(self, futures: Iterable[Future[None]]) -> None:
         """Ask all processes to end, and wait. Training processes finish an update and save; at a
@@ -79,7 +104,11 @@ class Runner(Training):
         with self.locked(self.folder(run)):
             self.results.refresh(run)
             if not is_done(self.results.get(run) or {}, section):
-                self.train_and_evaluate(run, sweep, zero_shot)
+                self.active.add(run)
+                try:
+                    self.train_and_evaluate(run, sweep, zero_shot)
+                finally:
+                    self.active.discard(run)
 
     @contextlib.contextmanager
     def locked(self, folder: Path) -> Iterator[None]:

@@ -30,6 +30,7 @@ WRONG_TABLES = {
     'title = "T"': [
         ('titel = "T"', r"t\.toml: titel: is unknown$"),
         ('title = "T"\nfigure = "pie"', r"figure 'pie': Input should be '', 'lines', .*'bars'"),
+        ('title = "T"\nmargin = 1', r"margin 1: Input should be less than 1"),
         ('title = "T"\nfigure = "lines"', r"'lines': no row has both group and x"),
         ('title = "T"\nfigure = "gap"', r"'gap': needs rows of group 'dense' and"),
         ('title = "T"\nname = "u"', r"t\.toml: name 'u': is the name of the file"),

@@ -212,15 +212,16 @@ def test_claims(printed: str) -> None:
     flops = float(cells(text, "Avg-K")[1]) / float(cells(text, "dense")[1]) - 1
     rows, seeds = [0, 0, 0, 1, 1, 1, 2, 2], [0, 1, 2, 0, 1, 2, 0, 1]
     design = np.hstack([np.eye(3)[rows], np.eye(3)[seeds][:, 1:]])
-    _, rest, *_ = np.linalg.lstsq(design, np.array([0.0, 2, 7, 0, 2, 7, 0, 5]))
+    _, rest, *_ = np.linalg.lstsq(design, np.log([100, 102, 107, 90, 92, 97, 95, 100]))
     error = np.sqrt(rest[0] / 3) * np.sqrt(2 / 3)
+    lower = 1 - np.exp(np.log([90 / 100, 92 / 102, 97 / 107]).mean())
     assert (
         "- Avg-K beats dense. **Supported** at this scale: test perplexity 93.0 (Avg-K, 3 seeds) "
-        f"against 103.0 (dense, 3 seeds), lower by 10.0 ± {error:.1f} at {flops:.1%} more FLOPs, "
-        f"where {3.18245 * error:.1f} is significant.\n"
+        f"against 103.0 (dense, 3 seeds), lower by {lower:.1%} ± {1 - np.exp(-error):.1%} ("
     ) in text
+    assert f"at {flops:.1%} more FLOPs, where {1 - np.exp(-3.18245 * error):.1%} is sign" in text
     assert "- Avg-K beats Switch. **Undecided** at this scale: results are missing.\n" in text
-    assert text.count("± is the standard error") == 1
+    assert text.count("± is its standard error") == 1
 
 
 def test_balance(printed: str) -> None:
@@ -363,7 +364,9 @@ def test_json(folder: Path) -> None:
     (piqa, _) = runs["zero", "dense", False, 1, 0.002]["zero_shot"]["tasks"]
     assert piqa["accuracy_norm"] == 0.5
     claim = found["claims"]["main"][0]
-    assert claim["word"] == "supported" and claim["difference"] == 10
+    assert claim["word"] == "supported" and claim["p"] == claim["adjusted_p"] < 0.05
+    expected = np.log([100 / 90, 102 / 92, 107 / 97]).mean()
+    assert claim["difference"] == pytest.approx(expected)
 
 
 PAGE = """before

@@ -17,6 +17,7 @@ import torch
 from experiments import runner, training
 from experiments.data import fingerprint
 from experiments.files import Launcher
+from experiments.plan import Run
 from experiments.processes import last_json
 from experiments.runner import Runner
 from experiments.training import drop_optimizer
@@ -174,6 +175,39 @@ def test_the_others_go_on_after_an_error_that_nobody_foresaw(
     assert [r["seed"] for r in trial.results().values()] == [2]
     trial.run()
     assert len(trial.results()) == trained(calls) == 2
+
+
+def test_progress_counts_the_updates_of_active_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second run is expected to take three times as long as the first."""
+    bars = ""
+
+    def train(self: Runner, run: Run, *_: object) -> None:
+        nonlocal bars
+        if run.model == "dense":
+            return
+        record = json.dumps({"num_updates": "20", "loss": "5.0"})
+        log = self.folder(run) / "train.log"
+        log.write_text(f"2026-11-29 12:00:00 | INFO | train_inner | {record}\n")
+        for _ in range(1000):
+            bars += capsys.readouterr().err
+            if " 62% " in bars:
+                break
+            time.sleep(0.01)
+
+    monkeypatch.setattr(Runner, "train_and_evaluate", train)
+    monkeypatch.setattr(runner, "LOG_SECONDS", 0.01)
+    runs = [Run(model, "", 1, 0.1, 40, 8) for model in ("dense", "switch")]
+    stale = tmp_path / runs[1].key(made.scale(domains="")) / "train.log"
+    stale.parent.mkdir()
+    stale.write_text('x | INFO | train_inner | {"num_updates": "40"}\n')
+    made_ = a_runner(tmp_path, relative_time={"switch": 3.0})
+    assert [made_.progress(run, runs[:1]) for run in runs] == [1.0, 0.0]
+    made_.run(runs, sweep=False)
+    bars += capsys.readouterr().err
+    for percent, count in ((25, 1), (62, 1), (100, 2)):
+        assert re.search(rf"{percent}% 00:\d\d, 00:\d\d left, {count}/2 runs", bars), bars
 
 
 def test_two_commands_train_a_run_once(

@@ -40,7 +40,8 @@ def test_the_deviation_beside_rows_and_seeds() -> None:
     assert less is not None and (less.degrees_of_freedom, less.rows) == (11 - 4 - 2, 4)
     large = deviation([{1: 1e8, 2: 1e8 + 1}, {1: 1e8, 2: 1e8 + 3}])
     assert large is not None and large.sd == pytest.approx(1)
-    for few in ([], [{1: 5.0}], rows[:1], [{1: 1.0, 2: 2.0}, {3: 3.0, 4: 5.0}]):
+    same = {1: 0.0, 2: 0.0}
+    for few in ([], [{1: 5.0}], [same, same], rows[:1], [{1: 1.0, 2: 2.0}, {3: 3.0, 4: 5.0}]):
         assert deviation(few) is None
 
 
