@@ -76,6 +76,7 @@ class Scale:
     domains: str = ""
     encoder: str = ""
     requests: str = ""
+    test_bytes_per_token: Positive | None = None
     relative_time: Mapping[str, Positive] = field(default_factory=dict)
     launchers: Annotated[Mapping[str, Launcher], Field(min_length=1)] = field(
         default_factory=lambda: {"local": Launcher()}

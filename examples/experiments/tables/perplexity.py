@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import pandas as pd
 
 from ..files import Table
@@ -29,6 +30,8 @@ def perplexities(
     runs = experiments.runs(table)
     rows = runs.drop_duplicates("label")
     unit, compute = flops_unit(rows.flops.max())
+    size = experiments.scale.test_bytes_per_token
+    bits = runs.assign(bits=np.log2(runs.test) / size) if size else None
     cells = {
         "model": rows.label.map(text),
         "parameters": [f"{model.cost['params'] / 1e6:,.2f}M" for model in rows.model],
@@ -36,6 +39,7 @@ def perplexities(
         "learning rate": shown(rows.lr, "{:g}".format),
         "valid ppl": means(runs, "valid", 1),
         "test ppl": means(runs, "test", 1),
+        **({} if bits is None else {"test bits/byte": means(bits, "bits", 3)}),
         "out-of-domain ppl": means(runs, "out_of_domain", 1),
         **(more or {}),
     }

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import re
 import shutil
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,17 @@ def test_perplexity(printed: str) -> None:
     domains = text[text.index("| set | dense | Avg-K | Switch |") :]
     assert cells(domains, "fiction")[:2] == ["113 ± 4", "103 ± 4"]
     assert cells(domains, "law")[:2] == ["133 ± 4", "123 ± 4"]
+
+
+def test_bits_per_byte(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    with (copy / "scales" / "small.toml").open("a") as scale:
+        scale.write("test_bytes_per_token = 4\n")
+    text = section(report(copy, "--no-figures", "--tables", "main"), "Main")
+    bits = [math.log2(100 + spread) / 4 for spread in SPREAD]
+    sd = statistics.stdev(bits)
+    assert cells(text, "dense")[4:6] == ["103.0 ± 3.6", f"{statistics.mean(bits):.3f} ± {sd:.3f}"]
+    assert cells(text, "model")[5] == "test bits/byte"
 
 
 def test_some_tables_alone(printed: str, folder: Path) -> None:
