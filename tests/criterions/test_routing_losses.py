@@ -10,6 +10,7 @@ from fairseq.criterions import FairseqCriterion
 from fairseq.logging import metrics
 
 from fairseq_sffn.criterions.routing_losses import RoutingLosses
+from fairseq_sffn.memory import Selector
 from fairseq_sffn.memory.selectors import hash_layer, hash_moe, rand_hash
 from fairseq_sffn.models.plugin_model import PluginModel
 from fairseq_sffn.models.stack import SparseStack
@@ -46,8 +47,9 @@ def test_a_model_and_its_loss(method, checkpoint_activations):
     options = dict(checkpoint_activations=checkpoint_activations, sffn_engine="embedding_bag")
     options |= {} if method == "mixed" else dict(sffn_freq=1)
     model, batch = small_lm(method, **options), sample(5, 3)
-    losses = {} if method in ("rand_hash", "hash_layer") else dict(z_loss_weight=0.1)
-    if losses and method != "hash_moe":
+    selector = Selector.registry.get(method)  # None: a method of several, which have scores
+    losses = {} if selector and not selector.scores_blocks else dict(z_loss_weight=0.1)
+    if losses and (selector is None or selector.selects_by_scores):
         losses["balance_loss_weight"] = 0.1
     with Synchronisations(*LEFT_OUT) as places:
         loss, _, _ = criterion(**losses)(model, batch)

@@ -96,15 +96,16 @@ CASES = {
     "gshard-glu": dict(selector="gshard", num_cells=16, block_size=4, active_blocks=2, glu="gelu"),
 }
 GATES = list(gate.GATES)
-UNSCORED = ["rand_hash", "hash_layer", "hash_layer-bigram", "rand_hash-glu", "rand_hash-shared"]
+SELECTORS = {
+    case: MemoryConfig(embed_dim=8, vocab_size=10, token_counts=[1] * 10, **sizes).selector_class
+    for case, sizes in CASES.items()
+}
+"""Case -> class of its selector."""
+UNSCORED = [case for case, selector in SELECTORS.items() if not selector.scores_blocks]
 FULL_KEYS = [
     case
     for case, sizes in CASES.items()
-    if MemoryConfig(
-        embed_dim=8, vocab_size=10, token_counts=[1] * 10, **sizes
-    ).selector_class.key_table
-    == "full"
-    and not sizes.keys() & {"glu", "shared_blocks"}
+    if SELECTORS[case].key_table == "full" and not sizes.keys() & {"glu", "shared_blocks"}
 ]
 FEW_GATES = ["none", "softmax"]
 WITH_EVERY_GATE = ("avgk-g4", "switch-top2", "pkm", "moe", "hash_moe")

@@ -18,10 +18,10 @@ from fairseq_sffn.errors import UsageError
 from fairseq_sffn.memory import Selector, SparseMemory
 from fairseq_sffn.models.layer import SparseDecoderLayer, SparseEncoderLayer
 from fairseq_sffn.models.transformer import SparseTransformer
-from tests.models.small_lm import FFN, PAD, TYPES, WIDTH, dictionary, random_tokens
+from tests.models.small_lm import FFN, PAD, SMALL_BLOCKS, TYPES, WIDTH, dictionary, random_tokens
 
 SELECTORS = sorted(Selector.registry)
-BLOCKS = dict.fromkeys(("avgk", "rand_hash", "moe", "sigma_moe", "hash_moe"), 8)
+BLOCKS = dict.fromkeys(SMALL_BLOCKS, 8)
 """Block sizes of selectors whose default is wider than the FFN."""
 
 
