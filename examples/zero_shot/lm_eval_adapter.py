@@ -94,7 +94,10 @@ class FairseqLM(TemplateLM):
         bpe_encoder = build_encoder(bpe, flags)
         if isinstance(model_overrides, str):
             model_overrides = parse_overrides(model_overrides)
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        # The harness asks for a GPU by default, whether or not there is one.
+        wanted = str(device or "cuda")
+        there = torch.cuda.is_available() or not wanted.startswith("cuda")
+        self._device = torch.device(wanted if there else "cpu")
         self.scorer: Scorer = build_scorer(
             Path(checkpoint), Path(data), model_overrides, int(max_tokens), self._device
         )

@@ -9,6 +9,7 @@ fairseq does:
 
 from __future__ import annotations
 
+import array
 import base64
 import functools
 import heapq
@@ -71,7 +72,24 @@ class Text:
 # SentencePiece
 
 
-class SentencePiece:
+class Splitter:
+    """Splits words, and remembers the pieces of some. Copies and pickles remember none."""
+
+    def _split(self, word: str) -> list[str]:
+        raise NotImplementedError
+
+    def _remember(self) -> None:
+        self._split_word = functools.lru_cache(CACHED_WORDS)(self._split)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_split_word"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._remember()
+
+
+class SentencePiece(Splitter):
     """Splits text like a BPE model of SentencePiece (``bpe_model.cc``, ``normalizer.cc``).
 
     Args:
@@ -89,7 +107,7 @@ class SentencePiece:
         # Merges never cross the beginning of a word, if no piece does.
         suffix = settings["whitespace_as_suffix"]
         self.by_word = not suffix and not any(SPACE in piece[1:] for piece in self.scores)
-        self._split_word = functools.lru_cache(CACHED_WORDS)(self._split)
+        self._remember()
 
     def split(self, line: str) -> list[str]:
         """Return the pieces of a line. A run of characters without pieces is one piece."""
@@ -226,7 +244,7 @@ class CharsMap:
 
     def __init__(self, data: bytes) -> None:
         size = int.from_bytes(data[:4], "little")
-        self.units = memoryview(data[4 : 4 + size]).cast("I") if size else None
+        self.units = array.array("I", data[4 : 4 + size]) if size else None
         self.replacements = data[4 + size :]
 
     def longest(self, line: str, start: int) -> tuple[int, str]:
@@ -264,7 +282,7 @@ class CharsMap:
 # GPT-2
 
 
-class GPT2:
+class GPT2(Splitter):
     """Splits text like GPT-2's encoder. A piece is a number, as in fairseq's dictionary.
 
     Args:
@@ -282,7 +300,7 @@ class GPT2:
         self.words: Callable[[str], list[str]] = regex.compile(
             r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
         ).findall
-        self._split_word = functools.lru_cache(CACHED_WORDS)(self._split)
+        self._remember()
 
     def split(self, line: str) -> list[str]:
         """Return the pieces of a line."""

@@ -54,7 +54,8 @@ def from_mixtral(weights: Weights, config: Any, prefix: str = "") -> SparseMemor
     Raises:
         ConfigError: a tensor or a setting is missing, or has no counterpart.
     """
-    return _gated_memory(_Block(weights, config, prefix), "renormalized")
+    block = _Block(weights, config, prefix)
+    return block.whole(_gated_memory(block, "renormalized"))
 
 
 def from_qwen_moe(weights: Weights, config: Any, prefix: str = "") -> SparseMemory:
@@ -72,7 +73,8 @@ def from_qwen_moe(weights: Weights, config: Any, prefix: str = "") -> SparseMemo
     for name in ("shared_expert_gate.weight", "shared_expert.gate_proj.weight"):
         if name in block:
             raise ConfigError("weights", name, "a shared expert with a gate has no counterpart")
-    return _gated_memory(block, "renormalized" if block["norm_topk_prob"] else "softmax")
+    gate = "renormalized" if block["norm_topk_prob"] else "softmax"
+    return block.whole(_gated_memory(block, gate))
 
 
 def from_olmoe(weights: Weights, config: Any, prefix: str = "") -> SparseMemory:
@@ -118,7 +120,7 @@ def from_deepseek_v3(
     if memory.balancer.bias is None:
         raise ConfigError("balance_rate", balance_rate, "must be positive: the block has a bias")
     memory.balancer.bias.copy_(block.tensor("gate.e_score_correction_bias"))
-    return memory
+    return block.whole(memory)
 
 
 def from_switch(weights: Weights, config: Any, prefix: str = "") -> SparseMemory:
@@ -154,7 +156,7 @@ def from_switch(weights: Weights, config: Any, prefix: str = "") -> SparseMemory
     for number in range(num_blocks):
         keys_BGD[number].copy_(block.tensor(f"experts.expert_{number}.wi.weight"))
         values_BGD[number].copy_(block.tensor(f"experts.expert_{number}.wo.weight").t())
-    return memory
+    return block.whole(memory)
 
 
 class _Block:
@@ -168,6 +170,7 @@ class _Block:
         self.training = not isinstance(weights, nn.Module) or weights.training
         self.tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
         self.config, self.prefix = config, prefix
+        self.used: set[str] = set()  # names of the tensors that were read
 
     def __contains__(self, name: str) -> bool:
         return self.prefix + name in self.tensors
@@ -179,7 +182,15 @@ class _Block:
         except KeyError:
             reason = "is not there: is the block sparse?"
             raise ConfigError("weights", self.prefix + name, reason) from None
+        self.used.add(self.prefix + name)
         return tensor.detach()
+
+    def whole(self, memory: SparseMemory) -> SparseMemory:
+        """Return a memory that was made of the block, if nothing of the block is left out."""
+        for name in self.tensors:
+            if name.startswith(self.prefix) and name not in self.used:
+                raise ConfigError("weights", name, "has no counterpart: is it another block?")
+        return memory
 
     def get(self, name: str, default: Any) -> Any:
         """Return a setting of the model."""

@@ -120,7 +120,10 @@ def run(args: argparse.Namespace) -> str:
     }
     partial = args.output.with_name(f".{args.output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    try:
+        partial.mkdir()
+    except OSError as error:
+        raise UsageError(f"{args.output}: cannot be made: {error.strerror}") from error
     try:
         files = save_model(tensors, partial, max_size)
         write_json(partial / "config.json", config)

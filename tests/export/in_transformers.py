@@ -6,6 +6,7 @@ its name, and ``expected.pt`` with what fairseq computed.
 """
 
 import importlib.util
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,10 @@ def check_logits(model: Any, expected: dict[str, Any]) -> None:
     with torch.no_grad():
         of_right = model(input_ids=right, attention_mask=right.ne(PAD).long()).logits
         of_left = model(input_ids=left, attention_mask=mask).logits
+        for kept in (1, torch.tensor([0, 2])):
+            some = model(input_ids=left, attention_mask=mask, logits_to_keep=kept).logits
+            wanted = of_left[:, -1:] if isinstance(kept, int) else of_left[:, kept]
+            torch.testing.assert_close(some, wanted, **CLOSE)
         steps, cache = [], None
         name = "cache" if "cache" in model(input_ids=left) else "past_key_values"
         for begin, end in ((0, 3), (3, 4), (4, left.shape[1])):
@@ -128,6 +133,9 @@ def check_tokenizer(folder: Path, expected: dict[str, Any]) -> None:
     assert tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)[0] == text
     assert (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id) == (1, 3, 2)
     assert len(tokenizer) == len(tokenizer.get_vocab())
+    found = tokenizer(text, return_special_tokens_mask=True)
+    assert found["special_tokens_mask"] == [int(i in (1, 2, 3)) for i in found["input_ids"]]
+    assert pickle.loads(pickle.dumps(tokenizer))(text)["input_ids"] == found["input_ids"]
     tokenizer.save_pretrained(folder / "saved_tokenizer")
     saved = AutoTokenizer.from_pretrained(folder / "saved_tokenizer", trust_remote_code=True)
     assert saved(text)["input_ids"] == tokenizer(text)["input_ids"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
+import pickle
 import random
 from argparse import Namespace
 from pathlib import Path
@@ -157,6 +159,19 @@ def gpt2_encoder(files: list[Path]) -> Any:
     return encoders.build_bpe(
         Namespace(bpe="gpt2", gpt2_encoder_json=encoder, gpt2_vocab_bpe=merges)
     )
+
+
+def test_copies_split_alike(spm: Path, gpt2: list[Path]) -> None:
+    bpe = gpt2_encoder(gpt2)
+    for settings in (
+        read_gpt2_bpe(*gpt2, dictionary_of(bpe, sentences(100))),
+        read_sentencepiece(spm, dictionary_of(bpe, [])),
+    ):
+        text = Text(settings)
+        line = sentences(1)[0]
+        pieces = text.tokenize(line)
+        for other in (pickle.loads(pickle.dumps(text)), copy.deepcopy(text)):
+            assert other.tokenize(line) == pieces
 
 
 def test_gpt2(gpt2: list[Path]) -> None:

@@ -240,6 +240,21 @@ def test_blocks_that_differ_are_refused():
         from_switch(biased, {"dense_act_fn": "relu"})
 
 
+@pytest.mark.parametrize("function", [from_mixtral, from_qwen_moe, from_olmoe])
+@pytest.mark.parametrize("name", ["shared_experts.up_proj.weight", "gate.e_score_correction_bias"])
+def test_a_block_with_more_tensors_is_refused(function, name):
+    """A tensor that nothing reads would be missing in the outputs."""
+    tensors = {"1." + key: tensor for key, tensor in expert_tensors("mixtral").items()}
+    if function is not from_mixtral:
+        tensors = {"1." + key: tensor for key, tensor in expert_tensors("qwen_moe").items()}
+    others = {"0." + name: torch.randn(2), "norm.weight": torch.randn(2)}
+    function(tensors | others, SETTINGS, "1.")  # other blocks of the model
+    with pytest.raises(
+        ConfigError, match=rf"^weights 1\.{name}: has no counterpart: is it another"
+    ):
+        function(tensors | {f"1.{name}": torch.randn(2)}, SETTINGS, "1.")
+
+
 # transformers' blocks
 
 

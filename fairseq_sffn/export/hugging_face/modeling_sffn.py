@@ -96,7 +96,7 @@ class SFFNForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
         """Predict the next token at each position.
@@ -111,7 +111,8 @@ class SFFNForCausalLM(PreTrainedModel, GenerationMixin):
                 they are needed with a cache if a layer selects by more than one token id.
             labels: (B, T) token ids to predict, shifted in here; -100 is not scored.
             use_cache: whether to return a cache.
-            logits_to_keep: number of positions at the end to compute logits of; 0: all.
+            logits_to_keep: number of positions at the end to compute logits of, or their indices;
+                0: all.
 
         Returns:
             ``loss`` with labels, ``logits``, the cache, and ``aux_loss``. In training, ``aux_loss``
@@ -129,7 +130,10 @@ class SFFNForCausalLM(PreTrainedModel, GenerationMixin):
             *(input_ids, attention_mask, position_ids, cache, context_ids, losses),
             balance_scope=self.config.balance_loss_scope,
         )
-        logits = self.decoder.logits(output.features[:, -logits_to_keep or None :])
+        kept: Any = logits_to_keep
+        if not isinstance(kept, Tensor):
+            kept = slice(-kept or None, None)
+        logits = self.decoder.logits(output.features[:, kept])
         aux_loss = loss = None
         if losses:
             aux_loss = self._auxiliary_loss(output.memories, *weights)

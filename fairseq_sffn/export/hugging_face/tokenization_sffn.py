@@ -61,6 +61,19 @@ class SFFNTokenizer(PreTrainedTokenizer):
     ) -> list[int]:
         return [self.bos_token_id, *token_ids_0, *(token_ids_1 or [])]
 
+    def get_special_tokens_mask(
+        self,
+        token_ids_0: list[int],
+        token_ids_1: list[int] | None = None,
+        already_has_special_tokens: bool = False,
+    ) -> list[int]:
+        """Return 1 for each special token, and 0 for the others."""
+        ids = [*token_ids_0, *(token_ids_1 or [])]
+        if not already_has_special_tokens:
+            ids = self.build_inputs_with_special_tokens(ids)
+        special = {self.bos_token_id, self.eos_token_id, self.pad_token_id, self.unk_token_id}
+        return [int(number in special) for number in ids]
+
     def _decode(
         self, token_ids: int | Sequence[int], skip_special_tokens: bool = False, **kwargs: Any
     ) -> str:
