@@ -33,7 +33,8 @@ def test_nothing_else_changes_the_key() -> None:
         **{"name": "other", "data": "x", "domains": "x", "updates": 7, "batch_size": 3},
         **{"dictionary": 7, "ffn_embed_dim": 3, "learning_rates": (9.0,), "sweep_share": 0.5},
         **{"tokens_per_second": 3.0, "encoder": "x", "requests": "x", "save_interval": 3},
-        **{"relative_time": {"avgk": 2.0}, "launchers": {"a": Launcher("b", 2)}},
+        **{"test_bytes_per_token": 2.0, "relative_time": {"avgk": 2.0}},
+        **{"launchers": {"a": Launcher("b", 2)}},
     }
     assert set(others) | set(OF_SCALE) == {f.name for f in fields(Scale)}
     for name, value in others.items():
