@@ -10,7 +10,7 @@ import pandas as pd
 from scipy.special import stdtr, stdtrit
 
 from .files import Claim
-from .frame import Experiments
+from .frame import ROW, Experiments
 from .tables.part import text
 
 LEVEL = 0.05
@@ -62,7 +62,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def seed_deviation(frame: pd.DataFrame) -> Deviation | None:
     """Return the residual deviation of log test perplexity over all runs. A run that several
     tables have counts once."""
-    runs = frame[frame.test.notna() & ~frame.sweep].drop_duplicates("run")
+    runs = frame[frame.test.notna() & (frame.stage == ROW)].drop_duplicates("run")
     rows = [replace(run, seed=0) for run in runs.run]
     return residual_deviation(pd.Series(rows).factorize()[0], runs.seed, np.log(runs.test))
 

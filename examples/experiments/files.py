@@ -24,7 +24,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 REFERENCE = "dense"
-"""The group that a figure of gaps compares the others with."""
+"""The dense model, and the group that a figure of gaps compares the others with."""
 
 REFUSED = {
     "is set by what the file says elsewhere": """
@@ -70,7 +70,9 @@ class Scale:
     learning_rates: Annotated[tuple[Positive, ...], Field(min_length=1)]
     flags: str
     tokens_per_second: Positive
+    init_scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)
     sweep_share: Share = 1 / 3
+    finalists: Count = 1
     warmup_share: Share = 0.1
     save_interval: Count | None = None
     domains: str = ""
@@ -98,6 +100,7 @@ class Row:
     length: Positive = 1.0
     batch: Positive = 1.0
     lr: Positive | None = None
+    init_scale: Positive | None = None
     sweep: bool = False
     group: str = ""
     x: Positive | Literal["", "{ffn}"] = ""

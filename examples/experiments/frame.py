@@ -16,11 +16,17 @@ from fairseq_sffn.tools.cost import cost_by_part, cost_figures, training_flops_p
 from fairseq_sffn.tools.language_model import build_language_model
 
 from .files import Row, Scale, Table
-from .plan import Run, row_runs, sweep_runs
+from .plan import Run, Setting, final_runs, row_runs, sweep_runs
 from .results import EVALUATED, IN_DOMAIN, Results, is_diverged, is_done
 
+SWEEP, FINAL, ROW = STAGES = ("sweep", "final", "row")
+"""What runs are for: a short run, and one of length 1, that choose the setting of a method; and a
+run of a row."""
 ONE_PROCESS = ("--sffn-expert-parallel", "1")
 """Flags that build the whole model in this process, even if training shards it."""
+
+
+UNKNOWN = Setting(0.0)
 
 
 class Model(NamedTuple):
@@ -65,11 +71,12 @@ class Entry(NamedTuple):
     label: str
     group: str
     x: float  # position on the figure's axis; NaN: none
-    sweep: bool  # whether the run chooses a learning rate
+    stage: str  # see STAGES
     run: Run
     model: Model
     seed: int
-    lr: float  # NaN: not chosen yet
+    lr: float  # as init_scale, NaN: not chosen yet
+    init_scale: float
     tokens: int
     flops: int  # of training
     result: dict[str, Any]  # content of the JSON file; empty if it lacks what the table shows
@@ -90,32 +97,50 @@ class Experiments:
         entries = [entry for table in tables.values() for entry in self._entries(table)]
         self.frame = pd.DataFrame(entries, columns=Entry._fields)
 
-    def runs(self, table: Table, sweep: bool = False) -> pd.DataFrame:
-        """Return the runs of a table's rows, or those that choose their learning rates."""
-        return self.frame[(self.frame.table == table.name) & (self.frame.sweep == sweep)]
+    def runs(self, table: Table, stage: str = ROW) -> pd.DataFrame:
+        """Return the runs of a table, of one of ``STAGES``."""
+        return self.frame[(self.frame.table == table.name) & (self.frame.stage == stage)]
 
     def _entries(self, table: Table) -> Iterator[Entry]:
         """Yield the runs of a table. A sweep has its row's label if the row has its own sweep, and
-        otherwise the label of the model's row without flags, or the model's name."""
+        otherwise the label of the model's row without flags, or the model's name. Until finalists
+        are known, the first settings stand for them."""
         section = "zero_shot" if table.zero_shot else EVALUATED
         defaults = {row.model: row.label for row in reversed(table.rows) if not row.flags}
         swept = set()
         for row in table.rows:
-            runs = row_runs(row, self.scale, self.results.learning_rate(row) or 0.0)
-            yield from self._of_row(table, row, row.label, runs, section)
+            setting = self.results.setting(row) or UNKNOWN
+            runs = row_runs(row, self.scale, setting)
+            yield from self._of_row(table, row, row.label, ROW, setting, runs, section)
             label = row.label if row.sweep else defaults.get(row.model, row.model)
-            for run in sweep_runs(row, self.scale):
-                if run not in swept:
-                    yield from self._of_row(table, row, label, [run], "evaluation", sweep=True)
-                swept.add(run)
+            short = sweep_runs(row, self.scale)
+            first = next(iter(short.values()), None)
+            if first is None or first in swept:
+                continue
+            swept.add(first)
+            for setting, run in short.items():
+                yield from self._of_row(table, row, label, SWEEP, setting, [run], "evaluation")
+            count = self.scale.finalists
+            if count > 1:
+                finalists = self.results.finalists(row) or [*short][:count]
+                for setting, run in final_runs(row, self.scale, finalists).items():
+                    yield from self._of_row(table, row, label, FINAL, setting, [run], EVALUATED)
 
     def _of_row(
-        self, table: Table, row: Row, label: str, runs: list[Run], section: str, sweep: bool = False
+        self,
+        table: Table,
+        row: Row,
+        label: str,
+        stage: str,
+        setting: Setting,
+        runs: list[Run],
+        section: str,
     ) -> Iterator[Entry]:
-        """Yield runs that differ only in their seed."""
+        """Yield runs that differ only in their seed, and whose results need a section."""
         results = [self.results.get(run) or {} for run in runs]
         results = [result if is_done(result, section) else {} for result in results]
         diverged = [is_diverged(result) for result in results]
+        lr, init_scale = (math.nan, math.nan) if setting is UNKNOWN else setting
         x = float(str(row.x).replace("{ffn}", str(self.scale.ffn_embed_dim)) or "nan")
         for run, result, gone in zip(runs, results, diverged, strict=True):
             try:
@@ -127,7 +152,7 @@ class Experiments:
             sets = {name: found["perplexity"] for name, found in evaluation.items()}
             domains = [value for name, value in sets.items() if name not in IN_DOMAIN]
             yield Entry(
-                *(table.name, label, row.group, x, sweep, run, model, run.seed, run.lr or math.nan),
+                *(table.name, label, row.group, x, stage, run, model, run.seed, lr, init_scale),
                 *(tokens, model.training_flops * tokens, result, bool(result), gone, sets),
                 valid=sets.get("valid", math.nan),
                 test=sets.get("test", math.nan),

@@ -1,16 +1,27 @@
 """The training runs that tables ask for, and their commands."""
 
 import hashlib
+import itertools
 import json
 import shlex
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fairseq_sffn.errors import UsageError
 
-from .files import Launcher, Row, Scale
+from .files import REFERENCE, Launcher, Row, Scale
+
+INIT_SCALE = "--sffn-init-scale"
+
+
+class Setting(NamedTuple):
+    """What a sweep chooses for a method: the learning rate, and the factor of the initial FFNs in
+    those layers that are sparse in sparse models."""
+
+    lr: float
+    init_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -46,12 +57,23 @@ class Run:
         return self.tokens(scale) * relative / scale.tokens_per_second
 
 
-def row_runs(row: Row, scale: Scale, lr: float) -> list[Run]:
-    """Return the runs of a row, one for each seed."""
+def row_runs(row: Row, scale: Scale, setting: Setting) -> list[Run]:
+    """Return the runs of a row with a setting, one for each seed.
+
+    Raises:
+        UsageError: the row's flags have an initial scale, which the sweep chooses.
+    """
     updates = max(1, round(row.length * scale.updates))
     batch_size = max(1, round(row.batch * scale.batch_size))
-    flags = row_flags(row, scale)
-    return [Run(row.model, flags, seed, lr, updates, batch_size) for seed in row.seeds]
+    model, flags = row.model, row_flags(row, scale)
+    if len(scale.init_scales) > 1 and INIT_SCALE in flags:
+        reason = "is chosen by the sweep; the key init_scale fixes it"
+        raise UsageError(f"row {row.label!r}: flags: {INIT_SCALE}: {reason}")
+    if setting.init_scale != 1:
+        flags = f"{flags} {INIT_SCALE} {setting.init_scale:g}".strip()
+        if model == REFERENCE:  # HashLayer with one block is the dense model
+            model, flags = "hash_layer", f"--sffn-expansion 1 {flags}"
+    return [Run(model, flags, seed, setting.lr, updates, batch_size) for seed in row.seeds]
 
 
 def row_flags(row: Row, scale: Scale) -> str:
@@ -59,15 +81,29 @@ def row_flags(row: Row, scale: Scale) -> str:
     return shlex.join(shlex.split(row.flags.replace("{ffn}", str(scale.ffn_embed_dim))))
 
 
-def sweep_runs(row: Row, scale: Scale) -> list[Run]:
-    """Return the runs that choose a row's learning rate. They are the same for all rows of a model,
-    unless the row sweeps with its own flags. The list is empty where there is nothing to choose."""
-    if not row.seeds or row.lr is not None or len(scale.learning_rates) == 1:
-        return []
-    flags = row_flags(row, scale) if row.sweep else ""
-    updates = max(1, round(scale.sweep_share * scale.updates))
-    run = Run(row.model, flags, seed=1, lr=0.0, updates=updates, batch_size=scale.batch_size)
-    return [replace(run, lr=lr) for lr in scale.learning_rates]
+def sweep_runs(row: Row, scale: Scale) -> dict[Setting, Run]:
+    """Return the short runs of the sweep that chooses a row's setting. They are the same for all
+    rows of a model, unless the row sweeps with its own flags. There are none where there is nothing
+    to choose."""
+    settings = [
+        *itertools.starmap(Setting, itertools.product(scale.learning_rates, scale.init_scales))
+    ]
+    open_lr = row.lr is None and len(scale.learning_rates) > 1
+    open_scale = row.init_scale is None and len(scale.init_scales) > 1
+    choose = row.seeds and (open_lr or open_scale)
+    return _runs_of_settings(row, scale, settings, scale.sweep_share) if choose else {}
+
+
+def final_runs(row: Row, scale: Scale, finalists: Iterable[Setting]) -> dict[Setting, Run]:
+    """Return the runs of length 1 that choose one of the best settings of a row's sweep."""
+    return _runs_of_settings(row, scale, finalists, 1.0)
+
+
+def _runs_of_settings(
+    row: Row, scale: Scale, settings: Iterable[Setting], length: float
+) -> dict[Setting, Run]:
+    one = Row(row.label, row.model, row.flags if row.sweep else "", length=length)
+    return {setting: row_runs(one, scale, setting)[0] for setting in settings}
 
 
 def train_arguments(

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from fairseq_sffn.errors import UsageError
 from fairseq_sffn.tools.training_log import log_records
 
 from .files import Row, Scale, first_error
-from .plan import Run, sweep_runs
+from .plan import Run, Setting, final_runs, sweep_runs
 
 IN_DOMAIN = ("valid", "test")
 """Evaluation sets from the corpus that models are trained on."""
@@ -143,17 +143,31 @@ class Results:
         self.by_key[run.key(self.scale)] = result
         write(self.path(run), result)
 
-    def learning_rate(self, row: Row) -> float | None:
-        """Return the learning rate of a row: its own, or the one with the lowest validation loss in
-        the sweep; ``None`` where the sweep is not finished or all of its runs diverged."""
-        if row.lr is not None:
-            return row.lr
-        runs = sweep_runs(row, self.scale)
-        if not runs:  # there is one rate, or the row is not trained
-            return self.scale.learning_rates[0]
-        losses = {run.lr: valid_loss(result) for run in runs if (result := self.get(run))}
-        best = min(losses, key=losses.__getitem__, default=0.0)
-        return best if len(losses) == len(runs) and math.isfinite(losses[best]) else None
+    def setting(self, row: Row) -> Setting | None:
+        """Return the setting of a row: what the row fixes, and for the rest, the finalist with the
+        lowest validation loss; ``None`` where it is not known yet or all diverged."""
+        best = Setting(self.scale.learning_rates[0], self.scale.init_scales[0])
+        if sweep_runs(row, self.scale):
+            finalists = self.finalists(row)
+            if len(finalists) > 1:
+                finalists = self._best(final_runs(row, self.scale, finalists))
+            if not finalists:
+                return None
+            best = finalists[0]
+        lr = best.lr if row.lr is None else row.lr
+        return Setting(lr, best.init_scale if row.init_scale is None else row.init_scale)
+
+    def finalists(self, row: Row) -> list[Setting]:
+        """Return the settings with the lowest validation losses in a row's sweep, the best first.
+        There are none where the sweep is not finished or all of its runs diverged."""
+        return self._best(sweep_runs(row, self.scale))[: self.scale.finalists]
+
+    def _best(self, runs: Mapping[Setting, Run]) -> list[Setting]:
+        """Return the settings whose runs did not diverge, by loss; none until all runs are done."""
+        found = {setting: self.get(run) for setting, run in runs.items()}
+        losses = {setting: valid_loss(result) for setting, result in found.items() if result}
+        finite = [setting for setting in losses if math.isfinite(losses[setting])]
+        return sorted(finite, key=losses.__getitem__) if len(losses) == len(runs) else []
 
     def check_domains(self, names: Sequence[str]) -> None:
         """Check that the out-of-domain sets have the names that they have in the results."""

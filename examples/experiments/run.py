@@ -14,7 +14,7 @@ from fairseq_sffn.errors import UsageError
 from .data import check_zero_shot, fingerprint
 from .dry_run import dry_run, parse
 from .files import Launcher, Scale, load_scale, load_table
-from .frame import Experiments
+from .frame import ROW, STAGES, SWEEP, Experiments
 from .plan import Run, domains_of, train_arguments
 from .processes import PLUGIN, cores
 from .results import Results
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> str:
     folder = args.results or args.tables[0].parent / "results" / scale.name
     if args.dry_run:
         frame = Experiments(scale, Results(folder, scale), tables).frame
-        runs = frame[~frame.sweep].drop_duplicates("run")
+        runs = frame[frame.stage == ROW].drop_duplicates("run")
         check(runs, scale, launcher)
         say(dry_run(runs, scale, launcher))
         return f"{len(runs)} runs are ready"
@@ -62,32 +62,35 @@ def run(args: argparse.Namespace) -> str:
     runner = Runner(scale, launcher, results, args.work / scale.name / data, data, jobs)
 
     def todo() -> pd.DataFrame:
-        """Return what is not done yet, by seed. All runs of a row are, until its learning rate is
+        """Return what is not done yet, by seed. All runs of a row are, until its setting is
         chosen."""
         frame = Experiments(scale, results, tables).frame
-        check_learning_rates(frame, scale)
+        check_settings(frame, scale)
         frame = frame[[args.only in (None, run.key(scale)) for run in frame.run]]
         if frame.empty:
             raise UsageError(f"--only {args.only}: is no run of {', '.join(tables)}")
         return frame[~frame.done].sort_values("seed", kind="stable")
 
-    def finish(frame: pd.DataFrame, sweep: bool) -> None:
-        zero_shot = {*frame.run[frame.table.isin(with_tasks)]}
+    def finish(frame: pd.DataFrame, stage: str) -> None:
         # All tables together, so that no core waits for the last run of each table.
-        runs = list(frame.run[frame.sweep == sweep].unique())
+        frame = frame[frame.stage == stage]
+        runs = list(frame.run.unique())
+        zero_shot = {*frame.run[frame.table.isin(with_tasks) & (stage == ROW)]}
         if launcher.submit and not args.only:
             say(submit(runs, scale, launcher, runner.work, again(args)))
         else:
-            runner.run(runs, sweep, zero_shot)
+            runner.run(runs, stage == SWEEP, zero_shot)
 
     frame = todo()
     check(frame, scale, launcher)
     say(expected(frame, scale, jobs))
     with ended_by_signals():
-        finish(frame, sweep=True)
-        if launcher.submit and frame.sweep.any() and not args.only:
-            return "when these have ended, the same command submits the others"
-        finish(todo(), sweep=False)
+        for stage in STAGES:
+            if (frame.stage == stage).any():
+                finish(frame, stage)
+                if launcher.submit and not args.only and stage != ROW:
+                    return "when these have ended, the same command submits the others"
+                frame = todo()
     return f"results are in {folder}"
 
 
@@ -122,10 +125,11 @@ def check(frame: pd.DataFrame, scale: Scale, launcher: Launcher) -> None:
             raise UsageError(f"{entry.table}, row {entry.label!r}: {error}") from error
 
 
-def check_learning_rates(frame: pd.DataFrame, scale: Scale) -> None:
-    """Check that no sweep diverged at all of its learning rates."""
-    for (_, label), sweep in frame[frame.sweep].groupby(["table", "label"]):
-        if sweep.diverged.all():
+def check_settings(frame: pd.DataFrame, scale: Scale) -> None:
+    """Check that not all runs of a sweep diverged, nor all of its finalists."""
+    choosing = frame[frame.stage != ROW]
+    for (_, label, _), runs in choosing.groupby(["table", "label", "stage"]):
+        if runs.diverged.all():
             rates = ", ".join(f"{rate:g}" for rate in scale.learning_rates)
             why = f"learning_rates {rates} of scale {scale.name}: all diverged; add lower ones"
             raise UsageError(f"row {label!r}: {why}")

@@ -13,7 +13,7 @@ import pytest
 
 from experiments.__main__ import main
 from experiments.files import load_scale, load_table
-from experiments.plan import row_runs
+from experiments.plan import Setting, row_runs
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "examples" / "paper"
@@ -66,7 +66,10 @@ def test_every_row_is_a_training_of_its_own(scale: str) -> None:
     loaded = load_scale(PAPER / "scales" / f"{scale}.toml")
     for name in TABLES:
         table = load_table(PAPER / f"{name}.toml")
-        keys = {row: [c.key(loaded) for c in row_runs(row, loaded, 0.001)] for row in table.rows}
+        keys = {
+            row: [c.key(loaded) for c in row_runs(row, loaded, Setting(0.001))]
+            for row in table.rows
+        }
         drawn = [(row.group, key) for row, of_row in keys.items() for key in of_row]
         assert len(drawn) == len(set(drawn)), name
 

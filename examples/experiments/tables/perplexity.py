@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from ..files import Table
-from ..frame import Experiments
+from ..frame import FINAL, SWEEP, Experiments
 from ..results import IN_DOMAIN
 from .part import FLOPS_NOTE, Part, Parts, mean_sd, means, runs_note, shown, text, versions_note
 from .routing import layers_of
@@ -31,12 +31,14 @@ def perplexities(
     rows = runs.drop_duplicates("label")
     unit, compute = flops_unit(rows.flops.max())
     size = experiments.scale.test_bytes_per_token
+    scales = len(experiments.scale.init_scales) > 1
     bits = runs.assign(bits=np.log2(runs.test) / size) if size else None
     cells = {
         "model": rows.label.map(text),
         "parameters": [f"{model.cost['params'] / 1e6:,.2f}M" for model in rows.model],
         compute: shown(rows.flops / unit, "{:#,.4g}".format),
         "learning rate": shown(rows.lr, "{:g}".format),
+        **({"initial scale": shown(rows.init_scale, "{:g}".format)} if scales else {}),
         "valid ppl": means(runs, "valid", 1),
         "test ppl": means(runs, "test", 1),
         **({} if bits is None else {"test bits/byte": means(bits, "bits", 3)}),
@@ -49,7 +51,7 @@ def perplexities(
     return {
         "": [Part(cells, [runs_note(runs), FLOPS_NOTE, trained, table.note, note])],
         "domains": [domains(runs)],
-        "learning_rates": [learning_rates(experiments, table)],
+        "sweep": sweep(experiments, table),
     }
 
 
@@ -64,26 +66,58 @@ def domains(runs: pd.DataFrame) -> Part:
     return Part(cells, [runs_note(runs)], left=["set"])
 
 
-def learning_rates(experiments: Experiments, table: Table) -> Part:
-    """Make a table of the short runs that choose each method's learning rate."""
-    scale, runs = experiments.scale, experiments.runs(table, sweep=True)
-    cells = {name: list[str]() for name in ("model", *map("{:g}".format, scale.learning_rates))}
-    at_ends = []
-    for label, sweep in runs.groupby("label", sort=False):
-        best = sweep.valid.idxmin() if sweep.done.all() and sweep.valid.notna().any() else None
-        cells["model"].append(text(label))
-        for run in sweep.itertuples():
-            found = "diverged" if run.diverged else mean_sd([run.valid], 1)
-            cells[f"{run.lr:g}"].append(f"**{found}**" if run.Index == best else found)
-        if best in (sweep.lr.idxmin(), sweep.lr.idxmax()):
-            at_ends.append(text(label))
+def sweep(experiments: Experiments, table: Table) -> list[Part]:
+    """Make tables of the runs that choose the settings of methods: short ones, and finalists."""
+    scale, runs = experiments.scale, experiments.runs(table, SWEEP)
     updates = max(1, round(scale.sweep_share * scale.updates))
-    notes = [
-        f"Validation perplexity after {updates} updates, one seed; bold: the chosen rate.",
-        f"At an end of the tested range: {', '.join(at_ends)}." if at_ends else "",
-        versions_note(runs),
-    ]
-    return Part(cells, notes)
+    notes = [f"At an end of the tested {name}: {labels}." for name, labels in at_ends(runs).items()]
+    several = len(scale.init_scales) > 1
+    parts = [settings(runs, several, updates, notes)]
+    if scale.finalists > 1:
+        parts.append(settings(experiments.runs(table, FINAL), several, scale.updates, []))
+    return parts
+
+
+def settings(runs: pd.DataFrame, several: bool, updates: int, notes: list[str]) -> Part:
+    """Make a table of validation perplexity: a line for each sweep, a column for each setting, of
+    one or several initial scales."""
+    labels = runs.label.unique()
+    runs = runs.sort_values(["lr", "init_scale"], kind="stable").assign(
+        setting=lambda frame: [
+            f"{lr:g}, scale {scale:g}" if several else f"{lr:g}"
+            for lr, scale in zip(frame.lr, frame.init_scale, strict=True)
+        ]
+    )
+    lines = []
+    for label in labels:
+        tried = runs[runs.label == label]
+        known = tried.done.all() and tried.valid.notna().any()
+        line = dict.fromkeys(["model", *runs.setting], "") | {"model": text(label)}
+        for run in tried.itertuples():
+            found = "diverged" if run.diverged else mean_sd([run.valid], 1)
+            best = known and run.Index == tried.valid.idxmin()
+            line[run.setting] = f"**{found}**" if best else found
+        lines.append(line)
+    note = f"Validation perplexity after {updates} updates, one seed; bold: the best."
+    return Part(pd.DataFrame(lines), [note, *notes, versions_note(runs)])
+
+
+def at_ends(runs: pd.DataFrame) -> dict[str, str]:
+    """Return the sweeps whose best setting is at an end of what was tested, by what is at its end.
+    Of two values, each is at an end."""
+    names = {"learning rates": "lr", "initial scales": "init_scale"}
+    ends: dict[str, str] = {}
+    for name, column in names.items():
+        found = [
+            text(label)
+            for label, tried in runs.groupby("label", sort=False)
+            if tried.done.all()
+            and tried.valid.notna().any()
+            and tried[column].nunique() > 2
+            and tried[column][tried.valid.idxmin()] in (tried[column].min(), tried[column].max())
+        ]
+        ends |= {name: ", ".join(found)} if found else {}
+    return ends
 
 
 def balance(experiments: Experiments, table: Table) -> Parts:

@@ -104,11 +104,11 @@ def fill(results: Results, rows: Iterable[Row], make: Callable[[Row, Run], Any |
     """Add the results of all runs of some rows. Sweeps choose 0.002. A function makes the other
     results, or ``None`` where one is missing."""
     for row in rows:
-        for run in sweep_runs(row, results.scale):
+        for run in sweep_runs(row, results.scale).values():
             results.add(run, swept(2.0 if run.lr == 0.002 else 3.0))
-        lr = results.learning_rate(row)
-        assert lr is not None
-        for run in row_runs(row, results.scale, lr):
+        setting = results.setting(row)
+        assert setting is not None
+        for run in row_runs(row, results.scale, setting):
             found = make(row, run)
             if found is not None:
                 results.add(run, found)

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.figures import FIGURES
 from experiments.files import REFUSED, Launcher, Row, Table, load_scale, load_table
-from experiments.plan import Run, row_runs, train_arguments
+from experiments.plan import Run, Setting, row_runs, train_arguments
 from experiments.report import KINDS
 from tests.examples.experiments import made
 
@@ -131,10 +131,12 @@ def write(folder: Path, text: str, name: str = "t.toml") -> Path:
 def test_a_table(tmp_path: Path) -> None:
     table = load_table(write(tmp_path, TABLE))
     assert (table.name, table.rows[0].seeds, table.rows[1].seeds) == ("t", (1, 2), (3,))
-    runs = row_runs(table.rows[1], made.scale(), 0.5)
+    runs = row_runs(table.rows[1], made.scale(), Setting(0.5))
     assert runs == [Run("avgk", "--sffn-block-size 512", 3, 0.5, 40, 8)]
     longer = replace(table.rows[0], length=2.5, batch=0.5)
-    assert {(c.updates, c.batch_size) for c in row_runs(longer, made.scale(), 0.5)} == {(100, 4)}
+    assert {(c.updates, c.batch_size) for c in row_runs(longer, made.scale(), Setting(0.5))} == {
+        (100, 4)
+    }
 
 
 @pytest.mark.parametrize(("old", "new", "error"), cases(WRONG_TABLES))
@@ -183,7 +185,7 @@ def test_labels_and_spaces_are_no_settings(tmp_path: Path) -> None:
         Row("a", "avgk", "--sffn-block-size 64"),
         Row("b", "avgk", "  --sffn-block-size   64 ", group="g", x=3),
     ]
-    keys = {c.key(s) for row in rows for s in (scale, wide) for c in row_runs(row, s, 0.1)}
+    keys = {c.key(s) for row in rows for s in (scale, wide) for c in row_runs(row, s, Setting(0.1))}
     assert len(keys) == 1
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.files import Row
-from experiments.plan import row_runs, sweep_runs
+from experiments.plan import Setting, final_runs, row_runs, sweep_runs
 from experiments.results import EVALUATED, Results, curve, is_done, write
 from fairseq_sffn.tools.training_log import log_records
 from tests.examples.experiments import made
@@ -59,16 +59,36 @@ def test_a_log_that_was_resumed(tmp_path: Path) -> None:
 def test_the_learning_rate_with_the_lowest_validation_loss(tmp_path: Path) -> None:
     rates = (0.1, 0.2, 0.3, 0.4)
     results = made.empty(tmp_path, learning_rates=rates)
-    assert results.learning_rate(ROW) is None
+    assert results.setting(ROW) is None
     losses = (None, 3.0, 2.5, float("nan"))
-    for run, loss in zip(sweep_runs(ROW, results.scale), losses, strict=True):
-        assert results.learning_rate(ROW) is None  # not before the last run
+    for run, loss in zip(sweep_runs(ROW, results.scale).values(), losses, strict=True):
+        assert results.setting(ROW) is None  # not before the last run
         results.add(run, made.swept(loss))
-    assert results.learning_rate(ROW) == 0.3
-    assert results.learning_rate(replace(ROW, flags="--sffn-block-size 64")) == 0.3
-    assert results.learning_rate(replace(ROW, sweep=True)) is None
-    assert results.learning_rate(replace(ROW, lr=7.0)) == 7.0
-    assert Results(results.folder, results.scale).learning_rate(ROW) == 0.3
+    assert results.setting(ROW) == (0.3, 1.0)
+    assert results.setting(replace(ROW, flags="--sffn-block-size 64")) == (0.3, 1.0)
+    assert results.setting(replace(ROW, sweep=True)) is None
+    assert results.setting(replace(ROW, lr=7.0)) == (7.0, 1.0)
+    assert Results(results.folder, results.scale).setting(ROW) == (0.3, 1.0)
+
+
+def test_the_best_finalist_is_chosen(tmp_path: Path) -> None:
+    results = made.empty(tmp_path, init_scales=(1.0, 2.0), finalists=2)
+    losses = dict(zip(sweep_runs(ROW, results.scale), (3.0, None, 2.6, 2.5), strict=True))
+    for setting, run in sweep_runs(ROW, results.scale).items():
+        assert results.finalists(ROW) == []
+        results.add(run, made.swept(losses[setting]))
+    best = [Setting(0.002, 2.0), Setting(0.002, 1.0)]
+    assert results.finalists(ROW) == best
+    assert results.setting(replace(ROW, lr=7.0, init_scale=3.0)) == (7.0, 3.0)
+    for setting, run in final_runs(ROW, results.scale, best).items():
+        assert results.setting(ROW) is None
+        results.add(run, made.result(50.0) if setting.init_scale == 1 else made.result(51.0))
+    assert results.setting(ROW) == best[1]
+    assert results.setting(replace(ROW, lr=7.0)) == (7.0, 1.0)
+    assert results.setting(replace(ROW, init_scale=3.0)) == (0.002, 3.0)
+    for run in final_runs(ROW, results.scale, best).values():
+        results.add(run, made.diverged())
+    assert results.setting(ROW) is None
 
 
 def test_a_result_of_a_sweep_is_not_that_of_a_row(tmp_path: Path) -> None:
@@ -76,13 +96,13 @@ def test_a_result_of_a_sweep_is_not_that_of_a_row(tmp_path: Path) -> None:
     results = made.empty(tmp_path, sweep_share=1.0)
     row = replace(ROW, flags="")
     made.fill(results, [row], lambda row, run: None)
-    runs = row_runs(row, results.scale, 0.002)
+    runs = row_runs(row, results.scale, Setting(0.002))
     found = results.get(runs[0])
     assert found is not None and is_done(found, "evaluation") and not is_done(found, EVALUATED)
     found = made.result(50.0)
     results.add(runs[0], found)
     assert is_done(found, EVALUATED)
-    assert results.learning_rate(row) == 0.002  # with 0.5 bits, not 3.0
+    assert results.setting(row) == (0.002, 1.0)  # with 0.5 bits, not 3.0
 
 
 def test_what_diverged_is_done() -> None:

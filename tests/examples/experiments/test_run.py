@@ -54,6 +54,28 @@ def test_a_row_that_asks_for_what_the_sweep_trained(
     assert all(len(r["training"]["train"]) == UPDATES // 2 for r in results)
 
 
+def test_finalists_are_trained_to_the_end(
+    tmp_path: Path, data_bin: Path, calls: list[list[str]]
+) -> None:
+    """The row is one of them, and is not trained again."""
+    rows = '{ label = "dense", model = "dense" }'
+    trial = Trial(tmp_path, data_bin, rows, rates="[1e-3, 1e-2]")
+    with trial.scale.open("a") as scale:
+        scale.write("init_scales = [1, 8]\nfinalists = 2\n")
+    trial.run()
+    results = list(trial.results().values())
+    short = [r for r in results if r["updates"] == UPDATES // 2]
+    finals = [r for r in results if r["updates"] == UPDATES]
+    assert trained(calls) == len(results) == 6 and len(finals) == 2
+    models = [("dense", ""), ("hash_layer", "--sffn-expansion 1 --sffn-init-scale 8")]
+    assert {(r["model"], r["flags"]) for r in short} == {*models}
+    losses = sorted((r["evaluation"]["valid"]["loss"], r["lr"], r["flags"]) for r in short)
+    assert {(r["lr"], r["flags"]) for r in finals} == {(lr, flags) for _, lr, flags in losses[:2]}
+    assert all([*r["evaluation"]] == ["valid", "test", "law"] for r in finals)
+    trial.run()
+    assert trained(calls) == 6
+
+
 def test_the_sweep_is_looked_at_before_any_training(
     tmp_path: Path, data_bin: Path, calls: list[list[str]]
 ) -> None:
@@ -175,4 +197,4 @@ def test_a_launcher_that_takes_all_gpus_has_them_alone(
         main([*words, "--work", str(tmp_path / "work")])
     trial.scale.write_text(trial.scale.read_text().replace("--cpu", ""))
     main([*words[:4], "--work", str(tmp_path / "work")])  # on GPUs
-    assert jobs == [7, 7, 1, 1, 3, 3, 1, 1]
+    assert jobs == [7, 1, 3, 1]

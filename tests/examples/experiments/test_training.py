@@ -10,7 +10,7 @@ import pytest
 
 from experiments import training
 from experiments.files import Launcher, load_scale, load_table
-from experiments.plan import row_runs, train_arguments
+from experiments.plan import Setting, row_runs, train_arguments
 from experiments.runner import Runner
 from fairseq_sffn.tools.training_log import log_records
 from tests import commands
@@ -22,7 +22,7 @@ def test_an_interrupted_training_goes_on(
 ) -> None:
     trial = Trial(tmp_path, data_bin, f"{{ {AVGK} }}")
     scale = load_scale(trial.scale)
-    (run,) = row_runs(load_table(trial.table).rows[0], scale, 0.01)
+    (run,) = row_runs(load_table(trial.table).rows[0], scale, Setting(0.01))
     folder = trial.work / run.key(scale)
     folder.mkdir(parents=True)
     arguments = train_arguments(
@@ -149,7 +149,7 @@ def test_a_checkpoint_that_cannot_be_read(
     tmp_path: Path, data_bin: Path, calls: list[list[str]]
 ) -> None:
     trial = Trial(tmp_path, data_bin, f"{{ {AVGK} }}")
-    (run,) = row_runs(load_table(trial.table).rows[0], load_scale(trial.scale), 0.01)
+    (run,) = row_runs(load_table(trial.table).rows[0], load_scale(trial.scale), Setting(0.01))
     last = trial.work / run.key(load_scale(trial.scale)) / "checkpoints" / "checkpoint_last.pt"
     last.parent.mkdir(parents=True)
     last.write_text("half of")
