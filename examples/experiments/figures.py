@@ -1,7 +1,7 @@
 """Draws the figures of tables, with matplotlib."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -13,8 +13,10 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, PercentForm
 
 from .files import REFERENCE, Table
 from .frame import Experiments
+from .tables.part import short
 from .tables.perplexity import flops_unit
 from .tables.routing import LAYER, layers_of
+from .trends import Trend, gaps, trends
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 """Colors of Okabe and Ito, which the colour-blind can tell apart; another one replaces their
@@ -44,7 +46,10 @@ def draw(experiments: Experiments, table: Table) -> Figure | None:
     runs = experiments.runs(table)
     runs = runs[runs.test.notna()]
     with matplotlib.rc_context(THEME):
-        return None if runs.empty else FIGURES[table.figure](runs, table)
+        figure = None if runs.empty else FIGURES[table.figure](runs, table)
+        if figure is not None and (fits := trends(experiments, table)):
+            bands(figure.axes[0], runs, fits, table.trend_from or 0.0)
+        return figure
 
 
 def png(figure: Figure) -> bytes:
@@ -102,13 +107,11 @@ def lines(runs: pd.DataFrame, table: Table) -> Figure | None:
 
 def gap(runs: pd.DataFrame, table: Table) -> Figure | None:
     """Draw the relative difference of each group's test perplexity to the reference group's, at the
-    same ``x``, or at the same number of training tokens where a row has no ``x``."""
-    runs = runs[runs.group != ""].assign(where=runs.x.fillna(runs.tokens))
-    others, base = runs[runs.group != REFERENCE], runs[runs.group == REFERENCE]
-    pairs = others.merge(base[["where", "seed", "test"]], on=["where", "seed"])
+    same position; see :func:`gaps`."""
+    pairs = gaps(runs)
     if pairs.empty:
         return None
-    pairs["gap"] = pairs.test_x / pairs.test_y - 1
+    pairs = pairs.assign(gap=np.expm1(pairs.gap))
     labels = {"xlabel": table.axis or "training tokens", "ylabel": "test perplexity, against dense"}
     figure, axes = curves(pairs, "group", "where", "gap", {REFERENCE: 0}, **labels)
     logarithmic(axes, pairs["where"], 10, short)
@@ -116,11 +119,16 @@ def gap(runs: pd.DataFrame, table: Table) -> Figure | None:
     return figure
 
 
-def short(value: float) -> str:
-    """Format a number with a suffix for thousands, millions or billions."""
-    sizes = ((1e9, "B"), (1e6, "M"), (1e3, "k"), (0, ""))
-    size, suffix = next(one for one in sizes if value >= one[0])
-    return f"{value / (size or 1):.3g}{suffix}" if size else f"{value:g}"
+def bands(axes: Axes, runs: pd.DataFrame, fits: Sequence[Trend], start: float) -> None:
+    """Add trends and their 95% intervals to a figure of gaps, up to twice the last position."""
+    pairs = gaps(runs)
+    groups = list(pairs.group.unique())
+    positions = np.geomspace(start, 2 * pairs["where"].max(), 50)
+    for fit in fits:
+        middle, low, high = np.expm1([fit.at(x) for x in positions]).T
+        color = style(groups.index(fit.group))["color"]
+        axes.plot(positions, middle, color=color, linestyle=":", linewidth=1)
+        axes.fill_between(positions, low, high, color=color, alpha=0.15, linewidth=0)
 
 
 def flops(runs: pd.DataFrame, table: Table) -> Figure:

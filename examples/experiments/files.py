@@ -44,6 +44,10 @@ REFUSED = {
 """Flags of fairseq-train that no file may set, by the reason."""
 
 
+SHARED = {"seeds", "lr", "init_scale"}
+"""Keys of rows that may stand beside them, for all rows that do not have them."""
+
+
 @dataclass(frozen=True, config=CONFIG)
 class Launcher:
     """The way in which the processes of a run are started."""
@@ -129,6 +133,7 @@ class Table:
     note: str = ""
     figure: Literal["", "lines", "flops", "load", "gap", "routing", "bars"] = ""
     axis: str = ""
+    trend_from: Positive | None = None
 
 
 def first_error(error: ValidationError) -> str:
@@ -151,9 +156,9 @@ def read(kind: type[T], path: Path) -> T:
         raise UsageError(f"{path}: cannot be read: {error}") from error
     if "name" in values:
         raise UsageError(f"{path}: name {values['name']!r}: is the name of the file")
-    seeds = values.pop("seeds", None) if kind is Table else None
-    if seeds is not None and isinstance(rows := values.get("rows"), list):
-        values["rows"] = [{"seeds": seeds, **r} if isinstance(r, dict) else r for r in rows]
+    shared = {n: values.pop(n) for n in SHARED & values.keys()} if kind is Table else {}
+    if shared and isinstance(rows := values.get("rows"), list):
+        values["rows"] = [shared | r if isinstance(r, dict) else r for r in rows]
     try:
         # As JSON, of which lists become tuples and objects become dataclasses.
         text = json.dumps({"name": path.stem, **values}, default=str)
@@ -181,7 +186,7 @@ def load_scale(path: Path) -> Scale:
 
 
 def load_table(path: Path) -> Table:
-    """Read a table. ``seeds`` beside the rows are the seeds of all rows that name none."""
+    """Read a table. What stands beside the rows (``SHARED``) is for all rows without it."""
     table = read(Table, path)
     labels, groups = [row.label for row in table.rows], {row.group for row in table.rows} - {""}
 
@@ -203,6 +208,8 @@ def load_table(path: Path) -> Table:
     check(table.figure != "lines" or on_axis, "figure 'lines': no row has both group and x")
     gap = f"figure 'gap': needs rows of group {REFERENCE!r} and of another"
     check(table.figure != "gap" or {REFERENCE} < groups, gap)
+    alone = table.trend_from is not None and table.figure != "gap"
+    check(not alone, f"trend_from {table.trend_from}: needs figure = 'gap'")
     no_tasks = table.kind == "zero_shot" and not table.zero_shot
     check(not no_tasks, "kind 'zero_shot': needs zero_shot = true")
     return table

@@ -144,18 +144,28 @@ class Results:
         write(self.path(run), result)
 
     def setting(self, row: Row) -> Setting | None:
-        """Return the setting of a row: what the row fixes, and for the rest, the finalist with the
-        lowest validation loss; ``None`` where it is not known yet or all diverged."""
-        best = Setting(self.scale.learning_rates[0], self.scale.init_scales[0])
-        if sweep_runs(row, self.scale):
-            finalists = self.finalists(row)
-            if len(finalists) > 1:
-                finalists = self._best(final_runs(row, self.scale, finalists))
-            if not finalists:
+        """Return the setting of a row; ``None`` where it is not known yet or all diverged.
+
+        It is the finalist with the lowest validation loss. If the row fixes the learning rate or
+        the initial scale, the other is that of the best short run with it, or of the best of all
+        where the sweep does not have it.
+        """
+        lr, init_scale = row.lr, row.init_scale
+        best = [Setting(self.scale.learning_rates[0], self.scale.init_scales[0])]
+        if runs := sweep_runs(row, self.scale):
+            best = self._best(runs)
+            if lr is not None or init_scale is not None:
+                same = [one for one in best if lr in (None, one.lr)]
+                same = [one for one in same if init_scale in (None, one.init_scale)]
+                best = same or best
+            elif self.scale.finalists > 1:
+                best = self._best(final_runs(row, self.scale, best[: self.scale.finalists]))
+            if not best:
                 return None
-            best = finalists[0]
-        lr = best.lr if row.lr is None else row.lr
-        return Setting(lr, best.init_scale if row.init_scale is None else row.init_scale)
+        return Setting(
+            best[0].lr if lr is None else lr,
+            best[0].init_scale if init_scale is None else init_scale,
+        )
 
     def finalists(self, row: Row) -> list[Setting]:
         """Return the settings with the lowest validation losses in a row's sweep, the best first.

@@ -59,6 +59,13 @@ def shown(values: Iterable[Any], show: Callable[[Any], str]) -> list[str]:
     return ["" if pd.isna(value) else show(value) for value in values]
 
 
+def short(value: float) -> str:
+    """Format a number with a suffix for thousands, millions or billions."""
+    sizes = ((1e9, "B"), (1e6, "M"), (1e3, "k"), (0, ""))
+    size, suffix = next(one for one in sizes if value >= one[0])
+    return f"{value / (size or 1):.3g}{suffix}" if size else f"{value:g}"
+
+
 def mean_sd(values: Iterable[float | None], digits: int = 2, unit: str = "") -> str:
     """Format mean ± standard deviation of the known values; the unit ``%`` is for shares."""
     known = pd.Series([*values], dtype=float).dropna() * (100 if unit else 1)

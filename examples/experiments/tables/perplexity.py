@@ -1,5 +1,6 @@
 """Tables of perplexity, and of what belongs to it: domains, learning rates, load, time."""
 
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -8,7 +9,19 @@ import pandas as pd
 from ..files import Table
 from ..frame import FINAL, SWEEP, Experiments
 from ..results import IN_DOMAIN
-from .part import FLOPS_NOTE, Part, Parts, mean_sd, means, runs_note, shown, text, versions_note
+from ..trends import gaps, trends
+from .part import (
+    FLOPS_NOTE,
+    Part,
+    Parts,
+    mean_sd,
+    means,
+    runs_note,
+    short,
+    shown,
+    text,
+    versions_note,
+)
 from .routing import layers_of
 
 UNITS = {1e12: "10¹² FLOPs", 1e15: "10¹⁵ FLOPs", 1e18: "10¹⁸ FLOPs", 1e21: "10²¹ FLOPs"}
@@ -52,6 +65,7 @@ def perplexities(
         "": [Part(cells, [runs_note(runs), FLOPS_NOTE, trained, table.note, note])],
         "domains": [domains(runs)],
         "sweep": sweep(experiments, table),
+        "trends": trend_lines(experiments, table),
     }
 
 
@@ -64,6 +78,32 @@ def domains(runs: pd.DataFrame) -> Part:
     for label, row in runs.groupby("label", sort=False):
         cells[label] = [mean_sd((one.get(name) for one in row.perplexity), 0) for name in names]
     return Part(cells, [runs_note(runs)], left=["set"])
+
+
+def trend_lines(experiments: Experiments, table: Table) -> list[Part]:
+    """Make a table of how the gaps of a figure change; see :class:`Trend`."""
+    fits = trends(experiments, table)
+    if not fits:
+        return []
+    last = gaps(experiments.runs(table))["where"].max()
+    cells = {
+        "model": [text(fit.group) for fit in fits],
+        f"gap at {short(last)}": [interval(*fit.at(last)) for fit in fits],
+        "change per doubling": [interval(*fit.change()) for fit in fits],
+        f"extrapolated to {short(2 * last)}": [interval(*fit.at(2 * last)) for fit in fits],
+    }
+    note = (
+        f"Test perplexity against the dense model: lines through the logarithms of the ratios, "
+        f"from {short(table.trend_from or 0)} on, with 95% intervals. Their width comes from the "
+        f"deviation of seeds, and from how far the points are from the line where that is more."
+    )
+    return [Part(cells, [note])]
+
+
+def interval(middle: float, low: float, high: float) -> str:
+    """Format a difference of log perplexity and its interval, in percent of perplexity."""
+    middle, low, high = (100 * math.expm1(value) for value in (middle, low, high))
+    return f"{middle:+z.1f}% ({low:+z.1f}% to {high:+z.1f}%)"
 
 
 def sweep(experiments: Experiments, table: Table) -> list[Part]:

@@ -33,6 +33,7 @@ WRONG_TABLES = {
         ('title = "T"\nmargin = 1', r"margin 1: Input should be less than 1"),
         ('title = "T"\nfigure = "lines"', r"'lines': no row has both group and x"),
         ('title = "T"\nfigure = "gap"', r"'gap': needs rows of group 'dense' and"),
+        ('title = "T"\ntrend_from = 3', r"trend_from 3\.0: needs figure = 'gap'"),
         ('title = "T"\nname = "u"', r"t\.toml: name 'u': is the name of the file"),
         ("title = 3", r"t\.toml: title 3: Input should be a valid string"),
         ('title = "T"\nzero_shot = 1', r"zero_shot 1: Input should be a valid boolean"),
@@ -137,6 +138,13 @@ def test_a_table(tmp_path: Path) -> None:
     assert {(c.updates, c.batch_size) for c in row_runs(longer, made.scale(), Setting(0.5))} == {
         (100, 4)
     }
+
+
+def test_keys_beside_the_rows_are_for_those_without_them(tmp_path: Path) -> None:
+    text = TABLE.replace("seeds = [3]", "seeds = [3], lr = 1.0, init_scale = 4.0")
+    rows = load_table(write(tmp_path, "lr = 2.0\ninit_scale = 3.0\n" + text)).rows
+    found = [(row.seeds, row.lr, row.init_scale) for row in rows]
+    assert found == [((1, 2), 2.0, 3.0), ((3,), 1.0, 4.0)]
 
 
 @pytest.mark.parametrize(("old", "new", "error"), cases(WRONG_TABLES))

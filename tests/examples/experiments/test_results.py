@@ -80,11 +80,15 @@ def test_the_best_finalist_is_chosen(tmp_path: Path) -> None:
     best = [Setting(0.002, 2.0), Setting(0.002, 1.0)]
     assert results.finalists(ROW) == best
     assert results.setting(replace(ROW, lr=7.0, init_scale=3.0)) == (7.0, 3.0)
+    # The best short run with what a row fixes; or of all.
+    assert results.setting(replace(ROW, lr=0.001)) == (0.001, 1.0)
+    assert results.setting(replace(ROW, init_scale=1.0)) == (0.002, 1.0)
+    assert results.setting(replace(ROW, lr=7.0)) == (7.0, 2.0)
     for setting, run in final_runs(ROW, results.scale, best).items():
         assert results.setting(ROW) is None
         results.add(run, made.result(50.0) if setting.init_scale == 1 else made.result(51.0))
     assert results.setting(ROW) == best[1]
-    assert results.setting(replace(ROW, lr=7.0)) == (7.0, 1.0)
+    assert results.setting(replace(ROW, lr=7.0)) == (7.0, 2.0)
     assert results.setting(replace(ROW, init_scale=3.0)) == (0.002, 3.0)
     for run in final_runs(ROW, results.scale, best).values():
         results.add(run, made.diverged())
