@@ -148,13 +148,20 @@ def compare(
         reason += f" at {cost} FLOPs; the deviation between seeds is not known"
         return Verdict(claim, flops, UNDECIDED, reason, difference)
     p, least = deviation.p_value(difference, count), deviation.significant(count)
+    claimed = -math.log1p(-(claim.effect or 0.0))
+    outside = claim.effect is not None and abs(difference - claimed) > least
+    if outside:
+        p = deviation.p_value(difference - claimed, count)
     low, high = sorted(sign * percent(difference + end) for end in (-least, least))
     reason += (
         f" ± {percent(deviation.error(count)):.1f}% (95% interval {low:z.1f}% to {high:z.1f}%) "
         f"at {cost} FLOPs, where {percent(least):.1f}% is significant alone; "
         f"{f'p = {p:.2g}' if p >= 0.0001 else 'p < 0.0001'}"
+        f"{f' that it is {claim.effect:.1%} lower' if outside else ''}"
     )
-    if p < LEVEL:
+    if outside:
+        word = CONTRADICTED
+    elif p < LEVEL:
         word = SUPPORTED if difference > 0 else CONTRADICTED
     elif deviation.equivalent(difference, -math.log(1 - margin), count):
         word, reason = EQUIVALENT, f"{reason}, equivalent within {100 * margin:g}%"

@@ -112,11 +112,13 @@ class Row:
 
 @dataclass(frozen=True, config=CONFIG)
 class Claim:
-    """A statement about two rows of a table: ``better`` has lower perplexity."""
+    """A statement about two rows of a table: ``better`` has lower perplexity, by ``effect`` if it
+    is given, a share of the perplexity of ``worse``."""
 
     text: str
     better: str
     worse: str
+    effect: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
 @dataclass(frozen=True, config=CONFIG)

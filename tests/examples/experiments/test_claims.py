@@ -130,6 +130,35 @@ def test_what_differs_is_not_equivalent() -> None:
     assert verdict(high, low, margin=0.5).word == CONTRADICTED
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize(
+    ("difference", "word"),
+    [
+        # In units of the half-width of the interval around the claimed difference of 4.
+        *((5.001, CONTRADICTED), (4.999, SUPPORTED), (3.001, SUPPORTED), (2.999, CONTRADICTED)),
+        *((0.5, CONTRADICTED), (-1.5, CONTRADICTED)),
+    ],
+)
+def test_a_claimed_effect_is_within_the_interval(difference: float, word: str, seeds: int) -> None:
+    half = LEAST * math.sqrt(2 / seeds)
+    claim = replace(CLAIM, effect=1 - math.exp(-4 * half))
+    runs = pd.concat(
+        [row("A", *[100.0] * seeds), row("B", *[100 * math.exp(difference * half)] * seeds)]
+    )
+    (found,) = judge([claim], runs, BESIDE, 0.001)
+    assert found.word == word
+    beyond = 0.0 if word == SUPPORTED else 4
+    assert found.p == pytest.approx(BESIDE.p_value((difference - beyond) * half, seeds))
+    assert found.reason.endswith(f"that it is {claim.effect:.1%} lower") == (word == CONTRADICTED)
+
+
+def test_an_effect_that_is_near_none_is_undecided() -> None:
+    claim = replace(CLAIM, effect=0.01)
+    runs = pd.concat([row("A", 100.0), row("B", 100.5)])
+    (found,) = judge([claim], runs, BESIDE, 0.001)
+    assert found.word == UNDECIDED and "that it is" not in found.reason
+
+
 @pytest.mark.parametrize(("share", "word"), [(1.001, SUPPORTED), (0.999, UNDECIDED)])
 @pytest.mark.parametrize("seeds", [1, 2, 3])
 def test_what_decides(seeds: int, share: float, word: str) -> None:
