@@ -98,6 +98,8 @@ def runs_note(runs: pd.DataFrame, mean: bool = True) -> str:
 
 
 def versions_note(runs: pd.DataFrame) -> str:
-    """Say with how many versions of the code the runs were trained, if with several."""
-    count = len({result["versions"]["fairseq_sffn"] for result in runs.result[runs.done]})
+    """Say with how many versions of the code the runs were trained, if with several. Early results
+    have no fingerprint of the code, but a commit."""
+    versions = [result["versions"] for result in runs.result[runs.done]]
+    count = len({found.get("code", found["fairseq_sffn"]) for found in versions})
     return f"Trained with {count} versions of the code." if count > 1 else ""

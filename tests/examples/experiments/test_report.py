@@ -514,6 +514,13 @@ def test_versions_of_the_code_are_counted_by_table(folder: Path, tmp_path: Path)
     results.add(swept, made.swept(3.0) | {"versions": {"fairseq_sffn": "c1"}})
     rates = section(report(other, "--no-figures"), "Balance").partition("| model | 0.001")[2]
     assert "Trained with 2 versions of the code." in rates
+    for model in ("dense", "avgk"):  # other commits, the same code
+        for run in sweep_runs(Row(model, model), scale).values():
+            version = {"fairseq_sffn": f"{model}{run.lr}", "code": "f"}
+            loss = 2.0 if run.lr == 0.002 else 3.0
+            results.add(run, made.swept(loss) | {"versions": version})
+    rates = section(report(other, "--no-figures"), "Balance").partition("| model | 0.001")[2]
+    assert "**4.0**" in rates and "versions of the code" not in rates
 
 
 @pytest.mark.parametrize("figure", ["lines", "flops", "load", "gap", "routing", "bars"])
