@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
-from ..files import Table
-from ..frame import FINAL, SWEEP, Experiments
+from ..files import REFERENCE, Table
+from ..frame import FINAL, ROW, SWEEP, Experiments
 from ..results import IN_DOMAIN
 from ..trends import gaps, trends
 from .part import (
@@ -25,6 +26,10 @@ from .part import (
 from .routing import layers_of
 
 UNITS = {1e12: "10¹² FLOPs", 1e15: "10¹⁵ FLOPs", 1e18: "10¹⁸ FLOPs", 1e21: "10²¹ FLOPs"}
+
+
+UNEQUAL = 0.03
+"""Rows whose FLOPs differ by more are compared at equal compute, too."""
 
 
 def flops_unit(largest: float) -> tuple[float, str]:
@@ -55,6 +60,7 @@ def perplexities(
         "valid ppl": means(runs, "valid", 1),
         "test ppl": means(runs, "test", 1),
         **({} if bits is None else {"test bits/byte": means(bits, "bits", 3)}),
+        **at_equal_compute(experiments, table, rows),
         "out-of-domain ppl": means(runs, "out_of_domain", 1),
         **(more or {}),
     }
@@ -67,6 +73,34 @@ def perplexities(
         "sweep": sweep(experiments, table),
         "trends": trend_lines(experiments, table),
     }
+
+
+def at_equal_compute(
+    experiments: Experiments, table: Table, rows: pd.DataFrame
+) -> dict[str, list[str]]:
+    """Make a column of the dense model's test perplexity at the training FLOPs of each row that
+    takes more or fewer FLOPs per token than the dense model.
+
+    It is interpolated between runs that differ from the table's dense row in length alone, linearly
+    in the logarithms. There is no column where no row has a value.
+    """
+    of_dense = [row.label for row in table.rows if row.model == REFERENCE and not row.flags]
+    dense = rows[rows.label.isin(of_dense)]
+    if dense.empty:
+        return {}
+    first, frame = dense.iloc[0], experiments.frame
+    kind = replace(first.run, updates=0, seed=0)
+    frame = frame[(frame.stage == ROW) & frame.test.notna()].drop_duplicates("run")
+    frame = frame[frame.run.map(lambda run: replace(run, updates=0, seed=0) == kind).astype(bool)]
+    curve = np.log(frame.groupby("flops").test.mean())
+    ratio = (rows.flops / rows.tokens) / (first.flops / first.tokens)
+    same_batch = rows.run.map(lambda run: run.batch_size == first.run.batch_size)
+    flops = rows.flops.where(same_batch & (abs(ratio - 1) > UNEQUAL))
+    flops = flops.where(flops.between(curve.index.min(), curve.index.max()))
+    if flops.isna().all():
+        return {}
+    values = np.exp(np.interp(np.log(flops), np.log(curve.index), curve))
+    return {"dense, equal compute": shown(values, "{:.1f}".format)}
 
 
 def domains(runs: pd.DataFrame) -> Part:
