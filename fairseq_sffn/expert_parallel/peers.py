@@ -14,7 +14,6 @@ import functools
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -283,9 +282,3 @@ def described(error: BaseException) -> str:
     """Return an error's type and the first line of its message."""
     line = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
-
-
-def say_once(problem: str) -> None:
-    """Print a line on the first process of each host, as every rank knows the problem."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(problem, file=sys.stderr, flush=True)
