@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -113,7 +114,7 @@ class PeerWatch:
         self.seconds = seconds
         self._store, self._rank = store, dist.get_rank()
         self._beat_seconds = min(BEAT_SECONDS, seconds / MISSED_BEATS)
-        self._ended, self._broken = threading.Event(), threading.Event()
+        self._ended, self._broken, self._woken = (threading.Event() for _ in range(3))
         self._beats: dict[int, tuple[bytes, float]] = {}
         self._places = gather_places()
         token = [secrets.token_hex(4)]
@@ -138,6 +139,7 @@ class PeerWatch:
     def end(self) -> None:
         """End, without a message."""
         self._ended.set()
+        self._woken.set()
         for thread in self._threads:
             thread.join(timeout=1)
 
@@ -156,7 +158,11 @@ class PeerWatch:
 
         This process then ends. The function returns if no process is lost.
         """
+        if threading.current_thread() is threading.main_thread():
+            # A launcher that has lost its store ends its processes before they name the host.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._broken.set()
+        self._woken.set()
         time.sleep(self._limit + 5 * self._beat_seconds)
 
     @property
@@ -168,13 +174,16 @@ class PeerWatch:
     def _show(self) -> None:
         """Give signs of life, and look for those of others."""
         count = 0
-        while not self._ended.wait(self._beat_seconds):
+        while not self._ended.is_set():
             count += 1
             try:
                 self._exchange(count)
-            except Exception:  # ``_watch`` sees that there is no answer
-                continue
-            self._answered = time.monotonic()
+                self._answered = time.monotonic()
+            except Exception:  # otherwise, ``_watch`` sees that there is no answer
+                if self._broken.is_set():
+                    self._leave(self._line([0], "its connections have broken"))
+            self._woken.wait(self._beat_seconds)
+            self._woken.clear()
 
     def _exchange(self, count: int) -> None:
         key, store = self._key, self._store
@@ -209,8 +218,9 @@ class PeerWatch:
             if time.monotonic() - self._answered > self._limit + self._beat_seconds:
                 self._leave(self._line([0]))
 
-    def _line(self, ranks: list[int]) -> str:
+    def _line(self, ranks: list[int], reason: str = "") -> str:
         """Return the line that names lost ranks."""
+        reason = reason or f"no sign of life for {self._limit:g} seconds"
         if ranks == [0]:  # with the store on rank 0's host
             ranks = [place.rank for place in self._places if place[1:] == self._places[0][1:]]
             if self._rank in ranks:
@@ -223,10 +233,10 @@ class PeerWatch:
         """End this process, with the line on the first process of the host."""
         if self._ended.is_set():
             return
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            # The first process prints the line. A launcher then ends this one.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            os.write(2, f"{line}\n".encode())  # logging could wait for a lock of the main thread
+        else:  # the first process prints the line; a launcher then ends this one
             time.sleep(2 * self._beat_seconds)
-        os.write(2, f"{line}\n".encode())  # logging could wait for a lock of the main thread
         os._exit(1)
 
 

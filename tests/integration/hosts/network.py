@@ -94,13 +94,18 @@ class Host:
             )
 
     def torchrun(
-        self, log: Path, first: Host, *words: Any, flags: tuple[str, ...] = (), **options: Any
+        self,
+        log: Path,
+        meeting: Host | None,
+        *words: Any,
+        flags: tuple[str, ...] = (),
+        **options: Any,
     ) -> subprocess.Popen[str]:
         """Start two processes on this host.
 
         Args:
             log: file for what they print.
-            first: the host on which the processes meet.
+            meeting: the host on which the launchers meet; ``None``: ``flags`` say where.
             words: a program and its arguments.
             flags: further flags of torchrun.
             options: see :meth:`start`.
@@ -109,8 +114,8 @@ class Host:
             log,
             *("-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2"),
             *("--local_addr", self.address, "--rdzv_backend", "c10d", "--rdzv_id", "job"),
-            *("--rdzv_endpoint", f"{first.address}:29500"),
-            *("--rdzv_conf", f"is_host={str(self is first).lower()},{RENDEZVOUS}"),
+            *("--rdzv_conf", f"is_host={str(self is meeting).lower()},{RENDEZVOUS}"),
+            *(("--rdzv_endpoint", f"{meeting.address}:29500") if meeting else ()),
             *(*flags, HERE / "on_host.py", *words),
             **options,
         )

@@ -1,4 +1,6 @@
-"""Runs a Python program on a host of ``network.py``: ``on_host.py PROGRAM ...`` or ``-m MODULE``.
+"""Runs a Python program on a host of ``network.py``.
+
+It is called as ``python`` is: with a file, ``-m`` and a module, or ``-c`` and a text.
 
 The environment names the host's network namespace, and the folders that the host has of its own.
 """
@@ -39,8 +41,16 @@ def main() -> None:
     """Run the program."""
     enter()
     del sys.argv[0]
-    if sys.argv[0] == "-m":
+    if sys.argv[0] == "-c":
+        exec(sys.argv[1], {"__name__": "__main__"})
+    elif sys.argv[0] == "-m":
         del sys.argv[0]
+        if sys.argv[0] == "torch.distributed.run":
+            from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+
+            # For its log, torchrun looks each frame up among all modules. A copy of the template
+            # has thousands of them, so that a meeting would take a minute.
+            dynamic_rendezvous.get_method_name = lambda depth=2: ""
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:
         sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
