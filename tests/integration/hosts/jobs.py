@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -75,9 +77,10 @@ class Job:
             time.sleep(0.05)
 
 
-def lines(said: str, begin: str) -> list[str]:
-    """Return the lines that begin with some text."""
-    return [line for line in said.splitlines() if line.startswith(begin)]
+def losses(said: str) -> dict[int, str]:
+    """Return update -> training loss, as a program that sets up logging itself prints it."""
+    records = map(json.loads, re.findall(r"train_inner\W.*?(\{.*\})", said))
+    return {int(record["num_updates"]): record["loss"] for record in records}
 
 
 def final_state(save_dir: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from fairseq_cli import train
 
 from tests import commands
 from tests.expert_parallel import launch
-from tests.integration.hosts.jobs import FLAGS, Job
+from tests.integration.hosts.jobs import FLAGS, Job, losses
 from tests.integration.hosts.network import Host
 
 SHARDED = ("--sffn-expert-parallel", "4")
@@ -91,7 +91,7 @@ def test_files_that_the_other_host_sees_late(
     for copy in copies:
         copy.ended.set()
         copy.join()
-    assert sorted(commands.losses(job.said(hosts[0]))) == [3, 4]
+    assert sorted(losses(job.said(hosts[0]))) == [3, 4]
     assert commands.evaluate(data_bin, tmp_path / "saved" / "checkpoint_last.pt") > 1
 
 
@@ -128,4 +128,4 @@ def test_local_folders_are_refused(hosts: list[Host], data_bin: Path, tmp_path: 
     for host in hosts:
         assert job.wait(host) == 0, job.said(host)[-4000:]
     said = job.said(hosts[0])
-    assert f"--save-dir {tmp_path}/saved: only host " in said and 4 in commands.losses(said)
+    assert f"--save-dir {tmp_path}/saved: only host " in said and 4 in losses(said)

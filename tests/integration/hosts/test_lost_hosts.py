@@ -11,7 +11,7 @@ from fairseq_cli import train
 
 from tests import commands
 from tests.expert_parallel import launch
-from tests.integration.hosts.jobs import ENDLESS, FLAGS, Job
+from tests.integration.hosts.jobs import ENDLESS, FLAGS, Job, losses
 from tests.integration.hosts.network import HERE, Host
 
 SECONDS = 10
@@ -36,7 +36,7 @@ def test_the_other_host_names_a_lost_one(
         *("--sffn-expert-parallel", "4", "--peer-timeout", str(SECONDS)),
     )
     job = Job(tmp_path, hosts, train.__file__, *arguments)
-    job.wait_until(lambda: 3 in commands.losses(job.said(hosts[0])))
+    job.wait_until(lambda: 3 in losses(job.said(hosts[0])))
     gone, left = hosts[lost], hosts[1 - lost]
     since = time.monotonic()
     gone.kill() if how == "killed" else gone.pull_cable()
@@ -73,7 +73,7 @@ def test_training_goes_on_with_the_host_that_is_left(
     assert job.wait(left) == 0, job.said(left)[-4000:]
     assert job.wait(hosts[lost]) == -signal.SIGKILL
     store.kill()
-    went_on = commands.losses(job.said(left).partition("training on 2 devices")[2])
+    went_on = losses(job.said(left).partition("training on 2 devices")[2])
 
     by_hand = tmp_path / "by hand"
     by_hand.mkdir()
