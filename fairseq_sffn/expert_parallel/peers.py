@@ -181,7 +181,7 @@ class PeerWatch:
                 self._answered = time.monotonic()
             except Exception:  # otherwise, ``_watch`` sees that there is no answer
                 if self._broken.is_set():
-                    self._leave(self._line([0], "its connections have broken"))
+                    self._leave(self._line([0], "its connections have closed"))
             self._woken.wait(self._beat_seconds)
             self._woken.clear()
 
@@ -192,10 +192,8 @@ class PeerWatch:
             store.set(key("broken"), "1")
         others = range(1, len(self._places)) if self._rank == 0 else [0]
         names = ("lost", "broken", *others)
-        (lost, broken, *beats), now = (
-            store.multi_get([key(name) for name in names]),
-            time.monotonic(),
-        )
+        lost, broken, *beats = store.multi_get([key(name) for name in names])
+        now = time.monotonic()
         if self._rank == 0 and broken:
             self._broken.set()
         silent = []
@@ -225,9 +223,7 @@ class PeerWatch:
             ranks = [place.rank for place in self._places if place[1:] == self._places[0][1:]]
             if self._rank in ranks:
                 ranks = [0]
-        return (
-            f"lost: {lost_ranks(ranks, self._places)}: no sign of life for {self._limit:g} seconds"
-        )
+        return f"lost: {lost_ranks(ranks, self._places)}: {reason}"
 
     def _leave(self, line: str) -> None:
         """End this process, with the line on the first process of the host."""

@@ -135,15 +135,6 @@ class Host:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, 9)
 
-    def sent_bytes(self) -> int:
-        """Return the bytes that have left this host by its cable."""
-        words = ("nsenter", f"--net={self.namespace}", "cat", "/proc/net/dev")
-        for line in subprocess.check_output(words, text=True).splitlines():
-            name, _, counts = line.strip().partition(":")
-            if name == "eth0":
-                return int(counts.split()[8])
-        raise AssertionError("there is no eth0")
-
     def pull_cable(self) -> None:
         """Take this host's interface down."""
         self._set("down")
@@ -174,3 +165,12 @@ def two_hosts() -> Iterator[list[Host]]:
         yield hosts
         for host in hosts:
             host.kill()
+
+
+def sent_bytes() -> int:
+    """Return the bytes that have left the host of this process by its cable, headers included."""
+    for line in Path("/proc/thread-self/net/dev").read_text().splitlines():
+        name, _, counts = line.strip().partition(":")
+        if name == "eth0":
+            return int(counts.split()[8])
+    raise AssertionError("there is no eth0")
