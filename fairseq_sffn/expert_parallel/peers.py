@@ -196,15 +196,15 @@ class PeerWatch:
         now = time.monotonic()
         if self._rank == 0 and broken:
             self._broken.set()
-        silent = []
         for rank, beat in zip(others, beats, strict=True):
             if rank not in self._beats or self._beats[rank][0] != beat:
                 self._beats[rank] = beat, now
-            elif now - self._beats[rank][1] > self._limit:
-                silent.append(rank)
+        silent = {rank: now - self._beats[rank][1] for rank in others}
         line = lost.decode()
-        if silent and not line:
-            line = self._line(silent)
+        if not line and max(silent.values()) > self._limit:
+            # The other ranks of the same host have vanished a moment later.
+            nearly = self._limit - 2 * self._beat_seconds
+            line = self._line([rank for rank in others if silent[rank] > nearly])
             if self._rank == 0:
                 store.set(key("lost"), line)
         if line:

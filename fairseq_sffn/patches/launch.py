@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
-from ..expert_parallel.launch import is_launched, obey_launcher, on_cpu
+from ..expert_parallel.launch import check_restarts, is_launched, obey_launcher, on_cpu
 from ..expert_parallel.peers import watching
 from ..options.checks import check_ranges
 from ..options.configuration import as_configuration
@@ -39,6 +39,7 @@ def call_main(original: Callable[..., Any]) -> Callable[..., Any]:
             refuse_to_start_nothing(options)
         elif not (cfg.common.tpu or options.pipeline_model_parallel):
             if is_launched():
+                check_restarts()
                 obey_launcher(options)
             else:
                 refuse_more_than_gpus(options)
