@@ -197,15 +197,19 @@ def test_torchruns_environment(world_size, method, monkeypatch):
 
 @pytest.mark.parametrize(
     ("restarts", "shared", "world_size", "refused"),
-    [("3", "True", "2", True), ("3", "False", "2", False), ("0", "True", "2", False)]
-    + [("3", "True", "1", False)],
+    [
+        ("3", "True", "2", True),
+        ("3", "False", "2", False),
+        ("0", "True", "2", False),
+        ("3", "True", "1", False),
+    ],
 )
 def test_restarts_that_would_wait_for_ever(restarts, shared, world_size, refused, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
     monkeypatch.setenv("WORLD_SIZE", world_size)
     if refused:
-        with pytest.raises(UsageError, match="torchrun --max-restarts 3: .*SHARE_RDZV_TCP_STORE=1"):
+        with pytest.raises(UsageError, match=r"--max-restarts 3: .*SHARE_RDZV_TCP_STORE=1"):
             launch.check_restarts()
     else:
         launch.check_restarts()

@@ -17,18 +17,13 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-CABLE = """\
-ip netns add host1
-ip netns add host2
-ip link add eth0 netns host1 type veth peer name eth0 netns host2
-ip -n host1 address add 10.0.0.1/24 dev eth0
-ip -n host2 address add 10.0.0.2/24 dev eth0
-ip -n host1 link set lo up
-ip -n host2 link set lo up
-ip -n host1 link set eth0 up
-ip -n host2 link set eth0 up
-"""
-"""Commands that make the two hosts, as in the documents."""
+PAGE = (HERE.parents[2] / "fairseq_sffn" / "expert_parallel" / "README.md").read_text()
+CABLE = "".join(
+    line.removeprefix("    ") + "\n"
+    for line in PAGE.splitlines()
+    if line.startswith(("    ip netns add ", "    ip link add ", "    ip -n host"))
+)
+"""The commands of the documents that make the two hosts."""
 KEEPER = """\
 set -e
 mkdir -p /run/netns
