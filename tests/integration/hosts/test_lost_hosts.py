@@ -48,6 +48,20 @@ def test_the_other_host_names_a_lost_one(
     print(f"{how}: {took:.1f} seconds: {line}")
 
 
+def test_the_other_host_tells_why_a_process_failed(
+    hosts: list[Host], data_bin: Path, tmp_path: Path
+) -> None:
+    arguments = launch.training(
+        *(data_bin, tmp_path / "saved", "avgk", *FLAGS, *ENDLESS, "--no-save"),
+        *("--sffn-expert-parallel", "2"),
+    )
+    job = Job(tmp_path, hosts, launch.HERE / "faulty_worker.py", "out of memory", "3", *arguments)
+    assert job.wait(hosts[0], ENDING_SECONDS) != 0
+    (line,) = [line for line in job.said(hosts[0]).splitlines() if line.startswith("rank 3 on ")]
+    reason = "has failed: RuntimeError: out of memory, as a GPU says it"
+    assert line.endswith(f"({hosts[1].address}) {reason}"), line
+
+
 @pytest.mark.parametrize("lost", [1, 0])
 def test_training_goes_on_with_the_host_that_is_left(
     lost: int, hosts: list[Host], data_bin: Path, tmp_path: Path

@@ -24,7 +24,7 @@ KINDS = {
 """Kind of training -> processes over which the blocks are sharded."""
 COUNTED = (
     *("--decoder-embed-dim", "64", "--decoder-ffn-embed-dim", "256", "--sffn-block-size", "64"),
-    *("--batch-size", "8", "--ddp-backend", "legacy_ddp"),
+    *("--batch-size", "8"),
 )
 """Flags of trainings whose bytes are counted. The gradients are large against all headers."""
 
@@ -66,6 +66,7 @@ def trained(
         f"counted {kind}": launch.training(
             *(data_bin, folder / f"counted {kind}", "rand_hash", *FLAGS, *COUNTED),
             *("--max-update", str(UPDATES), "--no-save", "--sffn-expert-parallel", str(shards)),
+            *("--ddp-backend", "legacy_ddp" if shards == 2 else "pytorch_ddp"),
         )
         for kind, shards in KINDS.items()
     }
