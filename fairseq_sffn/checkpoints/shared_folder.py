@@ -165,7 +165,7 @@ def check_shared(save_dir: Path, needed: bool) -> None:
     probe = Path(agreed(str(save_dir / f".seen-by-all-hosts-{secrets.token_hex(4)}")))
     try:
         if rank() == 0:
-            probe.write_text("Rank 0 writes this file and removes it. All ranks look for it.\n")
+            write_probe(probe)
         seconds = peer_timeout() if needed else min(WARN_SECONDS, peer_timeout())
         missing = wait_for({str(probe): 1}, seconds)
         answers = gathered((missing, socket.gethostname()))
@@ -189,10 +189,23 @@ def check_shared(save_dir: Path, needed: bool) -> None:
         return
 
 
+def write_probe(path: Path) -> None:
+    """Write the file for which all ranks look.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    try:
+        path.write_text("Rank 0 writes this file and removes it. All ranks look for it.\n")
+    except OSError as error:
+        line = f"--save-dir {path.parent}: cannot be written to: {error.strerror}"
+        raise UsageError(line) from error
+
+
 def host_of_ranks() -> str:
     """Return an identifier of this host, or of the container in which this process sees files."""
     try:
-        mounts = os.readlink("/proc/self/ns/mnt")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        return f"{boot.strip()} {os.readlink('/proc/self/ns/mnt')}"
     except OSError:  # not Linux
-        mounts = ""
-    return f"{socket.gethostname()} {mounts}"
+        return socket.gethostname()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ FLAGS = (
     *("--batch-size", "4", "--required-batch-size-multiple", "1", "--no-epoch-checkpoints"),
     *("--disable-validation",),
 )
+TRAIN = Path(sys.executable).parent / "fairseq-train"
 ENDLESS = ("--max-update", "100000", "--log-interval", "1")
 
 

@@ -8,11 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from fairseq_cli import train
 
 from tests import commands
 from tests.expert_parallel import launch
-from tests.integration.hosts.jobs import FLAGS, Job, losses
+from tests.integration.hosts.jobs import FLAGS, TRAIN, Job, losses
 from tests.integration.hosts.network import Host
 
 SHARDED = ("--sffn-expert-parallel", "4")
@@ -69,7 +68,7 @@ def start(hosts: list[Host], data: Path, folder: Path, *flags: str) -> Job:
     arguments = launch.training(data, folder / "saved", "avgk", *FLAGS, *flags, "--max-update", "4")
     (folder / "own").mkdir(exist_ok=True)
     binds = {"host2": {str(folder / "saved"): str(folder / "own")}}
-    return Job(folder / "logs", hosts, train.__file__, *arguments, binds=binds)
+    return Job(folder / "logs", hosts, TRAIN, *arguments, binds=binds)
 
 
 def test_files_that_the_other_host_sees_late(

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fairseq_cli import train
 
 from tests import commands
 from tests.expert_parallel import launch
-from tests.integration.hosts.jobs import ENDLESS, FLAGS, Job, losses
+from tests.integration.hosts.jobs import ENDLESS, FLAGS, TRAIN, Job, losses
 from tests.integration.hosts.network import HERE, Host
 
 SECONDS = 10
@@ -35,7 +34,7 @@ def test_the_other_host_names_a_lost_one(
         *(data_bin, tmp_path / "saved", "avgk", *FLAGS, *ENDLESS, "--no-save"),
         *("--sffn-expert-parallel", "4", "--peer-timeout", str(SECONDS)),
     )
-    job = Job(tmp_path, hosts, train.__file__, *arguments)
+    job = Job(tmp_path, hosts, TRAIN, *arguments)
     job.wait_until(lambda: 3 in losses(job.said(hosts[0])))
     gone, left = hosts[lost], hosts[1 - lost]
     since = time.monotonic()

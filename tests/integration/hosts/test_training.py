@@ -99,7 +99,7 @@ def counts(folder: Path, rank: int) -> dict[int, int]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_on_the_cable_are_those_of_the_plan(kind: str, trained: Trained) -> None:
-    """The bytes include headers, barriers and the exchange of logs, which the plan leaves out."""
+    """Headers add up to 2%. The plan leaves out barriers and logs, less than 40 kB in an update."""
     shards = KINDS[kind]
     flags = [*commands.SMALL, *COUNTED[:6]]
     model = build_language_model("transformer_lm_rand_hash_tiny", 64, 16, flags)
@@ -121,4 +121,4 @@ def test_bytes_on_the_cable_are_those_of_the_plan(kind: str, trained: Trained) -
         measured.append((of[UPDATES] - of[1]) / (UPDATES - 1))
     mean = sum(measured) / 2
     print(f"{kind}: {mean:,.0f} bytes of a host in an update, {expected:,.0f} in the plan")
-    assert expected < mean < 1.05 * expected
+    assert expected < mean < 1.02 * expected + 40_000
