@@ -23,10 +23,10 @@ SHARDS = (1, 8, 64)
 METHODS = ("avgk", "switch")
 TENFOLD = (
     *("--decoder-embed-dim", "3072", "--decoder-ffn-embed-dim", "12288"),
-    *("--decoder-attention-heads", "24", "--decoder-layers", "30"),
+    *("--decoder-attention-heads", "24", "--decoder-layers", "30", "--checkpoint-activations"),
 )
-SIZES: dict[str, tuple[str, ...]] = {"gpt3_medium": (), "ten times": TENFOLD}
-"""Name of a size -> flags that differ from ``*_gpt3_medium``."""
+SIZES = {"gpt3_medium": ((), "bf16"), "ten times": (TENFOLD, "memory_efficient_bf16")}
+"""Name of a size -> flags that differ from ``*_gpt3_medium``, and the precision."""
 VOCABULARY, CONTEXT = 51200, 2048
 UPDATE_TOKENS = 2**22
 """Tokens of an update. With more GPUs than it has sequences, each has one sequence."""
@@ -90,12 +90,18 @@ def plan_row(size: str, method: str, model: Any, gpus: int, shards: int, machine
     """Return the plan of an update.
 
     Sparse layers send in each micro-batch. Gradients are sent once in an update.
+
+    Args:
+        size: a key of ``SIZES``, which gives the precision.
+        method, model: name of the method, and the model.
+        gpus, shards: GPUs, and GPUs over which the blocks are sharded.
+        machine: the assumptions.
     """
     tokens = max(UPDATE_TOKENS // gpus, CONTEXT)
     micro = min(tokens, MICRO_BATCH_TOKENS)
     setting = Setting(
         **dict(world_size=gpus, sffn_expert_parallel=shards, tokens_per_rank=micro),
-        **dict(tokens_per_sample=CONTEXT, precision="bf16", flops=machine.flops),
+        **dict(tokens_per_sample=CONTEXT, precision=SIZES[size][1], flops=machine.flops),
         **dict(bandwidth=machine.bandwidth, node_bandwidth=machine.node_bandwidth),
         ranks_per_node=machine.gpus_per_node,
     )
@@ -122,7 +128,7 @@ def plan_row(size: str, method: str, model: Any, gpus: int, shards: int, machine
 def plan_rows(machine: Machine) -> list[Row]:
     """Return the plans of all trainings."""
     rows = []
-    for size, flags in SIZES.items():
+    for size, (flags, _) in SIZES.items():
         for method in METHODS:
             arch = f"transformer_lm_{method}_gpt3_medium"
             model = build_language_model(arch, VOCABULARY, CONTEXT, flags)

@@ -24,7 +24,7 @@ def test_an_update_of_several_micro_batches() -> None:
     """Sparse layers send in each of 16 micro-batches, gradients once."""
     machine = scale.Machine(disk=1.0)
     model = build_language_model("transformer_lm_switch_tiny", 1000, 2048, [])
-    row = scale.plan_row("tiny", "switch", model, 64, 16, machine)
+    row = scale.plan_row("gpt3_medium", "switch", model, 64, 16, machine)
     setting = Setting(64, 16, 4096, 2048, "bf16", 40.0, 400.0, 8, 300.0)
     figures = plan_figures(model, setting)
     sent, between = figures["sent"], figures["sent_between_nodes"]
