@@ -22,6 +22,8 @@ LONGEST = (
     "integration/test_resume.py",
     "integration/test_translation.py",
     "expert_parallel/test_signals.py",
+    "integration/hosts/test_lost_hosts.py",
+    "integration/hosts/test_folders.py",
     "examples/test_gpu_kit.py",
     "integration/test_options.py",
     "integration/test_wrong_input.py",

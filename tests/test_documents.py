@@ -23,7 +23,7 @@ PATHS = [ROOT / "README.md", *(path for name in FOLDERS for path in (ROOT / name
 DOCUMENTS = sorted(str(path.relative_to(ROOT)) for path in PATHS)
 OTHER_PROGRAMS = {
     *("--index-url", "--no-deps", "--editable"),  # pip
-    *("--shutdown-timeout", "--signals-to-handle"),  # torchrun
+    *("--shutdown-timeout", "--signals-to-handle", "--max-restarts"),  # torchrun
     *("--nodes", "--nnodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--signal"),
     *("--config-dir", "--config-name"),  # hydra
     # fairseq's moe branch, whose other flags begin with --moe-

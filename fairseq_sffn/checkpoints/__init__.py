@@ -9,6 +9,7 @@ This package does not change fairseq; :mod:`..patches` does.
 - :mod:`.loading`: reads a checkpoint of any version of fairseq.
 - :mod:`.part_files`: the files of a sharded checkpoint.
 - :mod:`.writing`: writes whole files or none, also in the background.
+- :mod:`.shared_folder`: waits for files that other hosts have written.
 - :mod:`.resuming`: chooses the checkpoint from which training resumes.
 
 :mod:`..expert_parallel.parts` decides which part a process holds.

@@ -42,18 +42,27 @@ def folder_named_by(state: Any) -> str | None:
     return saved.get("folder") if isinstance(saved, dict) else None
 
 
-def part_paths(path: Path, saved: dict[str, Any]) -> list[Path]:
-    """Return the files of a checkpoint's parts.
+def named_parts(path: Path, saved: dict[str, Any]) -> list[Path]:
+    """Return the files of a checkpoint's parts, which may be missing.
 
     Args:
         path: the checkpoint, or a link to it. The parts lie beside the checkpoint itself.
         saved: the plugin's entry in the checkpoint.
+    """
+    folder, shards = path.resolve().parent / saved["folder"], saved["shards"]
+    return [part_path(folder, shard, shards) for shard in range(shards)]
+
+
+def part_paths(path: Path, saved: dict[str, Any]) -> list[Path]:
+    """Return the files of a checkpoint's parts.
+
+    Args:
+        path, saved: see :func:`named_parts`.
 
     Raises:
         DamagedCheckpoint: a part is missing.
     """
-    folder, shards = path.resolve().parent / saved["folder"], saved["shards"]
-    paths = [part_path(folder, shard, shards) for shard in range(shards)]
+    paths = named_parts(path, saved)
     for part in paths:
         if not part.is_file():
             raise DamagedCheckpoint(f"checkpoint {path}: its part {part} is missing")

@@ -10,15 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
 from omegaconf import open_dict
 
 from ..errors import UsageError
 from .loading import KEY, read_checkpoint
-from .part_files import check_part, part_paths
+from .part_files import check_part, named_parts, part_paths
 from .reading import DamagedCheckpoint, read_file
+from .shared_folder import agreed, gathered, rank, see_together, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,8 @@ def is_local(cfg: Any) -> bool:
 def check_named(cfg: Any) -> None:
     """Check the checkpoint that ``--restore-file`` names.
 
-    The function warns if an interrupted training would start over from that checkpoint.
+    The function warns if an interrupted training would start over from that checkpoint. All ranks
+    call it together.
 
     Args:
         cfg: the option group ``checkpoint``.
@@ -46,6 +46,7 @@ def check_named(cfg: Any) -> None:
         UsageError: the file does not exist.
     """
     named = cfg.restore_file
+    see_together([Path(named)])
     if not os.path.isfile(named):
         raise UsageError(f"--restore-file {named}: there is no such file")
     last = Path(cfg.save_dir or ".", LAST)
@@ -86,9 +87,11 @@ def choose_together(save_dir: Path) -> tuple[Path | None, list[Path]]:
         The checkpoint, ``None`` if the folder has none, and its files.
 
     Raises:
-        UsageError: no checkpoint of the folder is whole, or a file is not a checkpoint.
+        UsageError: no checkpoint of the folder is whole, a file is not a checkpoint, or a rank does
+            not see a file of another one.
     """
     damaged: list[str] = []
+    see_together(saved_in(save_dir), who=[0])
     for checkpoint in agreed(candidates(save_dir) if rank() == 0 else []):
         files, problem = check_files(checkpoint)
         if problem is None:
@@ -113,25 +116,6 @@ def reason_of(save_dir: Path) -> str:
     return f"{LAST} is older" if there else f"there is no {LAST}"
 
 
-def rank() -> int:
-    """Return the rank of this process; 0 for a single process."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """Return the number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def agreed(value: Any) -> Any:
-    """Return the value of rank 0 on every rank."""
-    if world_size() == 1:
-        return value
-    said = [value]
-    dist.broadcast_object_list(said, src=0, group=distributed_utils.get_global_group())
-    return said[0]
-
-
 def candidates(save_dir: Path) -> list[Path]:
     """Return the checkpoints of a folder in the order in which to try them.
 
@@ -140,9 +124,8 @@ def candidates(save_dir: Path) -> list[Path]:
     copy is then the latest file. The other checkpoints follow by their number of updates.
     """
     updates: dict[Path, int] = {}
-    for path in save_dir.glob("*.pt") if save_dir.is_dir() else ():
-        if SAVED.fullmatch(path.name):
-            updates[path] = updates_of(path)
+    for path in saved_in(save_dir):
+        updates[path] = updates_of(path)
     last = save_dir / LAST
     written = {path: path.stat().st_mtime_ns for path in updates}
 
@@ -153,6 +136,12 @@ def candidates(save_dir: Path) -> list[Path]:
         return path != last and is_older, -updates[path], -written[path]
 
     return sorted(updates, key=order)
+
+
+def saved_in(save_dir: Path) -> list[Path]:
+    """Return the files of a folder that have the name of a checkpoint."""
+    paths = save_dir.glob("*.pt") if save_dir.is_dir() else ()
+    return [path for path in paths if SAVED.fullmatch(path.name)]
 
 
 def updates_of(path: Path) -> int:
@@ -181,18 +170,14 @@ def check_files(checkpoint: Path) -> tuple[list[Path], str | None]:
             error = caught
     saved, error = agreed((saved, error))
     if error is None and "folder" in saved:
+        see_together([checkpoint, *named_parts(checkpoint, saved)])
         try:
             files += (parts := part_paths(checkpoint, saved))
             for shard in range(rank(), len(parts), world_size()):
                 check_part(read_file(parts[shard], mapped=True), parts[shard], saved, shard)
         except UsageError as caught:
             error = caught
-        errors: list[UsageError | None] = [error]
-        if world_size() > 1:
-            errors *= world_size()
-            group = distributed_utils.get_global_group()
-            dist.all_gather_object(errors, error, group=group)
-        error = next(filter(None, errors), None)
+        error = next(filter(None, gathered(error)), None)
     if error is not None and not isinstance(error, DamagedCheckpoint):
         raise error
     return files, None if error is None else str(error)

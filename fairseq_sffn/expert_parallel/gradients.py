@@ -7,7 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fairseq.distributed import DistributedTimeoutWrapper, ModuleProxyWrapper
+from fairseq.distributed import (
+    DistributedTimeoutWrapper,
+    LegacyDistributedDataParallel,
+    ModuleProxyWrapper,
+)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -75,6 +79,18 @@ def ignore_experts(model: nn.Module) -> None:
     """Make PyTorch's DistributedDataParallel ignore a model's sharded parameters."""
     names = [name for name, parameter in model.named_parameters() if hasattr(parameter, "expert")]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+
+
+def shrink_buffer(wrapped: nn.Module) -> None:
+    """Make ``legacy_ddp`` send the gradients of replicated parameters only.
+
+    It sends its whole buffer, which has room for all parameters.
+    """
+    for module in wrapped.modules():
+        if isinstance(module, LegacyDistributedDataParallel):
+            sharded = sum(parameter.numel() for parameter in experts_of(module.parameters()))
+            whole = sum(parameter.numel() for parameter in module.parameters())
+            module.buffer_size = min(module.buffer_size, whole - sharded)
 
 
 def distribute_on_cpus(options: Any, module: nn.Module, process_group: Any) -> nn.Module:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..errors import UsageError
+
 LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK")
 """Environment variables that torchrun sets in its processes."""
 
@@ -19,6 +21,25 @@ def on_cpu(cfg: Any) -> bool:
 def is_launched() -> bool:
     """Return whether torchrun, or a similar launcher, has started this process."""
     return all(name in os.environ for name in LAUNCHED)
+
+
+def check_restarts() -> None:
+    """Refuse restarts by torchrun that would never start to train.
+
+    The store in which processes meet would still have the addresses of the attempt before
+    (https://github.com/pytorch/pytorch/issues/135712).
+
+    Raises:
+        UsageError: torchrun may restart this process, and shares the store between attempts.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    if restarts and shared and int(os.environ["WORLD_SIZE"]) > 1:
+        raise UsageError(
+            f"torchrun --max-restarts {restarts}: restarted processes would wait for those of the "
+            "attempt before; start torchrun with --rdzv_backend c10d and the environment variable "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        )
 
 
 def obey_launcher(options: Any) -> None:

@@ -68,13 +68,16 @@ def take_parts(state: dict[str, Any], part: Part) -> dict[str, Any]:
     return taken
 
 
-def save_part(folder: Path, part: Part, taken: dict[str, Any]) -> None:
+def save_part(folder: Path, part: Part, taken: dict[str, Any]) -> Path:
     """Write one part, whole or not at all.
 
     Args:
         folder: the folder of all parts.
         part: the part.
         taken: the result of :func:`take_parts` or :func:`cut_part`.
+
+    Returns:
+        The file.
 
     Raises:
         UsageError: the file cannot be written.
@@ -86,6 +89,7 @@ def save_part(folder: Path, part: Part, taken: dict[str, Any]) -> None:
         raise UsageError(f"checkpoint {path}: not written: {error.strerror}") from error
     state = {**taken, **identity_of_part(folder.name, part.shard, part.shards)}
     write_checkpoint(state, str(path))
+    return path
 
 
 def put_parts(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -23,10 +24,12 @@ from fairseq.trainer import Trainer
 
 from ..checkpoints.part_files import RESHARDED, TRAINED, folder_named_by
 from ..checkpoints.reading import read_file
+from ..checkpoints.shared_folder import agreed, gathered, largest, not_seen, sizes_of, wait_for
 from ..errors import UsageError
 from ..memory import SparseMemory
 from ..memory.sharding import SHARDED, can_be_sharded
 from ..models.process_groups import process_groups
+from ..options.waiting import peer_timeout
 from .gradients import expert_parallel_of
 from .parts import Part, save_part, take_parts
 from .settings import flattens_parameters
@@ -136,26 +139,34 @@ def write_parts(trainer: Trainer, folder: Path) -> None:
 def write_part(trainer: Trainer, folder: Path) -> None:
     """Write this process's part, and wait for all ranks.
 
-    A process whose part is a replica of another process's part writes nothing.
+    A process whose part is a replica of another process's part writes nothing. Rank 0 waits until
+    it sees all parts.
 
     Raises:
-        PartNotWritten: on every rank, if a rank cannot write its part.
+        PartNotWritten: on every rank, if a rank cannot write its part, or rank 0 does not see it.
     """
-    part, failed = part_of(trainer), False
+    part, failed, written = part_of(trainer), False, {}
     if dist.get_rank() < part.shards:  # the first ranks together have all blocks
         skipped = trainer.cfg.checkpoint.no_save_optimizer_state
         optimizer_state = None if skipped else trainer.optimizer.state_dict()
         model = trainer.get_model().state_dict()
         state = {"model": model, "last_optimizer_state": optimizer_state}
         try:
-            save_part(folder, part, take_parts(state, part))
+            path = save_part(folder, part, take_parts(state, part))
+            written = sizes_of([path])
         except UsageError as error:
             say(str(error))
             failed = True
-    group = distributed_utils.get_global_group()
-    failures = [False] * dist.get_world_size(group)
-    dist.all_gather_object(failures, failed, group=group)
-    if any(failures):
+    answers = gathered((failed, written))
+    if any(failed for failed, _ in answers):
+        raise PartNotWritten(1)
+    sizes = [sizes for _, sizes in answers]
+    missing = wait_for(largest(sizes), peer_timeout()) if dist.get_rank() == 0 else None
+    if (missing := agreed(missing)) is not None:
+        writer = next(number for number, files in enumerate(sizes) if missing in files)
+        if dist.get_rank() == 0:
+            say(not_seen(missing, 0, socket.gethostname(), writer))
+        dist.barrier(group=distributed_utils.get_global_group())
         raise PartNotWritten(1)
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fairseq import checkpoint_utils
 from fairseq.distributed import utils as distributed_utils
 
+from ..checkpoints.resuming import is_local
+from ..checkpoints.shared_folder import check_shared
 from ..checkpoints.writing import take_over_asynchronous_writing
 from ..errors import UsageError
 from ..expert_parallel.settings import check_and_compare_settings
@@ -49,6 +52,7 @@ def add_defaults(original: Callable[..., Any]) -> Callable[..., Any]:
         check_ranges(cfg)
         check_training(cfg)
         check_save_directory(cfg)
+        check_shared_directory(cfg)
         take_over_asynchronous_writing(cfg.checkpoint)
         return result
 
@@ -69,6 +73,18 @@ def check_save_directory(cfg: Any) -> None:
     except OSError as error:
         line = f"--save-dir {save_dir}: cannot be written to: {error.strerror}"
         raise UsageError(line) from error
+
+
+def check_shared_directory(cfg: Any) -> None:
+    """Check that all hosts see ``--save-dir``. All ranks call it together.
+
+    Raises:
+        UsageError: they do not, and sharded blocks need it.
+    """
+    options = cfg.checkpoint
+    if not options.no_save and options.save_dir and is_local(options):
+        sharded = getattr(cfg.model, "sffn_expert_parallel", 1) > 1
+        check_shared(Path(options.save_dir), needed=sharded)
 
 
 @patch(

@@ -23,6 +23,7 @@ from fairseq import checkpoint_utils
 from fairseq.distributed import utils as distributed_utils
 
 from ..expert_parallel.launch import is_launched
+from ..expert_parallel.peers import is_distributed, is_of_a_lost_peer
 from .signals import SignalReceiver
 
 logger = logging.getLogger(__name__)
@@ -132,11 +133,6 @@ def interruptible(cfg: Any, trainer: Any, epoch_itr: Any) -> Iterator[Interrupti
         signal.raise_signal(receiver.received)
 
 
-def is_distributed() -> bool:
-    """Return whether several processes train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def peers() -> list[int]:
     """Return the process ids of the other ranks in this process's id namespace."""
     if not is_distributed():
@@ -154,13 +150,6 @@ def process_namespace() -> tuple[str, int]:
         return boot, os.stat("/proc/self/ns/pid").st_ino
     except OSError:  # not Linux
         return str(uuid.uuid4()), 0
-
-
-def is_of_a_lost_peer(error: Exception) -> bool:
-    """Return whether an error comes from a collective operation whose peer has ended."""
-    if not is_distributed():
-        return False
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def first_line(error: Exception) -> str:

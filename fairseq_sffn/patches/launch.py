@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
-from ..expert_parallel.launch import is_launched, obey_launcher, on_cpu
+from ..expert_parallel.launch import check_restarts, is_launched, obey_launcher, on_cpu
+from ..expert_parallel.peers import watching
 from ..options.checks import check_ranges
 from ..options.configuration import as_configuration
 from .registry import MENDS_FAIRSEQ, patch
@@ -21,13 +22,13 @@ TORCHRUN = 'start with torchrun --nproc_per_node {} "$(which fairseq-train)" ...
 @patch(
     "fairseq.distributed.utils:call_main",
     why="fairseq starts one process per GPU. On CPUs, torchrun and the default backend do not "
-    "work, or no process starts at all.",
-    until="fairseq reads WORLD_SIZE and LOCAL_RANK, and detects its device.",
+    "work, or no process starts at all. A process waits half an hour for one that has vanished.",
+    until="fairseq reads WORLD_SIZE and LOCAL_RANK, detects its device, and names a lost process.",
     kind=MENDS_FAIRSEQ,
     written_for=("035131c9",),
 )
 def call_main(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Check the options, read torchrun's variables, and choose gloo on CPUs."""
+    """Check the options, read torchrun's variables, choose gloo on CPUs, and watch the others."""
 
     @functools.wraps(original)
     def wrapper(cfg: Any, main: Callable[..., Any], **kwargs: Any) -> Any:
@@ -38,12 +39,15 @@ def call_main(original: Callable[..., Any]) -> Callable[..., Any]:
             refuse_to_start_nothing(options)
         elif not (cfg.common.tpu or options.pipeline_model_parallel):
             if is_launched():
+                check_restarts()
                 obey_launcher(options)
             else:
                 refuse_more_than_gpus(options)
         several = options.distributed_init_method is not None
         if several and on_cpu(cfg) and str(options.distributed_backend) == "nccl":
             options.distributed_backend = "gloo"
+        if several and options.distributed_no_spawn:
+            main = watching(main)
         return original(cfg, main, **kwargs)
 
     return wrapper

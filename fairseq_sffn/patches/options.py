@@ -15,24 +15,27 @@ from ..checkpoints.loading import FLAGS, add_flags_to
 from ..errors import UsageError
 from ..models.transformer_lm import DenseTransformerLM
 from ..options.checks import PARSE_ERRORS
+from ..options.waiting import add_peer_timeout
 from .registry import MENDS_FAIRSEQ, NEEDED, patch
 
 
 @patch(
     "fairseq.options:parse_args_and_arch",
-    why="Commands lack --trust-checkpoint and --skip-checksums. With --bf16, they look for a TPU.",
+    why="Commands lack --trust-checkpoint, --skip-checksums and --peer-timeout. With --bf16, they "
+    "look for a TPU.",
     until="fairseq lets a plugin add flags to its commands, and does not set `tpu` itself.",
     kind=NEEDED,
     written_for=("062b66d9",),
 )
 def parse_args_and_arch(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the flags for checkpoints, and run ``--bf16`` on the GPU or CPU."""
+    """Add the flags for checkpoints and processes, and run ``--bf16`` on the GPU or CPU."""
 
     @functools.wraps(original)
     def wrapper(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
         # The function calls itself with the same parser.
         if not FLAGS.keys() & parser._option_string_actions.keys():
             add_flags_to(parser.add_argument_group("checkpoints"))
+            add_peer_timeout(parser.add_argument_group("processes"))
         parsed = original(parser, *args, **kwargs)
         namespace = parsed[0] if isinstance(parsed, tuple) else parsed
         if utils.xm is None and getattr(namespace, "bf16", False):

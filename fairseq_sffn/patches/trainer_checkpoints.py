@@ -18,8 +18,9 @@ from fairseq.trainer import Trainer
 from omegaconf import open_dict
 
 from ..checkpoints.loading import KEY, fingerprints
-from ..checkpoints.part_files import TRAINED, folder_named_by, new_folder
+from ..checkpoints.part_files import TRAINED, folder_named_by, named_parts, new_folder
 from ..checkpoints.reading import read_file
+from ..checkpoints.shared_folder import agreed, rank, see_together
 from ..checkpoints.writing import IN_BACKGROUND, Writer, write_checkpoint
 from ..errors import UsageError
 from ..expert_parallel.gradients import expert_parallel_of
@@ -217,7 +218,10 @@ class CheckpointTrainer(Trainer):
             part, on_all_ranks = Part(), False
         else:
             part = part_of(self)._replace(reset_optimizer=reset_optimizer)
-            on_all_ranks = part.shards > 1 or is_in_parts(filename)
+            parts = agreed(parts_of(filename) if rank() == 0 else [])
+            on_all_ranks = part.shards > 1 or bool(parts)
+            if on_all_ranks and not PathManager.path_requires_pathmanager(filename):
+                see_together([Path(filename), *parts])
         options = self.cfg.checkpoint
         before = options.load_checkpoint_on_all_dp_ranks
         token = loading_for.set(ForTraining(part, self.cfg.ema.store_ema, self.verified))
@@ -233,12 +237,13 @@ class CheckpointTrainer(Trainer):
                 options.load_checkpoint_on_all_dp_ranks = before
 
 
-def is_in_parts(filename: str) -> bool:
-    """Return whether a file exists and names a folder with parts."""
+def parts_of(filename: str) -> list[Path]:
+    """Return the files of a checkpoint's parts: none if it does not exist, or is not sharded."""
     if not PathManager.isfile(filename):
-        return False
+        return []
     local = PathManager.get_local_path(filename)
-    return folder_named_by(read_file(local, verify=False, mapped=True)) is not None
+    state = read_file(local, verify=False, mapped=True)
+    return [] if folder_named_by(state) is None else named_parts(Path(local), state[KEY])
 
 
 def is_about_content(error: Exception) -> bool:

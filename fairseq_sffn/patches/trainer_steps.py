@@ -19,6 +19,7 @@ from ..expert_parallel.gradients import (
     expert_parallel_of,
     experts_of,
     ignore_experts,
+    shrink_buffer,
     square_norm,
 )
 from ..memory import SparseMemory
@@ -80,6 +81,7 @@ class StepTrainer(Trainer):
             wrapped = models.DistributedFairseqModel(options, module, group, self.device)
         if shards == 1:
             return wrapped
+        shrink_buffer(wrapped)
         replicas = process_groups(shards).replicas
         return ExpertGradients(wrapped, replicas, dist.get_world_size(group))
 

@@ -15,6 +15,7 @@ from ..errors import flag
 from ..memory import Selector
 from ..models.config import GatedOptions, SparseOptions, selector_flags
 from ..models.transformer_lm import METHODS
+from ..options import waiting
 from ..tasks.sffn_language_modeling import SFFNLanguageModelingConfig
 
 INTRODUCTION = """\
@@ -58,6 +59,11 @@ For every command that loads a checkpoint, fairseq's and ours. The environment v
 same. [More about checkpoints](checkpoints/README.md).
 """
 
+PROCESSES = """\
+For fairseq's commands in several processes. The environment variable does the same.
+[When a host fails](expert_parallel/README.md#when-a-host-fails).
+"""
+
 COMMANDS = """\
 [What the commands do](tools/README.md).
 """
@@ -96,6 +102,7 @@ def page() -> str:
     task = [option for option in fields(SFFNLanguageModelingConfig) if option.name in own_fields]
     parts += ["## Task\n", TASK, options_table(task), "## Optimizer\n", OPTIMIZER]
     parts += ["## Loading checkpoints\n", LOADING, loading_table()]
+    parts += ["## Processes\n", PROCESSES, waiting_table()]
     parts += ["## Commands\n", COMMANDS, *command_tables()]
     parts += ["## Environment\n", ENVIRONMENT]
     return "\n".join(parts).rstrip("\n")
@@ -142,6 +149,12 @@ def loading_table() -> str:
         for name, (variable, text) in loading.FLAGS.items()
     ]
     return "\n".join(["| flag | variable | |", "| --- | --- | --- |", *rows, ""])
+
+
+def waiting_table() -> str:
+    """Return the table of the flag for the time that processes wait for each other."""
+    row = f"| `{waiting.PEER_TIMEOUT}` | `{waiting.VARIABLE}` | {escaped(waiting.HELP)} |"
+    return "\n".join(["| flag | variable | |", "| --- | --- | --- |", row, ""])
 
 
 def command_tables() -> list[str]:

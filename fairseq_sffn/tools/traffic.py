@@ -92,6 +92,28 @@ def all_reduce_bytes(size: int, ranks: int) -> float:
     return 2 * (ranks - 1) / ranks * size
 
 
+def all_to_all_share(ranks: int, ranks_per_node: int) -> float:
+    """Return the share of what a rank sends in an all-to-all that leaves its node.
+
+    Args:
+        ranks: consecutive ranks that exchange, each as much with each.
+        ranks_per_node: ranks of a node.
+    """
+    return max(ranks - ranks_per_node, 0) / max(ranks - 1, 1)
+
+
+def ring_share(ranks: int, ranks_per_node: int) -> float:
+    """Return the share of a ring's bytes that leave a node, over all of its ranks.
+
+    Only the last rank of each node sends to another node.
+
+    Args:
+        ranks: ranks of the ring, of which those of a node are neighbours.
+        ranks_per_node: ranks of the ring in a node.
+    """
+    return 1 / ranks_per_node if ranks > ranks_per_node else 0.0
+
+
 def visit_probability(config: MemoryConfig, shards: int) -> float:
     """Return the probability that a token uses at least one block of a given rank.
 

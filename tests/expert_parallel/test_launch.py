@@ -193,3 +193,23 @@ def test_torchruns_environment(world_size, method, monkeypatch):
     assert config.distributed_init_method == method
     assert config.distributed_world_size == int(world_size)
     assert (config.distributed_rank, config.device_id, config.distributed_no_spawn) == (3, 1, True)
+
+
+@pytest.mark.parametrize(
+    ("restarts", "shared", "world_size", "refused"),
+    [
+        ("3", "True", "2", True),
+        ("3", "False", "2", False),
+        ("0", "True", "2", False),
+        ("3", "True", "1", False),
+    ],
+)
+def test_restarts_that_would_wait_for_ever(restarts, shared, world_size, refused, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    if refused:
+        with pytest.raises(UsageError, match=r"--max-restarts 3: .*SHARE_RDZV_TCP_STORE=1"):
+            launch.check_restarts()
+    else:
+        launch.check_restarts()

@@ -95,6 +95,34 @@ def test_time_and_what_is_sent_of_gradients() -> None:
     assert whole["sent"]["sparse_layers"] == whole["params"]["sharded"] == 0
 
 
+@pytest.mark.parametrize(
+    ("ranks_per_node", "shards", "shares"),
+    [
+        # sparse layers, mean keys, replicated gradients, sharded gradients
+        (8, 2, (0, 0, 0, 0)),
+        (4, 2, (0, 0, 1 / 4, 1 / 2)),
+        (4, 4, (0, 0, 1 / 4, 1)),
+        (2, 8, (6 / 7, 1 / 2, 1 / 2, 0)),
+        (2, 4, (2 / 3, 1 / 2, 1 / 2, 1)),
+        (1, 2, (1, 1, 1, 1)),
+    ],
+)
+def test_bytes_between_nodes(ranks_per_node: int, shards: int, shares: tuple[float, ...]) -> None:
+    """Eight ranks. The shares are counted by hand, as edges of rings and pairs of ranks."""
+    asked = setting(
+        **dict(world_size=8, sffn_expert_parallel=shards, ranks_per_node=ranks_per_node),
+        **dict(bandwidth=2.0, node_bandwidth=50.0),
+    )
+    figures = plan_figures(lm("avgk", sffn_gate="softmax"), asked)
+    sent, between = figures["sent"], figures["sent_between_nodes"]
+    for (name, size), share in zip(list(sent.items())[:4], shares, strict=True):
+        assert between[name] == pytest.approx(share * size, abs=1), name
+        slower = max(share * size / 2e9, (1 - share) * size / 50e9)
+        assert figures["sent_seconds"][name] == pytest.approx(slower, rel=1e-6), name
+    assert between["total"] == sum(list(between.values())[:4])
+    assert figures["communication_seconds"] == pytest.approx(sum(figures["sent_seconds"].values()))
+
+
 def test_layers_that_differ_add_up() -> None:
     """A model of a plan sends and keeps what models of each of its layers do together."""
     options = dict(world_size=4, sffn_expert_parallel=2)
@@ -140,10 +168,14 @@ def test_table() -> None:
     lines = {label: values for label, *values in cells}
     assert cells[0] == ["transformer_lm_avgk_gpt3_medium: 51,200 types, fp32"]
     assert "parameters of a rank: 321,169,408 replicated, 67,141,632 sharded" in lines
-    assert lines["memory of a rank"] == ["MB"] and lines["sent by a rank"] == ["MB", "ms"]
+    assert lines["memory of a rank"] == ["MB"] and lines["sent by a rank"] == [
+        "MB",
+        "between nodes",
+        "ms",
+    ]
     assert lines["parameters"] == lines["gradients"] == ["1,553.2"]
     assert lines["optimizer state"] == ["3,106.5"]
-    assert lines["replicated gradients"] == ["2,529.2", "101.2"]
+    assert lines["replicated gradients"] == ["2,529.2", "2,529.2", "101.2"]
     assert max(map(len, asked.stdout.splitlines())) <= 80
 
 
@@ -184,6 +216,10 @@ REFUSED = [
     ("--bandwidth nan", "must be positive and finite"),
     ("--flops 0.0", "must be positive and finite"),
     ("--flops inf", "must be positive and finite"),
+    ("--ranks-per-node 0", "must be at least 1"),
+    ("--ranks-per-node 3", "does not divide --world-size 8"),
+    ("--ranks-per-node 4 --sffn-expert-parallel 6 --world-size 12", "neither divides"),
+    ("--node-bandwidth 0", "must be positive and finite"),
     ("--sffn-expert-parallel 0", "must be at least 1"),
     ("--sffn-expert-parallel 3", "does not divide --world-size 8"),
     ("--sffn-expert-parallel 8 --sffn-expansion 4", "does not divide the 4 blocks of a layer"),
