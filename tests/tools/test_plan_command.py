@@ -219,7 +219,7 @@ REFUSED = [
     ("--ranks-per-node 0", "must be at least 1"),
     ("--ranks-per-node 3", "does not divide --world-size 8"),
     ("--ranks-per-node 4 --sffn-expert-parallel 6 --world-size 12", "neither divides"),
-    ("--node-bandwidth 0", "must be positive and finite"),
+    ("--node-bandwidth 0.0", "must be positive and finite"),
     ("--sffn-expert-parallel 0", "must be at least 1"),
     ("--sffn-expert-parallel 3", "does not divide --world-size 8"),
     ("--sffn-expert-parallel 8 --sffn-expansion 4", "does not divide the 4 blocks of a layer"),
