@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs every check: format, lint, types, tests. --fast runs the tests of the core only. Other arguments
-# go to pytest.
+# go to pytest. As root on Debian, it installs Slurm for the tests of clusters.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/venv.sh
@@ -11,6 +11,14 @@ fi
 if [ "${1-}" = --fast ]; then
     shift
     set -- -m "not slow and not integration and not distributed" "$@"
+elif [ "$(id -u)" = 0 ] && [ ! -x /usr/sbin/slurmctld ] && command -v apt-get >/dev/null; then
+    packages=(slurm-wlm munge iproute2)
+    echo "installing ${packages[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    if ! { timeout 60 apt-get update && timeout 120 apt-get install --yes --no-install-recommends \
+        "${packages[@]}"; } >/dev/null 2>&1; then
+        echo "${packages[*]}: cannot be installed; the tests of clusters are skipped"
+    fi
 fi
 
 ruff format --check .
