@@ -9,9 +9,12 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pytest
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 NODES = ("127.0.0.1", "127.0.0.2")
@@ -31,11 +34,6 @@ SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SwitchType=switch/none
-MpiDefault=none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
 ReturnToService=2
 GresTypes=gpu
 SelectType=select/cons_tres
@@ -88,18 +86,17 @@ class Cluster:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Cluster]:
-        """Start the daemons, and end them and all jobs."""
+        """Start the daemons, and end them and all jobs. The environment names the configuration
+        and the folder of torchrun."""
         self.configure()
-        before = os.environ.get("SLURM_CONF")
-        os.environ["SLURM_CONF"] = str(self.file)
-        try:
-            self.start()
-            yield self
-        finally:
-            self.stop()
-            del os.environ["SLURM_CONF"]
-            if before is not None:
-                os.environ["SLURM_CONF"] = before
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SLURM_CONF", str(self.file))
+            patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+            try:
+                self.start()
+                yield self
+            finally:
+                self.stop()
 
     def configure(self) -> None:
         """Write the configuration."""
@@ -185,9 +182,10 @@ class Cluster:
         """Wait for a condition. If it does not come true, the error has the end of a log."""
         end = time.monotonic() + HANGS_SECONDS
         while not condition():
-            queue = call("squeue", "--states", "all")
-            assert time.monotonic() < end, f"{queue}\n{log}: {text(log)}"
-            time.sleep(0.2)
+            if time.monotonic() > end:
+                queue = call("squeue", "--states", "all")
+                raise AssertionError(f"{queue}\n{log}: {text(log)}")
+            time.sleep(0.3)
 
 
 MUNGE_FILES = {

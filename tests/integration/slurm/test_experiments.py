@@ -25,8 +25,8 @@ PAPER = commands.EXAMPLES / "paper" / "scales" / "paper.toml"
 
 @pytest.fixture(autouse=True)
 def poll_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slurm, "POLL_SECONDS", 0.2)
-    monkeypatch.setattr(progress, "LOG_SECONDS", 0.2)
+    monkeypatch.setattr(slurm, "POLL_SECONDS", 0.5)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.5)
 
 
 def add_launcher(trial: Trial, **changes: Any) -> None:

@@ -3,6 +3,7 @@ saves, starts again, and ends as if it had not stopped."""
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from tests.expert_parallel import launch
 from tests.expert_parallel.launch import final_state, logged
 from tests.integration.slurm import documented
 from tests.integration.slurm.cluster import Cluster, call, free_ports, text
+from tests.test_documents import DOCUMENTS, ROOT
 
 pytestmark = pytest.mark.usefixtures("quick_start")
 HELD = Path(__file__).parent / "held.py"
+SLURM = re.compile(r"\b(srun|sbatch|SBATCH) ")
 UPDATE, UPDATES = 3, 10
 """Update after which the training waits for a signal, and the last one. An epoch of two processes
 has eight."""
@@ -80,6 +83,13 @@ def uninterrupted(data_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> d
         log = launch.train(processes, folder / f"{processes}", {"job": job})["job"]
         result[processes] = logged(log), final_state(save_dir)
     return result
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_all_lines_for_slurm_are_submitted(document: str) -> None:
+    """Blocks for Slurm are in the page only, of which the tests below submit every line."""
+    found = [block for block in documented.blocks(ROOT / document) if SLURM.search(block)]
+    assert len(found) == (2 if ROOT / document == documented.PAGE else 0)
 
 
 def assert_resumed(job: Job, expected: tuple[dict[int, Any], dict[str, Any]]) -> None:
