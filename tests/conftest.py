@@ -16,6 +16,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 HERE = Path(__file__).parent
 LONGEST = (
+    "integration/slurm/test_experiments.py",
+    "integration/slurm/test_jobs.py",
     "expert_parallel/test_training.py",
     "examples/test_fake_cuda.py",
     "expert_parallel/test_faults.py",

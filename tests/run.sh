@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs every check: format, lint, types, tests. --fast runs the tests of the core only. Other arguments
-# go to pytest.
+# go to pytest. As root on Debian, it installs Slurm for the tests of clusters.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/venv.sh
@@ -11,6 +11,16 @@ fi
 if [ "${1-}" = --fast ]; then
     shift
     set -- -m "not slow and not integration and not distributed" "$@"
+else
+    packages=(slurm-wlm munge iproute2)
+    installed() { [ -x /usr/sbin/slurmctld ] && [ -x /usr/sbin/munged ] && command -v ip; }
+    if ! installed >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "installing ${packages[*]}"
+        export DEBIAN_FRONTEND=noninteractive
+        { timeout 60 apt-get update && timeout 120 apt-get install --yes --no-install-recommends \
+            "${packages[@]}"; } >/dev/null 2>&1 || true
+    fi
+    installed >/dev/null || echo "${packages[*]}: not all installed; tests of clusters are skipped"
 fi
 
 ruff format --check .

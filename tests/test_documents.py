@@ -25,6 +25,7 @@ OTHER_PROGRAMS = {
     *("--index-url", "--no-deps", "--editable"),  # pip
     *("--shutdown-timeout", "--signals-to-handle", "--max-restarts"),  # torchrun
     *("--nodes", "--nnodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--signal"),
+    *("--batch", "--name", "--open-mode", "--requeue", "--time"),  # Slurm
     *("--config-dir", "--config-name"),  # hydra
     # fairseq's moe branch, whose other flags begin with --moe-
     *("--alternate-decoder-ffn-embed-dim", "--dummy-a2a", "--record-a2a-perf-stats"),

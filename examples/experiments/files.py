@@ -57,6 +57,7 @@ class Launcher:
     update_freq: Count = 1
     header: tuple[str, ...] = ()
     submit: str = ""
+    at_once: Count | None = None
 
 
 @dataclass(frozen=True, config=CONFIG)

@@ -19,7 +19,7 @@ from .plan import Run, domains_of, train_arguments
 from .processes import PLUGIN, cores
 from .results import Results
 from .runner import Runner
-from .slurm import submit
+from .slurm import Slurm
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +59,9 @@ def run(args: argparse.Namespace) -> str:
     results = Results(folder, scale, data)
     results.check_domains([domain.name for domain in domains_of(scale)])
     # Runs on another text have another folder.
-    runner = Runner(scale, launcher, results, args.work / scale.name / data, data, jobs)
+    shared = (scale, launcher, results, args.work / scale.name / data, data)
+    submits = launcher.submit and not args.only
+    runner = Slurm(*shared, again(args)) if submits else Runner(*shared, jobs)
 
     def todo() -> pd.DataFrame:
         """Return what is not done yet, by seed. All runs of a row are, until its setting is
@@ -76,20 +78,17 @@ def run(args: argparse.Namespace) -> str:
         frame = frame[frame.stage == stage]
         runs = list(frame.run.unique())
         zero_shot = {*frame.run[frame.table.isin(with_tasks) & (stage == ROW)]}
-        if launcher.submit and not args.only:
-            say(submit(runs, scale, launcher, runner.work, again(args)))
-        else:
-            runner.run(runs, stage == SWEEP, zero_shot)
+        runner.run(runs, stage == SWEEP, zero_shot)
 
     frame = todo()
     check(frame, scale, launcher)
-    say(expected(frame, scale, jobs))
-    with ended_by_signals():
+    at_once = launcher.at_once or max(1, frame.run.nunique()) if submits else jobs
+    say(expected(frame, scale, at_once))
+    stopped = runner.goes_on if isinstance(runner, Slurm) else "the same command resumes the runs"
+    with ended_by_signals(f"stopped; {stopped}"):
         for stage in STAGES:
             if (frame.stage == stage).any():
                 finish(frame, stage)
-                if launcher.submit and not args.only and stage != ROW:
-                    return "when these have ended, the same command submits the others"
                 frame = todo()
     return f"results are in {folder}"
 
@@ -144,9 +143,9 @@ def expected(frame: pd.DataFrame, scale: Scale, jobs: int) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """End the runs when this process is terminated, when its terminal is closed, and at Ctrl-C,
-    also where a shell made a background process ignore that."""
+def ended_by_signals(said: str) -> Iterator[None]:
+    """End with a line when this process is terminated, when its terminal is closed, and at Ctrl-C,
+    also where a shell made a background process ignore that. The runner ends its processes."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
         numbers.append(signal.SIGHUP)
@@ -154,7 +153,7 @@ def ended_by_signals() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise UsageError("stopped; the same command resumes the runs") from None
+        raise UsageError(said) from None
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)

@@ -6,7 +6,6 @@ import itertools
 import os
 import signal
 import subprocess
-import sys
 import threading
 import traceback
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -15,20 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from fairseq_sffn.errors import UsageError
-from fairseq_sffn.tools.training_log import log_records
 
 from .plan import Run
 from .processes import cores
-from .results import EVALUATED, is_done
-from .training import Training
-
-PROGRESS = "{percentage:3.0f}% {elapsed}, {remaining} left{postfix}"
-"""Format of the progress bar."""
-TERMINAL_SECONDS, LOG_SECONDS = 1, 60
-"""Time between two progress bars, on a terminal and in a log."""
+from .progress import Progress, summary
+from .results import is_done
+from .slurm import own_job
+from .training import Training, last_section
 
 
 @dataclass
@@ -50,40 +43,24 @@ class Runner(Training):
             zero_shot: the runs that are evaluated on zero-shot tasks.
         """
         failures = []
-        seconds = {run: run.expected_seconds(self.scale) for run in runs}
-        interval = TERMINAL_SECONDS if sys.stderr.isatty() else LOG_SECONDS
-        total = sum(seconds.values())
-        bar = tqdm(total=total, bar_format=PROGRESS, smoothing=0, disable=not runs)
-        with bar, ThreadPoolExecutor(self.jobs) as pool:
+        progress = Progress(runs, self.scale, self.work)
+        with progress, ThreadPoolExecutor(self.jobs) as pool:
             futures = {pool.submit(self.finish, run, sweep, run in zero_shot): run for run in runs}
             waiting = set(futures)
             try:
                 while waiting:
-                    ended, waiting = wait(waiting, interval, return_when=FIRST_COMPLETED)
+                    ended, waiting = wait(waiting, progress.interval, return_when=FIRST_COMPLETED)
                     for future in ended:
                         failure = failure_of(future)
                         failures += [failure] if failure else []
-                        said = f"failed: {failure}" if failure else "done"
-                        bar.write(f"{futures[future].key(self.scale)} {said}")
+                        progress.say(futures[future], failure)
                     finished = {futures[future] for future in futures.keys() - waiting}
-                    bar.n = sum(seconds[run] * self.progress(run, finished) for run in runs)
-                    bar.set_postfix_str(f"{len(finished)}/{len(runs)} runs")
+                    progress.show(finished, self.active)
             except BaseException:
                 self.stop(futures)
                 raise
         if failures:
-            among = "" if len(runs) == 1 else f"{len(failures)} of {len(runs)} runs failed: "
-            raise UsageError(f"{among}{failures[0]}")
-
-    def progress(self, run: Run, finished: Container[Run]) -> float:
-        """Return the share of a run's updates that are done, by its log."""
-        log = self.folder(run) / "train.log"
-        if run in finished:
-            return 1.0
-        if run not in self.active or not log.exists():
-            return 0.0
-        records = log_records(log)
-        return records[-1][1]["num_updates"] / run.updates if records else 0.0
+            raise UsageError(summary(failures, runs))
 
     def stop(self, futures: Iterable[Future[None]]) -> None:
         """Ask all processes to end, and wait. Training processes finish an update and save; at a
@@ -100,7 +77,7 @@ class Runner(Training):
 
     def finish(self, run: Run, sweep: bool, zero_shot: bool) -> None:
         """Start or resume a run, evaluate it and store its result."""
-        section = "evaluation" if sweep else "zero_shot" if zero_shot else EVALUATED
+        section = last_section(sweep, zero_shot)
         with self.locked(self.folder(run)):
             self.results.refresh(run)
             if not is_done(self.results.get(run) or {}, section):
@@ -165,5 +142,9 @@ def failure_of(future: Future[None]) -> str:
 
 def end(child: subprocess.Popen[str]) -> None:
     """Ask a process and its children to end."""
+    if isinstance(child.args, list) and child.args[0] == "srun" and (job := own_job()):
+        # At SIGTERM, srun would let its processes be killed after half a minute.
+        subprocess.run(["scancel", "--signal", "TERM", job])
+        return
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGTERM)

@@ -160,6 +160,11 @@ class Training:
         }
 
 
+def last_section(sweep: bool, zero_shot: bool) -> str:
+    """Return the section with which the result of a run is complete."""
+    return "evaluation" if sweep else "zero_shot" if zero_shot else EVALUATED
+
+
 def updates_of(checkpoint: Path) -> int:
     """Return the updates before a checkpoint; 0 where there is none."""
     if not checkpoint.exists():

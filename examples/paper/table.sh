@@ -3,7 +3,7 @@
 #
 #   bash examples/paper/main.sh                     at laptop scale, on the cores there are
 #   SCALE=paper bash examples/paper/main.sh         the paper's models, on eight GPUs
-#   SCALE=paper bash examples/paper/main.sh --launcher slurm     submits a job for each run
+#   SCALE=paper bash examples/paper/main.sh --launcher slurm     on eight nodes a run, with Slurm
 #   SCALE=paper bash examples/paper/main.sh --dry-run            trains nothing, checks everything
 #
 # Finished runs are skipped and interrupted runs are resumed.
@@ -24,7 +24,7 @@ done
 export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=4000000000:glibc.malloc.mmap_threshold=4000000000}
 python examples/experiments run "${tables[@]}" --scale "$FILE" "$@"
 case " $* " in
-    *" --dry-run "* | *" --help "* | *" -h "* | *" --only"[\ =]* | *" --launcher"[\ =]"slurm "*) exit ;;
+    *" --dry-run "* | *" --help "* | *" -h "* | *" --only"[\ =]*) exit ;;
 esac
 results=()
 while [ $# -gt 0 ]; do

@@ -40,6 +40,7 @@ class Interruption:
 
     Attributes:
         receiver: the same receiver.
+        goes_on: whether another epoch is known to follow. Signals between them wait for it.
         number: number of the signal that ends the training, the same on every rank, or 0.
         saved: whether a checkpoint was saved since the attribute was set to ``False``.
         val_loss: first loss of the validation after this update; ``None``: there was none.
@@ -51,6 +52,7 @@ class Interruption:
         self.val_loss: float | None = None
         self._cfg, self._trainer, self._epoch_itr = cfg, trainer, epoch_itr
         self.receiver = receiver
+        self.goes_on = False
 
     def agree(self) -> bool:
         """Tell all ranks of a signal that one of them has received. All ranks call it together.
@@ -101,7 +103,8 @@ class Interruption:
 def interruptible(cfg: Any, trainer: Any, epoch_itr: Any) -> Iterator[Interruption]:
     """Return a context in which signals wait for the end of an update.
 
-    It sets ``trainer.interruption``.
+    It sets ``trainer.interruption``. If another epoch follows, signals also wait after it: for the
+    end of the next epoch's first update.
 
     Args:
         cfg: configuration of the training.
@@ -114,22 +117,27 @@ def interruptible(cfg: Any, trainer: Any, epoch_itr: Any) -> Iterator[Interrupti
     Raises:
         SystemExit: another process of the training has ended after a signal.
     """
-    with SignalReceiver(peers(), is_launched()) as receiver:
-        interruption = trainer.interruption = Interruption(cfg, trainer, epoch_itr, receiver)
-        try:
-            yield interruption
-        except Exception as error:
-            number = interruption.number or receiver.received
-            if not number or not is_of_a_lost_peer(error):
-                raise
-            receiver.leaving = True  # its thread may notice the loss too
-            name = signal.Signals(number).name
-            line = f"{name}: another process of the training has ended: {first_line(error)}"
-            print(line, file=sys.stderr, flush=True)
-            raise SystemExit(128 + number) from None
-        finally:
-            trainer.interruption = None
-    if receiver.received:  # it came after the ranks had agreed that there was none
+    if trainer.receiver is None:
+        trainer.receiver = SignalReceiver(peers(), is_launched()).__enter__()
+    receiver = trainer.receiver
+    interruption = trainer.interruption = Interruption(cfg, trainer, epoch_itr, receiver)
+    try:
+        yield interruption
+    except Exception as error:
+        number = interruption.number or receiver.received
+        if not number or not is_of_a_lost_peer(error):
+            raise
+        receiver.leaving = True  # its thread may notice the loss too
+        name = signal.Signals(number).name
+        line = f"{name}: another process of the training has ended: {first_line(error)}"
+        print(line, file=sys.stderr, flush=True)
+        raise SystemExit(128 + number) from None
+    finally:
+        trainer.interruption = None
+        if not interruption.goes_on:
+            trainer.stop_receiving()
+    if receiver.received and not interruption.goes_on:
+        # It came after the ranks had agreed that there was none.
         signal.raise_signal(receiver.received)
 
 

@@ -62,7 +62,11 @@ class SFFNTrainer(StepTrainer, CheckpointTrainer):
 
     def get_train_iterator(self, *args: Any, **kwargs: Any) -> Any:
         """Return an iterator over the training set."""
-        return keep_workers(super().get_train_iterator(*args, **kwargs))
+        try:
+            return keep_workers(super().get_train_iterator(*args, **kwargs))
+        except BaseException:
+            self.stop_receiving()  # no epoch follows
+            raise
 
     def get_valid_iterator(self, *args: Any, **kwargs: Any) -> Any:
         """Return an iterator over a validation set, its last batch included."""

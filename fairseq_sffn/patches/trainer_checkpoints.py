@@ -28,6 +28,7 @@ from ..expert_parallel.parts import Part, take_parts
 from ..expert_parallel.saving import part_of, save_together, write_parts
 from . import training_state
 from .interruptions import Interruption
+from .signals import SignalReceiver
 
 logger = logging.getLogger(__name__)
 
@@ -54,18 +55,26 @@ class CheckpointTrainer(Trainer):
     """A trainer that saves and restores all state of a training, in parts if blocks are sharded.
 
     Attributes:
+        receiver: the receiver of signals from the first epoch to the last; ``None`` at other times.
         interruption: the handling of signals during an epoch; ``None``: outside of an epoch.
         writer: the thread that writes checkpoints, with ``--write-checkpoints-asynchronously``.
         verified: real paths of files of the checkpoint whose checksums were already compared.
     """
 
     def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        self.receiver: SignalReceiver | None = None
         self.interruption: Interruption | None = None
         self.writer = Writer() if getattr(cfg.checkpoint, IN_BACKGROUND, False) else None
         self.verified: frozenset[str] = frozenset()
         self._saves_together = False
         self._folder: Path | None = None
         super().__init__(cfg, *args, **kwargs)
+
+    def stop_receiving(self) -> None:
+        """Give signals the effect that they had before the training."""
+        if self.receiver is not None:
+            self.receiver.__exit__()
+            self.receiver = None
 
     def save_with_parts(self, cfg: Any, save: Any) -> Any:
         """Save checkpoints with the parts of all ranks.

@@ -56,6 +56,7 @@ def train(original: Callable[..., Any]) -> Callable[..., Any]:
                 interruption.save()
             if interruption.number:
                 interruption.leave()
+            interruption.goes_on = not result[1] and another_epoch_follows(cfg, epoch_itr)
         return result
 
     return wrapper
@@ -96,6 +97,16 @@ def validate_and_save(original: Callable[..., Any]) -> Callable[..., Any]:
         return losses, should_stop
 
     return wrapper
+
+
+def another_epoch_follows(cfg: Any, epoch_itr: Any) -> bool:
+    """Return whether another epoch is known to follow one that did not stop the training.
+
+    With ``--stop-min-lr``, the scheduler's next step decides.
+    """
+    options = cfg.optimization
+    last = 0 < options.max_epoch < epoch_itr.next_epoch_idx
+    return options.stop_min_lr < 0 and not last
 
 
 def reason_to_stop(cfg: Any, trainer: SFFNTrainer) -> str | None:

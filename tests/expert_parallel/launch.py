@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from tests import commands
 
 HERE = Path(__file__).parent
@@ -83,6 +85,28 @@ def start_starter() -> Any:
         **{"env": ENVIRONMENT, "text": True},
         **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE},
     )
+
+
+def logged(log: str) -> dict[int, Any]:
+    """Return update -> values that training logged."""
+    keys = ("loss", "gnorm", "lr", "wpb", "load_entropy")
+    return {
+        int(record["num_updates"]): {key: record.get(key) for key in keys}
+        for record in commands.records(log)
+    }
+
+
+def final_state(save_dir: Path) -> dict[str, Any]:
+    """Return what a training has saved, with all shards."""
+    state = torch.load(save_dir / "checkpoint_last.pt", weights_only=True)
+    parts = sorted(save_dir.glob(f"{state['sffn'].get('folder', '-')}/*.pt"))
+    tensors = [torch.load(path, weights_only=True) for path in parts]
+    return {
+        "model": state["model"],
+        "optimizer": state["last_optimizer_state"],
+        "parts": [{key: part[key] for key in ("model", "optimizer")} for part in tensors],
+        "updates": state["optimizer_history"][-1]["num_updates"],
+    }
 
 
 def run_jobs(jobs: Path) -> NoReturn:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests import commands
 from tests.expert_parallel import launch
+from tests.expert_parallel.launch import final_state, logged
 
 pytestmark = pytest.mark.usefixtures("quick_start")
 PROGRAM = Path(__file__).parents[1] / "integration" / "interrupted.py"
@@ -25,26 +25,6 @@ KINDS: dict[str, tuple[str, ...]] = {
     "legacy": ("--ddp-backend", "legacy_ddp"),
     "expert parallel": ("--sffn-expert-parallel", "2"),
 }
-
-
-def logged(log: str) -> dict[int, Any]:
-    keys = ("loss", "gnorm", "lr", "wpb", "load_entropy")
-    return {
-        int(record["num_updates"]): {key: record.get(key) for key in keys}
-        for record in commands.records(log)
-    }
-
-
-def final_state(save_dir: Path) -> dict[str, Any]:
-    state = torch.load(save_dir / "checkpoint_last.pt", weights_only=True)
-    parts = sorted(save_dir.glob(f"{state['sffn'].get('folder', '-')}/*.pt"))
-    tensors = [torch.load(path, weights_only=True) for path in parts]
-    return {
-        "model": state["model"],
-        "optimizer": state["last_optimizer_state"],
-        "parts": [{key: part[key] for key in ("model", "optimizer")} for part in tensors],
-        "updates": state["optimizer_history"][-1]["num_updates"],
-    }
 
 
 @pytest.fixture(scope="module")

@@ -23,18 +23,19 @@ from fairseq_sffn.patches.trainer import SFFNTrainer  # noqa: E402
 def send(trainer: Any, number: int, target: int | None = None) -> None:
     """Send a signal to a process, by default to this one, and wait until it has arrived here."""
     os.kill(target or os.getpid(), number)
-    while not trainer.interruption.receiver.received:
+    while not trainer.receiver.received:
         time.sleep(0.01)
 
 
 def at(patch: pytest.MonkeyPatch, place: str, update: int, action: Any) -> None:
     """Call a function with the trainer once: in an update, at the beginning or end of the
-    validation after it, or while the update is saved."""
+    validation after it, while the update is saved, or before the next epoch."""
     owner, name, position = {
         "update": (Trainer, "train_step", 0),
         "validation": (Trainer, "begin_valid_epoch", 0),
         "validated": (train_command, "validate", 1),
         "save": (SFFNTrainer, "save_checkpoint", 0),
+        "next epoch": (Trainer, "get_train_iterator", 0),
     }[place]
     original, done = getattr(owner, name), []
 

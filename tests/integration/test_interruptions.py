@@ -120,6 +120,46 @@ def test_interrupted_training_goes_on(
     assert_identical(final_state(tmp_path), final)
 
 
+def test_a_signal_between_two_epochs(
+    uninterrupted: dict[str, Any],
+    data_bin: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It waits for the next epoch's first update, so the epoch that was not saved is not lost."""
+    kind = "saving every second epoch"
+    with monkeypatch.context() as patch:
+        interrupted.at(patch, "next epoch", 7, lambda t: interrupted.send(t, signal.SIGTERM))
+        run_interrupted(data_bin, tmp_path, *TRAININGS[kind], status=128 + signal.SIGTERM)
+    assert updates(tmp_path) == 8
+    resumed = train(data_bin, tmp_path, *TRAININGS[kind])
+    records, final = uninterrupted[kind]
+    assert resumed == {u: record for u, record in records.items() if u > 8}
+    assert_identical(final_state(tmp_path), final)
+
+
+LOW_RATE = ("--force-anneal", "1", "--lr-shrink", "0.1", "--stop-min-lr", "2e-3")
+
+
+def fail(*_: Any) -> None:
+    raise RuntimeError("the next epoch has no data")
+
+
+@pytest.mark.parametrize("flags", [("--max-epoch", "2"), LOW_RATE, None])
+def test_handlers_after_the_last_epoch(
+    flags: tuple[str, ...] | None, data_bin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after an error between two epochs, signals do what they did before the training."""
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    if flags is None:
+        interrupted.at(monkeypatch, "next epoch", 7, fail)
+        with pytest.raises(RuntimeError, match="no data"):
+            train(data_bin, tmp_path)
+    else:
+        assert 7 in train(data_bin, tmp_path, "--max-update", "100", *flags)
+    assert [signal.getsignal(number) for number in SIGNALS] == handlers
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("command", ["train", "hydra_train"])
 def test_every_signal(

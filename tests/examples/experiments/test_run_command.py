@@ -73,8 +73,7 @@ def long(tmp_path: Path, data_bin: Path) -> Trial:
 def test_trainings_end_with_the_command(
     number: signal.Signals, tmp_path: Path, data_bin: Path
 ) -> None:
-    """Trainings finish an update and save, and the same command resumes them. The signal comes
-    early in the first epoch: between two epochs, it ends a training at once."""
+    """Trainings finish an update and save, and the same command resumes them."""
     trial = Trial(tmp_path, data_bin, '{ label = "dense", model = "dense", length = 50 }')
     with training(trial, "| train_inner |") as run:
         assert trainings(trial.work)

@@ -6,6 +6,7 @@ import fcntl
 import json
 import re
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import runner, training
+from experiments import progress, runner, training
 from experiments.data import fingerprint
 from experiments.files import Launcher
 from experiments.plan import Run
@@ -123,7 +124,7 @@ def test_signals_are_passed_on_until_trainings_have_saved(
             raise left.pop()
 
     class Child:
-        pid = 12345
+        pid, args = 12345, ["fairseq-train"]
 
     sent: list[tuple[int, int]] = []
     monkeypatch.setattr(runner, "wait", wait)
@@ -131,6 +132,24 @@ def test_signals_are_passed_on_until_trainings_have_saved(
     runner_.children.add(Child())  # type: ignore[arg-type]
     runner_.stop([])
     assert sent == [(12345, signal.SIGTERM)] * 3
+
+
+def test_a_signal_does_not_go_to_srun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun would let Slurm kill the processes after half a minute. Slurm sends them the signal, if
+    they belong to a job."""
+    said = tmp_path / "said"
+    (tmp_path / "scancel").write_text(f'#!/bin/sh\necho "$@" >> {said}\n')
+    (tmp_path / "srun").write_text("#!/bin/sh\nexec sleep 60\n")
+    for name in ("scancel", "srun"):
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    child = subprocess.Popen(["srun", "python"], text=True, start_new_session=True)
+    runner.end(child)
+    assert said.read_text() == "--signal TERM 7\n" and child.poll() is None
+    monkeypatch.delenv("SLURM_JOB_ID")
+    runner.end(child)
+    assert child.wait(10) == -signal.SIGTERM
 
 
 def test_the_others_go_on_after_a_training_that_failed(
@@ -197,13 +216,14 @@ def test_progress_counts_the_updates_of_active_runs(
             time.sleep(0.01)
 
     monkeypatch.setattr(Runner, "train_and_evaluate", train)
-    monkeypatch.setattr(runner, "LOG_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.01)
     runs = [Run(model, "", 1, 0.1, 40, 8) for model in ("dense", "switch")]
     stale = tmp_path / runs[1].key(made.scale(domains="")) / "train.log"
     stale.parent.mkdir()
     stale.write_text('x | INFO | train_inner | {"num_updates": "40"}\n')
     made_ = a_runner(tmp_path, relative_time={"switch": 3.0})
-    assert [made_.progress(run, runs[:1]) for run in runs] == [1.0, 0.0]
+    with progress.Progress(runs, made_.scale, tmp_path) as shown:
+        assert [shown.share(run, runs[:1], []) for run in runs] == [1.0, 0.0]
     made_.run(runs, sweep=False)
     bars += capsys.readouterr().err
     for percent, count in ((25, 1), (62, 1), (100, 2)):
