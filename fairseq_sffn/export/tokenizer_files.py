@@ -2,7 +2,7 @@
 
 The settings are plain values, which :class:`.text.Text` takes:
 
-- ``kind``: ``sentencepiece`` or ``gpt2``;
+- ``kind``: ``sentencepiece`` (BPE), ``unigram`` or ``gpt2``;
 - ``ids``: symbol of fairseq's dictionary -> token id;
 - ``specials``: ``bos``, ``pad``, ``eos``, ``unk`` -> symbol;
 - the settings of the class for the kind.
@@ -26,8 +26,8 @@ FILE = "sffn_tokenizer.json"
 """Name of the file with the settings."""
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of pieces in ``sentencepiece_model.proto``."""
-BPE = 2
-"""Value of ``model_type`` there."""
+KINDS = {1: "unigram", 2: "sentencepiece"}
+"""Value of ``model_type`` there -> kind of the tokenizer."""
 MOST_UNKNOWN = 0.5
 """Largest share of the dictionary that may be pieces of no tokenizer. Above, it is another's."""
 
@@ -68,14 +68,15 @@ def read_sentencepiece(path: Path, dictionary: Dictionary) -> dict[str, Any]:
         raise UsageError(f"--sentencepiece {path}: is no model of SentencePiece") from error
     if not pieces:
         raise UsageError(f"--sentencepiece {path}: is no model of SentencePiece")
-    if (kind := trainer.get(3, 1)) != BPE:
+    if (kind := trainer.get(3, 1)) not in KINDS:
         raise UsageError(
-            f"--sentencepiece {path}: is a model of type {kind}; export supports BPE models ({BPE})"
+            f"--sentencepiece {path}: is a model of type {kind}; export supports unigram and BPE "
+            "models (types 1 and 2)"
         )
     if any(type == UNUSED for _, _, type in pieces):
         raise UsageError(f"--sentencepiece {path}: models with unused pieces are not supported")
     settings = {
-        "kind": "sentencepiece",
+        "kind": KINDS[kind],
         **dictionary_settings(dictionary),
         "scores": {piece: score for piece, score, type in pieces if type == NORMAL},
         "user_defined": [piece for piece, _, type in pieces if type == USER_DEFINED],

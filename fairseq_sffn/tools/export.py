@@ -26,6 +26,13 @@ TIED = "decoder.output_projection.weight"
 """Parameter that an exported model lacks if it is the embedding."""
 MODULES = ("export.hugging_face.modeling_sffn",)
 TOKENIZER_MODULE = "export.hugging_face.tokenization_sffn"
+PIPELINES = {
+    "text-generation": {
+        "impl": "tokenization_sffn.SFFNTextGenerationPipeline",
+        "pt": ["AutoModelForCausalLM"],
+    }
+}
+"""Task of ``transformers.pipeline`` -> the class for it, in a folder with a tokenizer."""
 STORED = ("model", "task", "criterion", "common")
 """Parts of the training's configuration that the folder keeps."""
 
@@ -109,6 +116,7 @@ def run(args: argparse.Namespace) -> str:
         "torch_dtype": dtype_name(tensors["decoder.embed_tokens.weight"]),
         **description,
         **ids,
+        **({} if tokenizer is None else {"custom_pipelines": PIPELINES}),
         **describe_losses(model, state["cfg"].get("criterion")),
         "fairseq": stored_configuration(state),
     }

@@ -11,8 +11,9 @@ import torch
 from fairseq import checkpoint_utils
 
 from fairseq_sffn.errors import UsageError
+from fairseq_sffn.export.gpt2_text import byte_letters
 from fairseq_sffn.export.tensor_files import load_model
-from fairseq_sffn.export.text import Text, byte_letters
+from fairseq_sffn.export.text import Text
 from tests import commands
 from tests.export.exported import write_checkpoint
 
