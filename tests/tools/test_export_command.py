@@ -12,10 +12,15 @@ from fairseq import checkpoint_utils
 
 from fairseq_sffn.errors import UsageError
 from fairseq_sffn.export.gpt2_text import byte_letters
-from fairseq_sffn.export.tensor_files import load_model
+from fairseq_sffn.export.tensor_files import load_model, save_model
 from fairseq_sffn.export.text import Text
 from tests import commands
 from tests.export.exported import write_checkpoint
+
+EMBEDDING = "decoder.embed_tokens.weight"
+TABLE = "decoder.layers.1.fc1.memory.values"
+HASH = "decoder.layers.1.fc1.memory.selector.table"
+"""Names of tensors of a model with hash tables."""
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +175,69 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     refused("is not of fairseq-sffn export")
     (tmp_path / "config.json").write_text('{"fairseq": {"model": {}, "task": {}}}')
     refused("model.safetensors: cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda tensors: tensors.pop(TABLE), f"has no {TABLE}, which the model of config.json has"),
+        (
+            lambda tensors: tensors.update(extra=torch.zeros(1)),
+            "extra is not in the model of config.json",
+        ),
+        (
+            lambda tensors: tensors.update({TABLE: tensors[TABLE][:-1]}),
+            rf"{TABLE} has shape \(511, 16\), and \(512, 16\) in the model",
+        ),
+        (
+            lambda tensors: tensors.update({TABLE: tensors[TABLE].int()}),
+            rf"{TABLE} has dtype torch\.int32, and torch\.float32 in the model",
+        ),
+        (
+            lambda tensors: tensors.update({EMBEDDING: tensors[EMBEDDING][:-1]}),
+            rf"{EMBEDDING} has shape \(19, 16\), and \(20, 16\) in the model",
+        ),
+        (
+            lambda tensors: tensors.update({HASH: tensors[HASH].float()}),
+            rf"{HASH} has dtype torch\.float32, and torch\.int16 in the model",
+        ),
+    ],
+)
+def test_tensors_of_other_models_are_refused(change: Any, reason: str, tmp_path: Path) -> None:
+    checkpoint, data, _ = write_checkpoint(tmp_path / "in", "rand_hash")
+    out = tmp_path / "out"
+    commands.sffn("export", checkpoint, out, "--data", data)
+    tensors = load_model(out)
+    change(tensors)
+    save_model(tensors, out, 10**9)
+    with pytest.raises(UsageError, match=f"^{out}: {reason}") as caught:
+        commands.sffn("import", out, tmp_path / "back.pt")
+    assert "\n" not in str(caught.value) and not (tmp_path / "back.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("vocab_size", 21, rf"{EMBEDDING} has shape \(20, 16\), and \(21, 16\)"),
+        ("vocab_size", 10**12, "vocab_size 1000000000000: must be between"),
+        ("vocab_size", "x", "vocab_size x: must be between"),
+        ("decoder_layers", 4, "has no decoder.layers.3"),
+        ("decoder_attention_heads", 3, "^--decoder-attention-heads 3: must divide"),
+        ("_name", "nothing", "fairseq cannot build this model: "),
+    ],
+)
+def test_tensors_of_another_configuration_are_refused(
+    key: str, value: Any, reason: str, tmp_path: Path
+) -> None:
+    checkpoint, data, _ = write_checkpoint(tmp_path / "in", "rand_hash")
+    out = tmp_path / "out"
+    commands.sffn("export", checkpoint, out, "--data", data)
+    config = json.loads((out / "config.json").read_text())
+    (config if key in config else config["fairseq"]["model"])[key] = value
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=reason) as caught:
+        commands.sffn("import", out, tmp_path / "back.pt")
+    assert "\n" not in str(caught.value) and not (tmp_path / "back.pt").exists()
 
 
 def test_models_of_other_kinds_are_refused(tmp_path: Path) -> None:
