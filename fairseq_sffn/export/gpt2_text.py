@@ -33,6 +33,22 @@ class GPT2(Splitter):
         """Return the pieces of a line."""
         return [piece for word in self.words(line) for piece in self._split_word(word)]
 
+    def begins_word(self, piece: str) -> bool:
+        """Return whether no piece before this one changes how it and those behind it are split."""
+        return self.names.get(piece, "").startswith(self.letters[ord(" ")])
+
+    def has(self, piece: str) -> bool:
+        """Return whether a piece is one of the encoder's."""
+        return piece in self.names
+
+    def split_again(self, pieces: Sequence[str]) -> list[str]:
+        """Return the pieces of the text of a word's pieces.
+
+        Raises:
+            UnicodeDecodeError: the pieces are bytes that are no text.
+        """
+        return self.split(self._bytes_of(pieces).decode())
+
     def _split(self, word: str) -> list[str]:
         """Merge the pair of neighbours with the lowest rank, everywhere, until none has a rank."""
         parts = [self.letters[byte] for byte in word.encode("utf-8", errors="replace")]
@@ -51,11 +67,14 @@ class GPT2(Splitter):
 
     def join(self, pieces: Sequence[str], within_line: bool = False) -> str:
         """Return the text of a line's pieces. Pieces that are no numbers stay as they are."""
-        data = bytearray()
-        for piece in pieces:
-            name = self.names.get(piece)
-            data += piece.encode() if name is None else bytes(self.bytes[c] for c in name)
-        return data.decode("utf-8", errors="replace")
+        return self._bytes_of(pieces).decode("utf-8", errors="replace")
+
+    def _bytes_of(self, pieces: Sequence[str]) -> bytes:
+        names = [(piece, self.names.get(piece)) for piece in pieces]
+        return b"".join(
+            piece.encode() if name is None else bytes(self.bytes[c] for c in name)
+            for piece, name in names
+        )
 
 
 def byte_letters() -> dict[int, str]:

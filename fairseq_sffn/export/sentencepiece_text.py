@@ -37,12 +37,33 @@ class SentencePiece(Splitter):
         self.longest = max(map(len, self.user_defined), default=0)
         # Merges never cross the beginning of a word, if no piece does.
         suffix = settings["whitespace_as_suffix"]
-        self.by_word = not suffix and not any(SPACE in piece[1:] for piece in self.scores)
+        self.space_begins_word = not suffix and not any(SPACE in p[1:] for p in self.scores)
+        self.by_word = self.space_begins_word
         self._remember()
 
     def split(self, line: str) -> list[str]:
         """Return the pieces of a line. A run of characters without pieces is one piece."""
-        text = self.normalizer.normalize(line)
+        return self._split_normalized(self.normalizer.normalize(line))
+
+    def begins_word(self, piece: str) -> bool:
+        """Return whether no piece before this one changes how it and those behind it are split."""
+        return self.space_begins_word and piece.startswith(SPACE)
+
+    def has(self, piece: str) -> bool:
+        """Return whether a piece is one of the model's."""
+        is_byte = self.byte_fallback and BYTE.fullmatch(piece) is not None
+        return piece in self.scores or piece in self.user_defined or is_byte
+
+    def split_again(self, pieces: Sequence[str]) -> list[str]:
+        """Return the pieces of the text of a word's pieces.
+
+        Raises:
+            UnicodeDecodeError: the pieces are bytes that are no text.
+        """
+        text = b"".join(map(self._bytes_of, pieces)).decode()
+        return self._split_normalized(text.replace(" ", SPACE))
+
+    def _split_normalized(self, text: str) -> list[str]:
         words, split = [text], self._split
         if self.by_word:
             words, split = re.findall(f"{SPACE}?[^{SPACE}]+|{SPACE}", text), self._split_word

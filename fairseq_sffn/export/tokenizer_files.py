@@ -21,6 +21,7 @@ from fairseq.data import Dictionary
 
 from ..errors import UsageError
 from .tensor_files import read_json
+from .tokenizer_check import check_symbols
 
 FILE = "sffn_tokenizer.json"
 """Name of the file with the settings."""
@@ -28,8 +29,6 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of pieces in ``sentencepiece_model.proto``."""
 KINDS = {1: "unigram", 2: "sentencepiece"}
 """Value of ``model_type`` there -> kind of the tokenizer."""
-MOST_UNKNOWN = 0.5
-"""Largest share of the dictionary that may be pieces of no tokenizer. Above, it is another's."""
 
 
 def dictionary_settings(dictionary: Dictionary) -> dict[str, Any]:
@@ -88,7 +87,12 @@ def read_sentencepiece(path: Path, dictionary: Dictionary) -> dict[str, Any]:
     }
     if not normalizer.get(5, 1):
         raise UsageError(f"--sentencepiece {path}: models that keep spaces are not supported")
-    check_known(f"--sentencepiece {path}", {piece for piece, *_ in pieces}, dictionary)
+    check_symbols(
+        f"--sentencepiece {path}",
+        [piece for piece, *_ in pieces],
+        not settings["byte_fallback"],
+        dictionary,
+    )
     return settings
 
 
@@ -156,37 +160,13 @@ def read_gpt2_bpe(encoder: Path, merges: Path, dictionary: Dictionary) -> dict[s
     for pair in pairs:
         if len(pair) != 2 or "".join(pair) not in numbers:
             raise UsageError(f"{what}: {' '.join(pair)!r} is no merge of this encoder")
-    check_known(what, set(map(str, numbers.values())), dictionary)
+    check_symbols(what, map(str, numbers.values()), False, dictionary)
     return {
         "kind": "gpt2",
         **dictionary_settings(dictionary),
         "encoder": numbers,
         "merges": pairs,
     }
-
-
-def check_known(what: str, pieces: set[str], dictionary: Dictionary) -> None:
-    """Refuse a tokenizer whose pieces are not those of the dictionary.
-
-    Args:
-        what: the flag and its value, for the message.
-        pieces: pieces of the tokenizer.
-        dictionary: the language model's dictionary.
-
-    Raises:
-        UsageError: most symbols of the dictionary are no pieces.
-    """
-    symbols = [
-        symbol
-        for symbol in dictionary.symbols[dictionary.nspecial :]
-        if not symbol.startswith("madeupword")
-    ]
-    unknown = sum(symbol not in pieces for symbol in symbols)
-    if unknown > MOST_UNKNOWN * len(symbols):
-        raise UsageError(
-            f"{what}: {unknown} of the {len(symbols)} symbols in dict.txt are no pieces of this "
-            "tokenizer"
-        )
 
 
 def write_tokenizer(settings: dict[str, Any], folder: Path, add_bos: bool, positions: int) -> None:

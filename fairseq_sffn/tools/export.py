@@ -17,6 +17,7 @@ from ..checkpoints.loading import KEY, add_flags_to
 from ..errors import UsageError
 from ..export.description import check_exportable, describe, describe_losses
 from ..export.tensor_files import library, parse_size, save_model
+from ..export.tokenizer_check import check_words
 from ..export.tokenizer_files import read_gpt2_bpe, read_sentencepiece, write_tokenizer
 from ..export.vendoring import copy_modules
 from ..models.plugin_model import PluginModel
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sentencepiece",
         type=Path,
         metavar="MODEL",
-        help="SentencePiece model (BPE) that split the training text, for a tokenizer",
+        help="SentencePiece model (BPE or unigram) that split the training text, for a tokenizer",
     )
     parser.add_argument(
         "--gpt2-bpe",
@@ -95,8 +96,11 @@ def run(args: argparse.Namespace) -> str:
     tokenizer = None
     if args.sentencepiece:
         tokenizer = read_sentencepiece(args.sentencepiece, dictionary)
+        check_words(f"--sentencepiece {args.sentencepiece}", tokenizer, args.data, dictionary)
     elif args.gpt2_bpe:
-        tokenizer = read_gpt2_bpe(args.gpt2_bpe[0], args.gpt2_bpe[1], dictionary)
+        encoder, merges = args.gpt2_bpe
+        tokenizer = read_gpt2_bpe(encoder, merges, dictionary)
+        check_words(f"--gpt2-bpe {encoder} {merges}", tokenizer, args.data, dictionary)
     add_bos = bool(task.args.add_bos_token)
     description = describe(model, options)
     tensors = exported_tensors(model, state["model"], description["tied_embeddings"])
