@@ -17,8 +17,8 @@ SPACE = "\u2581"
 """SentencePiece's mark of a space."""
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 """Piece of a byte that no other piece covers."""
-UNKNOWN_PENALTY, USER_DEFINED_PENALTY = 10.0, 0.1
-"""Constants of SentencePiece's unigram models."""
+UNKNOWN_PENALTY = 10.0
+"""Of a unigram model: how far the score of an unknown character is below the lowest one."""
 
 
 class SentencePiece(Splitter):
@@ -160,15 +160,14 @@ class Unigram(SentencePiece):
     piece is longest wins. Sums are rounded to single precision, as in SentencePiece.
 
     Args:
-        settings: see :class:`SentencePiece`.
+        settings: see :class:`SentencePiece`. No piece may be user-defined.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(settings)
         self.by_word = False  # sums are those of the whole line
-        self.widest = max(map(len, [*self.scores, *self.user_defined]), default=0)
+        self.widest = max(map(len, self.scores), default=0)
         self.unknown_score = min(self.scores.values(), default=0.0) - UNKNOWN_PENALTY
-        self.highest_score = max(self.scores.values(), default=0.0)
 
     def _split(self, word: str) -> list[str]:
         """Find the best path over the characters, of which an unknown one is a piece."""
@@ -176,21 +175,15 @@ class Unigram(SentencePiece):
         starts = [0] * (len(word) + 1)
 
         def consider(start: int, end: int, score: float) -> None:
-            if (total := sums[start] + score) > sums[end]:
-                sums[end], starts[end] = rounded(total), start
+            if (total := rounded(sums[start] + score)) > sums[end]:
+                sums[end], starts[end] = total, start
 
         for start in range(len(word)):
             known = False
             for end in range(start + 1, min(start + self.widest, len(word)) + 1):
-                piece = word[start:end]
-                if piece in self.user_defined:
-                    score = len(piece.encode()) * self.highest_score - USER_DEFINED_PENALTY
-                elif (found := self.scores.get(piece)) is not None:
-                    score = found
-                else:
-                    continue
-                consider(start, end, score)
-                known |= end == start + 1
+                if (score := self.scores.get(word[start:end])) is not None:
+                    consider(start, end, score)
+                    known |= end == start + 1
             if not known:
                 consider(start, start + 1, self.unknown_score)
         pieces, end = [], len(word)

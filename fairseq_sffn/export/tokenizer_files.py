@@ -74,6 +74,10 @@ def read_sentencepiece(path: Path, dictionary: Dictionary) -> dict[str, Any]:
         )
     if any(type == UNUSED for _, _, type in pieces):
         raise UsageError(f"--sentencepiece {path}: models with unused pieces are not supported")
+    if KINDS[kind] == "unigram" and any(type == USER_DEFINED for _, _, type in pieces):
+        raise UsageError(
+            f"--sentencepiece {path}: unigram models with user-defined pieces are not supported"
+        )
     settings = {
         "kind": KINDS[kind],
         **dictionary_settings(dictionary),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq import checkpoint_utils, models
+from fairseq.data import Dictionary
 from fairseq.models.transformer_lm import TransformerLanguageModel
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -93,14 +94,7 @@ def run(args: argparse.Namespace) -> str:
     check_exportable(options)
     model, task = load_model(args.checkpoint, args.data, overrides)
     dictionary = task.source_dictionary
-    tokenizer = None
-    if args.sentencepiece:
-        tokenizer = read_sentencepiece(args.sentencepiece, dictionary)
-        check_words(f"--sentencepiece {args.sentencepiece}", tokenizer, args.data, dictionary)
-    elif args.gpt2_bpe:
-        encoder, merges = args.gpt2_bpe
-        tokenizer = read_gpt2_bpe(encoder, merges, dictionary)
-        check_words(f"--gpt2-bpe {encoder} {merges}", tokenizer, args.data, dictionary)
+    tokenizer = read_tokenizer(args, dictionary)
     add_bos = bool(task.args.add_bos_token)
     description = describe(model, options)
     tensors = exported_tensors(model, state["model"], description["tied_embeddings"])
@@ -153,6 +147,25 @@ def run(args: argparse.Namespace) -> str:
     count = sum(tensor.numel() for tensor in tensors.values())
     lacking = "" if tokenizer is not None else ", without a tokenizer"
     return f"{args.output}: {count:,} numbers in {len(files)} file{'s' * (len(files) > 1)}{lacking}"
+
+
+def read_tokenizer(args: argparse.Namespace, dictionary: Dictionary) -> dict[str, Any] | None:
+    """Return the settings of the tokenizer; ``None``: no flag names one.
+
+    Raises:
+        UsageError: it cannot be read, or did not split the data.
+    """
+    if args.sentencepiece:
+        what = f"--sentencepiece {args.sentencepiece}"
+        settings = read_sentencepiece(args.sentencepiece, dictionary)
+    elif args.gpt2_bpe:
+        encoder, merges = args.gpt2_bpe
+        what = f"--gpt2-bpe {encoder} {merges}"
+        settings = read_gpt2_bpe(encoder, merges, dictionary)
+    else:
+        return None
+    check_words(what, settings, args.data, dictionary)
+    return settings
 
 
 def model_options(stored: Any) -> Any:

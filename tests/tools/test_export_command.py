@@ -112,13 +112,40 @@ def test_tokenizer(tmp_path: Path) -> None:
     text = Text(json.loads((out / "sffn_tokenizer.json").read_text()))
     assert [text.id_of(piece) for piece in text.tokenize("abz\np")] == [4, 5, 3, 2, 19]
     config = json.loads((out / "tokenizer_config.json").read_text())
-    module, _, name = config["auto_map"]["AutoTokenizer"][0].partition(".")
-    assert f"class {name}(" in (out / f"{module}.py").read_text()
     assert config["model_max_length"] == 16
+    pipelines = json.loads((out / "config.json").read_text())["custom_pipelines"]
+    for path in (config["auto_map"]["AutoTokenizer"][0], pipelines["text-generation"]["impl"]):
+        module, _, name = path.partition(".")
+        assert f"class {name}(" in (out / f"{module}.py").read_text()
     other = ("--gpt2-bpe", files[0], files[1])
     (data / "dict.txt").write_text("".join(f"w{i} {50 - i}\n" for i in range(16)))
     with pytest.raises(UsageError, match=r"16 of the 16 symbols in dict\.txt are no"):
         commands.sffn("export", checkpoint, tmp_path / "b", "--data", data, *other)
+
+
+def test_a_tokenizer_that_did_not_split_the_data_is_refused(tmp_path: Path) -> None:
+    checkpoint, data, _ = write_checkpoint(tmp_path / "in", "dense")
+    numbers = {letter: byte for byte, letter in byte_letters().items()}
+    others = {letter: (byte + 128) % 256 for letter, byte in numbers.items()}
+    (data / "dict.txt").write_text("".join(f"{ord('a') + i} {50 - i}\n" for i in range(16)))
+    (data / "text").write_text("97 98 99\n100 101\n")
+    commands.run(
+        *("preprocess", "--only-source", "--workers", "1", "--destdir", data / "bin"),
+        *("--srcdict", data / "dict.txt", "--trainpref", data / "text"),
+    )
+    (tmp_path / "vocab.bpe").write_text("#version\n")
+    (tmp_path / "encoder.json").write_text(json.dumps(numbers))
+    (tmp_path / "other.json").write_text(json.dumps(others))
+
+    def export(encoder: str) -> None:
+        files = (tmp_path / encoder, tmp_path / "vocab.bpe")
+        out = tmp_path / f"{encoder}_out"
+        commands.sffn("export", checkpoint, out, "--data", data / "bin", "--gpt2-bpe", *files)
+
+    export("encoder.json")
+    with pytest.raises(UsageError, match=r"^--gpt2-bpe .*other\.json .*: splits 2 of 2 words"):
+        export("other.json")
+    assert not (tmp_path / "other.json_out").exists()
 
 
 @pytest.mark.parametrize(
