@@ -137,3 +137,11 @@ def test_gpt2(tmp_path: Path) -> None:
         else:
             with pytest.raises(UsageError, match=r"--gpt2-bpe: splits .* otherwise than"):
                 check_words("--gpt2-bpe", settings, tmp_path / "a" / "bin", dictionary)
+
+
+@pytest.mark.parametrize("name", ["bpe", "unigram"])
+def test_words_with_unknown_pieces_do_not_count(name: str, models: Path, tmp_path: Path) -> None:
+    lines = encoded(models / f"{name}.model", lines_of(3))
+    dictionary = binarized(tmp_path / "a", lines, "--thresholdsrc", "100")
+    assert len(dictionary) < 150
+    check(models / f"{name}.model", dictionary, tmp_path / "a" / "bin")
