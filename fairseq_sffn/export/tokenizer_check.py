@@ -110,14 +110,16 @@ def words_of(data: Path, text: Text, dictionary: Dictionary) -> Iterator[tuple[s
         whole = True
         for number in row.tolist():
             piece = dictionary[number]
-            ends = number in specials or (TAG.fullmatch(piece) is not None and not has(piece))
+            known = number != dictionary.unk() and has(piece)
+            is_tag = number != dictionary.unk() and not known and TAG.fullmatch(piece) is not None
+            ends = number in specials or is_tag
             if ends or begins_word(piece):
                 if word and whole:
                     yield tuple(word)
                 word, whole = [], True
             if not ends:
                 word.append(piece)
-                whole &= number != dictionary.unk() and has(piece)
+                whole &= known
         if word and whole:
             yield tuple(word)
 
