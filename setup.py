@@ -31,8 +31,9 @@ setup(
         "export": ["safetensors", "transformers"],
         "experiments": ["matplotlib", "pandas", "pydantic>=2", "scipy", "tqdm"],
         "plots": ["matplotlib"],
-        # For examples/zero_shot/lm_eval_adapter.py, in an environment of its own.
-        "eval": ["lm-eval>=0.4.13,<0.5"],
+        # For examples/zero_shot/lm_eval_adapter.py, and lm_eval itself on exported folders, in an
+        # environment of its own.
+        "eval": ["lm-eval[hf]>=0.4.13,<0.5"],
         "tests": ["pytest", "pytest-xdist", "ruff", "mypy", "tensorboardX"],
     },
     entry_points={"console_scripts": ["fairseq-sffn = fairseq_sffn.tools.cli:main"]},

@@ -2,8 +2,10 @@
 
 - :mod:`.decoder`: fairseq's Transformer decoder with sparse layers, in plain PyTorch.
 - :mod:`.description`: describes a trained model of fairseq in plain values, or refuses it.
-- :mod:`.text`: the tokenizers, in plain Python.
+- :mod:`.text`: the tokenizers, in plain Python. They split text by :mod:`.sentencepiece_text` or
+  :mod:`.gpt2_text`.
 - :mod:`.tokenizer_files`: the files of a tokenizer, from SentencePiece's or GPT-2's files.
+- :mod:`.tokenizer_check`: refuses a tokenizer that did not split the training text.
 - :mod:`.hugging_face`: the classes that transformers loads. They wrap :mod:`.decoder` and
   :mod:`.text`.
 - :mod:`.vendoring`: copies this code and the framework into a folder.

@@ -61,10 +61,12 @@ class DecoderOutput(NamedTuple):
     Attributes:
         features: (B, T, D) input of the output projection.
         memories: number of each sparse layer that ran -> the output of its memory.
+        inputs: (B, T, D) input of each layer that ran, if they were asked for.
     """
 
     features: Tensor
     memories: dict[int, MemoryOutput]
+    inputs: list[Tensor]
 
 
 class Decoder(nn.Module):
@@ -79,6 +81,7 @@ class Decoder(nn.Module):
         self.padding_idx: int = config.pad_token_id
         self.embed_scale, self.layerdrop = config.embed_scale, config.layerdrop
         self.dropout, self.positions = config.dropout, config.positions
+        self.max_positions: int = config.max_position_embeddings
         width, embedded = config.hidden_size, config.input_size
         self.version: Tensor
         self.register_buffer("version", torch.tensor([3.0]))  # of fairseq's decoder
@@ -122,6 +125,7 @@ class Decoder(nn.Module):
         context_ids: Tensor | None = None,
         losses: bool = False,
         balance_scope: str = "micro",
+        keep_inputs: bool = False,
     ) -> DecoderOutput:
         """Run the layers.
 
@@ -136,13 +140,16 @@ class Decoder(nn.Module):
                 selector reads more than one token id.
             losses: whether memories compute their balance and z losses.
             balance_scope: see :meth:`~..memory.SparseMemory.forward`.
+            keep_inputs: whether to return the inputs of the layers.
 
         Raises:
-            ValueError: a shape does not fit, or ``context_ids`` are missing.
+            ValueError: a shape does not fit, ``context_ids`` are missing, or the sequences are
+                longer than the model's context.
         """
         past = 0 if cache is None else int(cache.get_seq_length())
         _batch, length = ids_BT.shape
         valid_BS = self._valid(ids_BT, attention_mask, past)
+        self._check_length(valid_BS)
         valid_BT = valid_BS[:, past:]
         ids_BT = ids_BT.masked_fill(~valid_BT, self.padding_idx)
         x_BTD = self._embed(ids_BT, valid_BS, position_ids)
@@ -154,9 +161,12 @@ class Decoder(nn.Module):
         seen_BTS = (order_S <= order_T.unsqueeze(1)) & valid_BS.unsqueeze(1)
         seen_B1TS = (seen_BTS | (order_S == order_T.unsqueeze(1))).unsqueeze(1)
         memories: dict[int, MemoryOutput] = {}
+        inputs: list[Tensor] = []
         for number, layer in enumerate(self.layers):
             if self.training and self.layerdrop and torch.rand(()).item() < self.layerdrop:
                 continue
+            if keep_inputs:
+                inputs.append(x_BTD)
             x_BTD, found = layer(
                 x_BTD, seen_B1TS, cache, token_ids_BTC, ~valid_BT, losses, balance_scope
             )
@@ -166,7 +176,7 @@ class Decoder(nn.Module):
             x_BTD = self.layer_norm(x_BTD)
         if self.project_out_dim is not None:
             x_BTD = self.project_out_dim(x_BTD)
-        return DecoderOutput(x_BTD, memories)
+        return DecoderOutput(x_BTD, memories, inputs)
 
     def logits(self, features: Tensor) -> Tensor:
         """Return the logits of all token ids: (..., D) -> (..., V)."""
@@ -185,6 +195,15 @@ class Decoder(nn.Module):
                 f"{(batch, past + length)}, for {past} past and {length} new positions"
             )
         return attention_mask.to(ids_BT.device).bool()
+
+    def _check_length(self, valid_BS: Tensor) -> None:
+        if valid_BS.shape[1] <= self.max_positions:
+            return
+        if (length := int(valid_BS.sum(dim=1).max())) > self.max_positions:
+            raise ValueError(
+                f"a sequence of {length} tokens is longer than the model's context of "
+                f"{self.max_positions} (max_position_embeddings)"
+            )
 
     def _embed(self, ids_BT: Tensor, valid_BS: Tensor, position_ids: Tensor | None) -> Tensor:
         x_BTD: Tensor = self.embed_scale * self.embed_tokens(ids_BT)

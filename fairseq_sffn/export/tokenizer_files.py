@@ -2,7 +2,7 @@
 
 The settings are plain values, which :class:`.text.Text` takes:
 
-- ``kind``: ``sentencepiece`` or ``gpt2``;
+- ``kind``: ``sentencepiece`` (BPE), ``unigram`` or ``gpt2``;
 - ``ids``: symbol of fairseq's dictionary -> token id;
 - ``specials``: ``bos``, ``pad``, ``eos``, ``unk`` -> symbol;
 - the settings of the class for the kind.
@@ -21,15 +21,14 @@ from fairseq.data import Dictionary
 
 from ..errors import UsageError
 from .tensor_files import read_json
+from .tokenizer_check import check_symbols
 
 FILE = "sffn_tokenizer.json"
 """Name of the file with the settings."""
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of pieces in ``sentencepiece_model.proto``."""
-BPE = 2
-"""Value of ``model_type`` there."""
-MOST_UNKNOWN = 0.5
-"""Largest share of the dictionary that may be pieces of no tokenizer. Above, it is another's."""
+KINDS = {1: "unigram", 2: "sentencepiece"}
+"""Value of ``model_type`` there -> kind of the tokenizer."""
 
 
 def dictionary_settings(dictionary: Dictionary) -> dict[str, Any]:
@@ -68,14 +67,19 @@ def read_sentencepiece(path: Path, dictionary: Dictionary) -> dict[str, Any]:
         raise UsageError(f"--sentencepiece {path}: is no model of SentencePiece") from error
     if not pieces:
         raise UsageError(f"--sentencepiece {path}: is no model of SentencePiece")
-    if (kind := trainer.get(3, 1)) != BPE:
+    if (kind := trainer.get(3, 1)) not in KINDS:
         raise UsageError(
-            f"--sentencepiece {path}: is a model of type {kind}; export supports BPE models ({BPE})"
+            f"--sentencepiece {path}: is a model of type {kind}; export supports unigram and BPE "
+            "models (types 1 and 2)"
         )
     if any(type == UNUSED for _, _, type in pieces):
         raise UsageError(f"--sentencepiece {path}: models with unused pieces are not supported")
+    if KINDS[kind] == "unigram" and any(type == USER_DEFINED for _, _, type in pieces):
+        raise UsageError(
+            f"--sentencepiece {path}: unigram models with user-defined pieces are not supported"
+        )
     settings = {
-        "kind": "sentencepiece",
+        "kind": KINDS[kind],
         **dictionary_settings(dictionary),
         "scores": {piece: score for piece, score, type in pieces if type == NORMAL},
         "user_defined": [piece for piece, _, type in pieces if type == USER_DEFINED],
@@ -87,7 +91,12 @@ def read_sentencepiece(path: Path, dictionary: Dictionary) -> dict[str, Any]:
     }
     if not normalizer.get(5, 1):
         raise UsageError(f"--sentencepiece {path}: models that keep spaces are not supported")
-    check_known(f"--sentencepiece {path}", {piece for piece, *_ in pieces}, dictionary)
+    check_symbols(
+        f"--sentencepiece {path}",
+        [piece for piece, *_ in pieces],
+        not settings["byte_fallback"],
+        dictionary,
+    )
     return settings
 
 
@@ -155,37 +164,13 @@ def read_gpt2_bpe(encoder: Path, merges: Path, dictionary: Dictionary) -> dict[s
     for pair in pairs:
         if len(pair) != 2 or "".join(pair) not in numbers:
             raise UsageError(f"{what}: {' '.join(pair)!r} is no merge of this encoder")
-    check_known(what, set(map(str, numbers.values())), dictionary)
+    check_symbols(what, map(str, numbers.values()), False, dictionary)
     return {
         "kind": "gpt2",
         **dictionary_settings(dictionary),
         "encoder": numbers,
         "merges": pairs,
     }
-
-
-def check_known(what: str, pieces: set[str], dictionary: Dictionary) -> None:
-    """Refuse a tokenizer whose pieces are not those of the dictionary.
-
-    Args:
-        what: the flag and its value, for the message.
-        pieces: pieces of the tokenizer.
-        dictionary: the language model's dictionary.
-
-    Raises:
-        UsageError: most symbols of the dictionary are no pieces.
-    """
-    symbols = [
-        symbol
-        for symbol in dictionary.symbols[dictionary.nspecial :]
-        if not symbol.startswith("madeupword")
-    ]
-    unknown = sum(symbol not in pieces for symbol in symbols)
-    if unknown > MOST_UNKNOWN * len(symbols):
-        raise UsageError(
-            f"{what}: {unknown} of the {len(symbols)} symbols in dict.txt are no pieces of this "
-            "tokenizer"
-        )
 
 
 def write_tokenizer(settings: dict[str, Any], folder: Path, add_bos: bool, positions: int) -> None:

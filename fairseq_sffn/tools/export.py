@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq import checkpoint_utils, models
+from fairseq.data import Dictionary
 from fairseq.models.transformer_lm import TransformerLanguageModel
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -17,6 +18,7 @@ from ..checkpoints.loading import KEY, add_flags_to
 from ..errors import UsageError
 from ..export.description import check_exportable, describe, describe_losses
 from ..export.tensor_files import library, parse_size, save_model
+from ..export.tokenizer_check import check_words
 from ..export.tokenizer_files import read_gpt2_bpe, read_sentencepiece, write_tokenizer
 from ..export.vendoring import copy_modules
 from ..models.plugin_model import PluginModel
@@ -26,6 +28,13 @@ TIED = "decoder.output_projection.weight"
 """Parameter that an exported model lacks if it is the embedding."""
 MODULES = ("export.hugging_face.modeling_sffn",)
 TOKENIZER_MODULE = "export.hugging_face.tokenization_sffn"
+PIPELINES = {
+    "text-generation": {
+        "impl": "tokenization_sffn.SFFNTextGenerationPipeline",
+        "pt": ["AutoModelForCausalLM"],
+    }
+}
+"""Task of ``transformers.pipeline`` -> the class for it, in a folder with a tokenizer."""
 STORED = ("model", "task", "criterion", "common")
 """Parts of the training's configuration that the folder keeps."""
 
@@ -41,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sentencepiece",
         type=Path,
         metavar="MODEL",
-        help="SentencePiece model (BPE) that split the training text, for a tokenizer",
+        help="SentencePiece model (BPE or unigram) that split the training text, for a tokenizer",
     )
     parser.add_argument(
         "--gpt2-bpe",
@@ -85,11 +94,7 @@ def run(args: argparse.Namespace) -> str:
     check_exportable(options)
     model, task = load_model(args.checkpoint, args.data, overrides)
     dictionary = task.source_dictionary
-    tokenizer = None
-    if args.sentencepiece:
-        tokenizer = read_sentencepiece(args.sentencepiece, dictionary)
-    elif args.gpt2_bpe:
-        tokenizer = read_gpt2_bpe(args.gpt2_bpe[0], args.gpt2_bpe[1], dictionary)
+    tokenizer = read_tokenizer(args, dictionary)
     add_bos = bool(task.args.add_bos_token)
     description = describe(model, options)
     tensors = exported_tensors(model, state["model"], description["tied_embeddings"])
@@ -109,6 +114,7 @@ def run(args: argparse.Namespace) -> str:
         "torch_dtype": dtype_name(tensors["decoder.embed_tokens.weight"]),
         **description,
         **ids,
+        **({} if tokenizer is None else {"custom_pipelines": PIPELINES}),
         **describe_losses(model, state["cfg"].get("criterion")),
         "fairseq": stored_configuration(state),
     }
@@ -141,6 +147,25 @@ def run(args: argparse.Namespace) -> str:
     count = sum(tensor.numel() for tensor in tensors.values())
     lacking = "" if tokenizer is not None else ", without a tokenizer"
     return f"{args.output}: {count:,} numbers in {len(files)} file{'s' * (len(files) > 1)}{lacking}"
+
+
+def read_tokenizer(args: argparse.Namespace, dictionary: Dictionary) -> dict[str, Any] | None:
+    """Return the settings of the tokenizer; ``None``: no flag names one.
+
+    Raises:
+        UsageError: it cannot be read, or did not split the data.
+    """
+    if args.sentencepiece:
+        what = f"--sentencepiece {args.sentencepiece}"
+        settings = read_sentencepiece(args.sentencepiece, dictionary)
+    elif args.gpt2_bpe:
+        encoder, merges = args.gpt2_bpe
+        what = f"--gpt2-bpe {encoder} {merges}"
+        settings = read_gpt2_bpe(encoder, merges, dictionary)
+    else:
+        return None
+    check_words(what, settings, args.data, dictionary)
+    return settings
 
 
 def model_options(stored: Any) -> Any:

@@ -57,7 +57,23 @@ def build_language_model(
     options, others = parser.parse_known_args(flags)
     if others and strict:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
-    config = model_config(arch, context, options)
+    return build_from_config(model_config(arch, context, options), vocab_size, f"--arch {arch}")
+
+
+def build_from_config(
+    config: DictConfig, vocab_size: int, what: str, stored: bool = False
+) -> TransformerLanguageModel:
+    """Return the model of a configuration, on the meta device if possible.
+
+    Args:
+        config: the model's configuration.
+        vocab_size: types in the dictionary, fairseq's special ones included.
+        what: the model, for the message.
+        stored: whether the configuration is that of a checkpoint, which may have other options.
+
+    Raises:
+        UsageError: the model cannot be built.
+    """
     dictionary = Dictionary()
     for i in range(vocab_size - len(dictionary)):
         dictionary.add_symbol(f"w{i}")
@@ -65,12 +81,12 @@ def build_language_model(
     try:
         try:
             with torch.device("meta"):
-                return models.build_model(config, task)
+                return models.build_model(config, task, stored)
         except RuntimeError:  # hash tables are computed from values; the meta device has none
-            return models.build_model(config, task)
+            return models.build_model(config, task, stored)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"--arch {arch}: fairseq cannot build this model: {reason}") from error
+        raise UsageError(f"{what}: fairseq cannot build this model: {reason}") from error
 
 
 def check_language_model(arch: str) -> None:

@@ -155,23 +155,14 @@ def harness_results(lm: Any, folder: Path, tmp_path: Path) -> dict[str, Any]:
     )
 
 
-@pytest.mark.parametrize(
-    ("model", "max_tokens", "tolerance"),
-    # In batches, scores depend on the other requests by rounding.
-    [("avgk", 1, {"abs": 1e-6, "rel": 0}), ("hash_layer", 4096, {"rel": 1e-6})],
-)
-def test_harness_and_command_agree(
+def command_results(
+    folder: Path,
     model: str,
     max_tokens: int,
-    tolerance: dict[str, float],
-    adapter: Any,
-    folder: Path,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:
-    """The same log-likelihoods, accuracies, standard errors and perplexities on all requests."""
-    results = harness_results(load(adapter, folder, model, max_tokens=max_tokens), folder, tmp_path)
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Return the report of ``fairseq-sffn zero-shot``, and the log-likelihoods of each task."""
     scores: dict[str, list[float]] = {}
     original = zero_shot.task_figures
 
@@ -189,7 +180,27 @@ def test_harness_and_command_agree(
             *("--max-tokens", str(max_tokens)),
         ]
     )
-    report = json.loads(capsys.readouterr().out)
+    return json.loads(capsys.readouterr().out), scores
+
+
+@pytest.mark.parametrize(
+    ("model", "max_tokens", "tolerance"),
+    # In batches, scores depend on the other requests by rounding.
+    [("avgk", 1, {"abs": 1e-6, "rel": 0}), ("hash_layer", 4096, {"rel": 1e-6})],
+)
+def test_harness_and_command_agree(
+    model: str,
+    max_tokens: int,
+    tolerance: dict[str, float],
+    adapter: Any,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The same log-likelihoods, accuracies, standard errors and perplexities on all requests."""
+    results = harness_results(load(adapter, folder, model, max_tokens=max_tokens), folder, tmp_path)
+    report, scores = command_results(folder, model, max_tokens, monkeypatch, capsys)
     assert [line["task"] for line in report["tasks"]] == list(TASKS)
     for line in report["tasks"]:
         name = f"zero_shot_{line['task']}"
@@ -235,18 +246,22 @@ def test_rolling_log_likelihoods(adapter: Any, folder: Path) -> None:
     assert found[2] == 0.0
 
 
+def never(lm: Any) -> list[int]:
+    """Return the token ids that the adapter does not generate."""
+    symbols = lm.scorer.dictionary
+    padding = [i for i in range(len(symbols)) if symbols[i].startswith("madeupword")]
+    return [symbols.bos(), symbols.pad(), symbols.unk(), *padding]
+
+
 def greedy(lm: Any, context: str, length: int) -> tuple[list[int], list[int]]:
     """Return the context's tokens that fit, without the start, and greedy tokens, each from a whole
     forward pass of one sequence."""
     tokens = [EOS, *ids(lm, context)][-(POSITIONS - length) :]
     count, begin = len(tokens), int(len(ids(lm, context)) < POSITIONS - length)
-    symbols = lm.scorer.dictionary
-    never = [symbols.bos(), symbols.pad(), symbols.unk()]
-    never += [i for i in range(len(symbols)) if symbols[i].startswith("madeupword")]
     for _ in range(length):
         with torch.no_grad():
             logits = lm.scorer.model(torch.tensor([tokens]))[0][0, -1]
-        logits[never] = -math.inf
+        logits[never(lm)] = -math.inf
         tokens.append(int(logits.argmax()))
     return tokens[begin:count], tokens[count:]
 
@@ -376,12 +391,39 @@ def test_gpt2_encoder_and_shards(adapter: Any, tmp_path: Path) -> None:
     assert prompt.text == "\u00e9 "  # two bytes, then a space
 
 
+def documented(program: str, places: dict[str, Path]) -> list[str]:
+    """Return the flags behind a program in README.md, with other paths."""
+    readme = (commands.EXAMPLES / "zero_shot" / "README.md").read_text()
+    (line,) = [
+        line
+        for line in readme.replace("\\\n", " ").split("\n")
+        if line.startswith("    " + program)
+    ]
+    flags = []
+    for word in line.split()[len(program.split()) :]:
+        for old, new in places.items():
+            word = word.replace(old, str(new))
+        flags.append(word)
+    return flags
+
+
+def run_harness(tmp_path: Path, *words: str) -> str:
+    """Run the harness in a process of its own, and return what it prints."""
+    environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, *words, "--device", "cpu"],
+        env=os.environ | environment | {"PYTHONPATH": str(commands.ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
 def test_the_documented_command(adapter: Any, folder: Path, tmp_path: Path) -> None:
     """In a process of its own, with the flags of README.md."""
-    readme = (commands.EXAMPLES / "zero_shot" / "README.md").read_text()
-    (block,) = [part for part in readme.split("\n\n") if "lm_eval_adapter.py --" in part]
-    words = block.replace("\\\n", " ").split()
-    words = words[words.index("examples/zero_shot/lm_eval_adapter.py") + 1 :]
     places = {
         "CKPT/checkpoint_best.pt": folder / "avgk" / "checkpoint_best.pt",
         "DATA-BIN": folder / "bin",
@@ -389,20 +431,92 @@ def test_the_documented_command(adapter: Any, folder: Path, tmp_path: Path) -> N
         "runs/lm_eval": folder / "tasks",
         "RESULTS": tmp_path / "results",
     }
-    flags = []
-    for word in words:
-        for old, new in places.items():
-            word = word.replace(old, str(new))
-        flags.append(word)
-    environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    environment |= {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, str(PROGRAM), *flags, "--device", "cpu"],
-        env=os.environ | environment | {"PYTHONPATH": str(commands.ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert all(f"zero_shot_{task}" in result.stdout for task in TASKS)
+    flags = documented("python examples/zero_shot/lm_eval_adapter.py --model", places)
+    printed = run_harness(tmp_path, str(PROGRAM), "--model", *flags)
+    assert all(f"zero_shot_{task}" in printed for task in TASKS)
     (saved,) = (tmp_path / "results").rglob("results_*.json")
     assert len(json.loads(saved.read_text())["results"]) >= len(TASKS)
+
+
+# The harness's own models, on exported folders
+
+
+@pytest.fixture(scope="module")
+def exported(adapter: Any, folder: Path) -> Path:
+    """Export a model of the folder by the documented command."""
+    for package in ("transformers", "accelerate"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[eval]'")
+    places = {
+        "CKPT/checkpoint_best.pt": folder / "avgk" / "checkpoint_last.pt",
+        "DATA-BIN": folder / "bin",
+        "spm.model": folder / "spm.model",
+        "OUT": folder / "exported",
+    }
+    commands.sffn("export", *documented("fairseq-sffn export", places))
+    return folder / "exported"
+
+
+def test_the_harness_on_an_exported_folder(
+    adapter: Any,
+    folder: Path,
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The log-likelihoods and figures of ``fairseq-sffn zero-shot`` and of the adapter."""
+    places = {
+        "OUT": exported,
+        "runs/lm_eval": folder / "tasks",
+        "RESULTS": tmp_path / "results",
+    }
+    run_harness(tmp_path, "-m", "lm_eval", *documented("lm_eval", places), "--log_samples")
+    (saved,) = (tmp_path / "results").rglob("results_*.json")
+    results = json.loads(saved.read_text())["results"]
+    of_adapter = harness_results(load(adapter, folder), folder, tmp_path)
+    report, scores = command_results(folder, "avgk", 4096, monkeypatch, capsys)
+    for line in report["tasks"]:
+        name = f"zero_shot_{line['task']}"
+        (samples,) = (tmp_path / "results").rglob(f"samples_{name}_*.jsonl")
+        documents = sorted(map(json.loads, samples.open()), key=lambda sample: sample["doc_id"])
+        answers = [answer for document in documents for (answer,) in document["resps"]]
+        found = [float(log_likelihood) for log_likelihood, _ in answers]
+        assert found == pytest.approx(scores[line["task"]], rel=1e-6)
+        expected = sorted(of_adapter["samples"][name], key=lambda sample: sample["doc_id"])
+        others = [answer for document in expected for (answer,) in document["resps"]]
+        assert found == pytest.approx([float(each) for each, _ in others], rel=1e-6)
+        assert [str(hit) for _, hit in answers] == [str(hit) for _, hit in others]
+        for metric in ("acc,none", "acc_norm,none", "perplexity,none", "acc_stderr,none"):
+            value = of_adapter["results"][name].get(metric)
+            assert results[name].get(metric) == (value and pytest.approx(value, rel=1e-6))
+
+
+def test_generation_and_rolling_on_an_exported_folder(
+    adapter: Any, folder: Path, exported: Path
+) -> None:
+    """As the adapter: texts up to a line break, and without a start token that is scored."""
+    from lm_eval.models.huggingface import HFLM
+
+    options = dict(pretrained=str(exported), trust_remote_code=True, device="cpu", batch_size=2)
+    own, other = load(adapter, folder), HFLM(**options)
+    with torch.no_grad():  # a trained model this small generates one word, whatever the context
+        for name, parameter in own.scorer.model.named_parameters():
+            if parameter.dim() > 1 and "embed" not in name:
+                parameter.add_(torch.randn_like(parameter))
+    other.model.load_state_dict(own.scorer.model.state_dict(), strict=False)
+    other.model.generation_config.suppress_tokens = never(own)
+    contexts = ["the", "the law of the people is", "the law of" * 9, "the law .\nthe", "war\n"]
+    limits = {"max_gen_toks": 6, "until": ["\n"], "do_sample": False}
+    requests = [(context, limits) for context in contexts]
+    texts = [
+        lm.generate_until(instances("generate_until", *requests), disable_tqdm=True)
+        for lm in (own, other)
+    ]
+    assert len(set(texts[0])) > 2 and texts[0][:4] == texts[1][:4]
+    # The harness decodes new tokens alone. At the beginning of a line, they have no other text.
+    assert texts[0][4] == texts[1][4].removeprefix(" ")
+    plain = HFLM(**options, add_bos_token=False)
+    plain.model.load_state_dict(own.scorer.model.state_dict(), strict=False)
+    rolling = instances("loglikelihood_rolling", ("the law",), ("the law\nof the " * 8,))
+    found = plain.loglikelihood_rolling(rolling, disable_tqdm=True)
+    assert found == pytest.approx(own.loglikelihood_rolling(rolling, disable_tqdm=True), rel=1e-6)

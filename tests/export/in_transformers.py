@@ -6,7 +6,9 @@ its name, and ``expected.pt`` with what fairseq computed.
 """
 
 import importlib.util
+import logging
 import pickle
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers.pipelines.text_generation import ReturnType
 
 CLOSE = dict(rtol=0, atol=1e-5)
 PAD, EOS = 1, 2
@@ -59,6 +62,39 @@ def check_logits(model: Any, expected: dict[str, Any]) -> None:
         torch.testing.assert_close(of_right[i, : len(row)], wanted, **CLOSE)
         torch.testing.assert_close(of_left[i, -len(row) :], wanted, **CLOSE)
         torch.testing.assert_close(torch.cat(steps, dim=1)[i, -len(row) :], wanted, **CLOSE)
+
+
+def check_hidden_states(model: Any, expected: dict[str, Any]) -> None:
+    """The embeddings, the outputs of the layers but the last, and the input of the logits."""
+    rows = expected["rows"]
+    with torch.no_grad():
+        output = model(input_ids=rows[0].unsqueeze(0), output_hidden_states=True)
+        assert model(input_ids=rows[0].unsqueeze(0)).hidden_states is None
+    torch.testing.assert_close(list(output.hidden_states), expected["hidden"], **CLOSE)
+    torch.testing.assert_close(
+        model.decoder.logits(output.hidden_states[-1]), output.logits, **CLOSE
+    )
+    refused("output_attentions: ", model, input_ids=rows[0].unsqueeze(0), output_attentions=True)
+
+
+def check_length(model: Any) -> None:
+    """The model refuses sequences longer than its context, and padding does not count."""
+    most = model.config.max_position_embeddings
+    ids = torch.full((1, most + 1), 5)
+    refused(f"a sequence of {most + 1} tokens is longer than .* {most} ", model, input_ids=ids)
+    ids[0, 0] = PAD
+    assert model(input_ids=ids, attention_mask=ids.ne(PAD).long()).logits.isfinite().all()
+
+
+def refused(
+    message: str, call: Any, *args: Any, error: type[Exception] = ValueError, **kwargs: Any
+) -> None:
+    try:
+        call(*args, **kwargs)
+    except error as found:
+        assert re.match(message, str(found)) and "\n" not in str(found), found
+    else:
+        raise AssertionError(f"not refused: {message}")
 
 
 def check_generation(model: Any, expected: dict[str, Any]) -> None:
@@ -136,9 +172,64 @@ def check_tokenizer(folder: Path, expected: dict[str, Any]) -> None:
     found = tokenizer(text, return_special_tokens_mask=True)
     assert found["special_tokens_mask"] == [int(i in (1, 2, 3)) for i in found["input_ids"]]
     assert pickle.loads(pickle.dumps(tokenizer))(text)["input_ids"] == found["input_ids"]
+    refused("'new' cannot be added", tokenizer.add_tokens, ["new"])
+    piece = tokenizer.tokenize(text)[0]
+    refused("'.*' cannot be added", tokenizer.add_tokens, [piece])
+    refused("'<x>' cannot be added", tokenizer.add_special_tokens, {"pad_token": "<x>"})
+    for batch_or_text in (text, [text]):
+        refused(
+            "return_offset",
+            *(tokenizer, batch_or_text),
+            return_offsets_mapping=True,
+            error=NotImplementedError,
+        )
     tokenizer.save_pretrained(folder / "saved_tokenizer")
     saved = AutoTokenizer.from_pretrained(folder / "saved_tokenizer", trust_remote_code=True)
     assert saved(text)["input_ids"] == tokenizer(text)["input_ids"]
+    check_long_text(folder, text)
+    check_pipeline(folder, [text for text, _ in expected["texts"]])
+
+
+def check_long_text(folder: Path, text: str) -> None:
+    """A text longer than the context gives a warning, once for each tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    length = len(tokenizer(" ".join([text] * 20))["input_ids"])
+    logger.removeHandler(handler)
+    (message,) = records
+    assert f"({length} > {tokenizer.model_max_length})" in message
+
+
+def check_pipeline(folder: Path, texts: list[str]) -> None:
+    """Wherever a text is cut, the prompt and what the pipeline adds are the text of all ids."""
+    pipe = pipeline("text-generation", model=str(folder), trust_remote_code=True)
+    tokenizer = pipe.tokenizer
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        whole = tokenizer.decode(ids, skip_special_tokens=True)
+        for at in range(1, len(ids) + 1):
+            prompt = tokenizer.decode(ids[:at], skip_special_tokens=True)
+            outputs = {
+                "generated_sequence": torch.tensor([[ids]]),
+                "input_ids": torch.tensor([ids[:at]]),
+                "prompt_text": prompt,
+            }
+            (full,) = pipe.postprocess(outputs)
+            (new,) = pipe.postprocess(outputs, return_type=ReturnType.NEW_TEXT)
+            assert full["generated_text"] == prompt + new["generated_text"]
+            if not prompt.endswith("\ufffd"):  # within a character
+                assert full["generated_text"] == whole, (text, prompt, full)
+    pipe.model.save_pretrained(folder / "saved_by_pipeline")
+    # Token ids begin with the start token, or continue a line.
+    assert tokenizer.decode(EOS) == tokenizer.eos_token
+    first, *others = tokenizer(" ".join(texts[0].split()))["input_ids"]
+    assert first == EOS and not tokenizer.decode([first, *others], True).startswith(" ")
+    assert tokenizer.decode([first, *others]).startswith(tokenizer.eos_token)
+    assert tokenizer.decode([PAD, first, *others], True) == tokenizer.decode([first, *others], True)
 
 
 def check_half_precision(folder: Path) -> None:
@@ -163,6 +254,8 @@ def main(cases: Path) -> None:
         model = load(case / case.name)
         assert not any(memory.balancer.loads.any() for memory in model.decoder.memories().values())
         check_logits(model, expected)
+        check_hidden_states(model, expected)
+        check_length(model)
         check_generation(model, expected)
         check_saving(model, case / case.name, case / f"{case.name}_again")
         if "loss" in expected:

@@ -16,7 +16,8 @@ import sentencepiece
 from fairseq.data import Dictionary, encoders
 
 from fairseq_sffn.errors import UsageError
-from fairseq_sffn.export.text import GPT2, Text, byte_letters
+from fairseq_sffn.export.gpt2_text import GPT2, byte_letters
+from fairseq_sffn.export.text import Text
 from fairseq_sffn.export.tokenizer_files import read_gpt2_bpe, read_sentencepiece
 from fairseq_sffn.tools.likelihood import Encoder
 
@@ -70,18 +71,26 @@ def noise(count: int) -> list[str]:
     return ["".join(rng.choices(alphabet, k=rng.randint(1, 30))) for _ in range(count)]
 
 
-@pytest.fixture(scope="module", params=TRAINERS)
+MODELS = [
+    (name, model_type)
+    for name, model_type in itertools.product(TRAINERS, ("bpe", "unigram"))
+    if (name, model_type) != ("user_defined", "unigram")
+]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids="-".join)
 def spm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train a model of SentencePiece, and return its file."""
-    folder = tmp_path_factory.mktemp(request.param)
+    name, model_type = request.param
+    folder = tmp_path_factory.mktemp(f"{name}_{model_type}")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences(300)),
         model_prefix=str(folder / "spm"),
-        vocab_size=330 if TRAINERS[request.param].get("byte_fallback") else 100,
-        model_type="bpe",
+        vocab_size=330 if TRAINERS[name].get("byte_fallback") else 100,
+        model_type=model_type,
         minloglevel=2,
         hard_vocab_limit=False,
-        **TRAINERS[request.param],
+        **TRAINERS[name],
     )
     return folder / "spm.model"
 
@@ -121,11 +130,30 @@ def test_sentencepiece(spm: Path) -> None:
 
 
 def test_sentencepiece_joins(spm: Path) -> None:
+    """As SentencePiece, which leaves the space that it adds to the end of a line."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(spm))
     text = Text(read_sentencepiece(spm, Dictionary()))
-    for line in sentences(20):
-        assert text.join(text.tokenize(line)) == processor.Decode(processor.Encode(line)).strip()
+    for line in [*ODD, *noise(100), *sentences(20)]:
+        pieces = processor.Encode(line, out_type=str)
+        expected = processor.DecodePieces(pieces)
+        if "suffix" in str(spm):
+            expected = expected.removesuffix(" ")
+        assert text.splitter.join(pieces) == expected, line
     assert text.join(text.tokenize("my house\nof peace")) == "my house\nof peace"
+
+
+def test_the_text_of_pieces_grows_by_that_of_the_next(spm: Path) -> None:
+    """Wherever a line is cut, unless it is in a character or in the spaces at its beginning."""
+    text = Text(read_sentencepiece(spm, Dictionary()))
+    for line in [*ODD, "a\n\n b\n", *sentences(5)]:
+        pieces = text.tokenize(line)
+        whole = text.join(pieces)
+        for at in range(1, len(pieces)):
+            before, after = text.join(pieces[:at]), text.join(pieces[at:], within_line=True)
+            in_words = before and not before.endswith(("\ufffd", "\n"))
+            if in_words and "suffix" not in str(spm):
+                assert before + after == whole, (line, pieces[:at])
+            assert whole.startswith(before.rstrip("\ufffd")), (line, pieces[:at])
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +217,7 @@ def test_unknown_pieces_and_special_names(gpt2: list[Path]) -> None:
     text = Text({**read_gpt2_bpe(*gpt2, dictionary)})
     assert text.tokenize("\n") == ["</s>"]
     assert {text.id_of(piece) for piece in text.tokenize("</s> the")} == {dictionary.unk()}
-    assert text.join(["</s>", "<pad>", "<s>"]) == "\n"
+    assert text.join(["</s>", "<pad>", "<s>"]) == "\n<pad><s>"
 
 
 def refused(expected: str, read: Any, *args: Any) -> None:
@@ -209,17 +237,60 @@ def test_refusals(gpt2: list[Path], tmp_path: Path) -> None:
     refused("'q zz' is no merge", read_gpt2_bpe, encoder, tmp_path / "m", Dictionary())
     other = Dictionary()
     other.add_symbol("word")
-    refused("1 of the 1 symbols in dict.txt", read_gpt2_bpe, encoder, merges, other)
+    refused("1 of the 1 symbols in dict.txt .* 'word'", read_gpt2_bpe, encoder, merges, other)
 
 
-def test_unigram_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model_type", "number"), [("word", 3), ("char", 4)])
+def test_other_models_are_refused(model_type: str, number: int, tmp_path: Path) -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences(300)),
         model_prefix=str(tmp_path / "spm"),
-        vocab_size=60,
+        model_type=model_type,
+        vocab_size=30,
         minloglevel=2,
         hard_vocab_limit=False,
     )
     refused(
-        "is a model of type 1; .* BPE", read_sentencepiece, tmp_path / "spm.model", Dictionary()
+        f"is a model of type {number}; .* unigram and BPE",
+        *(read_sentencepiece, tmp_path / "spm.model", Dictionary()),
     )
+
+
+def test_unigram_models_with_user_defined_pieces_are_refused(tmp_path: Path) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences(300)),
+        model_prefix=str(tmp_path / "spm"),
+        vocab_size=60,
+        user_defined_symbols="<b>",
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
+    message = "unigram models with user-defined pieces are not supported"
+    refused(message, read_sentencepiece, tmp_path / "spm.model", Dictionary())
+
+
+def test_unigram_ties(tmp_path: Path) -> None:
+    """Scores that are multiples of a tenth, so that many sums are equal or differ by rounding."""
+    rng = random.Random(5)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["".join(rng.choices("abc ", k=40)) for _ in range(200)]),
+        model_prefix=str(tmp_path / "spm"),
+        model_type="unigram",
+        vocab_size=40,
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    model = proto.ModelProto()
+    model.ParseFromString((tmp_path / "spm.model").read_bytes())
+    for piece in model.pieces[3:]:  # behind the special ones
+        piece.score = -0.1 * rng.randint(9, 11) * len(piece.piece)
+    (lone,) = [i for i, piece in enumerate(model.pieces) if piece.piece == "c"]
+    del model.pieces[lone]  # unknown, but in other pieces
+    (tmp_path / "spm.model").write_bytes(model.SerializeToString())
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
+    text = Text(read_sentencepiece(tmp_path / "spm.model", Dictionary()))
+    for _ in range(500):
+        line = "".join(rng.choices("abcde ", k=30))
+        assert text.splitter.split(line) == processor.Encode(line, out_type=str), line

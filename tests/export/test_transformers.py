@@ -6,6 +6,7 @@ Without it, the tests are skipped.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -56,8 +57,11 @@ def expected_of(name: str, model: Any) -> dict[str, Any]:
     prompts = [random_tokens(length) for length in (4, 2, 1)]
     with torch.no_grad():
         logits = list(model(pad(rows))[0])
+        features, extra = model.decoder.extract_features(rows[0].unsqueeze(0), encoder_out=None)
         decoded = [greedy(model, prompt.unsqueeze(0), len(prompt) + NEW)[0] for prompt in prompts]
     result = {"rows": rows, "logits": logits, "prompts": prompts, "new": NEW}
+    result["hidden"] = [state.transpose(0, 1) for state in extra["inner_states"][:-1]]
+    result["hidden"].append(features)
     result["greedy"] = [ids[: ids.tolist().index(EOS)].tolist() for ids in decoded]
     if name not in ("base", "sigma_moe", "centred"):  # training differs from evaluation
         result |= training_of(model, rows)
@@ -93,7 +97,10 @@ def test_transformers(python: str, tmp_path: Path) -> None:
         (cases / name).mkdir()
         commands.sffn("export", checkpoint, cases / name / name, "--data", data)
         torch.save(expected_of(name, model), cases / name / "expected.pt")
-    add_tokenizer(cases / "dense", tmp_path)
+    add_tokenizer(cases / "dense", tmp_path, byte_fallback=True, vocab_size=290)
+    plain = dict(normalization_rule_name="identity", vocab_size=40, character_coverage=1.0)
+    add_tokenizer(cases / "mixed", tmp_path, **plain)
+    add_tokenizer(cases / "avgk", tmp_path, model_type="unigram", **plain)
     done = subprocess.run(
         [python, "-I", "-W", "ignore", Path(__file__).with_name("in_transformers.py"), cases],
         capture_output=True,
@@ -114,36 +121,50 @@ def test_transformers(python: str, tmp_path: Path) -> None:
     torch.testing.assert_close(dict(saved), dict(original), rtol=0, atol=0)
 
 
-def add_tokenizer(case: Path, folder: Path) -> None:
-    """Export another model, with a tokenizer, in place of a case's."""
+TEXTS = [
+    "my fellow citizens\nof the states",
+    "\u00e9\n\n</s> \u6f22",
+    "",
+    "  two  spaces ",
+    " a",
+    "my\tfellow\ttabs \t",
+    "hard\u00a0space \u00a0of\u00a0",
+    "\n\n of\n \n\nthe\n\n",
+    "\u6f22 of \u6f22\u5b57\u6f22 the\n\u6f22",
+    "\r of\u2028the\u3000states",
+]
+
+
+def add_tokenizer(case: Path, folder: Path, **trainer: Any) -> None:
+    """Put a tokenizer into a case, as the export of another model does."""
     import sentencepiece
     from fairseq.data import Dictionary
 
     from fairseq_sffn.export.tokenizer_files import read_sentencepiece, write_tokenizer
     from fairseq_sffn.export.vendoring import copy_modules
-    from fairseq_sffn.tools.export import TOKENIZER_MODULE
+    from fairseq_sffn.tools.export import PIPELINES, TOKENIZER_MODULE
 
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["my fellow citizens of the united states"] * 20),
         model_prefix=str(folder / "spm"),
-        vocab_size=290,
-        model_type="bpe",
-        byte_fallback=True,
         minloglevel=2,
         hard_vocab_limit=False,
+        **{"model_type": "bpe", **trainer},
     )
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spm.model"))
-    texts = ["my fellow citizens\nof the states", "é\n\n</s> 漢", "", "  two  spaces "]
     dictionary = Dictionary()
-    for text in texts[:3]:
+    for text in TEXTS[:2]:
         for line in text.split("\n"):
             dictionary.encode_line(" ".join(processor.Encode(line, out_type=str)))
     settings = read_sentencepiece(folder / "spm.model", dictionary)
     write_tokenizer(settings, case / case.name, add_bos=False, positions=16)
     copy_modules([TOKENIZER_MODULE], [], case / case.name)
+    config = json.loads((case / case.name / "config.json").read_text())
+    config["custom_pipelines"] = PIPELINES
+    (case / case.name / "config.json").write_text(json.dumps(config))
     expected = torch.load(case / "expected.pt", weights_only=True)
     expected["texts"] = []
-    for text in texts:
+    for text in TEXTS:
         ids: list[int] = []
         for i, line in enumerate(text.split("\n")):
             ids += [EOS] * (i > 0)

@@ -11,10 +11,16 @@ import torch
 from fairseq import checkpoint_utils
 
 from fairseq_sffn.errors import UsageError
-from fairseq_sffn.export.tensor_files import load_model
-from fairseq_sffn.export.text import Text, byte_letters
+from fairseq_sffn.export.gpt2_text import byte_letters
+from fairseq_sffn.export.tensor_files import load_model, save_model
+from fairseq_sffn.export.text import Text
 from tests import commands
 from tests.export.exported import write_checkpoint
+
+EMBEDDING = "decoder.embed_tokens.weight"
+TABLE = "decoder.layers.1.fc1.memory.values"
+HASH = "decoder.layers.1.fc1.memory.selector.table"
+"""Names of tensors of a model with hash tables."""
 
 
 @pytest.fixture(scope="module")
@@ -106,13 +112,40 @@ def test_tokenizer(tmp_path: Path) -> None:
     text = Text(json.loads((out / "sffn_tokenizer.json").read_text()))
     assert [text.id_of(piece) for piece in text.tokenize("abz\np")] == [4, 5, 3, 2, 19]
     config = json.loads((out / "tokenizer_config.json").read_text())
-    module, _, name = config["auto_map"]["AutoTokenizer"][0].partition(".")
-    assert f"class {name}(" in (out / f"{module}.py").read_text()
     assert config["model_max_length"] == 16
+    pipelines = json.loads((out / "config.json").read_text())["custom_pipelines"]
+    for path in (config["auto_map"]["AutoTokenizer"][0], pipelines["text-generation"]["impl"]):
+        module, _, name = path.partition(".")
+        assert f"class {name}(" in (out / f"{module}.py").read_text()
     other = ("--gpt2-bpe", files[0], files[1])
     (data / "dict.txt").write_text("".join(f"w{i} {50 - i}\n" for i in range(16)))
     with pytest.raises(UsageError, match=r"16 of the 16 symbols in dict\.txt are no"):
         commands.sffn("export", checkpoint, tmp_path / "b", "--data", data, *other)
+
+
+def test_a_tokenizer_that_did_not_split_the_data_is_refused(tmp_path: Path) -> None:
+    checkpoint, data, _ = write_checkpoint(tmp_path / "in", "dense")
+    numbers = {letter: byte for byte, letter in byte_letters().items()}
+    others = {letter: (byte + 128) % 256 for letter, byte in numbers.items()}
+    (data / "dict.txt").write_text("".join(f"{ord('a') + i} {50 - i}\n" for i in range(16)))
+    (data / "text").write_text("97 98 99\n100 101\n")
+    commands.run(
+        *("preprocess", "--only-source", "--workers", "1", "--destdir", data / "bin"),
+        *("--srcdict", data / "dict.txt", "--trainpref", data / "text"),
+    )
+    (tmp_path / "vocab.bpe").write_text("#version\n")
+    (tmp_path / "encoder.json").write_text(json.dumps(numbers))
+    (tmp_path / "other.json").write_text(json.dumps(others))
+
+    def export(encoder: str) -> None:
+        files = (tmp_path / encoder, tmp_path / "vocab.bpe")
+        out = tmp_path / f"{encoder}_out"
+        commands.sffn("export", checkpoint, out, "--data", data / "bin", "--gpt2-bpe", *files)
+
+    export("encoder.json")
+    with pytest.raises(UsageError, match=r"^--gpt2-bpe .*other\.json .*: splits 2 of 2 words"):
+        export("other.json")
+    assert not (tmp_path / "other.json_out").exists()
 
 
 @pytest.mark.parametrize(
@@ -169,6 +202,69 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     refused("is not of fairseq-sffn export")
     (tmp_path / "config.json").write_text('{"fairseq": {"model": {}, "task": {}}}')
     refused("model.safetensors: cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda tensors: tensors.pop(TABLE), f"has no {TABLE}, which the model of config.json has"),
+        (
+            lambda tensors: tensors.update(extra=torch.zeros(1)),
+            "extra is not in the model of config.json",
+        ),
+        (
+            lambda tensors: tensors.update({TABLE: tensors[TABLE][:-1]}),
+            rf"{TABLE} has shape \(511, 16\), and \(512, 16\) in the model",
+        ),
+        (
+            lambda tensors: tensors.update({TABLE: tensors[TABLE].int()}),
+            rf"{TABLE} has dtype torch\.int32, and torch\.float32 in the model",
+        ),
+        (
+            lambda tensors: tensors.update({EMBEDDING: tensors[EMBEDDING][:-1]}),
+            rf"{EMBEDDING} has shape \(19, 16\), and \(20, 16\) in the model",
+        ),
+        (
+            lambda tensors: tensors.update({HASH: tensors[HASH].float()}),
+            rf"{HASH} has dtype torch\.float32, and torch\.int16 in the model",
+        ),
+    ],
+)
+def test_tensors_of_other_models_are_refused(change: Any, reason: str, tmp_path: Path) -> None:
+    checkpoint, data, _ = write_checkpoint(tmp_path / "in", "rand_hash")
+    out = tmp_path / "out"
+    commands.sffn("export", checkpoint, out, "--data", data)
+    tensors = load_model(out)
+    change(tensors)
+    save_model(tensors, out, 10**9)
+    with pytest.raises(UsageError, match=f"^{out}: {reason}") as caught:
+        commands.sffn("import", out, tmp_path / "back.pt")
+    assert "\n" not in str(caught.value) and not (tmp_path / "back.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("vocab_size", 21, rf"{EMBEDDING} has shape \(20, 16\), and \(21, 16\)"),
+        ("vocab_size", 10**12, "vocab_size 1000000000000: must be between"),
+        ("vocab_size", "x", "vocab_size x: must be between"),
+        ("decoder_layers", 4, "has no decoder.layers.3"),
+        ("decoder_attention_heads", 3, "^--decoder-attention-heads 3: must divide"),
+        ("_name", "nothing", "fairseq cannot build this model: "),
+    ],
+)
+def test_tensors_of_another_configuration_are_refused(
+    key: str, value: Any, reason: str, tmp_path: Path
+) -> None:
+    checkpoint, data, _ = write_checkpoint(tmp_path / "in", "rand_hash")
+    out = tmp_path / "out"
+    commands.sffn("export", checkpoint, out, "--data", data)
+    config = json.loads((out / "config.json").read_text())
+    (config if key in config else config["fairseq"]["model"])[key] = value
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=reason) as caught:
+        commands.sffn("import", out, tmp_path / "back.pt")
+    assert "\n" not in str(caught.value) and not (tmp_path / "back.pt").exists()
 
 
 def test_models_of_other_kinds_are_refused(tmp_path: Path) -> None:

@@ -95,6 +95,8 @@ class SFFNForCausalLM(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
@@ -111,15 +113,27 @@ class SFFNForCausalLM(PreTrainedModel, GenerationMixin):
                 they are needed with a cache if a layer selects by more than one token id.
             labels: (B, T) token ids to predict, shifted in here; -100 is not scored.
             use_cache: whether to return a cache.
+            output_hidden_states: whether to return ``hidden_states``: the embeddings, the output of
+                each layer but the last, and the input of the output projection, each (B, T, D).
+            output_attentions: must not be set, because no attention weights are computed.
             logits_to_keep: number of positions at the end to compute logits of, or their indices;
                 0: all.
 
         Returns:
             ``loss`` with labels, ``logits``, the cache, and ``aux_loss``. In training, ``aux_loss``
             is the weighted balance and z losses, and part of ``loss``.
+
+        Raises:
+            ValueError: see :meth:`~..decoder.Decoder.forward`, or an argument is not supported.
         """
         if inputs_embeds is not None:
             raise ValueError("inputs_embeds: selectors read token ids; give input_ids")
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError(
+                "output_attentions: scaled_dot_product_attention computes no attention weights"
+            )
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
         cache = past_key_values if cache is None else cache
         use_cache = not self.training if use_cache is None else use_cache
         if use_cache and cache is None:
@@ -129,6 +143,7 @@ class SFFNForCausalLM(PreTrainedModel, GenerationMixin):
         output = self.decoder(
             *(input_ids, attention_mask, position_ids, cache, context_ids, losses),
             balance_scope=self.config.balance_loss_scope,
+            keep_inputs=output_hidden_states,
         )
         kept: Any = logits_to_keep
         if not isinstance(kept, Tensor):
@@ -142,7 +157,11 @@ class SFFNForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **counted)
             loss = loss if aux_loss is None else loss + aux_loss
         result = MoeCausalLMOutputWithPast(
-            loss=loss, aux_loss=aux_loss, logits=logits, **{CACHE: cache if use_cache else None}
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            hidden_states=(*output.inputs, output.features) if output_hidden_states else None,
+            **{CACHE: cache if use_cache else None},
         )
         return result.to_tuple() if return_dict is False else result
 

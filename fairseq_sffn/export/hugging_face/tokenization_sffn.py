@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import PreTrainedTokenizer
+from transformers import PreTrainedTokenizer, TextGenerationPipeline
+from transformers.pipelines.text_generation import ReturnType
 
 from ..text import Text
 
@@ -40,8 +41,33 @@ class SFFNTokenizer(PreTrainedTokenizer):
     def get_vocab(self) -> dict[str, int]:
         return dict(self.text.ids)
 
+    def add_special_tokens(self, special_tokens_dict: dict[str, Any], **kwargs: Any) -> int:
+        """Name special tokens, which must be those of the dictionary."""
+        for value in special_tokens_dict.values():
+            self._check_special(value if isinstance(value, (list, tuple)) else [value])
+        return int(super().add_special_tokens(special_tokens_dict, **kwargs))
+
+    def _add_tokens(self, new_tokens: Sequence[Any], special_tokens: bool = False) -> int:
+        self._check_special(new_tokens)
+        return int(super()._add_tokens(new_tokens, special_tokens))
+
+    def _check_special(self, tokens: Sequence[Any]) -> None:
+        for token in map(str, tokens):
+            if token not in self.text.specials.values():
+                raise ValueError(
+                    f"{token!r} cannot be added: the model has a row for each token id of dict.txt"
+                )
+
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        """Return the pieces of a text. Names of special tokens in it are text."""
+        """Return the pieces of a text. Names of special tokens in it are text.
+
+        Raises:
+            NotImplementedError: ``return_offsets_mapping`` is asked for.
+        """
+        if kwargs.get("return_offsets_mapping"):
+            raise NotImplementedError(
+                "return_offsets_mapping: pieces of normalized text have no place in the text"
+            )
         return self.text.tokenize(text)
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
@@ -79,16 +105,35 @@ class SFFNTokenizer(PreTrainedTokenizer):
     ) -> str:
         """Return the text of token ids.
 
-        ``</s>`` is a line break. The start token and the padding before it are left out.
-        ``skip_special_tokens`` leaves out all padding and ``<unk>``.
+        Without the start token, the ids continue a line, so that the first space stays. ``</s>``
+        behind the start token is a line break. ``skip_special_tokens`` leaves out the start token,
+        padding and ``<unk>``.
         """
         ids = [token_ids] if isinstance(token_ids, int) else list(map(int, token_ids))
-        start = next((i for i, number in enumerate(ids) if number != self.pad_token_id), 0)
-        if ids and ids[start] == self.bos_token_id:
-            ids = ids[start + 1 :]
+        first = next((i for i, number in enumerate(ids) if number != self.pad_token_id), len(ids))
+        begins = ids[first : first + 1] == [self.bos_token_id]
+        start, rest = ids[: first + begins], ids[first + begins :]
         if skip_special_tokens:
-            ids = [i for i in ids if i not in (self.pad_token_id, self.unk_token_id)]
-        return self.text.join(list(map(self._convert_id_to_token, ids)))
+            skipped = (self.pad_token_id, self.unk_token_id)
+            start, rest = [], [number for number in rest if number not in skipped]
+        names = "".join(map(self._convert_id_to_token, start))
+        return names + self.text.join(list(map(self._convert_id_to_token, rest)), not begins)
+
+    def decode_after(self, before: Sequence[int], after: Sequence[int], **kwargs: Any) -> str:
+        """Return the text that token ids add to that of the ids before them.
+
+        Alone, they have another text at the beginning of a line, and within a character.
+
+        Args:
+            before: begin with the start token.
+            after: the ids behind them.
+            kwargs: see :meth:`decode`.
+        """
+        start = str(self.decode(before, **kwargs))
+        whole = str(self.decode([*before, *after], **kwargs))
+        if whole.startswith(start):
+            return whole.removeprefix(start)
+        return str(self.decode(after, **kwargs))
 
     def save_vocabulary(
         self, save_directory: str, filename_prefix: str | None = None
@@ -97,3 +142,28 @@ class SFFNTokenizer(PreTrainedTokenizer):
         if target.resolve() != Path(self.vocab_file).resolve():
             shutil.copyfile(self.vocab_file, target)
         return (str(target),)
+
+
+class SFFNTextGenerationPipeline(TextGenerationPipeline):
+    """transformers' pipeline, which decodes new tokens with the prompt before them."""
+
+    def postprocess(
+        self,
+        model_outputs: dict[str, Any],
+        return_type: ReturnType = ReturnType.FULL_TEXT,
+        **kwargs: Any,
+    ) -> list[dict[str, Any]]:
+        records: list[dict[str, Any]] = super().postprocess(model_outputs, return_type, **kwargs)
+        if return_type == ReturnType.TENSORS:
+            return records
+        skip = kwargs.get("skip_special_tokens")
+        begin = model_outputs["prompt_text"] if return_type == ReturnType.FULL_TEXT else ""
+        ids = model_outputs["input_ids"]
+        prompt = [] if ids is None else ids[0].tolist()
+        sequences = model_outputs["generated_sequence"][0].tolist()
+        for record, sequence in zip(records, sequences, strict=True):
+            text = self.tokenizer.decode_after(
+                prompt, sequence[len(prompt) :], skip_special_tokens=skip is None or skip
+            )
+            record["generated_text"] = begin + text
+        return records
