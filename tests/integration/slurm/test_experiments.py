@@ -17,7 +17,7 @@ from experiments.slurm import Slurm
 from tests import commands
 from tests.examples.experiments.trial import Trial
 from tests.integration.slurm import documented
-from tests.integration.slurm.cluster import Cluster, call, free_ports
+from tests.integration.slurm.cluster import Cluster, call, free_ports, text
 
 pytestmark = pytest.mark.usefixtures("quick_start")
 PAPER = commands.EXAMPLES / "paper" / "scales" / "paper.toml"
@@ -117,14 +117,16 @@ def test_jobs_that_fail_and_jobs_that_are_cancelled(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The header of the script ends the first job, and keeps the second one from its run."""
-    header = "[ $SLURM_ARRAY_TASK_ID = 1 ] && sleep 300; echo broken; exit 3"
+    header = "[ $SLURM_ARRAY_TASK_ID = 1 ] && echo waits && sleep 300; echo broken; exit 3"
     add_launcher(trial, header=[header])
-    original = Slurm.states
+    original, logs = Slurm.states, trial.work / "jobs"
 
     def states(self: Slurm) -> dict[str, str]:
+        """Look at the queue, and cancel the second job when it has begun."""
         found = original(self)
-        for job in (job for job, state in found.items() if state == "RUNNING" and job[-1] == "1"):
-            call("scancel", job)
+        for job, state in found.items():
+            if state == "RUNNING" and "waits" in text(logs / f"{job}.log"):
+                call("scancel", job)
         return found
 
     monkeypatch.setattr(Slurm, "states", states)
