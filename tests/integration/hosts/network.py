@@ -132,7 +132,11 @@ class Host:
 
     def pull_cable(self) -> None:
         """Take this host's interface down."""
-        words = ("nsenter", f"--net={self.namespace}", "ip", "link", "set", "eth0", "down")
+        self.run("ip link set eth0 down")
+
+    def run(self, command: str) -> None:
+        """Run a command of the shell in this host's network."""
+        words = ("nsenter", f"--net={self.namespace}", "sh", "-c", command)
         subprocess.run(words, check=True)
 
 
