@@ -34,7 +34,7 @@ trap 'for host in $(ls /run/netns); do ip netns pids $host | xargs -r kill -9; d
 
 def reason_to_skip() -> str | None:
     """Return in words why this machine cannot have the two hosts; ``None``: it can."""
-    for program in ("ip", "unshare"):
+    for program in ("ip", "unshare", "nsenter"):
         if shutil.which(program) is None:
             return f"two hosts: there is no program `{program}` (Debian: iproute2, util-linux)"
     if os.geteuid():
@@ -132,14 +132,11 @@ class Host:
 
     def pull_cable(self) -> None:
         """Take this host's interface down."""
-        self._set("down")
+        self.run("ip link set eth0 down")
 
-    def plug_cable(self) -> None:
-        """Take this host's interface up."""
-        self._set("up")
-
-    def _set(self, state: str) -> None:
-        words = ("nsenter", f"--net={self.namespace}", "ip", "link", "set", "eth0", state)
+    def run(self, command: str) -> None:
+        """Run a command of the shell in this host's network."""
+        words = ("nsenter", f"--net={self.namespace}", "sh", "-c", command)
         subprocess.run(words, check=True)
 
 

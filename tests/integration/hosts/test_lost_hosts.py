@@ -25,11 +25,15 @@ STORE = (
 RANKS = ("0, 1", "2, 3")
 
 
-@pytest.mark.parametrize(("how", "lost"), [("killed", 0), ("killed", 1), ("unplugged", 1)])
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("how", ["killed", "unplugged"])
 def test_the_other_host_names_a_lost_one(
     how: str, lost: int, hosts: list[Host], data_bin: Path, tmp_path: Path
 ) -> None:
-    """The collective operations alone would wait for half an hour."""
+    """The collective operations alone would wait for half an hour. The launchers' store is on the
+    first host. Without it, the other launcher ends when TCP gives up."""
+    for host in hosts:
+        host.run("echo 6 > /proc/sys/net/ipv4/tcp_retries2")
     arguments = launch.training(
         *(data_bin, tmp_path / "saved", "avgk", *FLAGS, *ENDLESS, "--no-save"),
         *("--sffn-expert-parallel", "4", "--peer-timeout", str(SECONDS)),
