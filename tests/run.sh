@@ -28,5 +28,7 @@ ruff check .
 mypy
 # A file's tests share what they train, so one worker runs a file. Files come in the order of
 # conftest.py. By default, files with few tests would come last, and these take longest.
-OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
+# One worker more than there are cores, as tests of clusters wait for hosts and jobs.
+workers=$(($(nproc) < 8 ? $(nproc) + 1 : 8))
+OMP_NUM_THREADS=1 python -m pytest --numprocesses "$workers" --dist loadfile \
     --no-loadscope-reorder --durations 10 "$@"
