@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import re
 import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -77,8 +78,21 @@ def row_runs(row: Row, scale: Scale, setting: Setting) -> list[Run]:
 
 
 def row_flags(row: Row, scale: Scale) -> str:
-    """Return a row's flags at a scale, with normalised spaces and quotes."""
-    return shlex.join(shlex.split(row.flags.replace("{ffn}", str(scale.ffn_embed_dim))))
+    """Return a row's flags at a scale, with normalised spaces and quotes. ``{ffn}`` stands for the
+    FFN width, and ``{ffn/16}`` for a 16th of it.
+
+    Raises:
+        UsageError: such a share is no whole number.
+    """
+
+    def width(found: re.Match[str]) -> str:
+        share, rest = divmod(scale.ffn_embed_dim, int(found[1] or 1))
+        if rest:
+            raise UsageError(f"row {row.label!r}: flags: {found[0]}: does not divide the FFN width")
+        return str(share)
+
+    flags = re.sub(r"\{ffn(?:/([1-9]\d*))?\}", width, row.flags)
+    return shlex.join(shlex.split(flags))
 
 
 def sweep_runs(row: Row, scale: Scale) -> dict[Setting, Run]:

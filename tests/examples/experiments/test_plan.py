@@ -78,6 +78,16 @@ def test_a_sweep_of_learning_rates_and_initial_scales() -> None:
     ]
 
 
+def test_flags_may_depend_on_the_width() -> None:
+    def flags_of(text: str) -> str:
+        (run,) = row_runs(Row("a", "avgk", text), made.scale(ffn_embed_dim=96), Setting(0.1))
+        return run.flags
+
+    assert flags_of("--x {ffn} --y {ffn/3} --z {ffn/96}") == "--x 96 --y 32 --z 1"
+    with pytest.raises(SystemExit, match=r"row 'a': flags: \{ffn/5\}: does not divide the FFN"):
+        flags_of("--x {ffn/5}")
+
+
 def test_the_initial_scale_of_a_row() -> None:
     def flags_of(row: Row, init_scale: float) -> tuple[str, str]:
         (run,) = row_runs(row, made.scale(), Setting(0.1, init_scale))
