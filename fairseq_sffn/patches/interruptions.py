@@ -127,7 +127,8 @@ def interruptible(cfg: Any, trainer: Any, epoch_itr: Any) -> Iterator[Interrupti
         number = interruption.number or receiver.received
         if not number or not is_of_a_lost_peer(error):
             raise
-        receiver.leaving = True  # its thread may notice the loss too
+        receiver.ending.acquire()  # its thread may have noticed the loss, and ends this process
+        receiver.leaving = True
         name = signal.Signals(number).name
         line = f"{name}: another process of the training has ended: {first_line(error)}"
         print(line, file=sys.stderr, flush=True)

@@ -39,11 +39,13 @@ class SignalReceiver:
     Attributes:
         received: number of the first signal, or 0.
         leaving: whether this process and its peers are ending in order.
+        ending: held by the thread that ends this process, so that one of them says why.
     """
 
     def __init__(self, peers: Iterable[int] = (), launched: bool = False) -> None:
         self.received = 0
         self.leaving = False
+        self.ending = threading.Lock()
         self._peers, self._launched = peers, launched
         self._first_time = 0.0
         self._handlers: dict[int, Any] = {}
@@ -99,7 +101,8 @@ class SignalReceiver:
                             return
                         if number in self._handlers:
                             self._receive(number)
-                if self.received and peer_ended and not self.leaving:
+                lost = self.received and peer_ended and not self.leaving
+                if lost and self.ending.acquire(blocking=False):
                     end_at_once(self.received, "another process of the training has ended")
         finally:
             for descriptor in peers:
