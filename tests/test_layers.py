@@ -13,7 +13,7 @@ import fairseq_sffn
 ROOT = Path(fairseq_sffn.__file__).parent
 LAYERS = (
     ("memory", "errors", "versions", "fingerprint"),
-    ("precision",),
+    ("precision", "ranks"),
     ("models",),
     ("options",),
     ("criterions", "optim", "tasks"),

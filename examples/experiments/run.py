@@ -84,8 +84,7 @@ def run(args: argparse.Namespace) -> str:
     check(frame, scale, launcher)
     at_once = launcher.at_once or max(1, frame.run.nunique()) if submits else jobs
     say(expected(frame, scale, at_once))
-    stopped = runner.goes_on if isinstance(runner, Slurm) else "the same command resumes the runs"
-    with ended_by_signals(f"stopped; {stopped}"):
+    with ended_by_signals(f"stopped; {runner.goes_on}"):
         for stage in STAGES:
             if (frame.stage == stage).any():
                 finish(frame, stage)

@@ -12,7 +12,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from fairseq_sffn.errors import UsageError
 
@@ -27,6 +27,9 @@ from .training import Training, last_section
 @dataclass
 class Runner(Training):
     """Trains and evaluates several runs at a time."""
+
+    goes_on: ClassVar[str] = "the same command resumes the runs"
+    """What happens to the runs when this command is stopped, in words."""
 
     jobs: int  # number of runs at a time
     children: set[subprocess.Popen[str]] = field(default_factory=set, init=False)

@@ -73,7 +73,7 @@ def trends(experiments: Experiments, table: Table) -> list[Trend]:
 
 
 def fit(group: str, points: pd.DataFrame, deviation: Deviation) -> Trend:
-    """Fit a line by weighted least squares.
+    """Fit a line by least squares, weighted by the number of seeds.
 
     Args:
         group: the name of the line.
@@ -81,13 +81,11 @@ def fit(group: str, points: pd.DataFrame, deviation: Deviation) -> Trend:
         deviation: the deviation of seeds.
     """
     x, y = np.log2(points.index.to_numpy(float)), points["mean"].to_numpy()
-    weights = np.array([deviation.error(count) ** -2 for count in points["size"]])
-    middle = np.average(x, weights=weights)
-    intercept = np.average(y, weights=weights)
-    spread = float(weights @ (x - middle) ** 2)
-    slope = float(weights @ ((x - middle) * y)) / spread
-    scatter = float(weights @ (y - intercept - slope * (x - middle)) ** 2) / (len(x) - 2)
-    wider = math.sqrt(max(1.0, scatter))
-    errors = (wider / math.sqrt(weights.sum()), wider / math.sqrt(spread))
+    weights = np.array([1 / deviation.error(count) for count in points["size"]])
+    middle = np.average(x, weights=weights**2)  # where the errors of the two are independent
+    line, covariance = np.polyfit(x - middle, y, 1, w=weights, cov="unscaled")
+    scatter = np.sum((weights * (y - np.polyval(line, x - middle))) ** 2) / (len(x) - 2)
+    slope_error, error = np.sqrt(np.diag(covariance) * max(1.0, scatter))
     quantile = float(stdtrit(deviation.degrees_of_freedom, 1 - LEVEL / 2))
-    return Trend(group, float(middle), float(intercept), slope, *errors, quantile)
+    slope, intercept = line
+    return Trend(group, middle, intercept, slope, error, slope_error, quantile)

@@ -14,10 +14,11 @@ from fairseq.file_io import PathManager
 from omegaconf import open_dict
 
 from ..errors import UsageError
+from ..ranks import agreed, gathered, rank, world_size
 from .loading import KEY, read_checkpoint
 from .part_files import check_part, named_parts, part_paths
 from .reading import DamagedCheckpoint, read_file
-from .shared_folder import agreed, gathered, rank, see_together, world_size
+from .shared_folder import see_together
 
 logger = logging.getLogger(__name__)
 

@@ -15,13 +15,13 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from fairseq.distributed import utils as distributed_utils
 
 from ..errors import UsageError
 from ..options.waiting import peer_timeout
+from ..ranks import agreed, gathered, rank, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -29,34 +29,6 @@ LOOK_SECONDS = 0.2
 """Time between two looks for a file."""
 WARN_SECONDS = 5.0
 """Time to wait for a file that is not needed, before a warning."""
-
-
-def rank() -> int:
-    """Return the rank of this process; 0 for a single process."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """Return the number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def agreed(value: Any) -> Any:
-    """Return the value of rank 0 on every rank."""
-    if world_size() == 1:
-        return value
-    said = [value]
-    dist.broadcast_object_list(said, src=0, group=distributed_utils.get_global_group())
-    return said[0]
-
-
-def gathered(value: Any) -> list[Any]:
-    """Return the values of all ranks on every rank."""
-    values = [value]
-    if world_size() > 1:
-        values *= world_size()
-        dist.all_gather_object(values, value, group=distributed_utils.get_global_group())
-    return values
 
 
 def sizes_of(paths: Iterable[Path]) -> dict[str, int]:

@@ -25,6 +25,7 @@ from fairseq.distributed import utils as distributed_utils
 
 from ..errors import UsageError
 from ..options.waiting import peer_timeout
+from ..ranks import agreed, gathered
 
 BEAT_SECONDS = 2.0
 """Longest time between two signs of life."""
@@ -69,13 +70,6 @@ def own_address() -> str:
         return ""
 
 
-def gather_places() -> list[Place]:
-    """Return where each rank runs. All ranks call it together."""
-    places: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(places, own_place(), group=distributed_utils.get_global_group())
-    return places
-
-
 def lost_ranks(ranks: Iterable[int], places: Sequence[Place]) -> str:
     """Return in words the hosts that are lost, or their ranks if a part of a host is lost."""
     ranks = set(ranks)
@@ -116,10 +110,8 @@ class PeerWatch:
         self._beat_seconds = min(BEAT_SECONDS, seconds / MISSED_BEATS)
         self._ended, self._broken, self._woken = (threading.Event() for _ in range(3))
         self._beats: dict[int, tuple[bytes, float]] = {}
-        self._places = gather_places()
-        token = [secrets.token_hex(4)]
-        dist.broadcast_object_list(token, src=0, group=distributed_utils.get_global_group())
-        self._key = f"fairseq_sffn/{token[0]}/{{}}".format
+        self._places: list[Place] = gathered(own_place())
+        self._key = f"fairseq_sffn/{agreed(secrets.token_hex(4))}/{{}}".format
         store.set(self._key(self._rank), "0")
         if self._rank == 0:
             for name in ("lost", "broken"):

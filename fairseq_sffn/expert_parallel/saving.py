@@ -24,12 +24,13 @@ from fairseq.trainer import Trainer
 
 from ..checkpoints.part_files import RESHARDED, TRAINED, folder_named_by
 from ..checkpoints.reading import read_file
-from ..checkpoints.shared_folder import agreed, gathered, largest, not_seen, sizes_of, wait_for
+from ..checkpoints.shared_folder import largest, not_seen, sizes_of, wait_for
 from ..errors import UsageError
 from ..memory import SparseMemory
 from ..memory.sharding import SHARDED, can_be_sharded
 from ..models.process_groups import process_groups
 from ..options.waiting import peer_timeout
+from ..ranks import agreed, gathered
 from .gradients import expert_parallel_of
 from .parts import Part, save_part, take_parts
 from .settings import flattens_parameters
@@ -76,7 +77,7 @@ def save_together(trainer: Trainer, save_dir: Path, save: Callable[[], Any]) -> 
     """
     if not trainer.is_data_parallel_master:
         saved = save()
-        while (folder := tell(None)) is not None:
+        while (folder := agreed(None)) is not None:
             if folder == FAILED:
                 raise UsageError(1)
             write_part(trainer, Path(folder))
@@ -92,24 +93,10 @@ def save_together(trainer: Trainer, save_dir: Path, save: Callable[[], Any]) -> 
         remove_unnamed(save_dir)
     if problem is not None:
         say(str(problem))
-        tell(FAILED)
+        agreed(FAILED)
         raise UsageError(1) from problem
-    tell(None)
+    agreed(None)
     return saved
-
-
-def tell(folder: str | None) -> Any:
-    """Broadcast a message from rank 0. All ranks call it together.
-
-    Args:
-        folder: on rank 0, the folder for the parts; ``None``: there is nothing more to write.
-
-    Returns:
-        The value of rank 0.
-    """
-    told = [folder]
-    dist.broadcast_object_list(told, src=0, group=distributed_utils.get_global_group())
-    return told[0]
 
 
 def say(problem: str) -> None:
@@ -133,7 +120,7 @@ def write_parts(trainer: Trainer, folder: Path) -> None:
     Raises:
         PartNotWritten: a rank cannot write its part.
     """
-    write_part(trainer, Path(tell(str(folder))))
+    write_part(trainer, Path(agreed(str(folder))))
 
 
 def write_part(trainer: Trainer, folder: Path) -> None:

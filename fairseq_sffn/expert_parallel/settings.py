@@ -9,11 +9,11 @@ from typing import Any
 import fairseq
 import torch
 import torch.distributed as dist
-from fairseq.distributed import utils as distributed_utils
 from omegaconf import OmegaConf
 
 from ..errors import UsageError, flag
 from ..fingerprint import code_fingerprint
+from ..ranks import gathered
 from .launch import is_launched, on_cpu
 
 OF_ONE_RANK = {"distributed_rank", "device_id", "distributed_init_method"}
@@ -119,9 +119,7 @@ def compare_settings(cfg: Any) -> None:
     Raises:
         UsageError: on every rank, if they differ.
     """
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, settings_of(cfg), group=distributed_utils.get_global_group())
-    if difference := first_difference(ranks):
+    if difference := first_difference(gathered(settings_of(cfg))):
         raise UsageError(f"{difference}: start every process with the same flags and the same code")
 
 

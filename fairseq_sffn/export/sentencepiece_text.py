@@ -18,7 +18,7 @@ SPACE = "\u2581"
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 """Piece of a byte that no other piece covers."""
 UNKNOWN_PENALTY = 10.0
-"""Of a unigram model: how far the score of an unknown character is below the lowest one."""
+"""Lowest score of a unigram model, minus the score of an unknown character."""
 
 
 class SentencePiece(Splitter):

@@ -24,6 +24,7 @@ from fairseq.distributed import utils as distributed_utils
 
 from ..expert_parallel.launch import is_launched
 from ..expert_parallel.peers import is_distributed, is_of_a_lost_peer
+from ..ranks import gathered
 from .signals import SignalReceiver
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ def interruptible(cfg: Any, trainer: Any, epoch_itr: Any) -> Iterator[Interrupti
         SystemExit: another process of the training has ended after a signal.
     """
     if trainer.receiver is None:
-        trainer.receiver = SignalReceiver(peers(), is_launched()).__enter__()
+        trainer.receiver = trainer.receiving.enter_context(SignalReceiver(peers(), is_launched()))
     receiver = trainer.receiver
     interruption = trainer.interruption = Interruption(cfg, trainer, epoch_itr, receiver)
     try:
@@ -144,12 +145,9 @@ def interruptible(cfg: Any, trainer: Any, epoch_itr: Any) -> Iterator[Interrupti
 
 def peers() -> list[int]:
     """Return the process ids of the other ranks in this process's id namespace."""
-    if not is_distributed():
-        return []
     own = (process_namespace(), os.getpid())
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, own, group=distributed_utils.get_global_group())
-    return [number for namespace, number in ranks if namespace == own[0] and number != own[1]]
+    found = gathered(own)
+    return [number for namespace, number in found if namespace == own[0] and number != own[1]]
 
 
 def process_namespace() -> tuple[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +20,13 @@ from omegaconf import open_dict
 from ..checkpoints.loading import KEY, fingerprints
 from ..checkpoints.part_files import TRAINED, folder_named_by, named_parts, new_folder
 from ..checkpoints.reading import read_file
-from ..checkpoints.shared_folder import agreed, rank, see_together
+from ..checkpoints.shared_folder import see_together
 from ..checkpoints.writing import IN_BACKGROUND, Writer, write_checkpoint
 from ..errors import UsageError
 from ..expert_parallel.gradients import expert_parallel_of
 from ..expert_parallel.parts import Part, take_parts
 from ..expert_parallel.saving import part_of, save_together, write_parts
+from ..ranks import agreed, rank
 from . import training_state
 from .interruptions import Interruption
 from .signals import SignalReceiver
@@ -56,6 +57,7 @@ class CheckpointTrainer(Trainer):
 
     Attributes:
         receiver: the receiver of signals from the first epoch to the last; ``None`` at other times.
+        receiving: the context of the receiver.
         interruption: the handling of signals during an epoch; ``None``: outside of an epoch.
         writer: the thread that writes checkpoints, with ``--write-checkpoints-asynchronously``.
         verified: real paths of files of the checkpoint whose checksums were already compared.
@@ -63,6 +65,7 @@ class CheckpointTrainer(Trainer):
 
     def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
         self.receiver: SignalReceiver | None = None
+        self.receiving = ExitStack()
         self.interruption: Interruption | None = None
         self.writer = Writer() if getattr(cfg.checkpoint, IN_BACKGROUND, False) else None
         self.verified: frozenset[str] = frozenset()
@@ -72,9 +75,8 @@ class CheckpointTrainer(Trainer):
 
     def stop_receiving(self) -> None:
         """Give signals the effect that they had before the training."""
-        if self.receiver is not None:
-            self.receiver.__exit__()
-            self.receiver = None
+        self.receiving.close()
+        self.receiver = None
 
     def save_with_parts(self, cfg: Any, save: Any) -> Any:
         """Save checkpoints with the parts of all ranks.

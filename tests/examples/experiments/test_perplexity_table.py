@@ -76,7 +76,7 @@ def test_one_initial_scale_has_no_column(tmp_path: Path) -> None:
 
 
 def test_the_dense_model_at_equal_compute(tmp_path: Path) -> None:
-    """Of two seeds, lengths 0.5, 1, 2 and 4; VanillaM takes more FLOPs, and PKM fewer."""
+    """The dense model has runs of four lengths. VanillaM takes more FLOPs, and PKM fewer."""
     curve = {0.5: 300.0, 1.0: 100.0, 2.0: 60.0, 4.0: 50.0}
     dense = [Row(f"dense, {n}", "dense", length=n, seeds=(1, 2)) for n in (1.0, 0.5, 2.0)]
     methods = [

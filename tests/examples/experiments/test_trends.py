@@ -34,17 +34,27 @@ def points(x: list[float], y: Any, counts: list[int]) -> pd.DataFrame:
 
 
 def test_a_line_is_a_weighted_fit() -> None:
-    """As numpy's, with one over the standard error of each point as its weight."""
-    x, y, counts = [3.0, 6.0, 24.0, 48.0], np.array([0.31, 0.2, 0.17, 0.02]), [1, 3, 1, 2]
+    """By the normal equations, with one over the variance of each point as its weight."""
+    x, y, counts = [3.0, 6.0, 24.0, 48.0], [0.31, 0.2, 0.17, 0.02], [1, 3, 1, 2]
     for sd in (0.2, 0.001):  # more and less than the points scatter
-        deviation = Deviation(sd, 10, 4)
-        line = fit("keys", points(x, y, counts), deviation)
-        weights = [1 / deviation.error(count) for count in counts]
-        (slope, intercept), covariance = np.polyfit(np.log2(x), y, 1, w=weights, cov="unscaled")
-        rest = y - slope * np.log2(x) - intercept
-        scatter = np.sqrt(((np.array(weights) * rest) ** 2).sum() / 2)
+        line = fit("keys", points(x, y, counts), Deviation(sd, 10, 4))
+        weights = [count / (2 * sd**2) for count in counts]
+        matrix, right = np.zeros((2, 2)), np.zeros(2)
+        for weight, x_i, y_i in zip(weights, x, y, strict=True):
+            row = np.array([np.log2(x_i), 1.0])
+            matrix += weight * np.outer(row, row)
+            right += weight * row * y_i
+        covariance = np.linalg.inv(matrix)
+        slope, intercept = covariance @ right
+        scatter = (
+            sum(
+                weight * (y_i - slope * np.log2(x_i) - intercept) ** 2
+                for weight, x_i, y_i in zip(weights, x, y, strict=True)
+            )
+            / 2
+        )  # four points, and two parameters
         assert (scatter > 1) == (sd == 0.001)
-        covariance = covariance * max(1.0, scatter) ** 2
+        covariance = covariance * max(1.0, scatter)
         assert line.change()[0] == pytest.approx(slope)
         half = 2.228 * np.sqrt(covariance[0, 0])  # a quantile of Student's t, from a table
         assert line.change()[1:] == pytest.approx((slope - half, slope + half), rel=1e-3)
@@ -74,7 +84,7 @@ def experiments(tmp_path: Path) -> Experiments:
     results = made.empty(tmp_path)
 
     def make(row: Row, run: Any) -> Any:
-        """Of the gate, the gap shrinks from 20% by 2 at each doubling, and is 90% at length 1."""
+        """The gate's gap is 90% at length 1, 20% at 2, and 2% less at each doubling."""
         test = 100 / row.length * (1.01 if row.length == 2 and run.seed == 2 else 1.0)
         if row.group == "gate":
             test *= {1: 0.1, 2: 0.80, 4: 0.82, 8: 0.84}[row.length]
